@@ -1,0 +1,37 @@
+"""What every command-line program of the project shares: one-line errors and quiet progress bars."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line: file, line or field; what is wrong; what to do."""
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a tool's `main` and exit: 0 on success, 2 with one line on stderr for wrong input or an unusable file."""
+    try:
+        code = main() or 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing half-written was left behind", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def progress(iterable: Iterable | None = None, **options: Any) -> tqdm:
+    """`tqdm` on stderr, silent when stderr is not a terminal. Options are tqdm's (`total`, `unit`, `desc`, …)."""
+    options.setdefault("disable", not sys.stderr.isatty())
+    options.setdefault("dynamic_ncols", True)
+    return tqdm(iterable, **options)

@@ -1,0 +1,108 @@
+"""Writing files so that each is either whole or absent, and hashing them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_sas.cli import InputError
+
+
+def fsync_directory(path: str | Path) -> None:
+    """Make renames inside `path` durable (needed after `os.replace` for a crash of the machine, not of the process)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: str | Path) -> None:
+    """Flush the contents of `path` to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes_atomic(path: str | Path, content: bytes) -> None:
+    """Write `content` beside `path`, flush it to the disk, and rename it into place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    fsync_directory(path.parent)
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """`write_bytes_atomic` for UTF-8 text."""
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def write_json_atomic(path: str | Path, value: Any) -> None:
+    """`write_bytes_atomic` for a JSON value, indented, keys in the order given."""
+    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def refuse_existing(path: str | Path, overwrite: bool = False) -> None:
+    """Raise `InputError` when `path` exists and `overwrite` is false: outputs are never silently replaced."""
+    if not overwrite and os.path.lexists(path):
+        raise InputError(f"{path}: exists already; choose another output or pass --overwrite")
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary directory that becomes `path` when the block ends, and vanishes when it raises."""
+    path = Path(path)
+    refuse_existing(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                fsync_file(file)
+        os.chmod(temporary, 0o777 & ~_umask())
+        if os.path.lexists(path):
+            stale = path.with_name(f".{path.name}.old")
+            shutil.rmtree(stale, ignore_errors=True)
+            os.replace(path, stale)
+            os.replace(temporary, path)
+            shutil.rmtree(stale, ignore_errors=True)
+        else:
+            os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _umask() -> int:
+    """The process's umask (temporary files are created 0600; outputs should obey the user's umask)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
