@@ -1,0 +1,19 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with real data (Wikipedia, BLiMP, EWT, BERT's vocabulary); tests that need it skip without it."""
+    path = Path(os.environ.get("MEGATRON_SAS_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"real data not found at {path}; set MEGATRON_SAS_DATA")
+    return path
