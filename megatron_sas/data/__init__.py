@@ -1,0 +1,1 @@
+"""Text → sentences with dependency heads → WordPieces → packed sequences on disk → masked batches."""

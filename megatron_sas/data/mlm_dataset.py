@@ -1,0 +1,213 @@
+"""Packed data → accumulation windows of masked micro-batches, and their prefetching.
+
+B (or m) sequences in a micro-batch, S tokens a sequence, M masked tokens in a micro-batch.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from megatron_sas.cli import InputError
+from megatron_sas.data.masking import mask_tokens
+from megatron_sas.data.packed import PackedData
+from megatron_sas.data.sampler import global_samples
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass needs; all tensors int64."""
+
+    index: int  # j: the number of this micro-batch in its global batch, the same for any number of ranks
+    sample_ids: torch.Tensor  # (m,); -1 for a filler row of `validation_batches`
+    input_ids: torch.Tensor  # (m, S)
+    masked_positions: torch.Tensor  # (M,) flat indices into m·S, ascending
+    labels: torch.Tensor  # (M,) original tokens at the masked positions
+    heads: torch.Tensor  # (m, S)
+
+    def pin_memory(self) -> MicroBatch:
+        """A copy in page-locked memory, from which copies to a GPU are asynchronous."""
+        names = ("sample_ids", "input_ids", "masked_positions", "labels", "heads")
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
+
+
+@dataclass(frozen=True)
+class Window:
+    """One rank's share of a global batch: what it accumulates before an optimizer step."""
+
+    step: int
+    micro_batches: list[MicroBatch]
+    num_masked: int  # on this rank, in the whole window
+
+    def pin_memory(self) -> Window:
+        """A copy in page-locked memory."""
+        return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
+
+
+def _batch(
+    packed: PackedData, index: int, samples: np.ndarray, epochs: int | np.ndarray, seed: int, mask_prob: float
+) -> MicroBatch:
+    """Read and mask `samples` (m,); rows with sample -1 repeat sample 0 without labels and without edges."""
+    filler = samples < 0
+    rows = np.where(filler, 0, samples)
+    tokens = np.asarray(packed.tokens[rows])
+    info = packed.tokenizer
+    input_ids, selected = mask_tokens(
+        tokens,
+        rows,
+        epochs,
+        seed,
+        mask_prob=mask_prob,
+        vocab_size=info.vocab_size,
+        mask_id=info.mask_id,
+        special_ids=info.special_ids,
+    )
+    heads = np.asarray(packed.heads[rows], dtype=np.int64)
+    if filler.any():
+        selected[filler] = False
+        heads[filler] = -1
+    positions = np.flatnonzero(selected)
+    return MicroBatch(
+        index=index,
+        sample_ids=torch.from_numpy(samples.astype(np.int64)),
+        input_ids=torch.from_numpy(input_ids),
+        masked_positions=torch.from_numpy(positions.astype(np.int64)),
+        labels=torch.from_numpy(tokens.ravel()[positions].astype(np.int64)),
+        heads=torch.from_numpy(heads),
+    )
+
+
+class MLMDataset:
+    """The training stream as a pure function of the step.
+
+    Global batch `step` is cut into micro-batches of `micro_batch_size`; micro-batch j = a·world_size + rank is the a-th
+    that `rank` accumulates. Its content depends on (seed, step, j) alone.
+
+    Raises:
+        InputError: the global batch is not a multiple of micro_batch_size × world_size.
+    """
+
+    def __init__(
+        self,
+        packed: PackedData,
+        *,
+        seed: int,
+        mask_prob: float,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        if global_batch_size % (micro_batch_size * world_size):
+            raise InputError(
+                f"global batch {global_batch_size} is not a multiple of micro batch {micro_batch_size} × {world_size} "
+                "processes; change one of the three"
+            )
+        self.packed = packed
+        self.seed, self.mask_prob = seed, mask_prob
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.rank, self.world_size = rank, world_size
+        self.accumulation = global_batch_size // (micro_batch_size * world_size)
+
+    def window(self, step: int) -> Window:
+        """This rank's micro-batches of global batch `step`, in the order in which they are accumulated."""
+        samples, epochs = global_samples(step, self.global_batch_size, self.packed.num_sequences, self.seed)
+        batches = []
+        for number in range(self.accumulation):
+            index = number * self.world_size + self.rank
+            rows = slice(index * self.micro_batch_size, (index + 1) * self.micro_batch_size)
+            batches.append(_batch(self.packed, index, samples[rows], epochs[rows], self.seed, self.mask_prob))
+        return Window(step, batches, sum(len(batch.labels) for batch in batches))
+
+
+def validation_batches(
+    packed: PackedData,
+    *,
+    micro_batch_size: int,
+    num_sequences: int,
+    seed: int,
+    mask_prob: float,
+    rank: int,
+    world_size: int,
+) -> Iterator[MicroBatch]:
+    """This rank's share of the first `num_sequences` sequences (fewer if there are fewer), masked the same way always.
+
+    Every rank yields the same number of batches of the same shape: missing rows are fillers (`sample_ids` -1) that
+    repeat sequence 0 with neither labels nor edges.
+    """
+    total = min(num_sequences, packed.num_sequences)
+    per_round = micro_batch_size * world_size
+    for number in range(-(-total // per_round)):
+        index = number * world_size + rank
+        samples = np.arange(index * micro_batch_size, (index + 1) * micro_batch_size, dtype=np.int64)
+        yield _batch(packed, index, np.where(samples < total, samples, -1), 0, seed, mask_prob)
+
+
+class PrefetchLoader:
+    """Iterate over the windows of steps [start_step, end_step), prepared ahead by a background thread.
+
+    At most `depth` windows wait in the queue. An exception in the thread is raised in the consumer, after the windows
+    before it. `close()` (also on leaving a `with` block, and at exhaustion) stops the thread and waits for it.
+    """
+
+    def __init__(
+        self, dataset: MLMDataset, start_step: int, end_step: int, *, depth: int = 2, pin_memory: bool = False
+    ) -> None:
+        self._queue: queue.Queue[Window | BaseException | None] = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        self._done = False
+        self._thread = threading.Thread(
+            target=self._produce, args=(dataset, start_step, end_step, pin_memory), name="prefetch", daemon=True
+        )
+        self._thread.start()
+
+    def _produce(self, dataset: MLMDataset, start_step: int, end_step: int, pin_memory: bool) -> None:
+        try:
+            for step in range(start_step, end_step):
+                window = dataset.window(step)
+                if not self._put(window.pin_memory() if pin_memory else window):
+                    return
+            self._put(None)
+        except BaseException as error:  # handed to the consumer, which would otherwise wait for ever
+            self._put(error)
+
+    def _put(self, item: Window | BaseException | None) -> bool:
+        """Wait for a free place; False when the loader was closed meanwhile."""
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __iter__(self) -> PrefetchLoader:
+        return self
+
+    def __next__(self) -> Window:
+        if self._done:
+            raise StopIteration
+        item = self._queue.get()
+        if isinstance(item, Window):
+            return item
+        self.close()
+        if item is None:
+            raise StopIteration
+        raise item
+
+    def close(self) -> None:
+        """Stop the thread; safe to call more than once."""
+        self._done = True
+        self._stop.set()
+        self._thread.join()
+
+    def __enter__(self) -> PrefetchLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

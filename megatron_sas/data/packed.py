@@ -1,0 +1,141 @@
+"""Opening packed data (docs/architecture.md, "Packed data") and refusing what does not fit together."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sas.cli import InputError
+from megatron_sas.data.indexed_dataset import IndexedDataset
+from megatron_sas.files import sha256_file
+
+FORMAT = "megatron_sas packed sequences"
+FORMAT_VERSION = 1
+FILES = ("bin", "idx", "heads.bin", "marks.bin", "relns.bin")
+
+WORD_START = 1  # bits of the marks stream
+SENTENCE_START = 2
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """The tokenizer that made the data, as recorded in the header. `hash` identifies its content, `path` is a hint."""
+
+    path: str
+    hash: str
+    vocab_size: int
+    pad_id: int
+    cls_id: int
+    sep_id: int
+    mask_id: int
+    unk_id: int
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Ids that masking must never select. [UNK] stands for a word, so it is not among them."""
+        return (self.pad_id, self.cls_id, self.sep_id, self.mask_id)
+
+
+class PackedData:
+    """Packed sequences through memory maps: `tokens` (N, S) uint16 or int32, `heads` (N, S) int16, `marks` and `relns`
+    (N, S) uint8.
+
+    Attributes: `header` (the parsed PREFIX.json), `seq_length` S, `num_sequences` N, `relations` (index 0 is ""),
+    `tokenizer` (`TokenizerInfo`), `fingerprint` (SHA-256 of PREFIX.bin). With `heads_name` the heads come from
+    PREFIX.heads-NAME.bin instead, and `heads_header` is its JSON.
+
+    Raises:
+        InputError: a file is missing, has another size than the header says, or the index disagrees with the header.
+    """
+
+    def __init__(self, prefix: str | Path, heads_name: str | None = None) -> None:
+        self.prefix = str(prefix)
+        self.header = _read_json(f"{prefix}.json", "give the --output prefix of a finished tools/preprocess_data.py")
+        self._check_header()
+        shape = (self.num_sequences, self.seq_length)
+        for name in FILES:
+            _check_size(f"{prefix}.{name}", self.header["files"][name]["size"])
+        index = IndexedDataset(prefix)
+        if len(index) != self.num_sequences or not np.all(index.sequence_lengths == self.seq_length):
+            raise InputError(f"{prefix}.idx: does not hold {shape[0]} sequences of {shape[1]} tokens; preprocess again")
+        self.tokens = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r", shape=shape)
+        self.marks = np.memmap(f"{prefix}.marks.bin", dtype=np.uint8, mode="r", shape=shape)
+        self.relns = np.memmap(f"{prefix}.relns.bin", dtype=np.uint8, mode="r", shape=shape)
+        self.heads_name = heads_name
+        self.heads_header: dict[str, Any] | None = None
+        heads_path = f"{prefix}.heads.bin"
+        if heads_name is not None:
+            heads_path = f"{prefix}.heads-{heads_name}.bin"
+            self.heads_header = self._read_heads_header()
+            _check_size(heads_path, 2 * shape[0] * shape[1])
+        self.heads = np.memmap(heads_path, dtype="<i2", mode="r", shape=shape)
+
+    def _check_header(self) -> None:
+        path, header = f"{self.prefix}.json", self.header
+        if header.get("format") != FORMAT:
+            raise InputError(f"{path}: field format is not {FORMAT!r}; this is not the header of packed data")
+        if header.get("version") != FORMAT_VERSION:
+            raise InputError(
+                f"{path}: format version {header.get('version')}, this program reads {FORMAT_VERSION}; preprocess again"
+            )
+        try:
+            self.seq_length = int(header["seq_length"])
+            self.num_sequences = int(header["num_sequences"])
+            self.relations: list[str] = list(header["relations"])
+            self.tokenizer = TokenizerInfo(**header["tokenizer"])
+            self.fingerprint: str = header["files"]["bin"]["sha256"]
+            missing = [name for name in FILES if "size" not in header["files"].get(name, {})]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}: missing or malformed field ({error}); preprocess the text again") from error
+        if missing or self.num_sequences < 1 or self.seq_length < 3:
+            raise InputError(f"{path}: sizes missing or sequence counts out of range; preprocess the text again")
+
+    def _read_heads_header(self) -> dict[str, Any]:
+        path = f"{self.prefix}.heads-{self.heads_name}.json"
+        header = _read_json(path, "make this heads stream with tools/make_control.py")
+        if header.get("base_fingerprint") != self.fingerprint:
+            raise InputError(
+                f"{path}: was made for other tokens than those of {self.prefix}.bin; run tools/make_control.py again"
+            )
+        return header
+
+    def verify(self) -> None:
+        """Compare every file's SHA-256 with the headers (reads it all); `InputError` at the first mismatch."""
+        expected = {f"{self.prefix}.{name}": self.header["files"][name].get("sha256") for name in FILES}
+        if self.heads_header is not None:
+            expected[f"{self.prefix}.heads-{self.heads_name}.bin"] = self.heads_header.get("sha256")
+        for path, digest in expected.items():
+            if sha256_file(path) != digest:
+                raise InputError(f"{path}: content does not match its checksum; copy it anew or preprocess again")
+
+    def __len__(self) -> int:
+        return self.num_sequences
+
+
+def _read_json(path: str, remedy: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; {remedy}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object; {remedy}")
+    return value
+
+
+def _check_size(path: str, size: int) -> None:
+    try:
+        actual = Path(path).stat().st_size
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; copy it beside its header or preprocess again") from None
+    if actual != size:
+        raise InputError(
+            f"{path}: {actual} bytes where the header says {size}; the file is cut off or belongs to other data: "
+            "copy it anew or preprocess again"
+        )
