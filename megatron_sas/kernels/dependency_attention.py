@@ -1,0 +1,107 @@
+"""Dependency attention: one function, one signature, and the backends behind it.
+
+The SAS regularizer needs two entries per token of each attention map: the probability with which a dependent attends
+to its head, and the one with which the head attends to its dependent. A flash kernel never forms the map, but it
+returns `LSE_i = log Σ_j exp(s_ij)`, from which an entry costs one dot product: `p_ij = exp(s_ij - LSE_i)`. `edges.py`
+has the forward and backward of these entries; the backends differ in how they compute the attention around them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_sas.kernels.chunked import chunked_attention
+from megatron_sas.kernels.reference import reference_attention
+from megatron_sas.kernels.sdpa import sdpa_attention, sdpa_refusal
+
+BACKENDS = ("auto", "reference", "sdpa", "chunked")
+
+INTEGER_TYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+
+
+def choose_backend(q: Tensor, dropout_p: float) -> str:
+    """The backend that `auto` takes for inputs like `q`: `sdpa` where torch's flash kernel applies, else `chunked`."""
+    return "sdpa" if sdpa_refusal(q, dropout_p) is None else "chunked"
+
+
+def dependency_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: Tensor | None,
+    *,
+    seqlens: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scaled dot-product attention that also returns the attention probabilities along dependency edges.
+
+    Args:
+        q, k, v: `(batch, heads, seq, head_dim)`, one floating dtype and device.
+        heads: integer `(batch, seq)`; `heads[b, i] = j` means that token i depends on token j, and any value outside
+            `[0, seqlens[b])` that there is no edge. None: plain attention, and None for both probabilities.
+        seqlens: integer `(batch,)`, valid tokens per sequence; later key columns get no attention, edges from or to
+            later tokens do not count, and later rows of `out` are finite but unspecified. None: all valid.
+        dropout_p: probability with which attention probabilities are dropped (inverted dropout); drawn from torch's
+            default generator, the same in forward and backward.
+        scale: factor on the scores; 1/sqrt(head_dim) by default.
+        backend: one of `BACKENDS`.
+
+    Returns:
+        `out` like q; `to_head[b, h, i]` = α[i, heads[i]] and `to_dependent[b, h, i]` = α[heads[i], i], both float32
+        (float64 for float64 inputs) `(batch, heads, seq)`, before dropout, 0 without gradient where there is no edge.
+        All three are differentiable in q, k and v.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or the backend cannot take such inputs.
+    """
+    _check(q, k, v, heads, seqlens, dropout_p, backend)
+    if backend == "auto":
+        backend = choose_backend(q, dropout_p)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    heads = None if heads is None else _valid_heads(heads, seqlens)
+    if backend == "reference":
+        return reference_attention(q, k, v, heads, seqlens, dropout_p, scale)
+    if backend == "sdpa":
+        return sdpa_attention(q, k, v, heads, seqlens, dropout_p, scale)
+    return chunked_attention(q, k, v, heads, seqlens, dropout_p, scale)
+
+
+def _valid_heads(heads: Tensor, seqlens: Tensor | None) -> Tensor:
+    """int64 heads in which every edge that leaves the valid part of its sequence is -1."""
+    heads = heads.to(torch.int64)
+    positions = torch.arange(heads.shape[1], device=heads.device)
+    limit = heads.shape[1] if seqlens is None else seqlens.to(torch.int64)[:, None]
+    valid = (heads >= 0) & (heads < limit) & (positions < limit)
+    return torch.where(valid, heads, -1)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, heads: Tensor | None, seqlens: Tensor | None, dropout_p: float, backend: str
+) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"dependency_attention: unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(
+            f"dependency_attention: q, k, v must share one shape (batch, heads, seq, head_dim), not {shapes}"
+        )
+    if q.dtype != k.dtype or q.dtype != v.dtype or not q.dtype.is_floating_point:
+        raise ValueError(
+            f"dependency_attention: q, k, v must share one floating dtype, not {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    batch, _, seq, _ = q.shape
+    if heads is not None and (tuple(heads.shape) != (batch, seq) or heads.dtype not in INTEGER_TYPES):
+        raise ValueError(
+            f"dependency_attention: heads must be integer {(batch, seq)}, not {heads.dtype} {tuple(heads.shape)}"
+        )
+    if seqlens is not None and (tuple(seqlens.shape) != (batch,) or seqlens.dtype not in INTEGER_TYPES):
+        raise ValueError(
+            f"dependency_attention: seqlens must be integer {(batch,)}, not {seqlens.dtype} {tuple(seqlens.shape)}"
+        )
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dependency_attention: dropout_p must be in [0, 1), not {dropout_p}")

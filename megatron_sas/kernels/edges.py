@@ -1,0 +1,65 @@
+"""Forward and backward of single entries of an attention map, given the logsumexp of its rows.
+
+Token i depends on token j = heads[i]. The entry (i, j) is `to_head[i]`, the entry (j, i) is `to_dependent[i]`.
+With g = p · ∂L/∂p for an entry p = P[r, c], the gradient of the scores is
+
+    dS = P ∘ (dP - δ - t) + [g at the entries],    t_r = Σ of g over the entries in row r,
+
+so a flash backward with δ replaced by δ + t, followed by dq_r += scale · g · k_c and dk_c += scale · g · q_r for each
+entry, is exact (the softmax Jacobian applied to a sparse gradient).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_sas.kernels.reference import accumulation_dtype
+
+
+def rows_at(x: Tensor, heads: Tensor) -> Tensor:
+    """`x[b, h, heads[b, i]]` for x `(B, H, S)` or `(B, H, S, D)`; row 0 where there is no edge."""
+    index = heads.clamp(min=0)[:, None, :].expand(-1, x.shape[1], -1)
+    return x.gather(2, index if x.dim() == 3 else index[..., None].expand(-1, -1, -1, x.shape[3]))
+
+
+def edge_probs(q: Tensor, k: Tensor, lse: Tensor, heads: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`to_head`, `to_dependent` `(B, H, S)` in the accumulation dtype, from q, k `(B, H, S, D)` and lse `(B, H, S)`."""
+    dtype = accumulation_dtype(q.dtype)
+    q, k = q.to(dtype), k.to(dtype)
+    edge = (heads >= 0)[:, None, :]
+    to_head = torch.exp((q * rows_at(k, heads)).sum(-1) * scale - lse)
+    to_dependent = torch.exp((rows_at(q, heads) * k).sum(-1) * scale - rows_at(lse, heads))
+    return torch.where(edge, to_head, 0.0), torch.where(edge, to_dependent, 0.0)
+
+
+def row_sums(g_head: Tensor | None, g_dependent: Tensor | None, heads: Tensor) -> Tensor | None:
+    """t `(B, H, S)`: the sum of g over the entries of each row of the map; None when there is no gradient at all."""
+    if g_dependent is None:
+        return g_head
+    index = heads.clamp(min=0)[:, None, :].expand_as(g_dependent)  # g is 0 where there is no edge
+    total = torch.zeros_like(g_dependent) if g_head is None else g_head.clone()
+    return total.scatter_add_(2, index, g_dependent)
+
+
+def add_entry_gradients_(
+    grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, heads: Tensor, scale: float, g: Tensor, transposed: bool
+) -> None:
+    """Add dq_r += scale·g·k_c and dk_c += scale·g·q_r in place, for the entries (r, c) = (i, heads[i]) or transposed.
+
+    In `max` mode all but one of the L·H maps have g = 0 at any one token, so only the entries with g ≠ 0 are touched.
+    Gradients are contiguous `(B, H, S, D)`; sums over tokens that share a head run in a fixed order.
+    """
+    _, num_heads, seq, dim = q.shape
+    flat = torch.nonzero(g.reshape(-1)).squeeze(1)  # (b·H + h)·S + i
+    if flat.numel() == 0:
+        return
+    batch = torch.div(flat, num_heads * seq, rounding_mode="floor")
+    token = flat % seq
+    other = flat - token + heads[batch, token]  # the same (b, h), row of the head
+    rows, columns = (other, flat) if transposed else (flat, other)
+    weight = (g.reshape(-1)[flat] * scale).to(grad_q.dtype)[:, None]
+    keys = k.reshape(-1, dim)[columns].to(grad_q.dtype)
+    queries = q.reshape(-1, dim)[rows].to(grad_q.dtype)
+    grad_q.view(-1, dim).index_add_(0, rows, weight * keys)
+    grad_k.view(-1, dim).index_add_(0, columns, weight * queries)

@@ -1,0 +1,47 @@
+"""The obvious implementation: form the map, read the entries. For tests and explanations; memory grows with S²."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def key_mask(seqlens: Tensor | None, seq: int, dtype: torch.dtype) -> Tensor | None:
+    """Additive mask `(batch, 1, 1, seq)`: 0 for valid keys, -inf for later ones; an empty sequence keeps its first key,
+
+    so that no row of the softmax is empty and unspecified rows stay finite."""
+    if seqlens is None:
+        return None
+    positions = torch.arange(seq, device=seqlens.device)
+    invalid = positions >= seqlens.to(torch.int64).clamp(min=1)[:, None]
+    mask = torch.zeros(invalid.shape, dtype=dtype, device=seqlens.device).masked_fill_(invalid, float("-inf"))
+    return mask[:, None, None, :]
+
+
+def attention_probs(q: Tensor, k: Tensor, seqlens: Tensor | None, scale: float) -> Tensor:
+    """The whole map α `(batch, heads, seq, seq)`, before dropout, in float32 (float64 for float64 inputs)."""
+    dtype = accumulation_dtype(q.dtype)
+    scores = torch.matmul(q.to(dtype), k.to(dtype).transpose(-1, -2)) * scale
+    mask = key_mask(seqlens, q.shape[2], dtype)
+    return torch.softmax(scores if mask is None else scores + mask, dim=-1)
+
+
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: Tensor | None, seqlens: Tensor | None, dropout_p: float, scale: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See `dependency_attention`; `heads` is int64 with -1 wherever there is no edge."""
+    probs = attention_probs(q, k, seqlens, scale)  # (B, H, S, S)
+    out = torch.matmul(F.dropout(probs, dropout_p), v.to(probs.dtype)).to(q.dtype)
+    if heads is None:
+        return out, None, None
+    index = heads.clamp(min=0)[:, None, :, None].expand(-1, q.shape[1], -1, -1)  # (B, H, S, 1)
+    edge = (heads >= 0)[:, None, :]
+    to_head = torch.where(edge, probs.gather(-1, index).squeeze(-1), 0.0)
+    to_dependent = torch.where(edge, probs.transpose(-1, -2).gather(-1, index).squeeze(-1), 0.0)
+    return out, to_head, to_dependent

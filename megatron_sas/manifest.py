@@ -1,0 +1,63 @@
+"""A directory is whole when its manifest is there and every file has the size and hash that the manifest names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_sas.cli import InputError
+from megatron_sas.files import sha256_file, write_json_atomic
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(directory: str | Path, **metadata: Any) -> None:
+    """Write `manifest.json` last: `metadata`, and size and SHA-256 of every other file of the directory."""
+    directory = Path(directory)
+    files = {
+        str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    write_json_atomic(directory / MANIFEST, {**metadata, "files": files})
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """The manifest of `directory`.
+
+    Raises:
+        InputError: there is none (so the directory was never finished), or it is not one.
+    """
+    path = Path(directory) / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{directory}: has no {MANIFEST}, so it was never finished; use another checkpoint")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest["files"], dict):
+            raise TypeError
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: is damaged; use another checkpoint") from None
+    return manifest
+
+
+def verify_manifest(directory: str | Path, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """Check the named files (default: all) against the manifest and return it.
+
+    Raises:
+        InputError: a file is missing, or has another size or hash.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    for name in manifest["files"] if names is None else names:
+        entry, path = manifest["files"].get(name), directory / name
+        if entry is None or not path.is_file():
+            raise InputError(f"{path}: is missing; use another checkpoint")
+        if path.stat().st_size != entry["size"]:
+            raise InputError(
+                f"{path}: has {path.stat().st_size} bytes, not {entry['size']} as its manifest says; use another checkpoint"
+            )
+        if sha256_file(path) != entry["sha256"]:
+            raise InputError(f"{path}: its SHA-256 differs from the manifest's; use another checkpoint")
+    return manifest

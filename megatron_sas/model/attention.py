@@ -1,0 +1,42 @@
+"""Multi-head self-attention that can hand out its probabilities: along dependency edges, or as whole maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from megatron_sas.kernels import dependency_attention
+from megatron_sas.kernels.reference import attention_probs
+from megatron_sas.model.config import BertConfig
+
+ProbsObserver = Callable[[Tensor], None]
+
+
+class SelfAttention(nn.Module):
+    """One projection to queries, keys and values, dependency attention, one projection back."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout_p = config.attention_dropout
+        self.backend = config.attention_backend
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, x: Tensor, heads: Tensor | None, seqlens: Tensor | None, observer: ProbsObserver | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Output `(B, S, C)`, `to_head` and `to_dependent` `(B, H, S)` (None without `heads`).
+
+        `observer` is called with the whole map `(B, H, S, S)` in float32: for evaluation, never while training.
+        """
+        batch, seq, hidden = x.shape
+        qkv = self.qkv(x).view(batch, seq, 3, self.num_heads, hidden // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, S, D)
+        if observer is not None:
+            observer(attention_probs(q, k, seqlens, q.shape[-1] ** -0.5))
+        out, to_head, to_dependent = dependency_attention(
+            q, k, v, heads, seqlens=seqlens, dropout_p=self.dropout_p if self.training else 0.0, backend=self.backend
+        )
+        return self.output(out.transpose(1, 2).reshape(batch, seq, hidden)), to_head, to_dependent

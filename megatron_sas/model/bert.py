@@ -1,0 +1,159 @@
+"""BERT (Devlin et al. 2019) with a masked-LM head that is evaluated at given positions only.
+
+B sequences, S tokens, C hidden size, H attention heads, V vocabulary, M positions. Post-LN as in the paper; pre-LN as an
+option (then a last LayerNorm closes the encoder). Equal to `transformers.BertForMaskedLM` on the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_sas.model.attention import SelfAttention
+from megatron_sas.model.config import BertConfig
+
+AttentionObserver = Callable[[int, Tensor], None]
+
+
+@dataclass
+class BertOutput:
+    """What a forward returns; `to_head` and `to_dependent` have one `(B, H, S)` entry per layer."""
+
+    hidden: Tensor  # (B, S, C)
+    logits: Tensor | None  # (M, V)
+    to_head: tuple[Tensor, ...]
+    to_dependent: tuple[Tensor, ...]
+
+
+class Embeddings(nn.Module):
+    """Word + position + token-type embeddings, LayerNorm, dropout."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.word = nn.Embedding(config.padded_vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """`(B, S)` ids to `(B, S, C)`; every token has type 0 (masked LM without sentence pairs)."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        types = torch.zeros(1, dtype=torch.int64, device=input_ids.device)
+        return self.dropout(self.norm(self.word(input_ids) + self.position(positions) + self.token_type(types)))
+
+
+class Layer(nn.Module):
+    """One transformer layer, post-LN or pre-LN."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.pre_norm = config.norm_placement == "pre"
+        self.attention = SelfAttention(config)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        heads: Tensor | None,
+        seqlens: Tensor | None,
+        observer: Callable[[Tensor], None] | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """`(B, S, C)` to `(B, S, C)`, and the attention's two edge probabilities."""
+        normed = self.attention_norm(x) if self.pre_norm else x
+        attended, to_head, to_dependent = self.attention(normed, heads, seqlens, observer)
+        x = x + self.dropout(attended)
+        if not self.pre_norm:
+            x = self.attention_norm(x)
+        normed = self.mlp_norm(x) if self.pre_norm else x
+        x = x + self.dropout(self.down(F.gelu(self.up(normed))))
+        return x if self.pre_norm else self.mlp_norm(x), to_head, to_dependent
+
+
+class LMHead(nn.Module):
+    """Dense, GELU, LayerNorm and the decoder, whose matrix is the word embedding."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.vocab_size = config.vocab_size
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.padded_vocab_size))
+
+    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        """`(M, C)` to logits `(M, V)`; the padded rows are cut off, which equals -inf in a softmax over them."""
+        hidden = self.norm(F.gelu(self.dense(hidden)))
+        return F.linear(hidden, embedding, self.bias)[:, : self.vocab_size]
+
+
+class Bert(nn.Module):
+    """A BERT encoder with its masked-LM head."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.final_norm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            if config.norm_placement == "pre"
+            else nn.Identity()
+        )
+        self.head = LMHead(config)
+        self.apply(self._initialize)
+
+    def _initialize(self, module: nn.Module) -> None:
+        """Hugging Face's initialisation: normal weights and embeddings, zero biases, zero padding row."""
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if module.padding_idx is not None:
+                with torch.no_grad():
+                    module.weight[module.padding_idx].zero_()
+                    module.weight[self.config.vocab_size :].zero_()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        heads: Tensor | None = None,
+        seqlens: Tensor | None = None,
+        masked_positions: Tensor | None = None,
+        attention_observer: AttentionObserver | None = None,
+    ) -> BertOutput:
+        """Run the encoder, and the head at `masked_positions`.
+
+        Args:
+            input_ids: int64 `(B, S)`.
+            heads: int64 `(B, S)` dependency heads, -1 = none; None: no edge probabilities.
+            seqlens: int64 `(B,)` valid lengths; None: all of S.
+            masked_positions: int64 `(M,)`, flat indices into B·S; None: no logits.
+            attention_observer: called once per layer with (layer, map `(B, H, S, S)` in float32, before dropout).
+        """
+        x = self.embeddings(input_ids)
+        to_head, to_dependent = [], []
+        for index, layer in enumerate(self.layers):
+            observer = None if attention_observer is None else _bind(attention_observer, index)
+            x, layer_to_head, layer_to_dependent = layer(x, heads, seqlens, observer)
+            if layer_to_head is not None:
+                to_head.append(layer_to_head)
+                to_dependent.append(layer_to_dependent)
+        x = self.final_norm(x)
+        logits = None
+        if masked_positions is not None:
+            logits = self.head(x.reshape(-1, x.shape[-1])[masked_positions], self.embeddings.word.weight)
+        return BertOutput(x, logits, tuple(to_head), tuple(to_dependent))
+
+
+def _bind(observer: AttentionObserver, layer: int) -> Callable[[Tensor], None]:
+    return lambda probs: observer(layer, probs)

@@ -1,0 +1,165 @@
+"""Weights and configuration to and from `transformers.BertForMaskedLM`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_sas.cli import InputError
+from megatron_sas.model.config import BertConfig
+
+# Ours -> Hugging Face's. The query, key and value projections, which we keep as one, are handled separately.
+OUTSIDE_LAYERS = {
+    "embeddings.word.weight": "bert.embeddings.word_embeddings.weight",
+    "embeddings.position.weight": "bert.embeddings.position_embeddings.weight",
+    "embeddings.token_type.weight": "bert.embeddings.token_type_embeddings.weight",
+    "embeddings.norm.weight": "bert.embeddings.LayerNorm.weight",
+    "embeddings.norm.bias": "bert.embeddings.LayerNorm.bias",
+    "head.dense.weight": "cls.predictions.transform.dense.weight",
+    "head.dense.bias": "cls.predictions.transform.dense.bias",
+    "head.norm.weight": "cls.predictions.transform.LayerNorm.weight",
+    "head.norm.bias": "cls.predictions.transform.LayerNorm.bias",
+    "head.bias": "cls.predictions.bias",
+}
+INSIDE_LAYER = {
+    "attention.output": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "mlp_norm": "output.LayerNorm",
+}
+PADDED = ("embeddings.word.weight", "head.bias")
+TIED_DECODER = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
+UNUSED_BY_MASKED_LM = {
+    "bert.embeddings.position_ids",
+    "bert.pooler.dense.weight",
+    "bert.pooler.dense.bias",
+    "cls.seq_relationship.weight",
+    "cls.seq_relationship.bias",
+}
+
+
+def _names(num_layers: int) -> dict[str, str]:
+    """Every parameter that maps one to one, ours -> theirs."""
+    names = dict(OUTSIDE_LAYERS)
+    for layer in range(num_layers):
+        for ours, theirs in INSIDE_LAYER.items():
+            for kind in ("weight", "bias"):
+                names[f"layers.{layer}.{ours}.{kind}"] = f"bert.encoder.layer.{layer}.{theirs}.{kind}"
+    return names
+
+
+def to_hf_state(state: dict[str, Tensor], config: BertConfig) -> dict[str, Tensor]:
+    """Our state dict as Hugging Face's, without the padded vocabulary rows and the tied decoder.
+
+    Raises:
+        InputError: the model is pre-LN, which BertForMaskedLM cannot express.
+    """
+    if config.norm_placement != "post":
+        raise InputError("model.norm_placement: Hugging Face's BERT is post-LN; a pre-LN model cannot be exported")
+    result = {}
+    for ours, theirs in _names(config.num_layers).items():
+        value = state[ours]
+        result[theirs] = (value[: config.vocab_size] if ours in PADDED else value).contiguous()
+    for layer in range(config.num_layers):
+        for kind in ("weight", "bias"):
+            parts = state[f"layers.{layer}.attention.qkv.{kind}"].chunk(3)
+            for name, part in zip(("query", "key", "value"), parts, strict=True):
+                result[f"bert.encoder.layer.{layer}.attention.self.{name}.{kind}"] = part.contiguous()
+    return result
+
+
+def from_hf_state(hf_state: dict[str, Tensor], config: BertConfig) -> dict[str, Tensor]:
+    """Hugging Face's state dict as ours; the vocabulary is padded with zero rows.
+
+    Raises:
+        InputError: parameters are missing, or there are some that a masked LM does not have.
+    """
+    # Checkpoints converted from TensorFlow name the LayerNorm parameters gamma and beta.
+    hf_state = {n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): t
+                for n, t in hf_state.items()}  # fmt: skip
+    names = _names(config.num_layers)
+    qkv = {
+        f"layers.{layer}.attention.qkv.{kind}": [
+            f"bert.encoder.layer.{layer}.attention.self.{name}.{kind}" for name in ("query", "key", "value")
+        ]
+        for layer in range(config.num_layers)
+        for kind in ("weight", "bias")
+    }
+    wanted = set(names.values()) | {name for group in qkv.values() for name in group}
+    missing = sorted(wanted - set(hf_state))
+    unknown = sorted(set(hf_state) - wanted - TIED_DECODER - UNUSED_BY_MASKED_LM)
+    if missing or unknown:
+        raise InputError(
+            f"not the weights of a BertForMaskedLM with {config.num_layers} layers: missing {missing[:3] or 'nothing'}, "
+            f"unexpected {unknown[:3] or 'nothing'}"
+        )
+    decoder = hf_state.get("cls.predictions.decoder.weight")
+    if decoder is not None and not torch.equal(decoder, hf_state["bert.embeddings.word_embeddings.weight"]):
+        raise InputError("the decoder is not tied to the word embedding; this project's models tie them")
+    state = {ours: hf_state[theirs] for ours, theirs in names.items()}
+    for name in PADDED:
+        padding = torch.zeros(config.padded_vocab_size - config.vocab_size, *state[name].shape[1:])
+        state[name] = torch.cat([state[name], padding.to(state[name].dtype)])
+    for ours, theirs in qkv.items():
+        state[ours] = torch.cat([hf_state[name] for name in theirs])
+    return state
+
+
+def to_hf_config(config: BertConfig) -> dict[str, Any]:
+    """The fields of a Hugging Face `BertConfig` (config.json) for our configuration."""
+    return {
+        "architectures": ["BertForMaskedLM"],
+        "model_type": "bert",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": config.hidden_dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "max_position_embeddings": config.max_position_embeddings,
+        "type_vocab_size": config.type_vocab_size,
+        "initializer_range": config.initializer_range,
+        "layer_norm_eps": config.layer_norm_eps,
+        "pad_token_id": config.pad_token_id,
+        "position_embedding_type": "absolute",
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+    }
+
+
+def from_hf_config(values: dict[str, Any], where: str) -> BertConfig:
+    """Our configuration from the fields of a Hugging Face config.json found at `where` (for messages).
+
+    Raises:
+        InputError: another architecture, activation or kind of position embedding.
+    """
+    if values.get("model_type") != "bert":
+        raise InputError(f"{where}: model_type is {values.get('model_type')!r}; only 'bert' can be read")
+    for field, accepted in (
+        ("hidden_act", ("gelu",)),
+        ("position_embedding_type", ("absolute",)),
+        ("is_decoder", (False,)),
+        ("tie_word_embeddings", (True,)),
+    ):
+        if values.get(field, accepted[0]) not in accepted:
+            raise InputError(f"{where}: {field} is {values[field]!r}; only {accepted[0]!r} can be read")
+    defaults = BertConfig()
+    return BertConfig(
+        num_layers=values.get("num_hidden_layers", defaults.num_layers),
+        hidden_size=values.get("hidden_size", defaults.hidden_size),
+        num_heads=values.get("num_attention_heads", defaults.num_heads),
+        intermediate_size=values.get("intermediate_size", defaults.intermediate_size),
+        vocab_size=values.get("vocab_size", defaults.vocab_size),
+        max_position_embeddings=values.get("max_position_embeddings", defaults.max_position_embeddings),
+        type_vocab_size=values.get("type_vocab_size", defaults.type_vocab_size),
+        hidden_dropout=values.get("hidden_dropout_prob", defaults.hidden_dropout),
+        attention_dropout=values.get("attention_probs_dropout_prob", defaults.attention_dropout),
+        layer_norm_eps=values.get("layer_norm_eps", defaults.layer_norm_eps),
+        initializer_range=values.get("initializer_range", defaults.initializer_range),
+        pad_token_id=values.get("pad_token_id", 0) or 0,
+    )

@@ -1,0 +1,91 @@
+"""The module that is trained: BERT, the masked-LM loss and the SAS term in one forward, as DeepSpeed wants it.
+
+DeepSpeed divides what it is given by the accumulation steps A and averages gradients over the W ranks. With N masked
+tokens in the *global* batch of G sequences, the objective
+
+    Σ over masked tokens / N  +  λ · Σ over sequences of R / G          (reduction "sequence")
+
+is therefore handed over as local sums times W·A/N and W·A/G, which makes it independent of W and A. The reduction "sum"
+is the paper's code: R summed over the micro-batch, averaged over ranks and accumulation steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_sas.model.bert import Bert
+from megatron_sas.objective.sas import sas_term
+
+REDUCTIONS = ("sequence", "sum")
+
+
+@dataclass(frozen=True)
+class SasObjective:
+    """The settings of the SAS term (see `sas.py` and the reductions above)."""
+
+    mode: str = "max"
+    p: float = 1.0
+    directions: str = "both"
+    reduction: str = "sequence"
+
+
+@dataclass
+class LossParts:
+    """One micro-batch's objective. The sums are float32 scalars without gradient."""
+
+    loss: Tensor  # scaled, to be passed to `engine.backward`
+    mlm_sum: Tensor  # Σ over masked tokens of -log p
+    sas_sum: Tensor | None  # Σ over sequences of R; None when it was not computed
+
+
+class MaskedLMWithSas(nn.Module):
+    """BERT and its objective."""
+
+    def __init__(self, bert: Bert, sas: SasObjective) -> None:
+        super().__init__()
+        self.bert = bert
+        self.sas = sas
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        masked_positions: Tensor,
+        labels: Tensor,
+        heads: Tensor | None,
+        *,
+        mlm_scale: Tensor | float,
+        sas_scale: float,
+    ) -> LossParts:
+        """The loss of a micro-batch.
+
+        Args:
+            input_ids: int64 `(B, S)`.
+            masked_positions, labels: int64 `(M,)`, flat indices into B·S and the original tokens there.
+            heads: int64 `(B, S)`; None: the SAS term is not computed.
+            mlm_scale: W·A/N (a tensor: N is all-reduced on the device), see above.
+            sas_scale: λ times W·A/G, or λ alone for the reduction "sum"; 0: the term is computed but has no gradient.
+        """
+        output = self.bert(input_ids, heads=heads, masked_positions=masked_positions)
+        mlm_sum = mlm_loss_sum(output.logits, labels)
+        loss, sas_sum = mlm_sum * mlm_scale, None
+        if heads is not None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and sas_scale != 0.0):
+                sas_sum = sas_term(
+                    output.to_head,
+                    output.to_dependent,
+                    mode=self.sas.mode,
+                    p=self.sas.p,
+                    directions=self.sas.directions,
+                ).sum()
+            if sas_scale != 0.0:
+                loss = loss + sas_sum * sas_scale
+        return LossParts(loss, mlm_sum.detach(), None if sas_sum is None else sas_sum.detach())
+
+
+def mlm_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Σ over M positions of -log softmax(logits)[label], in float32, from logits `(M, V)` and labels `(M,)`."""
+    return F.cross_entropy(logits.float(), labels, reduction="sum")

@@ -1,0 +1,57 @@
+"""The SAS regularizer: how much single heads attend along dependency edges (Chen et al., ICLR 2024, section 3).
+
+E = {(i, heads[i])} are the edges of a sequence; α[l, h, i, j] the attention probabilities before dropout.
+
+    max      R = Σ_E max_{l,h} α[l,h,i,j] + Σ_E max_{l,h} α[l,h,j,i]            (the paper's)
+    uniform  R = (Σ_{E,l,h} α[l,h,i,j]^p)^{1/p} + (Σ_{E,l,h} α[l,h,j,i]^p)^{1/p}
+
+The directions take their maxima separately and either can be switched off. The paper's code reads probabilities after
+attention dropout; here they are those before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MODES = ("max", "uniform")
+DIRECTIONS = ("both", "to_head", "to_dependent")
+
+
+def sas_term(
+    to_head: Sequence[Tensor],
+    to_dependent: Sequence[Tensor],
+    *,
+    mode: str = "max",
+    p: float = 1.0,
+    directions: str = "both",
+) -> Tensor:
+    """R of every sequence, `(B,)` in the probabilities' dtype.
+
+    Args:
+        to_head, to_dependent: one `(B, H, S)` per layer, 0 where there is no edge (as `dependency_attention` returns).
+        mode: "max" or "uniform".
+        p: exponent of `uniform`, at least 1.
+        directions: "both", "to_head" (dependents to heads only) or "to_dependent" (heads to dependents only).
+    """
+    parts = []
+    if directions in ("both", "to_head"):
+        parts.append(_one_direction(to_head, mode, p))
+    if directions in ("both", "to_dependent"):
+        parts.append(_one_direction(to_dependent, mode, p))
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def _one_direction(probs: Sequence[Tensor], mode: str, p: float) -> Tensor:
+    stacked = torch.cat(tuple(probs), dim=1)  # (B, L·H, S), layer by layer
+    if mode == "max":
+        # argmax returns the first of equal maxima, so ties go to the lowest (layer, head); amax would share the gradient.
+        winner = stacked.detach().argmax(dim=1, keepdim=True)
+        return stacked.gather(1, winner).squeeze(1).sum(dim=1)
+    if p == 1.0:
+        return stacked.sum(dim=(1, 2))
+    total = stacked.pow(p).sum(dim=(1, 2))
+    positive = total > 0  # the p-th root has an infinite slope at 0: sequences without edges take another branch
+    return torch.where(positive, torch.where(positive, total, 1.0).pow(1.0 / p), 0.0)
