@@ -1,0 +1,387 @@
+"""The configuration of a run: one YAML file and `--section.field value` overrides, typed and checked as a whole.
+
+The YAML owns batch sizes, precision, clipping and the optimizer. A DeepSpeed JSON may tune DeepSpeed's own machinery
+(see `engine/deepspeed_config.py`), and nothing is said in two places.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import typing
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from megatron_sas.cli import InputError
+from megatron_sas.model.config import SIZES, BertConfig
+from megatron_sas.objective.pretraining import SasObjective
+from megatron_sas.objective.schedule import Stage, check_stages
+
+FAULT_SEPARATOR = "\x1f"
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown fields are errors, values are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    def faults(self) -> list[str]:
+        """What is wrong between the fields of this section; each begins with the field's name."""
+        return []
+
+    @model_validator(mode="after")
+    def _report_faults(self) -> Section:
+        if faults := self.faults():
+            raise ValueError(FAULT_SEPARATOR.join(faults))
+        return self
+
+
+class RunSection(Section):
+    """Where a run lives and how it is repeated."""
+
+    output_dir: str = Field(description="directory of the run: configuration, metrics, checkpoints")
+    seed: int = Field(1234, description="initial weights, sample order, masks and dropout are functions of it", ge=0)
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: continue from the newest checkpoint in output_dir; never: output_dir must be new"
+    )
+
+
+class ModelSection(Section):
+    """The architecture: a named size, and fields that replace its own."""
+
+    size: Literal["tiny", "mini", "small", "medium", "base", "large"] = Field("base", description="named size")
+    num_layers: int | None = Field(None, description="instead of the size's", ge=1)
+    hidden_size: int | None = Field(None, description="instead of the size's", ge=1)
+    num_heads: int | None = Field(None, description="instead of the size's", ge=1)
+    intermediate_size: int | None = Field(None, description="instead of the size's", ge=1)
+    max_position_embeddings: int = Field(512, description="longest sequence the model can take", ge=3)
+    norm_placement: Literal["post", "pre"] = Field("post", description="LayerNorm after (BERT) or before each block")
+    hidden_dropout: float = Field(0.1, description="dropout of embeddings and block outputs", ge=0, lt=1)
+    attention_dropout: float = Field(0.1, description="dropout of attention probabilities; use 0 on CPU", ge=0, lt=1)
+    attention_backend: Literal["auto", "reference", "sdpa", "chunked"] = Field(
+        "auto", description="kernel behind dependency attention"
+    )
+
+    def dimensions(self) -> dict[str, int]:
+        """Layers, hidden size, heads and intermediate size: the named size's, or what replaces them."""
+        return {name: getattr(self, name) or value for name, value in SIZES[self.size].items()}
+
+    def faults(self) -> list[str]:
+        """The hidden size must divide among the heads."""
+        size = self.dimensions()
+        if size["hidden_size"] % size["num_heads"]:
+            return [f"hidden_size: {size['hidden_size']} is not a multiple of num_heads {size['num_heads']}"]
+        return []
+
+
+class DataSection(Section):
+    """Packed data, as written by tools/preprocess_data.py."""
+
+    train: str = Field(description="prefix of the training data")
+    validation: str | None = Field(None, description="prefix of the validation data")
+    tokenizer: str | None = Field(None, description="vocabulary or directory; default: the one named by the data")
+    mask_prob: float = Field(0.15, description="probability with which a token is masked", gt=0, lt=1)
+    heads: str | None = Field(None, description="name of a control made by tools/make_control.py instead of the parses")
+
+
+class SasSection(Section):
+    """The SAS regularizer: loss = MLM + λ·R. λ > 0 suppresses syntactic attention, λ < 0 promotes it."""
+
+    schedule: tuple[Stage, ...] = Field(
+        (), description="λ by completed updates: a number, or stages {start, end, value[, end_value]}; default 0"
+    )
+    mode: Literal["max", "uniform"] = Field("max", description="R: best (layer, head) per edge, or all of them")
+    p: float = Field(1.0, description="exponent of mode uniform", ge=1)
+    directions: Literal["both", "to_head", "to_dependent"] = Field("both", description="attention that counts")
+    reduction: Literal["sequence", "sum"] = Field(
+        "sequence", description="mean over the global batch, or the paper's sum over the micro-batch"
+    )
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _number_is_a_constant(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return ({"start": 0, "value": float(value)},) if value else ()
+        return value
+
+    def faults(self) -> list[str]:
+        """Stages must be well-formed and must not overlap."""
+        return [f"schedule: {fault}" for fault in check_stages(self.schedule)]
+
+
+class TrainSection(Section):
+    """Optimization. Gradient accumulation is derived: global_batch_size / (micro_batch_size × processes)."""
+
+    steps: int = Field(description="updates", ge=1)
+    global_batch_size: int = Field(256, description="sequences per update", ge=1)
+    micro_batch_size: int = Field(description="sequences per forward on one device", ge=1)
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="arithmetic of the model; weights are kept in fp32")
+    learning_rate: float = Field(1e-4, description="peak", gt=0)
+    warmup_steps: int = Field(10_000, description="linear warm-up", ge=0)
+    decay_horizon: int = Field(1_000_000, description="step at which the linear decay would reach 0", ge=1)
+    weight_decay: float = Field(0.0, description="AdamW, not on biases and LayerNorms", ge=0)
+    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW")
+    adam_eps: float = Field(1e-8, description="AdamW", gt=0)
+    grad_clip: float = Field(1.0, description="largest global gradient norm; 0: no clipping", ge=0)
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO: what is sharded over processes")
+    deepspeed_config: str | None = Field(None, description="DeepSpeed JSON for what this file does not own")
+
+    def faults(self) -> list[str]:
+        """Batch sizes must divide, and the run must end before the learning rate does."""
+        faults = []
+        if self.global_batch_size % self.micro_batch_size:
+            faults.append(
+                f"global_batch_size: {self.global_batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size}"
+            )
+        if self.warmup_steps >= self.decay_horizon:
+            faults.append(f"warmup_steps: {self.warmup_steps} is not before decay_horizon {self.decay_horizon}")
+        if self.steps > self.decay_horizon:
+            faults.append(f"steps: {self.steps} is beyond decay_horizon {self.decay_horizon}, where lr reaches 0")
+        return faults
+
+
+class When(Section):
+    """A set of completed updates: step 0, the last, every `every`, and every `dense_every` until `dense_until`."""
+
+    every: int | None = Field(None, description="regular interval; none: only the first and last step", ge=1)
+    dense_every: int | None = Field(None, description="interval of the early, dense part", ge=1)
+    dense_until: int = Field(0, description="where the dense part ends (included)", ge=0)
+    at: tuple[int, ...] = Field((), description="further steps")
+
+    def faults(self) -> list[str]:
+        """The dense part needs an interval and an end."""
+        if (self.dense_every is None) != (self.dense_until == 0):
+            return ["dense_every: needs dense_until, and the other way round"]
+        return []
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Whether `step` belongs to the set, for a run that ends at `last_step`."""
+        return (
+            step in (0, last_step)
+            or step in self.at
+            or (self.every is not None and step % self.every == 0)
+            or (self.dense_every is not None and step <= self.dense_until and step % self.dense_every == 0)
+        )
+
+
+class CheckpointSection(When):
+    """When complete checkpoints are written."""
+
+
+class EvaluationSection(When):
+    """When and on what the model is evaluated while it trains."""
+
+    treebank: str | None = Field(None, description="CoNLL-U or JSON lines for UAS")
+    treebank_sentences: int | None = Field(None, description="use the first so many sentences", ge=1)
+    blimp: str | None = Field(None, description="directory of minimal pairs (*.jsonl)")
+    blimp_pairs_per_set: int | None = Field(None, description="use the first so many pairs of each set", ge=1)
+    blimp_metric: Literal["pll", "within_word_l2r"] = Field("pll", description="how a sentence is scored")
+    validation_sequences: int = Field(256, description="sequences of data.validation for the MLM loss", ge=1)
+    batch_tokens: int = Field(16_384, description="tokens per evaluation forward", ge=1)
+    max_time_share: float = Field(0.25, description="evaluations are thinned out beyond this share of time", gt=0, lt=1)
+
+
+class LoggingSection(Section):
+    """Records of every step; they are read off the device and written every `every` steps."""
+
+    every: int = Field(10, description="steps between writes", ge=1)
+    tensorboard: bool = Field(True, description="also write TensorBoard files")
+
+
+class Config(Section):
+    """Everything that defines a run."""
+
+    run: RunSection
+    model: ModelSection = ModelSection()
+    data: DataSection
+    sas: SasSection = SasSection()
+    train: TrainSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    logging: LoggingSection = LoggingSection()
+
+    def bert_config(self, vocab_size: int, pad_token_id: int) -> BertConfig:
+        """The architecture, for a vocabulary."""
+        model = self.model
+        return replace(
+            BertConfig(**model.dimensions()),
+            vocab_size=vocab_size,
+            pad_token_id=pad_token_id,
+            max_position_embeddings=model.max_position_embeddings,
+            hidden_dropout=model.hidden_dropout,
+            attention_dropout=model.attention_dropout,
+            norm_placement=model.norm_placement,
+            attention_backend=model.attention_backend,
+        )
+
+    def sas_objective(self) -> SasObjective:
+        """The settings of the SAS term."""
+        return SasObjective(self.sas.mode, self.sas.p, self.sas.directions, self.sas.reduction)
+
+    def to_yaml(self) -> str:
+        """YAML that `load_config` reads back to an equal configuration."""
+        values = self.model_dump(mode="json")
+        values["sas"]["schedule"] = [
+            {name: value for name, value in asdict(stage).items() if value is not None} for stage in self.sas.schedule
+        ]
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply overrides (`--section.field value` or `--section.field=value`), and check everything.
+
+    Raises:
+        InputError: with every fault found, one per line.
+    """
+    values = read_yaml(path)
+    faults = _apply_overrides(values, overrides)
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        faults += [fault for detail in error.errors() for fault in _describe(detail)]
+        raise InputError(_message(path, faults)) from None
+    if faults:
+        raise InputError(_message(path, faults))
+    return config
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        InputError: no such file, not YAML, or not a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; see examples/ for configurations to start from") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not UTF-8 text; give a YAML configuration") from None
+    try:
+        values = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: is not valid YAML ({getattr(error, 'problem', error)})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must be a mapping of sections (run, model, data, …)")
+    return values
+
+
+def help_text() -> str:
+    """Every field with its type, default and meaning, for `--help`."""
+    lines = ["Fields (in the YAML file, or as --section.field value):"]
+    for section, info in Config.model_fields.items():
+        lines.append(f"\n{section}: {(info.annotation.__doc__ or '').strip().splitlines()[0]}")
+        for name, field in info.annotation.model_fields.items():
+            default = "required" if field.is_required() else f"default {_show(field.default)}"
+            lines.append(f"  {section}.{name} ({_type_name(field.annotation)}; {default})\n      {field.description}")
+    return "\n".join(lines)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and refuses duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Write the overrides into `values`; returns what is wrong with them."""
+    faults, rest = [], list(overrides)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, text = argument.partition("=")
+        if not name.startswith("--") or name.count(".") != 1:
+            faults.append(f"{argument}: not an override; write --section.field value")
+            continue
+        if not equals:
+            if not rest:
+                faults.append(f"{name}: has no value")
+                continue
+            text = rest.pop(0)
+        section, field = name[2:].split(".")
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError:
+            faults.append(f"{name}: {text!r} is not a YAML value")
+            continue
+        target = values.setdefault(section, {})
+        if target is None:
+            target = values[section] = {}
+        if isinstance(target, dict):
+            target[field.replace("-", "_")] = value
+    return faults
+
+
+def _describe(detail: dict[str, Any]) -> list[str]:
+    """One pydantic fault as phrases: where, what, and for typos what was probably meant."""
+    location = [str(part) for part in detail["loc"]]
+    where = ".".join(location)
+    if detail["type"] == "value_error":  # from `Section.faults`
+        return [f"{where}.{fault}" for fault in str(detail["ctx"]["error"]).split(FAULT_SEPARATOR)]
+    if detail["type"] == "missing":
+        return [f"{where}: is required"]
+    if detail["type"] == "extra_forbidden":
+        known = list(Config.model_fields)
+        if len(location) > 1 and location[0] in Config.model_fields:
+            known = list(Config.model_fields[location[0]].annotation.model_fields)
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        return [f"{where}: unknown field; " + (f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}")]
+    return [f"{where}: {detail['msg'][0].lower()}{detail['msg'][1:]}, not {detail['input']!r}"]
+
+
+def _message(path: str | Path, faults: list[str]) -> str:
+    if len(faults) == 1:
+        return f"{path}: {faults[0]}"
+    return f"{path}: {len(faults)} faults:\n" + "\n".join(f"  {fault}" for fault in faults)
+
+
+def _show(value: Any) -> str:
+    return "none" if value is None or value == () else str(value)
+
+
+def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return "|".join(str(value) for value in typing.get_args(annotation))
+    if annotation in (str, int, float, bool):
+        return annotation.__name__
+    if type(None) in typing.get_args(annotation):
+        return " or ".join(_type_name(part) for part in typing.get_args(annotation) if part is not type(None))
+    return "list"
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The command line of `pretrain_mlm.py`: `--config FILE` and overrides.
+
+    `--local_rank` is what the `deepspeed` launcher appends; the environment says the same.
+    """
+    parser = argparse.ArgumentParser(
+        description="Pretrain a BERT masked language model while watching and steering Syntactic Attention Structure. "
+        "Start it with deepspeed, torchrun, srun (one task per device) or plain python.",
+        epilog=help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE.yaml", help="configuration; see examples/")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_known_args(arguments)
