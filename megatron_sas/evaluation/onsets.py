@@ -55,8 +55,8 @@ def break_point(steps: Sequence[float], values: Sequence[float], delta: float, s
 
     `steps` need not be sorted or evenly spaced; points that are not finite are left out. `sign` -1 looks for the
     strongest downward bend (losses). Between the knots s_k and s_k ± Δ the objective is linear in t, so its maximum
-    over all t with t ± Δ in range is attained at one of them; of equal maxima the first counts. Raises `ValueError` for a Δ
-    that is not positive, a sign other than ±1 or lengths that differ.
+    over all t with t ± Δ in range is attained at one of them; of equal maxima the first counts. Raises `ValueError` for
+    a Δ that is not positive, a sign other than ±1 or lengths that differ.
     """
     if not delta > 0:
         raise ValueError(f"delta is {delta}; it must be positive")
