@@ -1,0 +1,314 @@
+"""Words of the toy language: eight classes of things, what can be said of each, and how the words are spelled and cut.
+
+Selection is what makes syntax pay for a language model: an adjective, a verb or an adverb fits the words of one class
+only, so whoever knows which word a masked word depends on, and nothing less, can narrow it down. The classes therefore
+belong to the edges of a tree, not to a sentence: the subject and the object of a verb are of different classes.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+SINGULAR, PLURAL = 0, 1
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+class WordClass(NamedTuple):
+    """One class of things: its nouns, and the words that select it. `objects` maps a class to the verbs that take it
+    as object."""
+
+    nouns: str
+    adjectives: str
+    adverbs: str
+    intransitive: str
+    objects: dict[str, str]
+
+
+# Lists are in order of frequency. No inflected form occurs twice in the language (tested), so a form determines its
+# word.
+CLASSES: dict[str, WordClass] = {
+    "person": WordClass(
+        "doctor teacher farmer baker lawyer sailor soldier singer painter writer dancer artist barber butcher "
+        "carpenter cashier chemist clerk dentist editor grocer janitor gardener officer librarian magician mechanic "
+        "merchant electrician poet",
+        "clever honest polite lazy famous nervous generous patient jealous proud stubborn humble",
+        "happily sadly eagerly kindly",
+        "laugh smile complain hesitate apologize whisper snore retire",
+        {"instrument": "play tune borrow purchase practice strum", "food": "cook taste serve chop season swallow"},
+    ),
+    "animal": WordClass(
+        "dog cat horse cow goat rabbit tiger lion zebra camel donkey monkey eagle owl parrot pigeon raven beaver "
+        "otter badger squirrel lizard turtle dolphin penguin hamster hedgehog leopard gorilla kangaroo",
+        "furry hungry tame wild fierce playful timid agile striped sleepy nocturnal ferocious",
+        "wildly silently fearlessly cunningly",
+        "growl yawn bark howl crouch gallop pounce hibernate",
+        {"plant": "nibble trample sniff chew munch uproot", "person": "chase follow bite frighten lick startle"},
+    ),
+    "plant": WordClass(
+        "tree rose tulip fern oak maple willow orchid daisy shrub vine poplar birch pine thistle nettle clover "
+        "violet elm cedar lilac reed hedge magnolia sunflower dandelion juniper marigold sycamore daffodil",
+        "leafy thorny fragrant evergreen withered tropical blooming mossy lush tangled pruned barren",
+        "slowly gradually seasonally abundantly",
+        "grow wilt sprout wither ripen droop sway blossom",
+        {
+            "building": "cover surround overgrow adorn conceal encircle",
+            "animal": "feed shelter poison attract entangle nourish",
+        },
+    ),
+    "food": WordClass(
+        "apple carrot onion sandwich biscuit pancake lemon sausage burger muffin noodle cookie pudding pickle banana "
+        "cherry melon plum pear peach olive almond peanut pastry pizza turnip pumpkin dumpling omelette casserole",
+        "salty ripe spicy stale crunchy sour bitter delicious roasted tasty frozen greasy",
+        "quickly thoroughly unevenly partially",
+        "rot melt sizzle spoil crumble simmer ferment harden",
+        {"person": "delight please sicken disgust tempt satisfy", "tool": "stain clog coat smear soak contaminate"},
+    ),
+    "tool": WordClass(
+        "hammer shovel ladder drill bucket needle kettle lantern pencil basket mirror candle blanket razor broom "
+        "sponge bottle wrench chisel funnel magnet lever pulley anvil rake spade telescope screwdriver wheelbarrow "
+        "calculator",
+        "rusty sturdy dusty blunt heavy wooden broken portable handy fragile polished magnetic",
+        "suddenly abruptly repeatedly accidentally",
+        "break rattle snap glow jam shatter vibrate malfunction",
+        {"vehicle": "dent fasten scrape stabilize puncture lubricate", "food": "cut slice crush peel grind mash"},
+    ),
+    "vehicle": WordClass(
+        "truck bus tractor scooter wagon tram ferry canoe yacht rocket van taxi glider trolley raft kayak sled barge "
+        "cart jeep lorry carriage tanker steamer bicycle submarine helicopter ambulance locomotive bulldozer",
+        "speedy noisy electric crowded armored rented stolen parked sluggish gleaming overloaded streamlined",
+        "smoothly dangerously sharply noiselessly",
+        "crash accelerate swerve skid depart stall arrive overheat",
+        {"building": "reach pass approach ram damage demolish", "plant": "flatten avoid scatter splash topple destroy"},
+    ),
+    "building": WordClass(
+        "house tower castle church hotel library theater museum temple cottage barn factory palace chapel mansion "
+        "stadium prison tavern school college garage embassy brewery bakery pagoda windmill warehouse lighthouse "
+        "cathedral skyscraper",
+        "ancient spacious gloomy majestic vacant haunted modern ruined narrow marble renovated towering",
+        "visibly officially permanently temporarily",
+        "close burn collapse reopen decay loom prosper tilt",
+        {
+            "vehicle": "block guard enclose obscure attach dwarf",
+            "instrument": "display store exhibit preserve acquire auction",
+        },
+    ),
+    "instrument": WordClass(
+        "violin piano guitar trumpet flute cello drum harp clarinet banjo trombone accordion oboe tuba lute gong "
+        "fiddle bugle organ viola cornet bassoon zither sitar mandolin saxophone xylophone tambourine harmonica "
+        "harpsichord",
+        "loud shrill acoustic muted vintage mellow hollow brassy resonant tuneless melodious lacquered",
+        "softly loudly beautifully harshly",
+        "resonate squeak hum clang jingle boom screech reverberate",
+        {
+            "animal": "scare calm soothe awaken excite hypnotize",
+            "tool": "outshine resemble drown imitate replace accompany",
+        },
+    ),
+}
+CLASS_NAMES: tuple[str, ...] = tuple(CLASSES)
+
+# Verbs whose subject is a person and that take a clause ("she says that …"), or a person and a thing ("he sends them a
+# …").
+COMPLEMENT_VERBS = "say think know believe claim hope suspect insist"
+DITRANSITIVE_VERBS = "give send lend offer hand promise"
+DITRANSITIVE_OBJECTS = ("food", "tool", "instrument")
+# Each preposition takes nouns of two classes.
+PREPOSITIONS: dict[str, tuple[str, str]] = {
+    "near": ("building", "plant"),
+    "with": ("tool", "instrument"),
+    "behind": ("vehicle", "animal"),
+    "beside": ("person", "plant"),
+    "inside": ("building", "vehicle"),
+    "without": ("food", "tool"),
+    "like": ("animal", "person"),
+    "among": ("instrument", "food"),
+}
+# (singular, plural, weight); equal forms leave the number open.
+DETERMINERS: tuple[tuple[str, str, float], ...] = (
+    ("the", "the", 5.0),
+    ("a", "several", 2.0),
+    ("this", "these", 2.0),
+    ("every", "many", 1.0),
+    ("one", "two", 1.0),
+    ("some", "some", 1.0),
+    ("my", "my", 1.0),
+    ("their", "their", 1.0),
+)
+PRONOUNS = (("he", "they"), ("she", "we"))
+
+
+@dataclass(slots=True, eq=False)
+class Word:
+    """One word form. `number` is SINGULAR, PLURAL or None; `other` the same word in the other number, where the form
+    differs.
+
+    `even` tells that both forms have the same number of WordPieces; `columns` are the CoNLL-U columns FORM to FEATS.
+    """
+
+    form: str
+    lemma: str
+    upos: str
+    feats: str = "_"
+    number: int | None = None
+    other: Word | None = None
+    even: bool = True
+    columns: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.columns = "\t".join((self.form, self.lemma, self.upos, "_", self.feats))
+
+
+Forms = tuple[Word, Word]  # indexed by SINGULAR, PLURAL
+
+
+def add_s(stem: str) -> str:
+    """English spelling of the -s of plural nouns and of third-person singular verbs."""
+    if stem.endswith(("s", "x", "z", "ch", "sh")):
+        return stem + "es"
+    if stem.endswith("y") and stem[-2] not in "aeiou":
+        return stem[:-1] + "ies"
+    return stem + "s"
+
+
+def noun(stem: str) -> Forms:
+    """Both forms of a noun."""
+    return _forms(stem, add_s(stem), stem, "NOUN", "Number={}")
+
+
+def verb(stem: str) -> Forms:
+    """Both forms of a verb, by the number of its subject: the singular has the -s."""
+    return _forms(add_s(stem), stem, stem, "VERB", "Mood=Ind|Number={}|Person=3|Tense=Pres|VerbForm=Fin")
+
+
+def _forms(singular: str, plural: str, lemma: str, upos: str, feats: str) -> Forms:
+    one = Word(singular, lemma, upos, feats.format("Sing"), SINGULAR)
+    many = Word(plural, lemma, upos, feats.format("Plur"), PLURAL)
+    one.other, many.other = many, one
+    return one, many
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """All words, by class index where a class selects them, in order of frequency, and the WordPiece vocabulary."""
+
+    nouns: list[list[Forms]]
+    adjectives: list[list[Word]]
+    adverbs: list[list[Word]]
+    intransitive: list[list[Forms]]
+    transitive: list[list[tuple[Forms, int]]]  # by subject class: (verb, object class)
+    complement: list[Forms]
+    ditransitive: list[Forms]
+    prepositions: list[tuple[Word, tuple[int, int]]]
+    determiners: list[tuple[Forms, float]]
+    pronouns: list[Forms]
+    copula: Forms
+    an: Word
+    that_relative: Word
+    that_complementiser: Word
+    conjunction: Word
+    comma: Word
+    period: Word
+    vocabulary: list[str]
+
+
+@functools.cache
+def lexicon() -> Lexicon:
+    """The toy language's lexicon. It has no seed: every corpus is in the same language."""
+    index = {name: i for i, name in enumerate(CLASS_NAMES)}
+    nouns = [[noun(stem) for stem in entry.nouns.split()] for entry in CLASSES.values()]
+    intransitive = [[verb(stem) for stem in entry.intransitive.split()] for entry in CLASSES.values()]
+    transitive: list[list[tuple[Forms, int]]] = [[] for _ in CLASSES]
+    for subject, entry in enumerate(CLASSES.values()):
+        first, second = entry.objects.items()
+        # Alternating keeps the two object classes about equally frequent under Zipf's law.
+        for stems in zip(first[1].split(), second[1].split(), strict=True):
+            for stem, name in zip(stems, (first[0], second[0]), strict=True):
+                forms = verb(stem)
+                transitive[subject].append((forms, index[name]))
+    determiners = []
+    for singular, plural, weight in DETERMINERS:
+        if singular == plural:
+            word = Word(singular, singular, "DET")
+            determiners.append(((word, word), weight))
+        else:
+            determiners.append((_forms(singular, plural, singular, "DET", "Number={}"), weight))
+    complement = [verb(stem) for stem in COMPLEMENT_VERBS.split()]
+    ditransitive = [verb(stem) for stem in DITRANSITIVE_VERBS.split()]
+    for group in nouns:
+        _mark_rare(group)
+    for group in intransitive:
+        _mark_rare(group)
+    for pairs in transitive:
+        _mark_rare([forms for forms, _ in pairs])
+    result = Lexicon(
+        nouns=nouns,
+        adjectives=[[Word(form, form, "ADJ") for form in entry.adjectives.split()] for entry in CLASSES.values()],
+        adverbs=[[Word(form, form, "ADV") for form in entry.adverbs.split()] for entry in CLASSES.values()],
+        intransitive=intransitive,
+        transitive=transitive,
+        complement=complement,
+        ditransitive=ditransitive,
+        prepositions=[
+            (Word(form, form, "ADP"), (index[first], index[second])) for form, (first, second) in PREPOSITIONS.items()
+        ],
+        determiners=determiners,
+        pronouns=[_forms(one, many, one, "PRON", "Case=Nom|Number={}|PronType=Prs") for one, many in PRONOUNS],
+        copula=_forms("is", "are", "be", "AUX", "Mood=Ind|Number={}|Tense=Pres|VerbForm=Fin"),
+        an=Word("an", "a", "DET", "Number=Sing", SINGULAR),
+        that_relative=Word("that", "that", "PRON", "PronType=Rel"),
+        that_complementiser=Word("that", "that", "SCONJ"),
+        conjunction=Word("and", "and", "CCONJ"),
+        comma=Word(",", ",", "PUNCT"),
+        period=Word(".", ".", "PUNCT"),
+        vocabulary=[],
+    )
+    result.vocabulary.extend(_vocabulary(result))
+    return result
+
+
+# The rarest fifth of each list gets no whole-word entry for its longer form (`lemon ##s`), as rare words do in a
+# trained vocabulary.
+RARE_SHARE = 0.2
+# Lemmas at least this long are cut in both forms (`screwd ##river`, `screwd ##rivers`).
+LONG_LEMMA = 9
+
+
+def _mark_rare(group: list[Forms]) -> None:
+    """Mark the rare words whose two forms get different numbers of pieces."""
+    for one, many in group[round(len(group) * (1 - RARE_SHARE)) :]:
+        longer = max(one.form, many.form, key=len)
+        one.even = many.even = len(one.lemma) >= LONG_LEMMA or not longer.startswith(one.lemma)
+
+
+def _vocabulary(words: Lexicon) -> list[str]:
+    """BERT's special tokens, characters (so that nothing is [UNK]), then words and parts of words in the order of the
+    lexicon."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    entries = [*SPECIAL_TOKENS, ",", ".", *letters, *("##" + letter for letter in letters)]
+    single = [
+        *(word for forms, _ in words.determiners for word in forms),
+        words.an,
+        *(word for forms in words.pronouns for word in forms),
+        *words.copula,
+        words.that_relative,
+        words.conjunction,
+        *(word for word, _ in words.prepositions),
+        *(word for group in (*words.adjectives, *words.adverbs) for word in group),
+    ]
+    inflected = [
+        *words.complement,
+        *words.ditransitive,
+        *(forms for group in (*words.nouns, *words.intransitive) for forms in group),
+        *(forms for group in words.transitive for forms, _ in group),
+    ]
+    for word in [*single, *(word for forms in inflected for word in forms)]:
+        if len(word.lemma) >= LONG_LEMMA:
+            cut = (len(word.lemma) + 1) // 2
+            entries += [word.form[:cut], "##" + word.form[cut:]]
+        elif word.even or word.form == word.lemma:
+            entries.append(word.form)
+        else:
+            entries.append("##" + word.form[len(word.lemma) :])
+    return list(dict.fromkeys(entries))

@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+"""Make heads that are not syntax for packed data: a control for the SAS regularizer."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from megatron_sas.cli import InputError, progress, run_main
+from megatron_sas.data.controls import Control, parse_control
+from megatron_sas.data.packed import PackedData
+from megatron_sas.files import fsync_directory, fsync_file, refuse_existing, write_json_atomic
+
+BLOCK_TOKENS = 1 << 19  # tokens held in memory at a time
+
+
+def write_heads(packed: PackedData, control: Control, seed: int, path: Path) -> dict[str, int | str]:
+    """Write the control's (N, S) int16 heads to `path`, block by block; returns SHA-256 and counts of edges."""
+    digest = hashlib.sha256()
+    total = packed.num_sequences
+    rows = max(1, BLOCK_TOKENS // packed.seq_length)
+    counts = {"edges": 0, "base_edges": 0, "equal_edges": 0}
+    with path.open("wb") as file, progress(total=total, unit="sequence", desc=path.name) as bar:
+        for start in range(0, total, rows):
+            stop = min(start + rows, total)
+            base = np.asarray(packed.heads[start:stop])
+            try:
+                heads = control(base, np.asarray(packed.marks[start:stop]), seed, np.arange(start, stop))
+            except ValueError as error:
+                raise InputError(
+                    f"{packed.prefix}.heads.bin: in the block from sequence {start}: {error}; preprocess the text again"
+                ) from error
+            content = heads.astype("<i2").tobytes()
+            file.write(content)
+            digest.update(content)
+            counts["edges"] += int(np.count_nonzero(heads >= 0))
+            counts["base_edges"] += int(np.count_nonzero(base >= 0))
+            counts["equal_edges"] += int(np.count_nonzero((heads == base) & (base >= 0)))
+            bar.update(stop - start)
+    return {"sha256": digest.hexdigest(), **counts}
+
+
+def main() -> None:
+    """Parse the arguments and write the stream and, last, its header."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Writes PREFIX.heads-NAME.bin and PREFIX.heads-NAME.json; training uses "
+        "them when told NAME as the source of heads.",
+    )
+    parser.add_argument("--data", required=True, metavar="PREFIX", help="--output of tools/preprocess_data.py")
+    parser.add_argument(
+        "--control",
+        required=True,
+        metavar="KIND",
+        help="permuted: each sentence's tree over randomly permuted words; offset:K: every dependent points K words "
+        "on; random_tree: random trees with the edge lengths of the sentence's own tree",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random controls (default 0)")
+    parser.add_argument("--name", help="NAME in the file names (default: KIND, with - for :)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing stream of this name")
+    args = parser.parse_args()
+    control = parse_control(args.control)
+    name = args.name or args.control.replace(":", "-").replace("+", "")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise InputError(f"--name {name!r}: use letters, digits, - and _ only")
+    stream, header = Path(f"{args.data}.heads-{name}.bin"), Path(f"{args.data}.heads-{name}.json")
+    refuse_existing(stream, args.overwrite)
+    refuse_existing(header, args.overwrite)
+    packed = PackedData(args.data)
+
+    descriptor, temporary = tempfile.mkstemp(dir=stream.parent, prefix=f".{stream.name}.", suffix=".tmp")
+    os.close(descriptor)
+    try:
+        result = write_heads(packed, control, args.seed, Path(temporary))
+        os.chmod(temporary, os.stat(f"{args.data}.heads.bin").st_mode & 0o777)
+        fsync_file(temporary)
+        # An old header must not vouch for the new stream.
+        header.unlink(missing_ok=True)
+        os.replace(temporary, stream)
+        fsync_directory(stream.parent)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    write_json_atomic(
+        header,
+        {"name": name, "kind": args.control, "seed": args.seed, "base_fingerprint": packed.fingerprint, **result},
+    )
+    print(
+        f"{stream}: {result['edges']} edges for {result['base_edges']} of the parse, "
+        f"{result['equal_edges']} of them the same"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
