@@ -1,0 +1,1 @@
+"""From finished runs to onsets, tables, a figure and a report."""
