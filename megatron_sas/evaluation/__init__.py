@@ -1,0 +1,1 @@
+"""What a model knows: syntactic attention (UAS) and grammatical acceptability (BLiMP), live or offline."""

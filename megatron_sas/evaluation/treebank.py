@@ -1,0 +1,121 @@
+"""Treebanks to evaluate on: sentences with gold dependency heads, read from CoNLL-U or JSON, cut into word pieces."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sas.cli import InputError
+from megatron_sas.data.conllu import read_conllu
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One parsed sentence. `heads` are 0-based word indices, -1 for a root; `relns` name the relation to the head."""
+
+    words: Sequence[str]
+    heads: Sequence[int]
+    relns: Sequence[str]
+
+
+@dataclass(frozen=True)
+class TokenizedSentence:
+    """A sentence as `[CLS] pieces [SEP]`. All arrays are int64.
+
+    `ids` (S,) holds token ids, `words` (S,) the index of the word each piece belongs to, -1 for [CLS] and [SEP].
+    """
+
+    ids: np.ndarray
+    words: np.ndarray
+    num_words: int
+
+
+def load_treebank(path: str | Path) -> list[Sentence]:
+    """Read a treebank; the suffix decides: `.conllu` is CoNLL-U, `.jsonl` and `.json` JSON lines or one JSON array.
+
+    A JSON sentence is an object with lists `words`, `heads`, `relns` of equal length, where heads count from 1 and 0
+    is the root: the form of the dependency files of Clark et al. (2019), and of the paper's WSJ sample.
+
+    Raises `InputError` naming file and line (or the element of the array) for anything malformed or an empty treebank.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; --treebank takes a .conllu, .jsonl or .json file")
+    if path.suffix == ".conllu":
+        sentences = [Sentence(s.words, s.heads, s.relns) for s in read_conllu(path, on_error="refuse")]
+    elif path.suffix in (".jsonl", ".json"):
+        sentences = [_check_sentence(value, where) for value, where in _read_json(path)]
+    else:
+        raise InputError(f"{path}: unknown kind of treebank {path.suffix!r}; name it .conllu, .jsonl or .json")
+    if not sentences:
+        raise InputError(f"{path}: no sentences in it; give a treebank with at least one")
+    return sentences
+
+
+def tokenize_words(sentences: Sequence[Sentence], tokenizer: Any) -> list[TokenizedSentence]:
+    """Cut sentences into word pieces, one word at a time; a word that the tokenizer reduces to nothing becomes [UNK].
+
+    `tokenizer` is a Hugging Face tokenizer with [CLS] and [SEP]. Each distinct word is tokenised once.
+    """
+    vocabulary = list(dict.fromkeys(word for sentence in sentences for word in sentence.words))
+    encoded = (
+        tokenizer(vocabulary, add_special_tokens=False, return_attention_mask=False)["input_ids"] if vocabulary else []
+    )
+    pieces = dict(zip(vocabulary, encoded, strict=True))
+    return [_join(sentence, pieces, tokenizer) for sentence in sentences]
+
+
+def _join(sentence: Sentence, pieces: dict[str, list[int]], tokenizer: Any) -> TokenizedSentence:
+    ids, words = [tokenizer.cls_token_id], [-1]
+    for index, word in enumerate(sentence.words):
+        of_word = pieces[word] or [tokenizer.unk_token_id]
+        ids.extend(of_word)
+        words.extend([index] * len(of_word))
+    ids.append(tokenizer.sep_token_id)
+    words.append(-1)
+    return TokenizedSentence(np.array(ids, np.int64), np.array(words, np.int64), len(sentence.words))
+
+
+def _read_json(path: Path) -> Iterator[tuple[Any, str]]:
+    """Yield (value, where) for each line, or for each element when the file is one JSON array."""
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert the file") from None
+    if text.lstrip().startswith("["):
+        for index, value in enumerate(_parse(text, str(path))):
+            yield value, f"{path}: element {index}"
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield _parse(line, f"{path}:{number}"), f"{path}:{number}"
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error.msg} at character {error.pos}); repair or remove it") from None
+
+
+def _check_sentence(value: Any, where: str) -> Sentence:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected an object with words, heads and relns, found {type(value).__name__}")
+    for field, kind, name in (("words", str, "strings"), ("heads", int, "integers"), ("relns", str, "strings")):
+        items = value.get(field)
+        if not isinstance(items, list) or any(type(item) is not kind for item in items):
+            raise InputError(f"{where}: field {field!r} must be a list of {name}")
+    words, heads, relns = value["words"], value["heads"], value["relns"]
+    if not words or not len(words) == len(heads) == len(relns):
+        sizes = f"{len(words)}, {len(heads)} and {len(relns)}"
+        raise InputError(f"{where}: words, heads and relns must be of one length, at least 1; found {sizes}")
+    for index, head in enumerate(heads, start=1):
+        if not 0 <= head <= len(words) or head == index:
+            what = "is its own head" if head == index else f"has head {head}, outside 0..{len(words)}"
+            raise InputError(f"{where}: field 'heads': word {index} ({words[index - 1]!r}) {what}; 0 marks a root")
+    return Sentence(words, [head - 1 for head in heads], relns)

@@ -1,0 +1,83 @@
+import json
+
+import pytest
+
+from megatron_sas.cli import InputError
+from megatron_sas.evaluation.treebank import Sentence, load_treebank, tokenize_words
+
+GOOD = {"words": ["Dogs", "bark", "."], "heads": [2, 0, 2], "relns": ["nsubj", "root", "punct"]}
+
+
+def write_lines(path, *values):
+    path.write_text("".join((v if isinstance(v, str) else json.dumps(v)) + "\n" for v in values), "utf-8")
+    return path
+
+
+def test_json_heads_count_from_one_and_become_indices(tmp_path):
+    expected = [Sentence(GOOD["words"], [1, -1, 1], GOOD["relns"])] * 2
+    assert load_treebank(write_lines(tmp_path / "lines.jsonl", GOOD, "", GOOD)) == expected
+    array = tmp_path / "dev.json"  # Clark et al. write one array; its "possessive" and the like stay as they are
+    array.write_text(json.dumps([GOOD, GOOD], indent=1), "utf-8")
+    assert load_treebank(array) == expected
+
+
+def test_conllu_and_json_forms_of_real_data_agree(data_dir, tmp_path):
+    from_conllu = load_treebank(data_dir / "ud_ewt" / "en_ewt-ud-test.conllu")
+    assert len(from_conllu) == 2077
+    as_json = [{"words": s.words, "heads": [h + 1 for h in s.heads], "relns": s.relns} for s in from_conllu]
+    assert load_treebank(write_lines(tmp_path / "test.jsonl", *as_json)) == from_conllu
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("{", r":2: not JSON \(.* at character 1\)"),
+        (["words"], ":2: expected an object with words, heads and relns, found list"),
+        ({**GOOD, "heads": ["2", 0, 2]}, ":2: field 'heads' must be a list of integers"),
+        ({**GOOD, "heads": [True, 0, 2]}, ":2: field 'heads' must be a list of integers"),
+        ({"words": ["a"], "heads": [0]}, ":2: field 'relns' must be a list of strings"),
+        ({**GOOD, "heads": [2, 0]}, ":2: words, heads and relns must be of one length, at least 1; found 3, 2 and 3"),
+        ({"words": [], "heads": [], "relns": []}, ":2: words, heads and relns must be of one length, at least 1"),
+        ({**GOOD, "heads": [2, 0, 4]}, r":2: field 'heads': word 3 \('\.'\) has head 4, outside 0\.\.3"),
+        ({**GOOD, "heads": [2, 0, -1]}, r":2: field 'heads': word 3 \('\.'\) has head -1"),
+        ({**GOOD, "heads": [1, 0, 2]}, r":2: field 'heads': word 1 \('Dogs'\) is its own head"),
+    ],
+)
+def test_broken_lines_name_file_line_and_field(tmp_path, bad, message):
+    path = write_lines(tmp_path / "bad.jsonl", GOOD, bad)
+    with pytest.raises(InputError, match=message) as error:
+        load_treebank(path)
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_broken_elements_of_an_array_are_counted(tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps([GOOD, {**GOOD, "heads": 3}]), "utf-8")
+    with pytest.raises(InputError, match=r"bad\.json: element 1: field 'heads'"):
+        load_treebank(path)
+
+
+def test_unusable_files(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        load_treebank(tmp_path / "none.conllu")
+    with pytest.raises(InputError, match=r"unknown kind of treebank '\.txt'"):
+        load_treebank(write_lines(tmp_path / "a.txt", GOOD))
+    with pytest.raises(InputError, match="no sentences"):
+        load_treebank(write_lines(tmp_path / "empty.jsonl"))
+    (tmp_path / "latin.jsonl").write_bytes(b'{"words": ["caf\xe9"]}')
+    with pytest.raises(InputError, match=r"latin\.jsonl: not UTF-8 at byte 15"):
+        load_treebank(tmp_path / "latin.jsonl")
+    cycle = "1\ta\t_\t_\t_\t_\t2\tdep\t_\t_\n2\tb\t_\t_\t_\t_\t1\tdep\t_\t_\n\n"
+    with pytest.raises(InputError, match=r"cycle\.conllu:"):
+        load_treebank(write_lines(tmp_path / "cycle.conllu", cycle))
+
+
+def test_words_are_tokenised_one_by_one(tokenizer):
+    sentences = [Sentence(["can't", "un", "##believe"], [-1, 0, 0], ["root", "dep", "dep"])]
+    (tokenized,) = tokenize_words(sentences, tokenizer)
+    pieces = [tokenizer.tokenize(word) for word in sentences[0].words]
+    expected = ["[CLS]", *(piece for of_word in pieces for piece in of_word), "[SEP]"]
+    assert tokenizer.convert_ids_to_tokens(tokenized.ids) == expected
+    assert tokenized.words.tolist() == [-1, *(w for w, of_word in enumerate(pieces) for _ in of_word), -1]
+    assert tokenized.num_words == 3
