@@ -1,0 +1,77 @@
+"""Both evaluations in a real process group: equal results, and no rank is left waiting in a forward pass."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
+from megatron_sas.evaluation.treebank import load_treebank
+from megatron_sas.evaluation.uas import TreebankTask
+from megatron_sas.model import load_model
+
+ROOT = Path(__file__).resolve().parents[2]
+BATCH_TOKENS = 400
+
+WORKER = """
+import json, sys
+import torch, torch.distributed as dist
+from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
+from megatron_sas.evaluation.treebank import load_treebank
+from megatron_sas.evaluation.uas import TreebankTask
+from megatron_sas.model import load_model
+
+rank, ranks, batch_tokens, store, model_path, treebank, blimp, output = sys.argv[1:]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(ranks))
+model, tokenizer = load_model(model_path)
+forwards = []
+# As under ZeRO-3, a forward pass is a collective: a rank that ran more of them than another would wait for ever.
+def count(module, arguments):
+    forwards.append(1)
+    dist.barrier()
+
+model.register_forward_pre_hook(count)
+syntax = TreebankTask(load_treebank(treebank)[:25], tokenizer, 160).evaluate(model, batch_tokens=int(batch_tokens))
+pairs = BlimpTask(load_blimp(blimp)[:3], tokenizer, pairs_per_set=2).evaluate(model, batch_tokens=int(batch_tokens))
+with open(f"{output}-{rank}.json", "w") as file:
+    json.dump({"syntax": syntax, "sets": pairs["sets"], "forwards": len(forwards)}, file)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_results_of_one(data_dir, model_directory, tmp_path):
+    treebank, blimp = data_dir / "ud_ewt" / "en_ewt-ud-test.conllu", data_dir / "blimp"
+    arguments = [BATCH_TOKENS, tmp_path / "store", model_directory, treebank, blimp, tmp_path / "result"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    workers = [
+        subprocess.Popen([sys.executable, "-c", WORKER, *map(str, [rank, 2, *arguments])], env=environment)
+        for rank in range(2)
+    ]
+    try:
+        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    results = [json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in range(2)]
+    assert results[0] == results[1]
+
+    model, tokenizer = load_model(model_directory)
+    syntax = TreebankTask(load_treebank(treebank)[:25], tokenizer, 160)
+    pairs = BlimpTask(load_blimp(blimp)[:3], tokenizer, pairs_per_set=2)
+    batches = [len(syntax.batches(BATCH_TOKENS)), len(pairs.pll.batches(BATCH_TOKENS))]
+    assert any(number % 2 for number in batches), "one of the two should leave a rank without a batch"
+    assert results[0]["forwards"] == sum(-(-number // 2) for number in batches)
+    assert results[0]["sets"] == pairs.evaluate(model, batch_tokens=BATCH_TOKENS)["sets"]
+    ours, alone = (
+        np.array(result["counts"]["correct"])
+        for result in (results[0]["syntax"], syntax.evaluate(model, batch_tokens=BATCH_TOKENS))
+    )
+    assert np.abs(ours - alone).sum() <= 2  # near ties: another number of threads rounds differently

@@ -1,0 +1,155 @@
+"""tools/eval_syntax.py and tools/eval_blimp.py from the command line, on a small random model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
+
+from megatron_sas.evaluation.blimp import evaluate_blimp, load_blimp
+from megatron_sas.evaluation.treebank import load_treebank
+from megatron_sas.evaluation.uas import TreebankTask
+from megatron_sas.files import sha256_file
+from megatron_sas.model import load_model
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = "the a old dog dogs cat cats saw see sees bark barks run runs .".split()  # noqa: SIM905
+PAIR = {"field": "morphology", "linguistics_term": "agreement", "UID": "agreement_1"}
+
+
+def run_tool(name, *arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "tools" / name, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT.parent,
+        env={**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A model directory, another with another vocabulary, a treebank and a folder of minimal pairs."""
+    path = tmp_path_factory.mktemp("inputs")
+    for name, words in (("model", WORDS), ("other", WORDS[:-1])):
+        vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=12,
+            initializer_range=0.3,
+        )
+        BertForMaskedLM(config).save_pretrained(path / name)
+        BertTokenizerFast(vocab=vocabulary).save_pretrained(path / name)
+    sentence = {
+        "words": ["the", "old", "dog", "saw", "a", "cat", "."],
+        "heads": [3, 3, 4, 0, 6, 4, 4],
+        "relns": ["det", "amod", "nsubj", "root", "det", "obj:x", "punct"],
+    }
+    too_long = {"words": ["dog"] * 11, "heads": [0] + [1] * 10, "relns": ["root"] + ["dep"] * 10}
+    (path / "treebank.jsonl").write_text("".join(json.dumps(s) + "\n" for s in [sentence] * 60 + [too_long]))
+    (path / "blimp").mkdir()
+    for number in (1, 2):
+        lines = [
+            {
+                **PAIR,
+                "UID": f"agreement_{number}",
+                "sentence_good": f"The {a} dogs bark.",
+                "sentence_bad": f"The {a} dog bark.",
+            }
+            for a in ("old", "a", "the")
+        ]
+        (path / "blimp" / f"{number}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.slow
+def test_syntax_writes_the_result_and_prints_the_table(inputs, tmp_path):
+    output = tmp_path / "syntax.json"
+    model, treebank = inputs / "model", inputs / "treebank.jsonl"
+    done = run_tool("eval_syntax.py", "--model", model, "--treebank", treebank, "--output", output, "--device", "cpu")
+    assert (done.returncode, done.stderr) == (0, "")
+    record = json.loads(output.read_text())
+    own_model, tokenizer = load_model(model)
+    expected = TreebankTask(load_treebank(treebank), tokenizer, 12).evaluate(own_model)
+    assert {key: record[key] for key in expected} == json.loads(json.dumps(expected))
+    assert record["model"] == str(model)
+    assert record["treebank"] == {"path": str(treebank), "sha256": sha256_file(treebank)}
+    assert record["num_skipped"] == 1
+    assert "untrained model" in record["note"]
+    assert set(record["versions"]) >= {"megatron_sas", "torch", "transformers"}
+    lines = done.stdout.splitlines()
+    det = record["relations"]["det"]
+    assert next(line.split() for line in lines if line.startswith("det")) == [
+        "det",
+        "120",
+        f"{det['accuracy']:.3f}",
+        f"{det['layer']}-{det['head']}",
+        det["direction"],
+        f"{det['baseline']:.3f}",
+        f"({det['baseline_offset']:+d})",
+    ]
+    assert not any(line.startswith("amod") for line in lines)  # 60 edges: not in the table
+    assert any(line.startswith(f"UAS              {record['uas']:.4f}") for line in lines)
+
+    arguments = ("--model", model, "--treebank", treebank, "--output", output)
+    refused = run_tool("eval_syntax.py", *arguments)
+    assert refused.returncode == 2
+    assert refused.stderr == f"error: {output}: exists already; choose another output or pass --overwrite\n"
+    beside = run_tool("eval_syntax.py", *arguments, "--untrained", model, "--overwrite")
+    assert beside.returncode == 0, beside.stderr
+    assert json.loads(output.read_text())["untrained"]["uas"] == record["uas"]
+    assert f"untrained model  {record['uas']:.4f}" in beside.stdout
+
+
+@pytest.mark.slow
+def test_blimp_writes_the_result_and_prints_the_table(inputs, tmp_path):
+    output = tmp_path / "blimp.json"
+    arguments = ("--model", inputs / "model", "--blimp", inputs / "blimp", "--output", output)
+    done = run_tool("eval_blimp.py", *arguments, "--metric", "within_word_l2r", "--pairs-per-set", 2)
+    assert (done.returncode, done.stderr) == (0, "")
+    record = json.loads(output.read_text())
+    model, tokenizer = load_model(inputs / "model")
+    data = load_blimp(inputs / "blimp")
+    expected = evaluate_blimp(model, tokenizer, data, metric="within_word_l2r", pairs_per_set=2)
+    timing = {"seconds", "sentences_per_second"}
+    assert {key: record[key] for key in expected.keys() - timing} == {
+        key: expected[key] for key in expected.keys() - timing
+    }
+    assert (record["metric"], record["num_pairs"], record["num_masked_copies"]) == ("within_word_l2r", 4, 8 * 5)
+    assert record["seconds"] > 0
+    assert len(record["data"]["sha256"]) == 64
+    assert f"overall {record['blimp']:.4f}" in done.stdout
+    assert "sentences/s" in done.stdout
+    assert "  agreement " in done.stdout
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_line_and_leaves_nothing(inputs, tmp_path):
+    output = tmp_path / "out" / "result.json"
+    syntax = {"--model": inputs / "model", "--treebank": inputs / "treebank.jsonl", "--output": output}
+    blimp = {"--model": inputs / "model", "--blimp": inputs / "blimp", "--output": output}
+    for tool, good, change, message in [
+        ("eval_syntax.py", syntax, {"--model": tmp_path / "none"}, "none: no such directory"),
+        ("eval_syntax.py", syntax, {"--untrained": inputs / "other"}, "other: tokenizer or maximum length differs"),
+        ("eval_syntax.py", syntax, {"--device": "cuda:99"}, "--device: 'cuda:99' is not available here"),
+        ("eval_blimp.py", blimp, {"--blimp": tmp_path}, "no .jsonl files in it"),
+        ("eval_blimp.py", blimp, {"--pairs-per-set": 0}, "pairs_per_set: 0 is below 1"),
+    ]:
+        arguments = [item for pair in {**good, **change}.items() for item in pair]
+        done = run_tool(tool, *arguments)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("error: ")
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert not output.parent.exists()

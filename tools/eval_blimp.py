@@ -1,0 +1,105 @@
+#!/usr/bin/env python3
+"""Grammatical acceptability of a masked LM: BLiMP, or minimal pairs in its format, by pseudo-log-likelihood."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_sas.cli import InputError, progress, run_main
+from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
+from megatron_sas.evaluation.pll import METRICS
+from megatron_sas.evaluation.provenance import choose_device, provenance
+from megatron_sas.files import refuse_existing, sha256_file, write_json_atomic
+from megatron_sas.model import load_model
+
+DESCRIPTION = """\
+Score both sentences of every minimal pair and count how often the good one scores strictly higher (chance is 0.5).
+A sentence's score is the sum over its tokens of log p(token | all others), one masked copy per token (Salazar et al.
+2020). Accuracies are reported per set, per linguistic term and per field (means over the sets in each), and overall
+(mean over all sets). All of BLiMP is 1.3 million masked copies: use --pairs-per-set for a quick look."""
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    refuse_existing(arguments.output, arguments.overwrite)
+    if arguments.batch_tokens < 1:
+        raise InputError(f"--batch-tokens: {arguments.batch_tokens} is below 1")
+    device = choose_device(arguments.device)
+    data = load_blimp(arguments.blimp)
+    model, tokenizer = load_model(arguments.model, device)
+    task = BlimpTask(data, tokenizer, arguments.metric, arguments.pairs_per_set, model.config.max_position_embeddings)
+    with progress(total=task.num_forwards(arguments.batch_tokens), unit="batch", desc="BLiMP") as bar:
+        result = task.evaluate(model, batch_tokens=arguments.batch_tokens, after_batch=bar.update)
+    print("\n".join(table(result)))
+    record = {
+        **provenance(arguments.model, model, tokenizer),
+        "data": {"path": str(arguments.blimp.resolve()), "sha256": sha256_folder(arguments.blimp)},
+        **result,
+    }
+    write_json_atomic(arguments.output, record)
+    print(f"wrote {arguments.output}")
+
+
+def sha256_folder(directory: Path) -> str:
+    """One hash over names and contents of the .jsonl files."""
+    lines = "".join(f"{sha256_file(path)}  {path.name}\n" for path in sorted(directory.glob("*.jsonl")))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def table(result: dict) -> list[str]:
+    """Lines to print: terms under their fields, then the overall figures."""
+    lines = [f"{'field / term':<36} {'sets':>5} {'accuracy':>9}"]
+    for field, accuracy in result["fields"].items():
+        within = [row for row in result["sets"].values() if row["field"] == field]
+        lines.append(f"{field:<36} {len(within):>5} {accuracy:>9.3f}")
+        for term in sorted({row["linguistics_term"] for row in within}):
+            values = [row["accuracy"] for row in within if row["linguistics_term"] == term]
+            lines.append(f"  {term:<34} {len(values):>5} {sum(values) / len(values):>9.3f}")
+    lines += [
+        "",
+        f"overall {result['blimp']:.4f}   mean of {result['num_sets']} sets, "
+        f"{result['num_pairs']} pairs, {result['metric']}",
+        f"{result['num_sentences']} sentences, {result['num_masked_copies']} masked copies in "
+        f"{result['seconds']:.1f} s: {result['sentences_per_second']:.1f} sentences/s",
+    ]
+    if result["num_non_finite"]:
+        lines.append(f"warning: {result['num_non_finite']} scores are not finite; their pairs count as wrong")
+    return lines
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="a Hugging Face BertForMaskedLM directory, a training checkpoint, or a run (its newest checkpoint)",
+    )
+    parser.add_argument("--blimp", required=True, type=Path, metavar="DIR", help="folder with the .jsonl files")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE.json", help="where to write the result")
+    parser.add_argument(
+        "--metric",
+        choices=METRICS,
+        default=METRICS[0],
+        help="pll: mask one token at a time (default); within_word_l2r: also the later pieces of its word (Kauf & "
+        "Ivanova 2023)",
+    )
+    parser.add_argument(
+        "--pairs-per-set", type=int, metavar="N", help="only the first N pairs of each set (default: all)"
+    )
+    parser.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="tokens a batch (8192)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""How well single attention heads of a model follow the dependencies of a treebank (UAS, after Clark et al. 2019)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_sas.cli import InputError, progress, run_main
+from megatron_sas.data.tokenizer import tokenizer_hash
+from megatron_sas.evaluation.provenance import choose_device, provenance
+from megatron_sas.evaluation.treebank import load_treebank
+from megatron_sas.evaluation.uas import TreebankTask
+from megatron_sas.files import refuse_existing, sha256_file, write_json_atomic
+from megatron_sas.model import load_model
+
+DESCRIPTION = """\
+For every word, take the other word that it attends to most (dep->head) or that attends to it most (head->dep) as its
+head, and count how often that is right: for every relation, layer and head. Each relation keeps its best head and
+direction; UAS is the mean of these bests over all dependencies. Relations drop their subtype; root and punct do not
+count.
+
+Beside each accuracy stands the best fixed-offset baseline (the head is the word n places to the right, n from -3 to 3).
+The best heads are chosen on the treebank itself, so a score means something only beside that of the same model before
+training: give it with --untrained, for instance the checkpoint of step 0."""
+
+UNTRAINED_NOTE = (
+    "best heads are chosen on the treebank itself; report the untrained model (step 0, option --untrained) beside it"
+)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    refuse_existing(arguments.output, arguments.overwrite)
+    if arguments.batch_tokens < 1:
+        raise InputError(f"--batch-tokens: {arguments.batch_tokens} is below 1")
+    device = choose_device(arguments.device)
+    sentences = load_treebank(arguments.treebank)
+    model, tokenizer = load_model(arguments.model, device)
+    task = TreebankTask(sentences, tokenizer, model.config.max_position_embeddings)
+    untrained = None
+    if arguments.untrained is not None:
+        other, other_tokenizer = load_model(arguments.untrained, device)
+        if (
+            tokenizer_hash(other_tokenizer) != tokenizer_hash(tokenizer)
+            or other.config.max_position_embeddings != model.config.max_position_embeddings
+        ):
+            raise InputError(
+                f"{arguments.untrained}: tokenizer or maximum length differs from that of {arguments.model}; "
+                "give step 0 of the same run"
+            )
+        untrained = evaluate(task, other, arguments.batch_tokens, "untrained model")
+        untrained = {"model": str(arguments.untrained.resolve()), **untrained}
+    result = evaluate(task, model, arguments.batch_tokens, "syntax")
+    print("\n".join(table(result, untrained)))
+    record = {
+        **provenance(arguments.model, model, tokenizer),
+        "treebank": {"path": str(arguments.treebank.resolve()), "sha256": sha256_file(arguments.treebank)},
+        **result,
+        "untrained": untrained,
+        "note": UNTRAINED_NOTE,
+    }
+    write_json_atomic(arguments.output, record)
+    print(f"wrote {arguments.output}")
+
+
+def evaluate(task: TreebankTask, model, batch_tokens: int, name: str) -> dict:  # noqa: ANN001
+    """The task's result, with a progress bar."""
+    with progress(total=task.num_forwards(batch_tokens), unit="batch", desc=name) as bar:
+        return task.evaluate(model, batch_tokens=batch_tokens, after_batch=bar.update)
+
+
+def table(result: dict, untrained: dict | None) -> list[str]:
+    """Lines to print: relations with enough edges for the table, then the overall figures."""
+    last = "  untrained" if untrained else ""
+    lines = [
+        f"{'relation':<12} {'edges':>6} {'accuracy':>9} {'layer-head':>11} {'direction':<10} {'baseline':>14}{last}"
+    ]
+    for relation, row in result["relations"].items():
+        if row["in_table"]:
+            baseline = f"{row['baseline']:.3f} ({row['baseline_offset']:+d})"
+            head = f"{row['layer']}-{row['head']}"
+            last = f"  {untrained['relations'][relation]['accuracy']:9.3f}" if untrained else ""
+            lines.append(
+                f"{relation:<12} {row['count']:>6} {row['accuracy']:>9.3f} {head:>11} {row['direction']:<10} "
+                f"{baseline:>14}{last}"
+            )
+    hidden = sum(not row["in_table"] for row in result["relations"].values())
+    single = result["single_head"]
+    lines += [
+        f"(layers and heads count from 0; UAS and the file also have {hidden} relations with fewer than 100 edges)",
+        "",
+        f"UAS              {result['uas']:.4f}   best fixed offsets {result['uas_baseline']:.4f}",
+        f"best single head {result['uas_single_head']:.4f}   {single['layer']}-{single['head']} {single['direction']}",
+        f"{result['num_edges']} dependencies in {result['num_sentences']} sentences; "
+        f"{result['num_skipped']} too long and skipped",
+    ]
+    if untrained:
+        lines.append(
+            f"untrained model  {untrained['uas']:.4f}   its best single head {untrained['uas_single_head']:.4f}"
+        )
+    else:
+        lines.append(f"note: {UNTRAINED_NOTE}")
+    return lines
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="a Hugging Face BertForMaskedLM directory, a training checkpoint, or a run (its newest checkpoint)",
+    )
+    parser.add_argument(
+        "--treebank",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help=".conllu, or .jsonl (one sentence a line) or .json (an array) of objects with lists words, heads (counted "
+        "from 1, 0 is the root) and relns",
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE.json", help="where to write the result")
+    parser.add_argument(
+        "--untrained", type=Path, metavar="DIR", help="the same model before training, to print beside it"
+    )
+    parser.add_argument(
+        "--batch-tokens", type=int, default=4096, metavar="N", help="tokens a batch, with padding (4096)"
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_main(main)
