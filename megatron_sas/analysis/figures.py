@@ -31,7 +31,6 @@ STYLE = {
     "grid.linewidth": 0.8,
     "xtick.color": "#5b636b",
     "ytick.color": "#5b636b",
-    "svg.hashsalt": "megatron_sas",  # the same runs give the same bytes
 }
 
 
@@ -56,7 +55,7 @@ def draw(runs: Sequence[Run], onsets: Onsets, x_scale: str = "linear") -> Figure
         if x_scale == "log":
             axes[-1].set_xscale("symlog", linthresh=first)
             axes[-1].xaxis.set_major_formatter(ScalarFormatter())
-        axes[-1].set_xlim(0, max(run.final_step for run in runs))
+        axes[-1].set_xlim(0, max(1, *(run.final_step for run in runs)))
         axes[-1].set_xlabel("training step")
         figure.align_ylabels(axes)
         _legend(figure, colours, onsets)

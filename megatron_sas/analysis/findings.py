@@ -212,8 +212,11 @@ def _uas_sentence(condition: Condition) -> list[str]:
     curves = [run.curve("uas") for run in condition.runs]
     start = [curve.values[0] for curve in curves if len(curve) and curve.steps[0] == 0]
     baseline = [run.uas_baseline for run in condition.runs if run.uas_baseline is not None]
-    beside = [f"{np.mean(start):.3f} untrained"] * bool(start)
-    beside += [f"{np.mean(baseline):.3f} for the best fixed offsets"] * bool(baseline)
+    beside = []
+    if start:
+        beside.append(f"{np.mean(start):.3f} untrained")
+    if baseline:
+        beside.append(f"{np.mean(baseline):.3f} for the best fixed offsets")
     return [f"UAS ends at {condition.final['uas'].mean:.3f} ({', '.join(beside)})."] if beside else []
 
 

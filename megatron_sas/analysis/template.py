@@ -150,7 +150,7 @@ interval of a change-point fit, or, for several runs of a condition, the range o
 </tbody></table></div>
 <p class="note">The break of a curve f is the step t with the largest bend [f(t+Δ) − f(t)] − [f(t) − f(t−Δ)], Δ =
 {{ "%g" | format(delta) }} steps, f linear between evaluations; for losses the largest downward. It is clear (bold) when
-it is larger than noise as strong as this curve's would produce by chance in about 95 of 100 curves. The interval comes
+it is larger than noise as strong as this curve's would produce by chance in 95 of 100 curves. The interval comes
 from straight pieces fitted by least squares: the change lies after its first step and not after its second.</p>
 </section>
 

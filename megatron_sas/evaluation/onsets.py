@@ -74,8 +74,8 @@ def break_point(steps: Sequence[float], values: Sequence[float], delta: float, s
     if strength <= tolerance:
         return Onset(None, noise=noise, reason=f"the curve never bends {'upward' if sign > 0 else 'downward'}")
     best = int(np.argmax(bend >= strength - tolerance))
-    # Pure noise bends by σ√6; the largest of n such values grows with √(2 ln n). Simulated noise passes in about 5 %.
-    largest_by_chance = noise * np.sqrt(6) * (np.sqrt(2 * np.log(len(s))) + 0.5)
+    # Pure noise bends by σ√6; the largest of n such values grows with √(2 ln n). Of simulated noise 1 to 5 % passes.
+    largest_by_chance = noise * np.sqrt(6) * (np.sqrt(2 * np.log(len(s))) + 1)
     return Onset(float(grid[best]), float(strength), noise, bool(strength > largest_by_chance))
 
 

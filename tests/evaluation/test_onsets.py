@@ -97,12 +97,12 @@ def test_the_interval_covers_and_noise_is_not_an_onset():
         truth = rng.uniform(300, 450)
         found = change_point(steps, plateau_and_rise(steps, truth) + rng.normal(0, 0.01, len(steps)))
         covered += found.low <= truth <= found.high
-        noise = 0.1 + rng.normal(0, 0.01, len(steps))
-        clear_in_noise += break_point(steps, noise, 100).clear
-        found_in_noise += change_point(steps, noise).step is not None
+        found_in_noise += change_point(steps, rng.normal(0, 0.01, len(steps))).step is not None
+    for _ in range(10 * repetitions):
+        clear_in_noise += break_point(steps, rng.normal(0, 0.01, len(steps)), 100).clear
     assert covered >= 0.85 * repetitions
-    assert clear_in_noise <= 0.05 * repetitions
     assert found_in_noise <= 0.1 * repetitions
+    assert clear_in_noise <= 0.06 * 10 * repetitions
 
 
 def test_one_break_equals_exhaustive_least_squares():

@@ -1,0 +1,106 @@
+"""What the sentences claim, on runs whose course is known."""
+
+import statistics
+
+import pytest
+from synthetic_runs import write_run
+
+from megatron_sas.analysis.findings import caveats, default_delta, estimate, find_onsets, narrate, summarize
+from megatron_sas.analysis.trajectories import load_runs
+
+
+def analyse(runs, delta=90):
+    onsets, found = find_onsets(runs, delta), summarize(runs)
+    return onsets, found, [finding.text for finding in narrate(found, onsets)]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """Three seeds of the base (onset 400) and of a suppressed condition without a UAS break."""
+    root = tmp_path_factory.mktemp("runs")
+    for seed in range(3):
+        write_run(root / f"base-{seed}", seed=seed, onset=390 + 10 * seed)
+        write_run(root / f"minus-{seed}", seed=9 + seed, weight=0.015, uas_gain=0.0, blimp_gain=0.0, loss_gain=0.8)
+    return root
+
+
+def test_single_runs(paths):
+    runs = load_runs([paths / "base-1", paths / "minus-1"])
+    onsets, found, sentences = analyse(runs)
+    base = onsets[str(runs[0].path)]
+    assert abs(base["uas"].bend.step - 400) <= 25 and base["uas"].bend.clear
+    assert abs(base["loss"].bend.step - 400) <= 25 and base["loss"].bend.clear
+    assert abs(base["blimp"].bend.step - 460) <= 25 and base["blimp"].bend.clear
+    assert not onsets[str(runs[1].path)]["uas"].bend.clear
+    first, second, difference = sentences
+    assert f"UAS breaks upward at step {base['uas'].bend.step:.0f} (change-point interval" in first
+    assert "Structure (UAS) breaks" in first and "before capability" in first
+    assert "0.35" in first and "untrained" in first
+    assert "In minus-1" in second and "UAS shows no clear break" in second and "Structure" not in second
+    gap = found[0].final["uas"].mean - found[1].final["uas"].mean
+    assert f"UAS {gap:.3f} lower" in difference and "±" not in difference
+    assert any("single run of each condition" in note for note in caveats(found))
+
+
+def test_several_seeds(paths):
+    names = ["base", "minus"]
+    runs = load_runs([paths / f"{n}-{s}" for n in names for s in range(3)], [n for n in names for _ in range(3)])
+    _, found, sentences = analyse(runs)
+    base, minus = found
+    finals = [run.curve("uas").values[-1] for run in runs]
+    assert base.final["uas"].mean == pytest.approx(statistics.mean(finals[:3]))
+    assert base.final["uas"].error == pytest.approx(statistics.stdev(finals[:3]) / 3**0.5)
+    assert minus.difference["uas"].mean == pytest.approx(statistics.mean(finals[3:]) - statistics.mean(finals[:3]))
+    errors = base.final["uas"].error, minus.final["uas"].error
+    assert minus.difference["uas"].error == pytest.approx((errors[0] ** 2 + errors[1] ** 2) ** 0.5)
+    assert base.difference == {}
+    assert sentences[0].startswith("In base (3 runs), MLM loss breaks downward at step ") and " ± " in sentences[0]
+    assert "no clear break in any run" in sentences[1]
+    assert "higher" in sentences[2] and "±" in sentences[2]
+    assert caveats(found) == []
+
+
+def test_no_difference_is_said_to_be_none(paths):
+    runs = load_runs([paths / f"base-{s}" for s in range(3)])
+    for run in runs[1:]:
+        run.config["sas"]["schedule"] = [{"start": 0, "value": 0.001}]
+    _, _, sentences = analyse([runs[0], *runs[1:]])
+    assert len([s for s in sentences if s.startswith("Compared")]) == 2
+    twin = load_runs([paths / "base-0"], ["twin"])[0]
+    twin.config["sas"]["schedule"] = [{"start": 0, "value": 0.001}]
+    _, _, sentences = analyse([runs[0], twin])
+    assert sentences[-1] == "Compared with the base (λ = 0), twin ends with MLM loss equal, UAS equal and BLiMP equal."
+
+
+def test_caveats(tmp_path, paths):
+    short = write_run(tmp_path / "short", weight=-0.01, steps=300, blimp=False)
+    found = summarize(load_runs([short]))
+    notes = " ".join(caveats(found))
+    assert "No run with λ = 0" in notes and "Not evaluated in these runs: BLiMP" in notes
+    notes = " ".join(caveats(summarize(load_runs([short, paths / "base-0", paths / "base-1"], ["s", "b", "b"]))))
+    assert "single run of s:" in notes and "they end at 300 to 900" in notes and "Not evaluated" not in notes
+
+
+def test_too_short_to_tell(tmp_path):
+    run = write_run(tmp_path / "short", steps=50)
+    _, _, (sentence,) = analyse(load_runs([run]))
+    assert sentence.count("shows no break") == 3 and "less than two windows" in sentence
+
+
+def test_simultaneous_breaks_have_no_order(paths):
+    (run,) = load_runs([paths / "base-0"])
+    for record in run.evaluations:
+        record["blimp"] = record["uas"]
+    _, _, (sentence,) = analyse([run])
+    assert "their order cannot be told" in sentence
+
+
+def test_default_delta(tmp_path, paths):
+    runs = load_runs([paths / "base-0", write_run(tmp_path / "long", steps=2000)])
+    assert default_delta(runs) == 90
+    assert default_delta(load_runs([write_run(tmp_path / "sparse", steps=600, every=100)])) == 100
+    assert default_delta(load_runs([write_run(tmp_path / "start", steps=0)])) == 1
+
+
+def test_estimate_of_one():
+    assert (estimate([2.0]).mean, estimate([2.0]).error, estimate([2.0]).count) == (2.0, None, 1)

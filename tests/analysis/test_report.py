@@ -1,0 +1,164 @@
+"""The files of an analysis: figure, tables, JSON, and a page that needs nothing but itself."""
+
+import csv
+import io
+import json
+import re
+import warnings
+from html.parser import HTMLParser
+
+import pytest
+from synthetic_runs import FIELDS, RELATIONS, write_run
+
+from megatron_sas.analysis.figures import draw, label_styles
+from megatron_sas.analysis.findings import find_onsets, summarize
+from megatron_sas.analysis.report import breakdown_rows, relation_rows, show, write_analysis
+from megatron_sas.analysis.trajectories import METRICS, load_runs
+
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced; collects text and addresses."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.addresses, self.text, self.tags = [], [], "", set()
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "action")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    paths = [write_run(root / f"base-{seed}", seed=seed) for seed in range(2)]
+    paths.append(write_run(root / "minus", weight=0.015, uas_gain=0.0, seed=5))
+    return load_runs(paths, ["base", "base", "SAS-"])
+
+
+@pytest.fixture(scope="module")
+def output(runs, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("out")
+    write_analysis(runs, directory, 90, "linear")
+    return directory
+
+
+def test_files(output):
+    names = {"figure.png", "figure.svg", "onsets.json", "report.html", "table.csv", "table.md"}
+    assert {path.name for path in output.iterdir()} == names
+    assert (output / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in (output / "figure.svg").read_bytes()
+
+
+def test_onsets_json(runs, output):
+    content = json.loads((output / "onsets.json").read_text())
+    onsets = find_onsets(runs, 90)
+    assert content["delta_steps"] == 90
+    assert [entry["label"] for entry in content["runs"]] == ["base", "base", "SAS-"]
+    for run, entry in zip(runs, content["runs"], strict=True):
+        assert entry["lambda"] == run.describe_schedule()
+        for metric in METRICS:
+            onset = onsets[str(run.path)][metric.name]
+            assert entry[metric.name]["break"]["step"] == onset.bend.step
+            assert entry[metric.name]["change_point"]["low"] == onset.change.low
+
+
+def test_tables(runs, output):
+    base, minus = list(csv.DictReader(io.StringIO((output / "table.csv").read_text())))
+    found = summarize(runs)
+    assert (base["condition"], base["runs"], base["last_step"]) == ("base", "2", "900")
+    assert float(base["uas"]) == found[0].final["uas"].mean
+    assert float(base["uas_se"]) == found[0].final["uas"].error
+    assert base["uas_difference"] == "" and minus["uas_se"] == ""
+    assert float(minus["blimp_difference"]) == found[1].difference["blimp"].mean
+    lines = (output / "table.md").read_text().splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert show(found[0].final["uas"]) in lines[2] and "| 2 | 900 |" in lines[2]
+
+
+def test_page_is_whole_and_self_contained(runs, output):
+    html = (output / "report.html").read_text()
+    page = Page(html)
+    assert len(page.addresses) == 1 and page.addresses[0].startswith("data:image/svg+xml;base64,")
+    assert not page.tags & {"script", "link", "iframe"}
+    assert not re.search(r"url\(|@import|https?://", html)
+    for expected in ("base", "SAS-", "minus", *RELATIONS, FIELDS[0], "untrained", "What happened"):
+        assert expected in page.text
+    assert "None" not in page.text and "nan" not in page.text
+
+
+def test_names_cannot_break_the_page_or_the_figure(tmp_path, runs):
+    labels = ["_hidden <b>$x^", "_hidden <b>$x^", "a|b & {{ 1 }}"]
+    renamed = load_runs([run.path for run in runs], labels)
+    write_analysis(renamed, tmp_path, 90, "log")
+    page = Page((tmp_path / "report.html").read_text())
+    assert "_hidden <b>$x^" in page.text and "a|b & {{ 1 }}" in page.text
+    assert "a\\|b" in (tmp_path / "table.md").read_text()
+
+
+def test_same_runs_give_the_same_bytes(tmp_path, runs, output):
+    write_analysis(runs, tmp_path, 90, "linear")
+    for name in ("figure.png", "onsets.json", "table.csv", "table.md"):  # matplotlib's SVG holds arbitrary names
+        path = output / name
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("case", ["no blimp", "one evaluation", "step 0 only", "bare"])
+def test_what_is_missing_is_left_out(tmp_path, case):
+    steps = {"one evaluation": 10, "step 0 only": 0}.get(case, 300)
+    run = write_run(tmp_path / "run", steps=steps, blimp=case != "no blimp")
+    if case == "bare":
+        lines = [json.dumps({"kind": "evaluation", "step": s, "uas": 0.1}) for s in (5, 10)]
+        (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        (run / "config.yaml").write_text("run: {}\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_analysis(load_runs([run]), tmp_path, 30, "linear")
+    page = Page((tmp_path / "report.html").read_text())
+    assert ("Grammar by field" in page.text) == (case in ("one evaluation", "step 0 only"))
+    assert ("Syntax by relation" in page.text) == (case != "bare")
+    assert "None" not in page.text
+
+
+def test_figure_panels_and_marks(runs):
+    onsets = find_onsets(runs, 90)
+    figure = draw(runs, onsets)
+    weight, loss, uas, blimp = figure.axes
+    assert [axis.get_ylabel() for axis in figure.axes] == ["λ", "MLM loss", "UAS", "BLiMP"]
+    base_steps = [onsets[str(run.path)]["uas"].bend.step for run in runs[:2]]
+    vertical = [line for line in uas.lines if len(set(line.get_xdata())) == 1]
+    assert [line.get_xdata()[0] for line in vertical] == [sum(base_steps) / 2]  # the suppressed run has no clear break
+    assert len(draw(runs[:1], onsets).axes) == 3
+    assert draw(runs, onsets, "log").axes[-1].get_xscale() == "symlog"
+    assert loss.get_xlim() == weight.get_xlim() == blimp.get_xlim() == (0, 900)
+
+
+def test_many_conditions_stay_distinct(runs):
+    many = load_runs([runs[0].path])
+    many = [type(many[0])(**{**vars(many[0]), "label": f"c{i}"}) for i in range(20)]
+    styles = label_styles(many)
+    assert len(set(styles.values())) == 20
+
+
+def test_relations_and_fields_are_means_over_runs(runs):
+    found = summarize(runs)
+    rows = {row["relation"]: row for row in relation_rows(found)}
+    assert list(rows) == sorted(RELATIONS, key=lambda name: -RELATIONS[name])
+    expected = [run.evaluations[-1]["uas_relations"]["obj"]["accuracy"] for run in runs[:2]]
+    assert rows["obj"]["cells"][0]["final"] == pytest.approx(sum(expected) / 2)
+    assert rows["det"]["offset"] == "−1" and rows["nsubj"]["offset"] == "+1"
+    fields = {row["name"]: row for row in breakdown_rows(found, "blimp_fields")}
+    expected = [run.evaluations[0]["blimp_fields"]["determiner_noun"] for run in runs[:2]]
+    assert fields["determiner noun"]["cells"][0]["untrained"] == pytest.approx(sum(expected) / 2)

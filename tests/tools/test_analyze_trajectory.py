@@ -1,0 +1,67 @@
+"""tools/analyze_trajectory.py as a command."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "analyze_trajectory.py"
+sys.path.insert(0, str(ROOT / "tests" / "analysis"))
+
+from synthetic_runs import write_run  # noqa: E402
+
+
+def run_tool(*arguments):
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/")
+
+
+@pytest.fixture(scope="module")
+def run_dirs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return [write_run(root / "base"), write_run(root / "minus", weight=0.015, uas_gain=0.0)]
+
+
+def test_two_runs(run_dirs, tmp_path):
+    output = tmp_path / "out"
+    result = run_tool(*run_dirs, "--output", output, "--labels", "base", "SAS-", "--delta", "75", "--x-scale", "log")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "In base, MLM loss breaks downward at step" in result.stdout
+    assert "Compared with the base (λ = 0), SAS- ends with" in result.stdout
+    assert "Δ =\n75 steps" in (output / "report.html").read_text()
+
+    again = run_tool(*run_dirs, "--output", output)
+    assert again.returncode == 2 and again.stderr.startswith("error: ") and "--overwrite" in again.stderr
+    (output / "stale").touch()
+    assert run_tool(*run_dirs, "--output", output, "--overwrite").returncode == 0
+    assert not (output / "stale").exists() and (output / "report.html").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(run_dirs, tmp_path, monkeypatch, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.yaml").write_text("run: {}\n")
+    (broken / "metrics.jsonl").write_text('{"kind": "evaluation", "step": 1, "uas": 0.1}\nnot json\n{}\n')
+    for arguments, expected in [
+        ([tmp_path / "absent"], "not a directory"),
+        ([broken], "metrics.jsonl, line 2"),
+        ([*run_dirs, "--labels", "one"], "1 label(s) for 2 run(s)"),
+        ([*run_dirs, "--labels", "one", "one"], "with and without a SAS term"),
+        ([*run_dirs, "--delta", "-3"], "--delta"),
+    ]:
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments), "--output", str(tmp_path / "out")])
+        with pytest.raises(SystemExit) as stopped:  # in this process: importing matplotlib again takes seconds
+            runpy.run_path(str(TOOL), run_name="__main__")
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert expected in error and error.startswith("error: ") and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_help_explains():
+    text = run_tool("--help").stdout
+    assert "report.html" in text and "--labels" in text and "onsets.json" in text
