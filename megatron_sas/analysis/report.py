@@ -173,7 +173,7 @@ def run_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     rows = []
     for run in runs:
         start = {name: value for event in reversed(run.events) for name, value in event.items()}
-        last = run.train[-1] if run.train else {}
+        tokens, seconds = (run.curve(name, "train").values[-1:] for name in ("tokens", "seconds"))
         facts = {
             "Condition": run.label,
             "Run": run.name,
@@ -181,8 +181,8 @@ def run_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "Parameters": f"{start['parameters'] / 1e6:.1f}M" if "parameters" in start else None,
             "Steps": _of(run.final_step, run.setting("train.steps")),
             "Batch size": run.setting("train.global_batch_size"),
-            "Tokens": f"{last['tokens'] / 1e6:.1f}M" if last.get("tokens") else None,
-            "Time": f"{last['seconds'] / 60:.1f} min" if last.get("seconds") else None,
+            "Tokens": f"{tokens[0] / 1e6:.1f}M" if len(tokens) else None,
+            "Time": f"{seconds[0] / 60:.1f} min" if len(seconds) else None,
             "λ": run.describe_schedule(),
             "Seed": run.setting("run.seed"),
             "Devices": _devices(start),
