@@ -72,11 +72,11 @@ def align(piece_starts: np.ndarray, piece_ends: np.ndarray, parse: Parse, text: 
         piece_starts, piece_ends: (P,) int64 character offsets in `text`, ascending. parse: words of `text`.
     """
     words = _containing_word(piece_starts, parse)
-    # Byte-level tokenizers may count the space before a word to its first piece.
-    lost = np.flatnonzero((words < 0) & (piece_ends > piece_starts))
-    if lost.size:
-        moved = [_skip_space(text, start, end) for start, end in zip(piece_starts[lost], piece_ends[lost], strict=True)]
-        words[lost] = _containing_word(np.array(moved), parse)
+    # Some tokenizers count the space before a word to its first piece. Only such pieces can begin outside all words.
+    outside = (words < 0) | ~np.append(parse.is_word, False)[words]
+    if outside.any():
+        spans = zip(piece_starts[outside], piece_ends[outside], strict=True)
+        words[outside] = _containing_word(np.array([_first_visible(text, *span) for span in spans]), parse)
     owned = np.flatnonzero(words >= 0)
     first = owned[np.diff(words[owned], prepend=-1) != 0]
     count = len(parse.starts)
@@ -108,7 +108,6 @@ def align(piece_starts: np.ndarray, piece_ends: np.ndarray, parse: Parse, text: 
     )
 
 
-def _skip_space(text: str, start: int, end: int) -> int:
-    while start < end and text[start].isspace():
-        start += 1
-    return start
+def _first_visible(text: str, start: int, end: int) -> int:
+    """Position of the first character in [start, end) that is not white space; -1, which is in no word, if all are."""
+    return next((position for position in range(start, end) if not text[position].isspace()), -1)

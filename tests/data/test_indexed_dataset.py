@@ -1,0 +1,105 @@
+"""The IndexedDataset layout, checked byte by byte with struct."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+
+from megatron_sas.cli import InputError
+from megatron_sas.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, token_dtype
+
+SEQUENCES = [[5, 6, 7], [], [65535], [1, 2]]
+
+
+def write(prefix, dtype=np.uint16, sequences=SEQUENCES):
+    with IndexedDatasetWriter(prefix, dtype) as writer:
+        for sequence in sequences:
+            writer.add(np.array(sequence, dtype=np.int64))
+
+
+def test_layout_byte_by_byte(tmp_path):
+    write(tmp_path / "a")
+    tokens = [token for sequence in SEQUENCES for token in sequence]
+    assert (tmp_path / "a.bin").read_bytes() == struct.pack(f"<{len(tokens)}H", *tokens)
+    expected = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + struct.pack("<B", 8) + struct.pack("<QQ", 4, 5)
+    expected += struct.pack("<4i", 3, 0, 1, 2) + struct.pack("<4q", 0, 6, 6, 8) + struct.pack("<5q", 0, 1, 2, 3, 4)
+    assert (tmp_path / "a.idx").read_bytes() == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "code"),
+    [
+        (np.uint8, 1),
+        (np.int8, 2),
+        (np.int16, 3),
+        (np.int32, 4),
+        (np.int64, 5),
+        (np.float64, 6),
+        (np.float32, 7),
+        (np.uint16, 8),
+    ],
+)
+def test_every_dtype_reads_back(tmp_path, dtype, code):
+    sequences = [[1, 2, 3], [4], [100, 101]]
+    write(tmp_path / "a", dtype, sequences)
+    assert (tmp_path / "a.idx").read_bytes()[17] == code
+    data = IndexedDataset(tmp_path / "a")
+    assert data.dtype == dtype and len(data) == 3
+    assert isinstance(data[0], np.memmap)
+    assert [list(data[i]) for i in range(3)] == sequences and list(data[-1]) == [100, 101]
+    assert list(data.sequence_lengths) == [3, 1, 2]
+    assert list(data.document_indices) == [0, 1, 2, 3]
+    with pytest.raises(IndexError):
+        data[3]
+
+
+def test_index_blocks_agree(tmp_path, monkeypatch):
+    sequences = [[0] * (i % 5) for i in range(50)]
+    write(tmp_path / "a", sequences=sequences)
+    monkeypatch.setattr("megatron_sas.data.indexed_dataset._BLOCK", 7)
+    write(tmp_path / "b", sequences=sequences)
+    assert (tmp_path / "a.idx").read_bytes() == (tmp_path / "b.idx").read_bytes()
+
+
+def test_a_failing_block_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), IndexedDatasetWriter(tmp_path / "a", np.uint16) as writer:
+        writer.add(np.arange(3))
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change", "message"),
+    [
+        (".idx", lambda b: b"XMIDIDX\x00\x00" + b[9:], "wrong magic"),
+        (".idx", lambda b: b"", "wrong magic"),
+        (".idx", lambda b: b[:9] + struct.pack("<Q", 2) + b[17:], "index version 2"),
+        (".idx", lambda b: b[:17] + b"\x63" + b[18:], "unknown dtype code 99"),
+        (".idx", lambda b: b[:20], "shorter than its header"),
+        (".idx", lambda b: b[:-1], "its header says"),
+        (".idx", lambda b: b[:34] + struct.pack("<i", -3) + b[38:], "negative"),
+        (".bin", lambda b: b[:-1], "the file is cut off"),
+    ],
+)
+def test_damaged_files(tmp_path, suffix, change, message):
+    write(tmp_path / "a")
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(InputError, match=message) as error:
+        IndexedDataset(tmp_path / "a")
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".idx", ".bin"])
+def test_missing_files(tmp_path, suffix):
+    write(tmp_path / "a")
+    (tmp_path / f"a{suffix}").unlink()
+    with pytest.raises(InputError, match=rf"a{suffix}: no such file"):
+        IndexedDataset(tmp_path / "a")
+
+
+def test_token_dtype():
+    assert token_dtype(65536) == np.uint16 and token_dtype(65537) == np.int32

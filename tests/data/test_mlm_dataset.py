@@ -1,0 +1,159 @@
+"""Windows: what is in them, that they do not depend on the world size, and their prefetching."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_sas.cli import InputError
+from megatron_sas.data.masking import mask_tokens
+from megatron_sas.data.mlm_dataset import MLMDataset, PrefetchLoader, validation_batches
+from megatron_sas.data.packed import PackedData
+from megatron_sas.data.sampler import global_samples
+
+
+def dataset(packed, rank=0, world_size=1, **options):
+    options = {"seed": 3, "mask_prob": 0.3, "global_batch_size": 16, "micro_batch_size": 2} | options
+    return MLMDataset(packed, rank=rank, world_size=world_size, **options)
+
+
+def same(a, b):
+    names = ("sample_ids", "input_ids", "masked_positions", "labels", "heads")
+    return a.index == b.index and all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
+
+
+def test_window_content_against_plain_python(make_packed):
+    packed = PackedData(make_packed())
+    window = dataset(packed).window(5)
+    samples, epochs = global_samples(5, 16, packed.num_sequences, 3)
+    assert len(set(epochs)) == 2  # this batch spans two epochs
+    assert window.step == 5 and len(window.micro_batches) == 8
+    for j, batch in enumerate(window.micro_batches):
+        assert batch.index == j
+        positions, labels = [], []
+        for row, (sample, epoch) in enumerate(zip(samples[2 * j : 2 * j + 2], epochs[2 * j : 2 * j + 2], strict=True)):
+            inputs, selected = mask_tokens(
+                packed.tokens[sample][None],
+                np.array([sample]),
+                int(epoch),
+                3,
+                mask_prob=0.3,
+                vocab_size=33,
+                mask_id=4,
+                special_ids=(0, 2, 3, 4),
+            )
+            assert batch.sample_ids[row] == sample
+            assert batch.input_ids[row].tolist() == inputs[0].tolist()
+            assert batch.heads[row].tolist() == packed.heads[sample].tolist()
+            for position in range(16):
+                if selected[0, position]:
+                    positions.append(row * 16 + position)
+                    labels.append(int(packed.tokens[sample, position]))
+        assert batch.masked_positions.tolist() == positions and batch.labels.tolist() == labels
+        for name in ("sample_ids", "input_ids", "masked_positions", "labels", "heads"):
+            assert getattr(batch, name).dtype == torch.int64
+    assert window.num_masked == sum(len(batch.labels) for batch in window.micro_batches)
+
+
+def test_micro_batches_do_not_depend_on_the_world_size(make_packed):
+    packed = PackedData(make_packed())
+    for step in (0, 1, 9):
+        reference = {batch.index: batch for batch in dataset(packed).window(step).micro_batches}
+        for world_size in (2, 4, 8):
+            windows = [dataset(packed, rank, world_size).window(step) for rank in range(world_size)]
+            batches = [batch for window in windows for batch in window.micro_batches]
+            assert sorted(batch.index for batch in batches) == list(range(8))
+            assert all(same(batch, reference[batch.index]) for batch in batches)
+            assert [b.index for b in windows[1].micro_batches] == list(range(1, 8, world_size))
+            assert sum(window.num_masked for window in windows) == dataset(packed).window(step).num_masked
+
+
+def test_epochs_see_every_sample_once_with_fresh_masks(make_packed):
+    packed = PackedData(make_packed(n=16))
+    first, second = (dataset(packed).window(step).micro_batches for step in (0, 1))
+    order = [torch.cat([batch.sample_ids for batch in batches]).tolist() for batches in (first, second)]
+    assert sorted(order[0]) == sorted(order[1]) == list(range(16)) and order[0] != order[1]
+    rows = [torch.cat([batch.input_ids for batch in batches]) for batches in (first, second)]
+    assert not torch.equal(rows[0][order[0].index(0)], rows[1][order[1].index(0)])
+
+
+def test_global_batch_must_divide(make_packed):
+    with pytest.raises(InputError, match="global batch 16 is not a multiple of micro batch 3 × 2"):
+        dataset(PackedData(make_packed()), micro_batch_size=3, world_size=2)
+
+
+@pytest.mark.parametrize("total", [1, 4, 7, 11, 100])
+def test_validation_covers_each_sequence_once_on_any_world_size(make_packed, total):
+    packed = PackedData(make_packed())
+    options = {"micro_batch_size": 2, "num_sequences": total, "seed": 0, "mask_prob": 0.5}
+    expected = min(total, 11)
+    labels = set()
+    for world_size in (1, 2, 3):
+        ranks = [list(validation_batches(packed, rank=r, world_size=world_size, **options)) for r in range(world_size)]
+        assert len({len(batches) for batches in ranks}) == 1
+        batches = [batch for rank in ranks for batch in rank]
+        samples = [int(s) for batch in batches for s in batch.sample_ids if s >= 0]
+        assert sorted(samples) == list(range(expected))
+        labels.add(tuple(sorted(label for batch in batches for label in batch.labels.tolist())))
+        for batch in batches:
+            assert batch.input_ids.shape == (2, 16)
+            filler = batch.sample_ids < 0
+            assert (batch.heads[filler] == -1).all()
+            assert not filler[batch.masked_positions // 16].any()
+        again = list(validation_batches(packed, rank=0, world_size=world_size, **options))
+        assert all(same(a, b) for a, b in zip(again, ranks[0], strict=True))
+    assert len(labels) == 1
+
+
+def test_prefetching_gives_the_same_windows_in_order(make_packed):
+    data = dataset(PackedData(make_packed()))
+    with PrefetchLoader(data, 3, 9) as loader:
+        for step, window in zip(range(3, 9), loader, strict=True):
+            assert window.step == step
+            assert all(same(a, b) for a, b in zip(window.micro_batches, data.window(step).micro_batches, strict=True))
+        with pytest.raises(StopIteration):
+            next(loader)
+
+
+class Counting:
+    """A dataset that counts its windows and fails at a step."""
+
+    def __init__(self, data, fail_at=None):
+        self.data, self.fail_at, self.made = data, fail_at, 0
+
+    def window(self, step):
+        if step == self.fail_at:
+            raise InputError("file.bin: cut off")
+        self.made += 1
+        return self.data.window(step)
+
+
+def test_prefetching_is_bounded_and_stops(make_packed):
+    data = Counting(dataset(PackedData(make_packed())))
+    threads = threading.active_count()
+    loader = PrefetchLoader(data, 0, 1000, depth=2)
+    next(loader)
+    time.sleep(0.4)
+    assert data.made <= 4  # one taken, two waiting, one in hand
+    loader.close()
+    loader.close()
+    assert threading.active_count() == threads
+    with pytest.raises(StopIteration):
+        next(loader)
+
+
+def test_prefetching_raises_in_the_consumer(make_packed):
+    loader = PrefetchLoader(Counting(dataset(PackedData(make_packed())), fail_at=2), 0, 10)
+    assert [next(loader).step, next(loader).step] == [0, 1]
+    with pytest.raises(InputError, match="cut off"):
+        next(loader)
+    with pytest.raises(StopIteration):
+        next(loader)
+
+
+def test_empty_range(make_packed):
+    assert list(PrefetchLoader(dataset(PackedData(make_packed())), 5, 5)) == []
