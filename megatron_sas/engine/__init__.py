@@ -1,0 +1,1 @@
+"""DeepSpeed set-up, learning rate, checkpoints and the training loop."""

@@ -1,0 +1,234 @@
+"""The part of training that knows DeepSpeed: one update at a time, and the full state as named float32 tensors.
+
+Full tensors, gathered parameter by parameter, are the same whatever the ZeRO stage and the number of processes, so a
+checkpoint made of them resumes exactly and moves between both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_sas import distributed
+from megatron_sas.config import TrainSection
+from megatron_sas.data.masking import hash_u64
+from megatron_sas.data.mlm_dataset import Window
+from megatron_sas.engine.deepspeed_config import deepspeed_config
+from megatron_sas.model.bert import Bert
+from megatron_sas.objective.pretraining import MaskedLMWithSas
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+DROPOUT = 0x64726F70  # keeps these seeds apart from every other use of the run's seed
+
+
+@dataclass
+class UpdateResult:
+    """Sums of this rank over one accumulation window; scalars on the device, not yet reduced over ranks."""
+
+    mlm_sum: Tensor
+    num_masked: Tensor  # already summed over all ranks
+    sas_sum: Tensor | None
+    grad_norm: Tensor  # of the whole update, before clipping
+
+
+class Engine:
+    """A model under DeepSpeed with AdamW."""
+
+    def __init__(self, module: MaskedLMWithSas, train: TrainSection, seed: int, device: torch.device) -> None:
+        """Wrap `module`, whose weights must be equal on all ranks.
+
+        Raises:
+            InputError: see `deepspeed_config`.
+        """
+        import deepspeed
+
+        self.train_section, self.seed, self.device = train, seed, device
+        world_size = distributed.world_size()
+        config = deepspeed_config(train, world_size)
+        self.accumulation = config["gradient_accumulation_steps"]
+        self.world_size = world_size
+        self._initial = {name: tensor.detach().clone() for name, tensor in module.bert.state_dict().items()}
+        optimizer = torch.optim.AdamW(
+            _decay_groups(module, train.weight_decay),
+            lr=train.learning_rate,
+            betas=train.adam_betas,
+            eps=train.adam_eps,
+            fused=True,
+        )
+        if train.zero_stage == 3:
+            # The word embedding is used again by the LM head, outside the module that owns it.
+            deepspeed.zero.register_external_parameter(module.bert, module.bert.embeddings.word.weight)
+        self._engine, *_ = deepspeed.initialize(
+            model=module.to(device), optimizer=optimizer, config=config, dist_init_required=False
+        )
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        self._autocast = train.precision == "bf16" and train.zero_stage == 0
+        self._create_moments()
+        if train.precision == "bf16" and train.zero_stage > 0:
+            self._set_full(None, self._initial.__getitem__)  # DeepSpeed made its fp32 weights from rounded ones
+        del self._initial
+
+    @property
+    def bert(self) -> Bert:
+        """The model. Under ZeRO-3 its parameters are gathered while a forward runs."""
+        return self._engine.module.bert
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        """The context in which forwards run."""
+        if self._autocast:
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def set_learning_rate(self, value: float) -> None:
+        """Use `value` from the next update on."""
+        for group in self._engine.basic_optimizer.param_groups:
+            group["lr"] = value
+
+    def update(self, window: Window, sas_weight: float, measure_sas: bool) -> UpdateResult:
+        """One update from this rank's accumulation window.
+
+        Args:
+            window: the micro-batches of this rank.
+            sas_weight: λ. With 0 the SAS term is computed only if `measure_sas`, and has no gradient.
+        """
+        train = self.train_section
+        self._engine.train()
+        num_masked = distributed.all_reduce_sum_(torch.tensor(window.num_masked, device=self.device))
+        rounds = self.world_size * self.accumulation
+        mlm_scale = rounds / num_masked.clamp(min=1)
+        sequence_reduction = self._engine.module.sas.reduction == "sequence"
+        sas_scale = sas_weight * (rounds / train.global_batch_size if sequence_reduction else 1.0)
+        mlm_sum = torch.zeros((), device=self.device)
+        sas_sum = torch.zeros((), device=self.device) if sas_weight or measure_sas else None
+        norm: Tensor | None = None
+        for batch in window.micro_batches:
+            # Dropout belongs to the micro-batch, so it is the same in a resumed run and on any number of processes.
+            torch.manual_seed(int(hash_u64(DROPOUT, self.seed, window.step, batch.index)[0]) >> 1)
+            heads = None if sas_sum is None else self._to_device(batch.heads)
+            with self.precision():
+                parts = self._engine(
+                    self._to_device(batch.input_ids),
+                    self._to_device(batch.masked_positions),
+                    self._to_device(batch.labels),
+                    heads,
+                    mlm_scale=mlm_scale,
+                    sas_scale=sas_scale,
+                )
+            mlm_sum += parts.mlm_sum
+            if sas_sum is not None:
+                sas_sum += parts.sas_sum
+            self._engine.backward(parts.loss)
+            if train.zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
+                limit = train.grad_clip or float("inf")
+                norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit)
+            self._engine.step()
+        if norm is None:
+            norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
+        return UpdateResult(mlm_sum, num_masked, sas_sum, norm)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The model's parameters in a fixed order."""
+        return list(self.bert.named_parameters())
+
+    def weight_norm(self) -> float:
+        """Euclidean norm of all weights, in the precision that the model computes with. A collective."""
+        if self.train_section.zero_stage == 3:
+            parts = [parameter.ds_tensor for _, parameter in self.named_parameters()]
+        else:
+            parts = [parameter.detach() for _, parameter in self.named_parameters()]
+        total = torch.stack([part.double().square().sum() for part in parts]).sum()
+        if self.train_section.zero_stage == 3:
+            distributed.all_reduce_sum_(total)
+        return float(total.sqrt())
+
+    def full_tensors(self, key: str | None, names: set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every weight (`key` None) or optimizer moment (`key` of `MOMENTS`) in full, float32 on the CPU.
+
+        A collective: all ranks must iterate to the end. A rank gets (and copies) only the tensors in `names`.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        for name, parameter in self.named_parameters():
+            if self.train_section.zero_stage == 0:
+                value = parameter.detach() if key is None else self._engine.optimizer.state[parameter][key]
+            elif key is None:
+                value = safe_get_full_fp32_param(parameter)
+            else:
+                value = safe_get_full_optimizer_state(parameter, key)
+            if names is None or name in names:
+                yield name, value.detach().to("cpu", torch.float32, copy=True)
+
+    def load_moments(self, read: Callable[[str, str], Tensor], updates: int) -> None:
+        """Set AdamW's moments to `read(key, name)` for each key of `MOMENTS`, and its step count to `updates`."""
+        for tensor in self._optimizer_tensors():
+            self._engine.basic_optimizer.state[tensor]["step"].fill_(updates)
+        for key in MOMENTS:
+            self._set_full(key, lambda name, key=key: read(key, name))
+
+    def _create_moments(self) -> None:
+        """Create AdamW's state as its first step would, so that it can be read and written from the start.
+
+        DeepSpeed's ZeRO-1 and -2 tie moments to parameters when the first of several parameter groups has been
+        updated, and so miss those of the others.
+        """
+        for tensor in self._optimizer_tensors():
+            self._engine.basic_optimizer.state[tensor] = {
+                "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
+                **{key: torch.zeros_like(tensor, memory_format=torch.preserve_format) for key in MOMENTS},
+            }
+        link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
+
+    def _optimizer_tensors(self) -> list[Tensor]:
+        """What AdamW updates on this rank: the parameters, or under ZeRO the rank's flat partitions of them."""
+        if self.train_section.zero_stage == 3:
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return [p for group in self._engine.basic_optimizer.param_groups for p in group["params"]]
+
+    def _set_full(self, key: str | None, value_of: Callable[[str], Tensor]) -> None:
+        """Write full tensors (weights for `key` None) into this rank's part of them."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for name, parameter in self.named_parameters():
+            value = value_of(name).to(self.device, torch.float32)
+            if self.train_section.zero_stage == 0:
+                target = parameter.data if key is None else self._engine.optimizer.state[parameter][key]
+                target.copy_(value)
+            elif self.train_section.zero_stage == 3:
+                _set_partition(parameter, key, value)
+            elif key is None:
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _set_partition(parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
+    """ZeRO-3: write this rank's partition of a full tensor; the last partition may be padded."""
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    size = parameter.ds_tensor.numel()
+    start = size * distributed.rank()
+    part = torch.zeros(size, device=value.device)
+    available = value.flatten()[start : start + size]
+    part[: available.numel()] = available
+    if key is None:
+        safe_set_local_fp32_param(parameter, part)
+    else:
+        safe_set_local_optimizer_state(parameter, part, key)
+
+
+def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Weight matrices decay, biases and LayerNorms do not (as in Hugging Face's Trainer)."""
+    decayed = [p for p in module.parameters() if p.dim() > 1]
+    other = [p for p in module.parameters() if p.dim() <= 1]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": other, "weight_decay": 0.0}]

@@ -1,0 +1,172 @@
+"""From a configuration to the parts that the training loop moves: data, tokenizer, model, engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from megatron_sas import distributed
+from megatron_sas.cli import InputError
+from megatron_sas.config import Config, load_config
+from megatron_sas.data.mlm_dataset import MLMDataset
+from megatron_sas.data.packed import PackedData
+from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
+from megatron_sas.engine.checkpoint import newest_checkpoint, read_state
+from megatron_sas.evaluation.live import LiveEvaluation
+from megatron_sas.files import write_text_atomic
+from megatron_sas.model.bert import Bert
+from megatron_sas.model.config import BertConfig
+from megatron_sas.model.pretrained import load_state, read_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Result = TypeVar("Result")
+
+CONFIG = "config.yaml"
+MAY_CHANGE = ("run", "checkpoint", "evaluation", "logging")
+MAY_CHANGE_IN_TRAIN = ("steps", "zero_stage", "deepspeed_config")
+
+
+@dataclass
+class Parts:
+    """What a run is made of, before DeepSpeed."""
+
+    tokenizer: PreTrainedTokenizerBase
+    dataset: MLMDataset
+    bert: Bert
+    evaluation: LiveEvaluation
+    checkpoint: Path | None  # that the run continues from
+    state: dict[str, Any]  # its counters
+
+    @property
+    def start_step(self) -> int:
+        """Updates that are already done."""
+        return self.state["step"]
+
+
+def agreed(action: Callable[[], Result]) -> Result:
+    """Run `action`, which must not communicate, on every rank; if it fails anywhere, raise the same error everywhere.
+
+    Raises:
+        InputError: with the first rank's message.
+    """
+    fault, result = None, None
+    try:
+        result = action()
+    except (InputError, OSError) as error:
+        fault = str(error)
+    fault = next((f for f in distributed.gather_objects(fault) if f is not None), None)
+    if fault is not None:
+        raise InputError(fault)
+    return result
+
+
+def build_parts(config: Config, say: Callable[[str], None]) -> Parts:
+    """Open and check everything, and build the model with its initial or resumed weights.
+
+    Raises:
+        InputError: anything that the user must mend, the same on every rank.
+    """
+    run_dir = Path(config.run.output_dir)
+    checkpoint = agreed(lambda: _claim_run(config, run_dir, say) if distributed.is_main() else None)
+    checkpoint = distributed.broadcast_object(checkpoint)
+    return agreed(lambda: _build(config, checkpoint))
+
+
+def _claim_run(config: Config, run_dir: Path, say: Callable[[str], None]) -> Path | None:
+    """Decide where to continue from, and write the configuration into the run's directory."""
+    saved = run_dir / CONFIG
+    occupied = run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))
+    if occupied and config.run.resume == "never":
+        raise InputError(f"run.output_dir: {run_dir} exists and is not empty; choose another or set run.resume: auto")
+    if occupied and not saved.is_file():
+        raise InputError(f"run.output_dir: {run_dir} exists but is not a run (no {CONFIG}); choose another directory")
+    checkpoint = newest_checkpoint(run_dir, say) if occupied else None
+    if checkpoint is not None:
+        _refuse_other_experiment(load_config(saved), config, saved)
+    write_text_atomic(saved, config.to_yaml())
+    return checkpoint
+
+
+def _refuse_other_experiment(old: Config, new: Config, saved: Path) -> None:
+    """A run continues only as what it began as; its length, records and sharding may change."""
+    before, after = old.model_dump(), new.model_dump()
+    changed = [
+        f"{section}.{field}"
+        for section in before
+        if section not in MAY_CHANGE
+        for field in before[section]
+        if before[section][field] != after[section][field] and not (section == "train" and field in MAY_CHANGE_IN_TRAIN)
+    ]
+    if before["run"]["seed"] != after["run"]["seed"]:
+        changed.append("run.seed")
+    if changed:
+        raise InputError(
+            f"{saved}: the run there was started with other values of {', '.join(changed)}; "
+            "restore them or choose another run.output_dir"
+        )
+
+
+def _build(config: Config, checkpoint: Path | None) -> Parts:
+    train, data = config.train, config.data
+    packed = PackedData(data.train, heads_name=data.heads)
+    tokenizer_path = data.tokenizer or packed.tokenizer.path
+    tokenizer = load_tokenizer(tokenizer_path)
+    _check_tokenizer(tokenizer, tokenizer_path, packed, data.train)
+    validation = None
+    if data.validation is not None:
+        validation = PackedData(data.validation)
+        _check_tokenizer(tokenizer, tokenizer_path, validation, data.validation)
+    for name, part in (("train", packed), ("validation", validation)):
+        if part is not None and part.seq_length > config.model.max_position_embeddings:
+            raise InputError(
+                f"model.max_position_embeddings: {config.model.max_position_embeddings} is less than the sequence "
+                f"length {part.seq_length} of data.{name}"
+            )
+    dataset = MLMDataset(
+        packed,
+        seed=config.run.seed,
+        mask_prob=data.mask_prob,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    bert_config = config.bert_config(packed.tokenizer.vocab_size, packed.tokenizer.pad_id)
+    bert = _model(bert_config, config.run.seed, checkpoint)
+    state = {"step": 0, "tokens": 0, "seconds": 0.0} if checkpoint is None else read_state(checkpoint)
+    if state["step"] > train.steps:
+        raise InputError(f"train.steps: {train.steps} is less than the {state['step']} updates that are already done")
+    return Parts(tokenizer, dataset, bert, LiveEvaluation(config, tokenizer, validation), checkpoint, state)
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str, packed: PackedData, prefix: str) -> None:
+    if tokenizer_hash(tokenizer) != packed.tokenizer.hash:
+        raise InputError(
+            f"{path}: is not the tokenizer that made {prefix}.bin (hashes differ); set data.tokenizer to that one or "
+            "preprocess again"
+        )
+
+
+def _model(config: BertConfig, seed: int, checkpoint: Path | None) -> Bert:
+    """The model with weights from `seed` or from a checkpoint; equal on every rank."""
+    torch.manual_seed(seed)
+    bert = Bert(config)
+    if checkpoint is not None:
+        saved_config, state, _ = read_model(checkpoint)
+        if saved_config.vocab_size != config.vocab_size:
+            raise InputError(
+                f"{checkpoint}: has a vocabulary of {saved_config.vocab_size}, the data {config.vocab_size}"
+            )
+        load_state(bert, _contiguous(state), where=str(checkpoint))
+    return bert
+
+
+def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in state.items()}

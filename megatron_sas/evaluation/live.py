@@ -1,0 +1,86 @@
+"""Everything that is evaluated while a model trains, prepared once; and how often there is time for it."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+from megatron_sas.config import Config
+from megatron_sas.data.packed import PackedData
+from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
+from megatron_sas.evaluation.treebank import load_treebank
+from megatron_sas.evaluation.uas import TreebankTask
+from megatron_sas.evaluation.validation import evaluate_validation
+from megatron_sas.model.bert import Bert
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+GRACE_SECONDS = 30.0
+
+
+class LiveEvaluation:
+    """The evaluations that a configuration asks for; each part that is not configured is left out.
+
+    Raises:
+        InputError: a treebank or minimal-pair file is wrong.
+    """
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, validation: PackedData | None) -> None:
+        section = config.evaluation
+        max_length = config.model.max_position_embeddings
+        self.section, self.validation = section, validation
+        self.sas, self.mask_prob = config.sas_objective(), config.data.mask_prob
+        self.treebank: TreebankTask | None = None
+        if section.treebank is not None:
+            sentences = load_treebank(section.treebank)[: section.treebank_sentences]
+            self.treebank = TreebankTask(sentences, tokenizer, max_length)
+        self.blimp: BlimpTask | None = None
+        if section.blimp is not None:
+            self.blimp = BlimpTask(
+                load_blimp(section.blimp), tokenizer, section.blimp_metric, section.blimp_pairs_per_set, max_length
+            )
+
+    def evaluate(self, model: Bert) -> dict[str, Any]:
+        """All metrics of one evaluation. A collective: every rank makes the same number of forwards."""
+        started = time.perf_counter()
+        values: dict[str, Any] = {}
+        batch_tokens = self.section.batch_tokens
+        if self.validation is not None:
+            values |= evaluate_validation(
+                model,
+                self.validation,
+                self.sas,
+                num_sequences=self.section.validation_sequences,
+                batch_tokens=batch_tokens,
+                mask_prob=self.mask_prob,
+            )
+        if self.treebank is not None:
+            result = self.treebank.evaluate(model, batch_tokens=batch_tokens)
+            values |= {name: result[name] for name in ("uas", "uas_baseline", "uas_single_head")}
+            values["uas_relations"] = result["relations"]
+        if self.blimp is not None:
+            result = self.blimp.evaluate(model, batch_tokens=batch_tokens)
+            values |= {
+                "blimp": result["blimp"],
+                "blimp_fields": result["fields"],
+                "blimp_terms": result["terms"],
+                "blimp_sets": {name: entry["accuracy"] for name, entry in result["sets"].items()},
+            }
+        values["seconds"] = time.perf_counter() - started
+        return values
+
+
+def evaluation_stride(
+    evaluations_left: int, seconds_each: float, training_seconds_left: float, max_time_share: float
+) -> int:
+    """Make every how many-th of the remaining evaluations, so that they take at most `max_time_share` of all time.
+
+    With n evaluations of e seconds beside T seconds of training, n·e ≤ share·(n·e + T). `GRACE_SECONDS` are free, so
+    that short runs keep all their points.
+    """
+    allowed = max_time_share / (1.0 - max_time_share) * training_seconds_left + GRACE_SECONDS
+    wanted = evaluations_left * seconds_each
+    return 1 if wanted <= allowed else math.ceil(wanted / allowed)

@@ -1,0 +1,49 @@
+"""Masked-LM loss and SAS term on held-out packed data, with the same masks at every evaluation."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_sas import distributed
+from megatron_sas.data.mlm_dataset import validation_batches
+from megatron_sas.data.packed import PackedData
+from megatron_sas.evaluation.batching import evaluating
+from megatron_sas.model.bert import Bert
+from megatron_sas.objective.pretraining import SasObjective, mlm_loss_sum
+from megatron_sas.objective.sas import sas_term
+
+VALIDATION_SEED = 0x76616C  # not the run's seed: runs with different seeds are validated on the same masks
+
+
+def evaluate_validation(
+    model: Bert, packed: PackedData, sas: SasObjective, *, num_sequences: int, batch_tokens: int, mask_prob: float
+) -> dict[str, float]:
+    """`validation_mlm_loss` (mean over masked tokens) and `validation_sas` (R, mean over sequences).
+
+    The first `num_sequences` sequences are shared among the ranks, which all make the same number of forwards and all
+    return the same values.
+    """
+    batches = validation_batches(
+        packed,
+        micro_batch_size=max(1, batch_tokens // packed.seq_length),
+        num_sequences=num_sequences,
+        seed=VALIDATION_SEED,
+        mask_prob=mask_prob,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    with evaluating(model) as device:
+        sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, masked tokens, R, sequences
+        for batch in batches:
+            output = model(
+                batch.input_ids.to(device),
+                heads=batch.heads.to(device),
+                masked_positions=batch.masked_positions.to(device),
+            )
+            sums[0] += mlm_loss_sum(output.logits, batch.labels.to(device))
+            sums[1] += len(batch.labels)
+            term = sas_term(output.to_head, output.to_dependent, mode=sas.mode, p=sas.p, directions=sas.directions)
+            sums[2] += term.sum()
+            sums[3] += int((batch.sample_ids >= 0).sum())
+    loss, tokens, term, sequences = distributed.all_reduce_sum_(sums).tolist()
+    return {"validation_mlm_loss": loss / max(tokens, 1.0), "validation_sas": term / max(sequences, 1.0)}
