@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to create")
     parser.add_argument("--seed", type=int, default=0, help="of the sentences; the lexicon is fixed (default 0)")
     parser.add_argument(
-        "--train-sentences", type=int, default=250_000, metavar="N", help="default 250000, about 2.9M tokens"
+        "--train-sentences", type=int, default=250_000, metavar="N", help="default 250000, about 2.8M tokens"
     )
     parser.add_argument("--validation-sentences", type=int, default=2_000, metavar="N", help="default 2000")
     parser.add_argument("--treebank-sentences", type=int, default=1_000, metavar="N", help="default 1000")

@@ -32,8 +32,8 @@ from megatron_sas.data.toy_lexicon import (
 )
 
 SENTENCES_PER_DOCUMENT = 20
-ZIPF_SHIFT = 1.0  # P(rank r) ∝ 1 / (r + shift), r = 1, 2, …
-MISMATCH = 0.05  # share of nouns that ignore what their head selects
+ZIPF_SHIFT = 0.0  # P(rank r) ∝ 1 / (r + shift), r = 1, 2, …
+MISMATCH = 0.02  # share of nouns that ignore what their head selects
 MAX_DEPTH = 3  # clauses and noun phrases inside one another
 
 ROOT = -1  # head of the root, in 0-based word positions
@@ -248,7 +248,7 @@ class Grammar:
         first = out.add(determiner or self.pick(tables.determiners)[number])
         if adjectives is None:
             u = self.rand()
-            adjectives = 0 if u > 0.35 else 1 if u > 0.06 else 2
+            adjectives = 0 if u > 0.45 else 1 if u > 0.08 else 2
         for _ in range(adjectives):
             out.add(self.pick(tables.adjectives[noun_class]))
         noun = out.add(self.pick(tables.nouns[noun_class])[number])

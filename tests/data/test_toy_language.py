@@ -180,6 +180,16 @@ def test_vocabulary(tokenizer, sentences):
     assert 0.02 < sum(len(p) > 1 for p in pieces) / len(pieces) < 0.15  # alignment has something to align
 
 
+def test_words_know_whether_their_forms_are_cut_alike(tokenizer):
+    words = lexicon()
+    pairs = [*chain.from_iterable((*words.nouns, *words.intransitive)), *words.complement, *words.ditransitive]
+    pairs += [forms for group in words.transitive for forms, _ in group]
+    for one, many in pairs:
+        assert one.other is many and many.other is one
+        assert one.even == many.even == (len(tokenizer.tokenize(one.form)) == len(tokenizer.tokenize(many.form)))
+    assert {one.even for one, _ in pairs} == {True, False}
+
+
 @pytest.mark.parametrize("uid", SETS)
 def test_minimal_pairs(uid, tokenizer):
     first = minimal_pairs(uid, 200, 0)
