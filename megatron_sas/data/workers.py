@@ -25,7 +25,7 @@ from megatron_sas.data.parses import RelationNames, make_parser
 from megatron_sas.data.sources import Unit
 from megatron_sas.data.tokenizer import plain_text_tokenizer
 
-CHUNK_CHARACTERS = 100_000  # near a second of parsing: long enough to be worth a message, short enough to share out
+CHUNK_CHARACTERS = 50_000  # half a second of parsing: worth a message, and short enough to share out evenly
 _AHEAD = 3  # chunks in flight per worker
 
 

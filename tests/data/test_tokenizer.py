@@ -1,0 +1,83 @@
+"""Tokenizers from vocabulary files and directories: lower-casing with offsets into the original, and identity."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_sas.cli import InputError
+from megatron_sas.data.tokenizer import (
+    load_tokenizer,
+    plain_text_tokenizer,
+    tokenizer_hash,
+    tokenizer_info,
+    vocab_size,
+)
+
+
+def test_uncased_with_offsets_into_the_original(vocab_file):
+    tokenizer = load_tokenizer(vocab_file)
+    text = "  The CAFÉ, cafe\u0301 can't"
+    encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    assert encoding.tokens == ["the", "cafe", ",", "cafe", "can", "'", "t"]
+    assert [text[a:b] for a, b in encoding.offsets][:3] == ["The", "CAFÉ", ","]
+    # A combining accent after the last letter is stripped; whether the span covers it does not matter for alignment.
+    assert text[slice(*encoding.offsets[3])].startswith("cafe") and encoding.offsets[3][0] == 12
+
+
+def test_real_vocabulary(data_dir):
+    tokenizer = load_tokenizer(data_dir / "bert_vocab" / "vocab.txt")
+    info = tokenizer_info(tokenizer, data_dir / "bert_vocab" / "vocab.txt")
+    assert (info.pad_id, info.unk_id, info.cls_id, info.sep_id, info.mask_id) == (0, 100, 101, 102, 103)
+    assert info.vocab_size == len(tokenizer) == 30522
+    assert tokenizer("DÉJÀ vu isn't")["input_ids"] == tokenizer("deja vu isn't")["input_ids"]
+    assert tokenizer_hash(load_tokenizer(data_dir / "bert_vocab")) == info.hash
+
+
+def test_hash_knows_content_and_survives_saving(vocab_file, tmp_path):
+    tokenizer = load_tokenizer(vocab_file)
+    before = tokenizer_hash(tokenizer)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert tokenizer_hash(again) == before
+    again("the cat", truncation=True, max_length=3, padding="max_length")
+    assert tokenizer_hash(again) == before
+    again.add_tokens(["extra"])
+    assert tokenizer_hash(again) != before and vocab_size(again) == vocab_size(tokenizer) + 1
+    entries = vocab_file.read_text().split("\n")
+    entries[5], entries[6] = entries[6], entries[5]
+    vocab_file.write_text("\n".join(entries))
+    assert tokenizer_hash(load_tokenizer(vocab_file)) != before
+
+
+def test_special_tokens_in_text_are_text(vocab_file):
+    tokenizer = plain_text_tokenizer(load_tokenizer(vocab_file).backend_tokenizer.to_str())
+    assert tokenizer.encode("the [SEP] cat", add_special_tokens=False).tokens == ["the", "[", "sep", "]", "cat"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("[MASK]\n", ""), r"\[MASK\] missing"),
+        (lambda text: text + "the\n", r"vocab.txt:33: entry 'the' occurs twice|vocab.txt:34: entry 'the' occurs twice"),
+        (lambda text: text.replace("cat", "Cat"), "'Cat' has capitals"),
+    ],
+)
+def test_bad_vocabularies(vocab_file, change, message):
+    vocab_file.write_text(change(vocab_file.read_text()))
+    with pytest.raises(InputError, match=message) as error:
+        load_tokenizer(vocab_file)
+    assert str(vocab_file) in str(error.value)
+
+
+def test_bad_paths(tmp_path, vocab_file):
+    with pytest.raises(InputError, match="no such vocabulary"):
+        load_tokenizer(tmp_path / "none.txt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no such vocabulary"):
+        load_tokenizer(tmp_path / "empty")
+    vocab_file.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="not UTF-8"):
+        load_tokenizer(vocab_file)
+    (tmp_path / "empty" / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(InputError, match="not a usable tokenizer directory"):
+        load_tokenizer(tmp_path / "empty")
