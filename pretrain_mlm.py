@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
+from megatron_sas import distributed
 from megatron_sas.cli import InputError
 from megatron_sas.config import load_config, parse_arguments
 
@@ -17,13 +19,21 @@ def main() -> int:
     try:
         arguments, overrides = parse_arguments()
         config = load_config(arguments.config, overrides)
-        from megatron_sas.engine.trainer import Trainer  # torch and deepspeed: not needed for --help and bad configs
+        from megatron_sas.engine.trainer import Trainer  # deepspeed: not needed for --help and bad configurations
 
-        Trainer(config).run()
-    except InputError as error:
-        if os.environ.get("RANK", "0") == "0":  # the same on every rank
+        trainer = Trainer(config)
+    except (InputError, OSError) as error:  # the same on every rank
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(2)  # a launcher that sees a process end stops the others: let rank 0 speak first
         return 2
+    try:
+        trainer.run()
+    except (InputError, OSError) as error:  # such as unreadable data or a full disk, maybe on one rank only
+        print(f"error: rank {distributed.rank()}: {error}", file=sys.stderr)
+        return 2
+    distributed.leave()
     return 0
 
 

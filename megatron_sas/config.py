@@ -67,6 +67,9 @@ class ModelSection(Section):
     attention_backend: Literal["auto", "reference", "sdpa", "chunked"] = Field(
         "auto", description="kernel behind dependency attention"
     )
+    init_from: str | None = Field(
+        None, description="Hugging Face directory or checkpoint with the initial weights; default: random ones"
+    )
 
     def dimensions(self) -> dict[str, int]:
         """Layers, hidden size, heads and intermediate size: the named size's, or what replaces them."""

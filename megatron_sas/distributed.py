@@ -59,6 +59,13 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def leave() -> None:
+    """Leave the process group once every rank is here: one that exits while others still use its store aborts them."""
+    if is_distributed():
+        barrier()
+        dist.destroy_process_group()
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if is_distributed() and world_size() > 1:

@@ -101,6 +101,11 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def obey_umask(path: str | Path) -> None:
+    """Give a file that a library created for its owner alone the permissions of any new file."""
+    os.chmod(path, 0o666 & ~_umask())
+
+
 def _umask() -> int:
     """The process's umask (temporary files are created 0600; outputs should obey the user's umask)."""
     mask = os.umask(0)

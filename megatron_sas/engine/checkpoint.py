@@ -26,28 +26,29 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from megatron_sas import distributed
 from megatron_sas.cli import InputError
 from megatron_sas.engine.engine import MOMENTS, Engine
 from megatron_sas.files import fsync_directory, fsync_file, write_json_atomic, write_text_atomic
-from megatron_sas.manifest import verify_manifest, write_manifest
+from megatron_sas.manifest import write_manifest
 from megatron_sas.model.pretrained import (
+    FORMAT,
     LATEST,
     MODEL_CONFIG,
     MODEL_WEIGHTS,
+    OPTIMIZER_PREFIX,
+    STATE,
     TOKENIZER_DIRECTORY,
+    VERSION,
     checkpoints_directory,
+    verify_checkpoint,
     write_model_config,
+    write_weights,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-FORMAT = "megatron_sas checkpoint"
-VERSION = 1
-STATE = "state.json"
 
 
 def checkpoint_name(step: int) -> str:
@@ -124,10 +125,10 @@ def _write_tensors(engine: Engine, directory: Path, step: int) -> None:
         for key in MOMENTS:
             moments.update({f"{key}.{name}": tensor for name, tensor in engine.full_tensors(key, share)})
     if weights:
-        save_file(weights, directory / MODEL_WEIGHTS)
+        write_weights(directory / MODEL_WEIGHTS, weights)
     if step > 0:
-        shard = f"optimizer-{distributed.rank():05d}-of-{distributed.world_size():05d}.safetensors"
-        save_file(moments, directory / shard)
+        shard = f"{OPTIMIZER_PREFIX}{distributed.rank():05d}-of-{distributed.world_size():05d}.safetensors"
+        write_weights(directory / shard, moments)
 
 
 def newest_checkpoint(run_dir: str | Path, say: Callable[[str], None]) -> Path | None:
@@ -145,7 +146,7 @@ def newest_checkpoint(run_dir: str | Path, say: Callable[[str], None]) -> Path |
         names.sort(key=lambda name: name != latest)
     for name in names:
         try:
-            verify_manifest(parent / name)
+            verify_checkpoint(parent / name)
             return parent / name
         except InputError as error:
             say(f"checkpoint {name} is passed over: {error}")
@@ -165,7 +166,7 @@ def load_moments(engine: Engine, checkpoint: Path, step: int) -> None:
         return
     with contextlib.ExitStack() as stack:
         where = {}
-        for path in sorted(checkpoint.glob("optimizer-*.safetensors")):
+        for path in sorted(checkpoint.glob(f"{OPTIMIZER_PREFIX}*.safetensors")):
             file = stack.enter_context(safe_open(path, framework="pt"))
             where.update(dict.fromkeys(file.keys(), file))
 

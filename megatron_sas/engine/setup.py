@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from megatron_sas import distributed
 from megatron_sas.cli import InputError
@@ -21,7 +20,7 @@ from megatron_sas.evaluation.live import LiveEvaluation
 from megatron_sas.files import write_text_atomic
 from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
-from megatron_sas.model.pretrained import load_state, read_model
+from megatron_sas.model.pretrained import architecture_differences, load_state, read_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,11 +137,16 @@ def _build(config: Config, checkpoint: Path | None) -> Parts:
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
-    bert_config = config.bert_config(packed.tokenizer.vocab_size, packed.tokenizer.pad_id)
-    bert = _model(bert_config, config.run.seed, checkpoint)
     state = {"step": 0, "tokens": 0, "seconds": 0.0} if checkpoint is None else read_state(checkpoint)
     if state["step"] > train.steps:
         raise InputError(f"train.steps: {train.steps} is less than the {state['step']} updates that are already done")
+    if state.get("data", {}).get("fingerprint", packed.fingerprint) != packed.fingerprint:
+        raise InputError(
+            f"data.train: {data.train}.bin is not the data that the run was started with (its SHA-256 differs); "
+            "restore it or choose another run.output_dir"
+        )
+    bert_config = config.bert_config(packed.tokenizer.vocab_size, packed.tokenizer.pad_id)
+    bert = _model(bert_config, config, checkpoint, tokenizer)
     return Parts(tokenizer, dataset, bert, LiveEvaluation(config, tokenizer, validation), checkpoint, state)
 
 
@@ -154,19 +158,40 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str, packed: Pack
         )
 
 
-def _model(config: BertConfig, seed: int, checkpoint: Path | None) -> Bert:
-    """The model with weights from `seed` or from a checkpoint; equal on every rank."""
-    torch.manual_seed(seed)
-    bert = Bert(config)
+def data_facts(packed: PackedData) -> dict[str, Any]:
+    """What a checkpoint remembers of its training data: enough to recognise it and to say how it was made."""
+    header = packed.header
+    return {
+        "prefix": packed.prefix,
+        "fingerprint": packed.fingerprint,
+        "seq_length": packed.seq_length,
+        "num_sequences": packed.num_sequences,
+        "heads": packed.heads_name,
+        **{name: header[name] for name in ("inputs", "parser", "counts") if name in header},
+    }
+
+
+def _model(
+    bert_config: BertConfig, config: Config, checkpoint: Path | None, tokenizer: PreTrainedTokenizerBase
+) -> Bert:
+    """The model with the run's weights, else those of `model.init_from`, else random ones; equal on every rank."""
+    torch.manual_seed(config.run.seed)
+    bert = Bert(bert_config)
     if checkpoint is not None:
-        saved_config, state, _ = read_model(checkpoint)
-        if saved_config.vocab_size != config.vocab_size:
-            raise InputError(
-                f"{checkpoint}: has a vocabulary of {saved_config.vocab_size}, the data {config.vocab_size}"
-            )
-        load_state(bert, _contiguous(state), where=str(checkpoint))
+        _load_matching(bert, checkpoint, f"{checkpoint}: has", tokenizer)
+    elif config.model.init_from is not None:
+        source = Path(config.model.init_from)
+        _load_matching(bert, source, f"model.init_from: {source} has", tokenizer)
     return bert
 
 
-def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in state.items()}
+def _load_matching(bert: Bert, source: Path, where: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Load the weights at `source`; `where` begins the sentence that says what differs."""
+    found, state, tokenizer_path = read_model(source)
+    if differences := architecture_differences(found, bert.config):
+        raise InputError(
+            f"{where} {', '.join(differences)} as configured; change the section model, the data or the weights"
+        )
+    if load_tokenizer(tokenizer_path).get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"{where} a tokenizer with other entries than the data's; preprocess the data with {source}")
+    load_state(bert, state, where=str(source))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -16,13 +17,15 @@ from megatron_sas.engine.checkpoint import load_moments, save_checkpoint
 from megatron_sas.engine.engine import Engine, UpdateResult
 from megatron_sas.engine.environment import initialize_distributed
 from megatron_sas.engine.learning_rate import learning_rate
-from megatron_sas.engine.setup import build_parts
+from megatron_sas.engine.setup import build_parts, data_facts
 from megatron_sas.evaluation.live import evaluation_stride
 from megatron_sas.metrics.nvml import GpuMonitor
 from megatron_sas.metrics.records import Records
 from megatron_sas.metrics.throughput import Throughput, flops_per_token, memory, peak_flops
 from megatron_sas.objective.pretraining import MaskedLMWithSas
 from megatron_sas.objective.schedule import sas_weight
+
+VERSIONS = {"megatron_sas": __version__} | {name: version(name) for name in ("torch", "deepspeed", "transformers")}
 
 
 @dataclass
@@ -180,7 +183,12 @@ class Trainer:
         if self.config.checkpoint.due(step, self.last_step) and not resumed:
             self._write_pending()
             with self.throughput.paused():
-                state = {"tokens": self.throughput.tokens, "seconds": self.throughput.seconds}
+                state = {
+                    "tokens": self.throughput.tokens,
+                    "seconds": self.throughput.seconds,
+                    "versions": VERSIONS,
+                    "data": data_facts(self.dataset.packed),
+                }
                 yaml = self.config.to_yaml()
                 save_checkpoint(self.config.run.output_dir, self.engine, self.parts.tokenizer, step, state, yaml)
 
@@ -235,7 +243,7 @@ class Trainer:
             world_size=world_size,
             device=name,
             parameters=parameters,
-            versions={"megatron_sas": __version__, "torch": torch.__version__},
+            versions=VERSIONS,
         )
         self.say(
             f"megatron_sas {__version__}: {parameters:,} parameters, {packed.num_sequences:,} sequences of "

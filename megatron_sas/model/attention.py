@@ -32,8 +32,8 @@ class SelfAttention(nn.Module):
         `observer` is called with the whole map `(B, H, S, S)` in float32: for evaluation, never while training.
         """
         batch, seq, hidden = x.shape
-        qkv = self.qkv(x).view(batch, seq, 3, self.num_heads, hidden // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, S, D)
+        parts = self.qkv(x).split(hidden, dim=-1)
+        q, k, v = (part.view(batch, seq, self.num_heads, -1).transpose(1, 2) for part in parts)  # (B, H, S, D)
         if observer is not None:
             observer(attention_probs(q, k, seqlens, q.shape[-1] ** -0.5))
         out, to_head, to_dependent = dependency_attention(

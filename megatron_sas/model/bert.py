@@ -1,7 +1,7 @@
 """BERT (Devlin et al. 2019) with a masked-LM head that is evaluated at given positions only.
 
-B sequences, S tokens, C hidden size, H attention heads, V vocabulary, M positions. Post-LN as in the paper; pre-LN as an
-option (then a last LayerNorm closes the encoder). Equal to `transformers.BertForMaskedLM` on the same weights.
+B sequences, S tokens, C hidden size, H attention heads, V vocabulary, M positions. Post-LN as in the paper; pre-LN as
+an option (then a last LayerNorm closes the encoder). Equal to `transformers.BertForMaskedLM` on the same weights.
 """
 
 from __future__ import annotations

@@ -93,8 +93,8 @@ def from_hf_state(hf_state: dict[str, Tensor], config: BertConfig) -> dict[str, 
     unknown = sorted(set(hf_state) - wanted - TIED_DECODER - UNUSED_BY_MASKED_LM)
     if missing or unknown:
         raise InputError(
-            f"not the weights of a BertForMaskedLM with {config.num_layers} layers: missing {missing[:3] or 'nothing'}, "
-            f"unexpected {unknown[:3] or 'nothing'}"
+            f"not the weights of a BertForMaskedLM with {config.num_layers} layers: "
+            f"missing {missing[:3] or 'nothing'}, unexpected {unknown[:3] or 'nothing'}"
         )
     decoder = hf_state.get("cls.predictions.decoder.weight")
     if decoder is not None and not torch.equal(decoder, hf_state["bert.embeddings.word_embeddings.weight"]):

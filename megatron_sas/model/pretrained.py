@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_sas.cli import InputError
 from megatron_sas.data.tokenizer import load_tokenizer
-from megatron_sas.files import write_json_atomic
-from megatron_sas.manifest import verify_manifest
+from megatron_sas.files import obey_umask, write_json_atomic
+from megatron_sas.manifest import MANIFEST, read_manifest, verify_manifest
 from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
 from megatron_sas.model.huggingface import from_hf_config, from_hf_state
@@ -22,9 +24,13 @@ from megatron_sas.model.huggingface import from_hf_config, from_hf_state
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FORMAT = "megatron_sas checkpoint"
+VERSION = 1
 MODEL_CONFIG = "model.json"
 MODEL_WEIGHTS = "model.safetensors"
 TOKENIZER_DIRECTORY = "tokenizer"
+STATE = "state.json"
+OPTIMIZER_PREFIX = "optimizer-"
 LATEST = "latest"
 
 
@@ -61,15 +67,58 @@ def read_model(path: str | Path) -> tuple[BertConfig, dict[str, Tensor], Path]:
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such directory; give a Hugging Face directory or a training checkpoint")
-    pointer = checkpoints_directory(path) / LATEST
-    if pointer.is_file():
-        path = pointer.parent / Path(pointer.read_text(encoding="utf-8").strip()).name
-    if (path / MODEL_CONFIG).is_file():
-        verify_manifest(path, [MODEL_CONFIG, MODEL_WEIGHTS])
-        return read_model_config(path / MODEL_CONFIG), load_file(path / MODEL_WEIGHTS), path / TOKENIZER_DIRECTORY
+    path = resolve_run(path)
+    if is_checkpoint(path):
+        return read_checkpoint(path)
     if (path / "config.json").is_file():
         return *_read_hf(path), path
     raise InputError(f"{path}: neither a Hugging Face model (config.json) nor a checkpoint ({MODEL_CONFIG})")
+
+
+def resolve_run(path: Path) -> Path:
+    """The checkpoint published last if `path` is a run directory, else `path` itself."""
+    pointer = checkpoints_directory(path) / LATEST
+    if not pointer.is_file():
+        return path
+    return pointer.parent / Path(pointer.read_text(encoding="utf-8").strip()).name
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a training checkpoint, whole or not."""
+    return (path / MODEL_CONFIG).is_file() or (path / MANIFEST).is_file()
+
+
+def read_checkpoint(path: Path) -> tuple[BertConfig, dict[str, Tensor], Path]:
+    """`read_model` for the directory of one training checkpoint; all files but the optimizer's are verified."""
+    verify_checkpoint(path, with_optimizer=False)
+    return read_model_config(path / MODEL_CONFIG), read_weights(path / MODEL_WEIGHTS), path / TOKENIZER_DIRECTORY
+
+
+def verify_checkpoint(path: Path, with_optimizer: bool = True) -> None:
+    """`verify_manifest` for a training checkpoint, which must be of the version that this program reads."""
+    manifest = read_manifest(path)
+    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+        raise InputError(
+            f"{path}: is a {manifest.get('format')!r} of version {manifest.get('version')}, this program reads a "
+            f"{FORMAT!r} of version {VERSION}; use another checkpoint"
+        )
+    names = [name for name in manifest["files"] if with_optimizer or not name.startswith(OPTIMIZER_PREFIX)]
+    verify_manifest(path, {MODEL_CONFIG, MODEL_WEIGHTS, STATE, *names})
+
+
+def write_weights(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Write contiguous tensors as safetensors. transformers 4 refuses a file that does not say that it is PyTorch's."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    obey_umask(path)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, with a one-line error when it is none."""
+    try:
+        return load_file(path)
+    except (SafetensorError, FileNotFoundError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+        raise InputError(f"{path}: {reason}; copy the model anew") from None
 
 
 def write_model_config(path: str | Path, config: BertConfig) -> None:
@@ -79,7 +128,10 @@ def write_model_config(path: str | Path, config: BertConfig) -> None:
 
 def read_model_config(path: str | Path) -> BertConfig:
     """Read what `write_model_config` wrote."""
-    return BertConfig(**_read_json(Path(path)))
+    try:
+        return BertConfig(**_read_json(Path(path)))
+    except TypeError as error:
+        raise InputError(f"{path}: is not a configuration of this program ({error})") from None
 
 
 def load_state(model: Bert, state: dict[str, Tensor], where: str) -> None:
@@ -93,25 +145,57 @@ def load_state(model: Bert, state: dict[str, Tensor], where: str) -> None:
     model.load_state_dict(state)
 
 
+def architecture_differences(found: BertConfig, wanted: BertConfig) -> list[str]:
+    """What keeps weights of architecture `found` from being used in `wanted`; dropout and kernels may differ."""
+    names = (
+        "num_layers",
+        "hidden_size",
+        "num_heads",
+        "intermediate_size",
+        "vocab_size",
+        "max_position_embeddings",
+        "type_vocab_size",
+        "norm_placement",
+        "layer_norm_eps",
+        "pad_token_id",
+    )
+    return [
+        f"{name} {getattr(found, name)} instead of {getattr(wanted, name)}"
+        for name in names
+        if getattr(found, name) != getattr(wanted, name)
+    ]
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise InputError(f"{path}: is not JSON; the model is damaged") from None
+        values = None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: does not hold a JSON object; the model is damaged")
+    return values
 
 
 def _read_hf(path: Path) -> tuple[BertConfig, dict[str, Tensor]]:
     config = from_hf_config(_read_json(path / "config.json"), str(path / "config.json"))
     if (path / "model.safetensors").is_file():
-        state = load_file(path / "model.safetensors")
+        state = read_weights(path / "model.safetensors")
     elif (path / "model.safetensors.index.json").is_file():
         shards = sorted(set(_read_json(path / "model.safetensors.index.json")["weight_map"].values()))
-        state = {name: tensor for shard in shards for name, tensor in load_file(path / Path(shard).name).items()}
+        state = {name: tensor for shard in shards for name, tensor in read_weights(path / Path(shard).name).items()}
     elif (path / "pytorch_model.bin").is_file():
-        state = torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        state = _read_pickled(path / "pytorch_model.bin")
     else:
         raise InputError(f"{path}: has a config.json but neither model.safetensors nor pytorch_model.bin")
     try:
         return config, {n: t.float() for n, t in from_hf_state(state, config).items()}
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{path}: cannot be read ({reason}); copy the model anew") from None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from megatron_sas import distributed  # noqa: E402
 from megatron_sas.cli import InputError  # noqa: E402
 from megatron_sas.config import load_config  # noqa: E402
 from megatron_sas.engine.trainer import Trainer  # noqa: E402
@@ -28,6 +29,7 @@ def main() -> None:
             Trainer(load_config(job["config"], [*overrides, f"--run.output_dir={directory}"])).run()
         except InputError as error:
             (Path(job["directory"]) / f"{run['name']}-refused.txt").write_text(str(error))
+    distributed.leave()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,54 @@
+#!/usr/bin/env python3
+"""Training checkpoints to Hugging Face models and back."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_sas.cli import run_main
+from megatron_sas.model.conversion import DTYPES, from_hf, to_hf
+
+DESCRIPTION = """\
+to-hf    a training checkpoint becomes a BertForMaskedLM directory that transformers (4 and 5) and minicons load as it
+         is: config.json, model.safetensors, the tokenizer (with vocab.txt for WordPiece) and a README.md that says how
+         the model was trained and, if the run's metrics.jsonl is beside the checkpoints, how it was evaluated.
+from-hf  a BertForMaskedLM directory becomes a checkpoint of step 0, which the tools take as --model and from which a
+         run starts with `model.init_from: OUT_DIR` (a run can also name the Hugging Face directory itself there).
+
+to-hf and then from-hf give back the same weights exactly (with --dtype fp32)."""
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.direction == "to-hf":
+        checkpoint = to_hf(arguments.checkpoint, arguments.output, arguments.dtype, arguments.overwrite)
+        print(f"wrote {arguments.output} from {checkpoint}")
+    else:
+        parameters = from_hf(arguments.model, arguments.output, arguments.overwrite)
+        print(f"wrote {arguments.output}: a checkpoint of step 0 with {parameters:,} parameters")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="direction", required=True, metavar="{to-hf,from-hf}")
+    to = commands.add_parser("to-hf", help="training checkpoint to Hugging Face directory", allow_abbrev=False)
+    to.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a training checkpoint, or a run (its newest checkpoint)"
+    )
+    to.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="precision of the weights (fp32)")
+    back = commands.add_parser("from-hf", help="Hugging Face directory to checkpoint of step 0", allow_abbrev=False)
+    back.add_argument("model", type=Path, metavar="HF_DIR", help="directory of a BertForMaskedLM with its tokenizer")
+    for command in (to, back):
+        command.add_argument("output", type=Path, metavar="OUT_DIR", help="directory to make")
+        command.add_argument("--overwrite", action="store_true", help="replace a model that is at OUT_DIR")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_main(main)
