@@ -1,0 +1,38 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help env quickstart test test-all lint format clean
+
+help:  ## show this help
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[test]'
+	touch $@
+
+env: $(VENV)/.installed  ## create .venv with everything in it
+
+quickstart: env  ## corpus, three short runs, evaluation, report: quickstart/report/report.html
+	bash examples/quickstart.sh quickstart
+
+test: env lint  ## the test suite (at most 15 minutes on two cores)
+	$(BIN)/python -m pytest -m "not full" -n 2
+
+test-all: env lint  ## everything, also what takes hours or a whole corpus
+	$(BIN)/python -m pytest -n 2
+
+lint: env  ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: env  ## rewrite files in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what `make quickstart` made
+	rm -rf quickstart

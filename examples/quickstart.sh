@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The whole loop of the paper on one machine, with the embedded corpus: corpus → packed data → three runs (base, SAS-,
+# SAS+) → evaluation of the exported model → report. About eight minutes on two cores.
+#
+#   bash examples/quickstart.sh DIRECTORY
+set -euo pipefail
+out=${1:?usage: quickstart.sh DIRECTORY}
+here=$(cd "$(dirname "$0")/.." && pwd)
+if [ -e "$out" ]; then
+    echo "error: $out exists already; remove it (make clean) or give another directory" >&2
+    exit 2
+fi
+mkdir -p "$out"
+say() { printf '\n== %s\n' "$*"; }
+
+say "the embedded corpus: text with gold trees, vocabulary, treebank, minimal pairs"
+python "$here/tools/make_toy_corpus.py" --output "$out/corpus" --workers 2
+
+say "text and trees to packed sequences"
+for part in train validation; do
+    python "$here/tools/preprocess_data.py" --input "$out/corpus/$part.conllu" --parser conllu \
+        --tokenizer "$out/corpus/vocab.txt" --seq-length 64 --output "$out/data/$part" --workers 2
+done
+
+# λ > 0 suppresses syntactic attention, λ < 0 promotes it.
+for run in base:0 sas-minus:0.02 sas-plus:-0.02; do
+    say "run ${run%%:*} (λ = ${run##*:})"
+    deepspeed "$here/pretrain_mlm.py" --config "$here/examples/toy.yaml" \
+        --run.output_dir "$out/${run%%:*}" --data.train "$out/data/train" --data.validation "$out/data/validation" \
+        --evaluation.treebank "$out/corpus/treebank.conllu" --evaluation.blimp "$out/corpus/blimp" \
+        "--sas.schedule=${run##*:}"
+done
+
+say "the base model as a Hugging Face model, evaluated on the whole treebank and all minimal pairs"
+python "$here/tools/convert_checkpoint.py" to-hf "$out/base" "$out/base-hf"
+python "$here/tools/eval_syntax.py" --model "$out/base-hf" --treebank "$out/corpus/treebank.conllu" \
+    --output "$out/base-syntax.json"
+python "$here/tools/eval_blimp.py" --model "$out/base-hf" --blimp "$out/corpus/blimp" --output "$out/base-blimp.json"
+
+say "report"
+python "$here/tools/analyze_trajectory.py" "$out/base" "$out/sas-minus" "$out/sas-plus" --output "$out/report"
+echo "open $out/report/report.html"
