@@ -60,7 +60,8 @@ def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:
         gradient_accumulation_steps=train.global_batch_size // per_round,
         # Stage 0 clips in `Engine`, because DeepSpeed does not tell the norm there.
         gradient_clipping=train.grad_clip if train.zero_stage > 0 else 0.0,
-        bf16={"enabled": sharded_bf16},
+        # Otherwise stage 1 adds the bf16 gradients of earlier micro-batches again at each later one (0.19.8).
+        bf16={"enabled": sharded_bf16, "immediate_grad_update": True},
         zero_allow_untested_optimizer=True,
         zero_force_ds_cpu_optimizer=False,
     )
