@@ -99,7 +99,7 @@ class Table(NamedTuple):
 
 
 INTRANSITIVE, TRANSITIVE, DITRANSITIVE, COPULAR, COMPLEMENT = range(5)
-FRAMES = Table.weighted(range(5), (0.24, 0.48, 0.07, 0.12, 0.09))
+FRAMES = Table.weighted(range(5), (0.24, 0.42, 0.06, 0.20, 0.08))
 BARE_FRAMES = Table.weighted((INTRANSITIVE, TRANSITIVE), (0.3, 0.7))  # inside relative clauses and coordinations
 
 
@@ -154,7 +154,7 @@ class Grammar:
         fronted: list[int] = []
         if rand() < 0.06:
             fronted = [self.prepositional(out, depth + 1), out.add(self.lexicon.comma)]
-        if rand() < 0.08:
+        if rand() < 0.12:
             subject = out.add(self.pick(tables.pronouns)[number])
         else:
             subject = self.noun_phrase(out, subject_class, number, depth + 1)

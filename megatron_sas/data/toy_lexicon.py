@@ -105,12 +105,12 @@ PREPOSITIONS: dict[str, tuple[str, str]] = {
 }
 # (singular, plural, weight); equal forms leave the number open.
 DETERMINERS: tuple[tuple[str, str, float], ...] = (
-    ("the", "the", 6.0),
-    ("a", "several", 2.0),
-    ("this", "these", 2.0),
-    ("every", "many", 1.0),
+    ("the", "the", 3.0),
+    ("a", "several", 4.0),
+    ("this", "these", 3.0),
+    ("every", "many", 1.5),
     ("one", "two", 1.0),
-    ("some", "some", 1.0),
+    ("some", "some", 0.5),
     ("my", "my", 0.5),
     ("their", "their", 0.5),
 )
