@@ -2,33 +2,46 @@
 
     torchrun --nproc_per_node N engine_scenarios.py JOB.json
 
-A job is {"config": base.yaml, "runs": [{"name", "overrides": {...}}, …]}; runs happen in order, each in its own directory.
+A job is {"config": base.yaml, "directory": …, "runs": [{"name", "overrides": {...}}, …]}; runs happen in order, each in
+the folder `name`, which may exist. `copy_of` an earlier run `without` some checkpoints is what a killed run leaves;
+`fail_write_on_rank` makes that rank's tensors unwritable.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_sas import distributed  # noqa: E402
-from megatron_sas.cli import InputError  # noqa: E402
-from megatron_sas.config import load_config  # noqa: E402
-from megatron_sas.engine.trainer import Trainer  # noqa: E402
+from megatron_sas import distributed
+from megatron_sas.cli import InputError
+from megatron_sas.config import load_config
+from megatron_sas.engine import checkpoint
+from megatron_sas.engine.trainer import Trainer
 
 
 def main() -> None:
-    """Run every scenario; a refused one leaves its message in `refused.txt`."""
+    """Run every scenario; one that ends in an error leaves each rank's message in `NAME-error-RANK.txt`."""
     job = json.loads(Path(sys.argv[1]).read_text())
     for run in job["runs"]:
         overrides = [f"--{name}={json.dumps(value)}" for name, value in run["overrides"].items()]
         directory = Path(job["directory"]) / run["name"]
+        if "copy_of" in run and distributed.is_main():
+            ignore = shutil.ignore_patterns(*run["without"])
+            shutil.copytree(Path(job["directory"]) / run["copy_of"], directory, ignore=ignore)
+        distributed.barrier()
+        write = checkpoint.write_weights
+        if run.get("fail_write_on_rank") == distributed.rank():
+            write = mock.Mock(side_effect=OSError(28, "No space left on device"))
         try:
-            Trainer(load_config(job["config"], [*overrides, f"--run.output_dir={directory}"])).run()
-        except InputError as error:
-            (Path(job["directory"]) / f"{run['name']}-refused.txt").write_text(str(error))
+            with mock.patch.object(checkpoint, "write_weights", write):
+                Trainer(load_config(job["config"], [*overrides, f"--run.output_dir={directory}"])).run()
+        except (InputError, OSError) as error:
+            (Path(job["directory"]) / f"{run['name']}-error-{distributed.rank()}.txt").write_text(str(error))
     distributed.leave()
 
 

@@ -1,0 +1,81 @@
+"""tools/convert_checkpoint.py: its command line (the conversion itself is tested in tests/model/test_conversion.py)."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertTokenizerFast
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
+
+
+@pytest.fixture
+def original(tmp_path):
+    """A Hugging Face model that this project did not make."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dog", "##s", "bark"]
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=12,
+    )
+    torch.manual_seed(0)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "original")
+    BertTokenizerFast(vocab={word: number for number, word in enumerate(words)}).save_pretrained(tmp_path / "original")
+    return tmp_path / "original"
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Runs the tool in this process; gives its exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(TOOL), run_name="__main__")
+        return stop.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_there_and_back(original, tool, tmp_path):
+    code, out, _ = tool("from-hf", original, tmp_path / "checkpoint")
+    assert code == 0
+    assert f"wrote {tmp_path / 'checkpoint'}: a checkpoint of step 0 with" in out
+    code, out, _ = tool("to-hf", tmp_path / "checkpoint", tmp_path / "copy")
+    assert code == 0
+    assert out == f"wrote {tmp_path / 'copy'} from {tmp_path / 'checkpoint'}\n"
+    copy = AutoModelForMaskedLM.from_pretrained(tmp_path / "copy").state_dict()
+    state = AutoModelForMaskedLM.from_pretrained(original).state_dict()
+    assert state.keys() == copy.keys()
+    assert all(torch.equal(tensor, copy[name]) for name, tensor in state.items())
+
+    code, _, error = tool("to-hf", tmp_path / "checkpoint", tmp_path / "copy")
+    assert code == 2
+    assert error.endswith(f"error: {tmp_path / 'copy'}: exists already; choose another output or pass --overwrite\n")
+    assert tool("to-hf", tmp_path / "checkpoint", tmp_path / "copy", "--overwrite", "--dtype", "bf16")[0] == 0
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "copy", dtype="auto").dtype == torch.bfloat16
+
+
+def test_wrong_use(original, tool, tmp_path):
+    code, _, error = tool("to-hf", original, tmp_path / "other")
+    assert code == 2
+    assert error.startswith(f"error: {original}: neither a training checkpoint nor a run")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "other").exists()
+    assert tool("to-onnx", original, tmp_path / "other")[0] == 2
+
+
+def test_it_runs_from_anywhere_without_installation():
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, TOOL, "--help"], capture_output=True, text=True, cwd="/", env=environment)
+    assert done.returncode == 0
+    assert "from-hf" in done.stdout
