@@ -17,7 +17,8 @@ from megatron_sas.kernels.chunked import chunked_attention
 from megatron_sas.kernels.reference import reference_attention
 from megatron_sas.kernels.sdpa import sdpa_attention, sdpa_refusal
 
-BACKENDS = ("auto", "reference", "sdpa", "chunked")
+_IMPLEMENTATIONS = {"reference": reference_attention, "sdpa": sdpa_attention, "chunked": chunked_attention}
+BACKENDS = ("auto", *_IMPLEMENTATIONS)
 
 INTEGER_TYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
@@ -64,11 +65,8 @@ def dependency_attention(
         backend = choose_backend(q, dropout_p)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     heads = None if heads is None else _valid_heads(heads, seqlens)
-    if backend == "reference":
-        return reference_attention(q, k, v, heads, seqlens, dropout_p, scale)
-    if backend == "sdpa":
-        return sdpa_attention(q, k, v, heads, seqlens, dropout_p, scale)
-    return chunked_attention(q, k, v, heads, seqlens, dropout_p, scale)
+    with torch.autocast(q.device.type, enabled=False):  # it would round float32 scores to bfloat16
+        return _IMPLEMENTATIONS[backend](q, k, v, heads, seqlens, dropout_p, scale)
 
 
 def _valid_heads(heads: Tensor, seqlens: Tensor | None) -> Tensor:

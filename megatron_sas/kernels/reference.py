@@ -27,7 +27,8 @@ def key_mask(seqlens: Tensor | None, seq: int, dtype: torch.dtype) -> Tensor | N
 def attention_probs(q: Tensor, k: Tensor, seqlens: Tensor | None, scale: float) -> Tensor:
     """The whole map α `(batch, heads, seq, seq)`, before dropout, in float32 (float64 for float64 inputs)."""
     dtype = accumulation_dtype(q.dtype)
-    scores = torch.matmul(q.to(dtype), k.to(dtype).transpose(-1, -2)) * scale
+    with torch.autocast(q.device.type, enabled=False):  # it would round the scores to bfloat16
+        scores = torch.matmul(q.to(dtype), k.to(dtype).transpose(-1, -2)) * scale
     mask = key_mask(seqlens, q.shape[2], dtype)
     return torch.softmax(scores if mask is None else scores + mask, dim=-1)
 

@@ -6,8 +6,8 @@ A flash backward computes δ_i = Σ_d dO_id · O_id from the tensors it is given
 
 therefore yields the dense part of the exact gradient (see `edges.py`); the entries themselves are added afterwards.
 Rows of dO that are (almost) zero are the normal case, not a rare one: the LM head reads only masked positions, so
-about 85 % of the last layer's rows are exactly zero. Such a row first gets `FILLER` in one component, which changes no
-gradient visibly (it enters dV and dP linearly, at 1e-15) but gives O' something to be multiplied with.
+about 85 % of the last layer's rows are exactly zero. Such a row is first replaced by `FILLER` in one component, which
+changes no gradient visibly (it enters dV and dP linearly, at 1e-15) but gives O' something to be multiplied with.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from megatron_sas.kernels.edges import add_entry_gradients_, edge_probs, row_sums
 from megatron_sas.kernels.reference import accumulation_dtype, key_mask
 
-FILLER = 2.0**-50
-FILLER_BELOW = 2.0**-100  # = FILLER², on ‖dO_i‖²
+FILLER = {torch.float32: 2.0**-50, torch.bfloat16: 2.0**-50, torch.float64: 2.0**-200}
+"""By dtype: far below any gradient's rounding, while 1 / FILLER, to which O' may grow, is far from overflow."""
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -76,10 +76,9 @@ class _SdpaDependencyAttention(torch.autograd.Function):
             grad_out, out = substitute(grad_out, out, row_sum)
         grad_q, grad_k, grad_v = _backward(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
         if row_sum is not None:
-            # The kernel returns (B, S, H, D) memory; the entries are added in float32 before rounding to q's dtype.
+            # The entries are added in float32 before rounding to q's dtype.
             dtype = accumulation_dtype(q.dtype)
-            grad_q, grad_k = (x.to(dtype, memory_format=torch.contiguous_format) for x in (grad_q, grad_k))
-            grad_q, grad_k = grad_q.contiguous(), grad_k.contiguous()
+            grad_q, grad_k = grad_q.to(dtype), grad_k.to(dtype)
             if g_head is not None:
                 add_entry_gradients_(grad_q, grad_k, q, k, heads, scale, g_head, transposed=False)
             if g_dependent is not None:
@@ -94,12 +93,12 @@ def substitute(grad_out: Tensor, out: Tensor, row_sum: Tensor) -> tuple[Tensor, 
     Rows with t_i = 0 are returned unchanged, so plain attention keeps its own bits.
     """
     dtype = accumulation_dtype(out.dtype)
-    wide = grad_out.to(dtype)
-    norm = wide.square().sum(-1)  # (B, H, S); may underflow to 0, which is then filled
-    fill = (norm < FILLER_BELOW) & (row_sum != 0)
-    grad_out = grad_out.clone()
-    grad_out[..., 0] += fill.to(grad_out.dtype) * FILLER
-    wide = grad_out.to(dtype)
-    norm = wide.square().sum(-1)
-    factor = torch.where(row_sum != 0, row_sum / norm.clamp(min=torch.finfo(dtype).tiny), 0.0)
-    return grad_out, (out.to(dtype) + factor[..., None] * wide).to(out.dtype)
+    size = FILLER[grad_out.dtype]
+    square = torch.linalg.vector_norm(grad_out, dim=-1, dtype=dtype).square_()  # (B, H, S); 0 if it underflows
+    fill = (square < size**2) & (row_sum != 0)
+    filler = torch.zeros(grad_out.shape[-1], dtype=grad_out.dtype, device=grad_out.device)
+    filler[0] = size
+    grad_out = torch.where(fill[..., None], filler, grad_out)
+    square = torch.where(fill, size**2, square)
+    factor = torch.where(row_sum != 0, row_sum / square, 0.0)
+    return grad_out, torch.addcmul(out.to(dtype), factor[..., None], grad_out.to(dtype)).to(out.dtype)

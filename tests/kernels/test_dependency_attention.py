@@ -1,0 +1,246 @@
+"""Every backend of dependency attention against the float64 reference, and the reference against plain loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from attention_cases import GRADIENT_KINDS, HEAD_KINDS, Case, backward, filler_sizes, make_case, term_sizes
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_sas.kernels import BACKENDS, choose_backend, dependency_attention
+
+EPSILON = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+FLOOR = {torch.float64: 16, torch.float32: 8, torch.bfloat16: 1, torch.float16: 1}  # in units of EPSILON
+FEW = 2000  # so few numbers may all be rounded the wrong way: twice the floor
+BACKEND_TYPES = [
+    *((backend, dtype) for backend in ("sdpa", "chunked") for dtype in (torch.float64, torch.float32, torch.bfloat16)),
+    ("chunked", torch.float16),
+    ("reference", torch.float32),
+]
+
+
+def check_against_float64(case: Case, backend: str) -> None:
+    """Assert that errors are at most twice those of torch's own attention in the same dtype, plus rounding."""
+    exact, exact_grads = case.run("reference", torch.float64)
+    ours, our_grads = case.run(backend, case.dtype)
+    largest = float(case.qkv[0].norm(dim=-1).max() * case.qkv[1].norm(dim=-1).max()) * case.qkv[0].shape[-1] ** -0.5
+    floor = FLOOR[case.dtype] * EPSILON[case.dtype] * (2 if case.qkv[0].numel() < FEW else 1)
+    # A score s has an absolute error of about |s| ε in the accumulation dtype, which is the relative error of exp(s).
+    floor += 2 * largest * EPSILON[torch.float64 if case.dtype == torch.float64 else torch.float32]
+    assert all(torch.isfinite(x).all() for x in (*ours, *our_grads))
+
+    plain_out, plain_grads = case.run_plain(case.dtype)
+    valid = case.valid_rows()
+    error = ((ours[0].double() - exact[0]) * valid).norm()
+    assert error <= 2 * ((plain_out.double() - exact[0]) * valid).norm() + floor * (exact[0] * valid).norm()
+    for mine, true in zip(ours[1:], exact[1:], strict=True):
+        assert mine.dtype == (torch.float64 if case.dtype == torch.float64 else torch.float32)
+        accumulated = EPSILON[mine.dtype] * (16 + 2 * largest)
+        if case.dtype == torch.bfloat16 and backend == "sdpa":
+            accumulated += 1e-4  # the bfloat16 kernel's exp is approximate, and with it its LSE
+        torch.testing.assert_close(mine.double(), true, rtol=accumulated, atol=accumulated)
+
+    plain_case = Case(case.qkv, torch.full_like(case.heads, -1), case.seqlens, case.gradients, case.dtype)
+    _, plain_exact = plain_case.run("reference", torch.float64)
+    sizes = (*term_sizes(case, exact), 0.0)
+    filled = filler_sizes(case) if backend == "sdpa" else (0.0, 0.0, 0.0)
+    for name, mine, true, plain, plain_true, terms, filler in zip(
+        "qkv", our_grads, exact_grads, plain_grads, plain_exact, sizes, filled, strict=True
+    ):
+        error, plain_error = (mine.double() - true).norm(), (plain.double() - plain_true).norm()
+        size = true.norm() + plain_true.norm() + terms  # a sum is as exact as its terms, which may cancel
+        allowed = 2 * plain_error + floor * size + filler
+        assert error <= allowed, f"d{name}: {error} beside {plain_error}, size {size}"
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 2**31),
+    backend_dtype=st.sampled_from(BACKEND_TYPES),
+    batch=st.integers(1, 3),
+    num_heads=st.integers(1, 4),
+    seq=st.one_of(st.integers(1, 20), st.integers(1, 300), st.sampled_from([63, 64, 65, 128])),
+    dim=st.sampled_from([8, 16, 24, 32, 40, 64]),
+    kind=st.sampled_from(HEAD_KINDS),
+    uneven=st.booleans(),
+    logit_scale=st.sampled_from([1.0, 1.0, 30.0]),
+    gradient_kind=st.sampled_from(GRADIENT_KINDS),
+    subset=st.sampled_from([(True, True, True)] * 3 + [(i & 1 > 0, i & 2 > 0, i & 4 > 0) for i in range(1, 8)]),
+)
+def test_random_cases(seed, backend_dtype, gradient_kind, **shape):
+    backend, dtype = backend_dtype
+    if dtype == torch.float16 and gradient_kind == "last_layer":
+        gradient_kind = "normal"  # such gradients are zero in float16
+    shape["subset"] = tuple(shape["subset"])
+    if not shape["subset"][0]:
+        gradient_kind = "zero"
+    check_against_float64(make_case(seed, dtype=dtype, gradient_kind=gradient_kind, **shape), backend)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_TYPES)
+@pytest.mark.parametrize("gradient_kind", ["normal", "last_layer"])
+def test_every_backend_at_512(backend, dtype, gradient_kind):
+    if dtype == torch.float16 and gradient_kind == "last_layer":
+        pytest.skip("such gradients are zero in float16")
+    case = make_case(0, batch=1, num_heads=2, seq=512, dim=64, dtype=dtype, gradient_kind=gradient_kind)
+    check_against_float64(case, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_papers_setting(dtype):
+    """BERT-base's last layer: 512 tokens, 12 heads of 64, a parsed and an unparsed sequence, gradients of real size."""
+    case = make_case(1, batch=2, num_heads=12, seq=512, dim=64, dtype=dtype, gradient_kind="last_layer")
+    case.heads[1] = -1
+    winners = torch.rand(2, 12, 512) < 1 / 12  # `max` mode: one head per token and direction
+    case.gradients = (case.gradients[0], *(g * winners for g in case.gradients[1:]))
+    check_against_float64(case, "sdpa")
+
+
+def test_reference_equals_loops():
+    case = make_case(3, batch=2, num_heads=2, seq=7, dim=8, dtype=torch.float64, kind="random")
+    seqlens = torch.tensor([7, 5])
+    q, k, v = case.qkv
+    out, to_head, to_dependent = dependency_attention(q, k, v, case.heads, seqlens=seqlens, backend="reference")
+    for b in range(2):
+        valid = int(seqlens[b])
+        for h in range(2):
+            probs = torch.zeros(7, 7, dtype=torch.float64)
+            for i in range(7):
+                scores = [math.exp(float(q[b, h, i] @ k[b, h, j]) / math.sqrt(8)) for j in range(valid)]
+                for j in range(valid):
+                    probs[i, j] = scores[j] / sum(scores)
+            torch.testing.assert_close(out[b, h], probs @ v[b, h])
+            for i in range(7):
+                j = int(case.heads[b, i])
+                edge = 0 <= j < valid and i < valid
+                assert float(to_head[b, h, i]) == pytest.approx(float(probs[i, j]) if edge else 0.0)
+                assert float(to_dependent[b, h, i]) == pytest.approx(float(probs[j, i]) if edge else 0.0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "sdpa"])
+@pytest.mark.parametrize("kind", ["random", "one", "self"])
+def test_gradcheck(backend, kind):
+    case = make_case(4, batch=2, num_heads=2, seq=5, dim=8, dtype=torch.float64, kind=kind)
+    qkv = [x.clone().requires_grad_() for x in case.qkv]
+    for seqlens in (None, torch.tensor([5, 3])):
+
+        def function(q, k, v, seqlens=seqlens):
+            out, to_head, to_dependent = dependency_attention(q, k, v, case.heads, seqlens=seqlens, backend=backend)
+            valid = 5 if seqlens is None else int(seqlens.min())
+            return out[:, :, :valid], to_head, to_dependent
+
+        assert torch.autograd.gradcheck(function, qkv)
+
+
+def test_chunked_spans_blocks():
+    """More rows than one block, not a multiple of it, with edges across blocks."""
+    case = make_case(5, batch=2, num_heads=1, seq=150, dim=8, dtype=torch.float64, kind="random", uneven=True)
+    check_against_float64(case, "chunked")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["near", "beyond"])
+def test_no_edge_means_zero_without_gradient(backend, kind):
+    case = make_case(6, batch=2, num_heads=2, seq=33, dim=8, dtype=torch.float32, kind=kind)
+    seqlens = torch.tensor([33, 20])
+    qkv = [x.float().requires_grad_() for x in case.qkv]
+    outputs = dependency_attention(*qkv, case.heads, seqlens=seqlens, backend=backend)
+    positions = torch.arange(33)
+    limit = seqlens[:, None]
+    edge = ((case.heads >= 0) & (case.heads < limit) & (positions < limit))[:, None, :].expand(-1, 2, -1)
+    for probs in outputs[1:]:
+        assert (probs[~edge] == 0).all()
+        assert (probs[edge] > 0).all()
+    assert outputs[1].requires_grad
+    gradients = (None, *(torch.where(edge, 0.0, 1.0) for _ in range(2)))
+    assert all((g == 0).all() for g in backward(outputs, gradients, qkv))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_heads_or_without_their_gradient_the_bits_are_the_same(backend, dtype):
+    case = make_case(7, batch=2, num_heads=3, seq=65, dim=16, dtype=dtype)
+    results = []
+    for heads in (None, case.heads, torch.full_like(case.heads, -1)):
+        qkv = [x.to(dtype).requires_grad_() for x in case.qkv]
+        out, to_head, to_dependent = dependency_attention(*qkv, heads, backend=backend)
+        if heads is None:
+            assert to_head is None
+            assert to_dependent is None
+        results.append((out, *backward((out,), case.gradients[:1], qkv)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_memory_layout_does_not_matter(backend):
+    """Views into one projection, as the model makes them, equal contiguous copies; so do gradients of any layout."""
+    torch.manual_seed(8)
+    joint = torch.randn(2, 40, 3 * 4 * 16)
+    heads = torch.randint(-1, 40, (2, 40))
+    views = [x.view(2, 40, 4, 16).transpose(1, 2).requires_grad_() for x in joint.split(64, dim=-1)]
+    copies = [x.detach().contiguous().requires_grad_() for x in views]
+    grad_out = torch.randn(2, 40, 4, 16).transpose(1, 2)
+    gradients = (grad_out, *(torch.randn(2, 40, 4).transpose(1, 2) for _ in range(2)))
+    results = []
+    for qkv in (views, copies):
+        outputs = dependency_attention(*qkv, heads, backend=backend)
+        results.append((*outputs, *backward(outputs, gradients, qkv)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("integer", [torch.int16, torch.int32, torch.int64])
+def test_integer_types_of_heads(integer):
+    case = make_case(9, batch=1, num_heads=1, seq=9, dim=8, dtype=torch.float32)
+    expected = dependency_attention(*case.qkv, case.heads)
+    for a, b in zip(expected, dependency_attention(*case.qkv, case.heads.to(integer)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_autocast_does_not_round_the_scores(backend):
+    case = make_case(10, batch=1, num_heads=2, seq=70, dim=32, dtype=torch.float32)
+    qkv = [x.float() for x in case.qkv]
+    expected = dependency_attention(*qkv, case.heads, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = dependency_attention(*qkv, case.heads, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_auto_takes_flash_where_it_can():
+    q = torch.zeros(1, 1, 4, 8)
+    assert choose_backend(q, 0.0) == "sdpa"
+    assert choose_backend(q, 0.1) == "chunked"
+    assert choose_backend(q.half(), 0.0) == "chunked"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backend": "flash"}, "unknown backend 'flash'"),
+        ({"q": torch.zeros(2, 3, 4)}, "must share one shape"),
+        ({"k": torch.zeros(1, 2, 5, 8)}, "must share one shape"),
+        ({"v": torch.zeros(1, 2, 4, 8, dtype=torch.float64)}, "one floating dtype"),
+        ({"heads": torch.zeros(1, 4)}, "heads must be integer"),
+        ({"heads": torch.zeros(1, 5, dtype=torch.int64)}, "heads must be integer"),
+        ({"seqlens": torch.zeros(2, dtype=torch.int64)}, "seqlens must be integer"),
+        ({"dropout_p": 1.0}, "dropout_p must be in"),
+        ({"dropout_p": 0.1, "backend": "sdpa"}, "no attention dropout; choose 'chunked'"),
+    ],
+)
+def test_wrong_arguments(change, message):
+    arguments = {name: torch.zeros(1, 2, 4, 8) for name in "qkv"} | {"heads": torch.zeros(1, 4, dtype=torch.int64)}
+    arguments |= change
+    positional = [arguments.pop(name) for name in ("q", "k", "v", "heads")]
+    with pytest.raises(ValueError, match=message):
+        dependency_attention(*positional, **arguments)
+
+
+def test_flash_refuses_float16():
+    q = torch.zeros(1, 1, 4, 8, dtype=torch.float16)
+    with pytest.raises(ValueError, match="float16"):
+        dependency_attention(q, q, q, None, backend="sdpa")
