@@ -24,7 +24,7 @@ class BertOutput:
     """What a forward returns; `to_head` and `to_dependent` have one `(B, H, S)` entry per layer."""
 
     hidden: Tensor  # (B, S, C)
-    logits: Tensor | None  # (M, V)
+    logits: Tensor | None  # (M, padded V), -inf beyond V
     to_head: tuple[Tensor, ...]
     to_dependent: tuple[Tensor, ...]
 
@@ -89,9 +89,11 @@ class LMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.padded_vocab_size))
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
-        """`(M, C)` to logits `(M, V)`; the padded rows are cut off, which equals -inf in a softmax over them."""
+        """`(M, C)` to logits `(M, padded V)`, -inf beyond V (cutting the padding off would copy all of them)."""
         hidden = self.norm(F.gelu(self.dense(hidden)))
-        return F.linear(hidden, embedding, self.bias)[:, : self.vocab_size]
+        padding = len(self.bias) - self.vocab_size
+        bias = F.pad(self.bias[: self.vocab_size], (0, padding), value=float("-inf"))
+        return F.linear(hidden, embedding, bias)
 
 
 class Bert(nn.Module):

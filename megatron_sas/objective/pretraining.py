@@ -87,5 +87,8 @@ class MaskedLMWithSas(nn.Module):
 
 
 def mlm_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Σ over M positions of -log softmax(logits)[label], in float32, from logits `(M, V)` and labels `(M,)`."""
+    """Σ over M positions of -log softmax(logits)[label], in float32, from logits `(M, V)` and labels `(M,)`.
+
+    Columns of the padded vocabulary are -inf: they take no probability and get no gradient.
+    """
     return F.cross_entropy(logits.float(), labels, reduction="sum")
