@@ -56,7 +56,8 @@ def verify_manifest(directory: str | Path, names: Iterable[str] | None = None) -
             raise InputError(f"{path}: is missing; use another checkpoint")
         if path.stat().st_size != entry["size"]:
             raise InputError(
-                f"{path}: has {path.stat().st_size} bytes, not {entry['size']} as its manifest says; use another checkpoint"
+                f"{path}: has {path.stat().st_size} bytes, not {entry['size']} as its manifest says; "
+                "use another checkpoint"
             )
         if sha256_file(path) != entry["sha256"]:
             raise InputError(f"{path}: its SHA-256 differs from the manifest's; use another checkpoint")

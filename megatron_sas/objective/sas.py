@@ -47,7 +47,8 @@ def sas_term(
 def _one_direction(probs: Sequence[Tensor], mode: str, p: float) -> Tensor:
     stacked = torch.cat(tuple(probs), dim=1)  # (B, L·H, S), layer by layer
     if mode == "max":
-        # argmax returns the first of equal maxima, so ties go to the lowest (layer, head); amax would share the gradient.
+        # argmax returns the first of equal maxima, so ties go to the lowest (layer, head); amax would share the
+        # gradient among them.
         winner = stacked.detach().argmax(dim=1, keepdim=True)
         return stacked.gather(1, winner).squeeze(1).sum(dim=1)
     if p == 1.0:
