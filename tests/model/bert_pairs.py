@@ -1,0 +1,54 @@
+"""Our BERT and transformers' with the same random weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import BertConfig as HFConfig
+from transformers import BertForMaskedLM
+
+from megatron_sas.model import Bert, BertConfig
+from megatron_sas.model.huggingface import from_hf_state, to_hf_config, to_hf_state
+
+SMALL = BertConfig(
+    num_layers=3,
+    hidden_size=48,
+    num_heads=4,
+    intermediate_size=96,
+    vocab_size=101,
+    max_position_embeddings=64,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+)
+
+
+def perturbed_bert(config: BertConfig, seed: int = 0) -> Bert:
+    """A model none of whose parameters has its initial value, with large enough weights for uneven attention."""
+    torch.manual_seed(seed)
+    model = Bert(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter += torch.randn_like(parameter) * (0.3 if "qkv.weight" in name else 0.1)
+        model.embeddings.word.weight[config.vocab_size :] = 0
+        model.head.bias[config.vocab_size :] = 0
+    return model
+
+
+def hf_twin(model: Bert, attention: str = "eager") -> BertForMaskedLM:
+    """transformers' model with the weights of ours."""
+    twin = BertForMaskedLM(HFConfig(**to_hf_config(model.config), attn_implementation=attention))
+    missing, unexpected = twin.load_state_dict(to_hf_state(model.state_dict(), model.config), strict=False)
+    assert not unexpected
+    assert set(missing) <= {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
+    twin.tie_weights()
+    return twin
+
+
+def hf_gradients(twin: BertForMaskedLM, model: Bert) -> dict[str, Tensor]:
+    """The twin's gradients under our names: query, key and value joined, vocabulary padded with zeros."""
+    return from_hf_state({name: parameter.grad for name, parameter in twin.named_parameters()}, model.config)
+
+
+def random_ids(config: BertConfig, batch: int, seq: int, seed: int = 0) -> Tensor:
+    """int64 `(B, S)` without the padding id."""
+    return torch.randint(1, config.vocab_size, (batch, seq), generator=torch.Generator().manual_seed(seed))

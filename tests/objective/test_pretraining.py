@@ -1,0 +1,195 @@
+"""The objective against the paper's formulation on transformers' attention maps, and its reductions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import BertConfig as HFConfig
+from transformers import BertForMaskedLM
+
+from megatron_sas.model import Bert, BertConfig
+from megatron_sas.model.huggingface import from_hf_state, to_hf_config, to_hf_state
+from megatron_sas.objective.pretraining import MaskedLMWithSas, SasObjective, mlm_loss_sum
+
+CONFIG = BertConfig(
+    num_layers=2,
+    hidden_size=64,
+    num_heads=4,
+    intermediate_size=128,
+    vocab_size=211,
+    max_position_embeddings=512,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+)
+
+
+def make_model(config: BertConfig = CONFIG, **objective) -> MaskedLMWithSas:
+    torch.manual_seed(0)
+    bert = Bert(config)
+    with torch.no_grad():
+        for name, parameter in bert.named_parameters():
+            parameter += torch.randn_like(parameter) * (0.2 if "qkv.weight" in name else 0.02)
+        bert.embeddings.word.weight[config.vocab_size :] = 0
+        bert.head.bias[config.vocab_size :] = 0
+    return MaskedLMWithSas(bert, SasObjective(**objective))
+
+
+def make_batch(batch: int, seq: int, seed: int = 1) -> dict[str, Tensor]:
+    """Masked tokens, and heads in all sequences but the first."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, CONFIG.vocab_size, (batch, seq), generator=generator)
+    masked = torch.rand(batch, seq, generator=generator) < 0.15
+    masked[:, 1] = True
+    heads = torch.arange(seq) + torch.randint(-4, 5, (batch, seq), generator=generator)
+    heads = torch.where((heads >= 0) & (heads < seq) & (torch.rand(batch, seq, generator=generator) < 0.7), heads, -1)
+    if batch > 1:
+        heads[0] = -1
+    return {
+        "input_ids": torch.where(masked, 4, ids),
+        "masked_positions": masked.flatten().nonzero().squeeze(1),
+        "labels": ids[masked],
+        "heads": heads,
+    }
+
+
+def gradients(module: MaskedLMWithSas) -> dict[str, Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in module.bert.named_parameters()}
+
+
+def paper_loss(twin: BertForMaskedLM, batch: dict[str, Tensor], sas_weight: float, mode: str) -> Tensor:
+    """MLM + λR as the paper's code has it: every attention map of every layer, one edge after another."""
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels.view(-1)[batch["masked_positions"]] = batch["labels"]
+    output = twin(batch["input_ids"], labels=labels, output_attentions=True)
+    maps = torch.stack(output.attentions)  # (L, B, H, S, S)
+    term = torch.zeros(())
+    for b, heads in enumerate(batch["heads"].tolist()):
+        for i, j in enumerate(heads):
+            if j >= 0:
+                for entries in (maps[:, b, :, i, j], maps[:, b, :, j, i]):
+                    term = term + (entries.max() if mode == "max" else entries.sum())
+    return output.loss + sas_weight * term
+
+
+@pytest.mark.parametrize(("batch_size", "seq"), [(3, 128), (1, 512)])
+@pytest.mark.parametrize("mode", ["max", "uniform"])
+def test_loss_and_gradients_equal_the_papers_way(batch_size, seq, mode):
+    module, batch = make_model(mode=mode, reduction="sum"), make_batch(batch_size, seq)
+    twin = BertForMaskedLM(HFConfig(**to_hf_config(CONFIG), attn_implementation="eager"))
+    twin.load_state_dict(to_hf_state(module.bert.state_dict(), CONFIG), strict=False)
+    parts = module(**batch, mlm_scale=1 / len(batch["labels"]), sas_scale=0.01)
+    parts.loss.backward()
+    expected = paper_loss(twin, batch, 0.01, mode)
+    expected.backward()
+    torch.testing.assert_close(parts.loss, expected, rtol=1e-5, atol=1e-5)
+    theirs = from_hf_state({name: p.grad for name, p in twin.named_parameters()}, CONFIG)
+    for name, ours in gradients(module).items():
+        assert (ours - theirs[name]).norm() <= 1e-4 * theirs[name].norm() + 1e-8, name
+
+
+def test_the_term_moves_the_gradient():
+    """Otherwise the comparison above would prove little."""
+    batch, found = make_batch(3, 128), {}
+    for weight in (0.0, 0.01):
+        module = make_model()
+        module(**batch, mlm_scale=1 / len(batch["labels"]), sas_scale=weight).loss.backward()
+        found[weight] = gradients(module)["layers.0.attention.qkv.weight"]
+    assert (found[0.01] - found[0.0]).norm() > 0.1 * found[0.0].norm()
+
+
+def split(batch: dict[str, Tensor], pieces: int) -> list[dict[str, Tensor]]:
+    """The batch cut into micro-batches of equally many sequences."""
+    size, seq = len(batch["heads"]) // pieces, batch["heads"].shape[1]
+    result = []
+    for number in range(pieces):
+        first, last = number * size * seq, (number + 1) * size * seq
+        inside = (batch["masked_positions"] >= first) & (batch["masked_positions"] < last)
+        rows = slice(number * size, (number + 1) * size)
+        result.append(
+            {
+                "input_ids": batch["input_ids"][rows],
+                "masked_positions": batch["masked_positions"][inside] - first,
+                "labels": batch["labels"][inside],
+                "heads": batch["heads"][rows],
+            }
+        )
+    return result
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "sum"])
+def test_reductions_over_micro_batches(reduction):
+    """With "sequence" the gradient does not depend on how the batch is cut; with "sum" λ is divided by the cuts."""
+    batch, weight = make_batch(4, 40), 0.05
+    found = {}
+    for pieces in (1, 2, 4):
+        module = make_model(reduction=reduction)
+        sas_scale = weight * (pieces / 4 if reduction == "sequence" else 1.0)
+        sums = torch.zeros(2)
+        for micro in split(batch, pieces):
+            parts = module(**micro, mlm_scale=pieces / len(batch["labels"]), sas_scale=sas_scale)
+            (parts.loss / pieces).backward()  # as DeepSpeed does
+            sums += torch.stack([parts.mlm_sum, parts.sas_sum])
+        found[pieces] = (gradients(module), sums)
+    for pieces in (2, 4):
+        torch.testing.assert_close(found[pieces][1], found[1][1])
+        same = all(
+            torch.allclose(found[pieces][0][name], found[1][0][name], rtol=1e-3, atol=1e-6) for name in found[1][0]
+        )
+        assert same == (reduction == "sequence")
+
+
+def test_reduction_sum_is_sequence_with_another_weight():
+    """λ_sequence = λ_paper × micro-batch."""
+    batch, found = make_batch(4, 40), []
+    for scale in (0.02, 0.08 / 4):  # λ_paper; λ_sequence · W·A/G with W·A = 1
+        module = make_model()
+        module(**batch, mlm_scale=1.0, sas_scale=scale).loss.backward()
+        found.append(gradients(module))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_measuring_with_weight_zero_changes_no_bit():
+    batch, found = make_batch(2, 60), []
+    for heads in (None, batch["heads"]):
+        module = make_model()
+        parts = module(**(batch | {"heads": heads}), mlm_scale=0.01, sas_scale=0.0)
+        parts.loss.backward()
+        found.append((parts, gradients(module)))
+    (unmeasured, first), (measured, second) = found
+    assert unmeasured.sas_sum is None
+    assert measured.sas_sum > 0
+    assert not measured.sas_sum.requires_grad
+    assert torch.equal(unmeasured.loss, measured.loss)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_unparsed_batch_has_a_zero_term():
+    batch = make_batch(2, 30)
+    batch["heads"] = torch.full_like(batch["heads"], -1)
+    for mode, p in (("max", 1.0), ("uniform", 1.0), ("uniform", 2.0)):
+        module = make_model(mode=mode, p=p)
+        parts = module(**batch, mlm_scale=0.0, sas_scale=1.0)
+        parts.loss.backward()
+        assert parts.sas_sum == 0
+        assert all((g == 0).all() for g in gradients(module).values())
+
+
+def test_dropout_path_also_trains():
+    module = make_model(replace(CONFIG, attention_dropout=0.1, hidden_dropout=0.1))
+    module.train()(**make_batch(2, 40), mlm_scale=0.01, sas_scale=0.01).loss.backward()
+    assert all(torch.isfinite(g).all() for g in gradients(module).values())
+
+
+def test_mlm_loss_ignores_padded_columns():
+    logits = torch.randn(7, 20)
+    padded = F.pad(logits, (0, 12), value=float("-inf")).requires_grad_()
+    labels = torch.randint(0, 20, (7,))
+    loss = mlm_loss_sum(padded, labels)
+    loss.backward()
+    torch.testing.assert_close(loss, -logits.log_softmax(-1)[torch.arange(7), labels].sum())
+    assert (padded.grad[:, 20:] == 0).all()
+    assert mlm_loss_sum(logits[:0], labels[:0]) == 0
