@@ -73,13 +73,16 @@ def build_parts(config: Config, say: Callable[[str], None]) -> Parts:
         InputError: anything that the user must mend, the same on every rank.
     """
     run_dir = Path(config.run.output_dir)
-    checkpoint = agreed(lambda: _claim_run(config, run_dir, say) if distributed.is_main() else None)
+    checkpoint = agreed(lambda: _where_to_continue(config, run_dir, say) if distributed.is_main() else None)
     checkpoint = distributed.broadcast_object(checkpoint)
-    return agreed(lambda: _build(config, checkpoint))
+    parts = agreed(lambda: _build(config, checkpoint))
+    # Last, so that a run which is refused leaves no directory behind.
+    agreed(lambda: write_text_atomic(run_dir / CONFIG, config.to_yaml()) if distributed.is_main() else None)
+    return parts
 
 
-def _claim_run(config: Config, run_dir: Path, say: Callable[[str], None]) -> Path | None:
-    """Decide where to continue from, and write the configuration into the run's directory."""
+def _where_to_continue(config: Config, run_dir: Path, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that the run continues from, None for a new run; refuses a directory that is something else."""
     saved = run_dir / CONFIG
     occupied = run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))
     if occupied and config.run.resume == "never":
@@ -89,7 +92,6 @@ def _claim_run(config: Config, run_dir: Path, say: Callable[[str], None]) -> Pat
     checkpoint = newest_checkpoint(run_dir, say) if occupied else None
     if checkpoint is not None:
         _refuse_other_experiment(load_config(saved), config, saved)
-    write_text_atomic(saved, config.to_yaml())
     return checkpoint
 
 

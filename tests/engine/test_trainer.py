@@ -31,10 +31,12 @@ def whole(config, tmp_path_factory):
 def refusal(config, run, overrides=None) -> str:
     """The message with which a run is refused before anything is trained."""
     arguments = override_arguments({**(overrides or {}), "run.output_dir": str(run)})
+    existed = run.exists()
     with pytest.raises(InputError) as error:
         build_parts(load_config(config, arguments), print)
     message = str(error.value)
     assert "\n" not in message
+    assert existed == (run.is_file() or (run.is_dir() and any(run.iterdir())))
     return message
 
 

@@ -1,0 +1,79 @@
+"""The ways to start training: python, torchrun (here without a C++ compiler), and the deepspeed launcher."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from engine_runs import ROOT, launch, records, train, write_inputs
+
+SCRIPT = ROOT / "pretrain_mlm.py"
+DEEPSPEED = Path(sys.executable).with_name("deepspeed")
+NO_COMPILER = "so DeepSpeed cannot compile its shared-memory all-reduce and gloo is used instead"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def expected(config, tmp_path_factory):
+    """What every launcher must arrive at: the records of the same run in this process."""
+    run = tmp_path_factory.mktemp("expected") / "run"
+    train(config, run, {"train.steps": 2})
+    return records(run) | records(run, "evaluation")
+
+
+def arguments(config, run):
+    return [SCRIPT, "--config", config, "--run.output_dir", run, "--train.steps", "2", "--logging.tensorboard=true"]
+
+
+def check(run, output, expected, processes):
+    found = records(run) | records(run, "evaluation")
+    assert found.keys() == expected.keys()
+    for step, line in found.items():
+        assert line == pytest.approx(expected[step], rel=1e-5)
+    assert f"batch 8 = {processes} × 2 × {4 // processes}" in output
+    assert output.count("finished after 2 updates") == 1
+    assert (run / "checkpoints" / "step_00000002" / "manifest.json").is_file()
+    assert list((run / "tensorboard").iterdir())
+
+
+@pytest.mark.slow
+def test_python(config, expected, tmp_path):
+    output = launch(*arguments(config, tmp_path / "run"))
+    check(tmp_path / "run", output, expected, processes=1)
+    assert NO_COMPILER not in output  # one process needs none
+
+
+@pytest.mark.slow
+def test_torchrun_without_a_compiler(config, expected, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    output = launch(*launcher, *arguments(config, tmp_path / "run"), CXX="/nowhere/g++")
+    check(tmp_path / "run", output, expected, processes=2)
+    assert f"note: /nowhere/g++ not found, {NO_COMPILER}" in output
+    assert output.count(NO_COMPILER) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DEEPSPEED.exists(), reason="the deepspeed launcher is not beside this Python")
+def test_the_deepspeed_launcher(config, expected, tmp_path):
+    output = launch(DEEPSPEED, "--num_gpus", "2", *arguments(config, tmp_path / "run"))
+    check(tmp_path / "run", output, expected, processes=2)
+    refused = launch(
+        DEEPSPEED, "--num_gpus", "2", *arguments(config, tmp_path / "no"), "--train.micro_batch_size=8", expect=2
+    )
+    assert refused.count("error: global batch 8 is not a multiple of micro batch 8 × 2 processes") == 1
+    assert "Traceback" not in refused
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_wrong_configuration_is_a_few_lines_and_no_run(config, tmp_path):
+    output = launch(*arguments(config, tmp_path / "run"), "--train.micro_batch=3", "--modle.size=tiny", expect=2)
+    assert output.splitlines()[0] == f"error: {config}: 2 faults:"
+    assert "modle: unknown field; did you mean model?" in output
+    assert "train.micro_batch: unknown field; did you mean micro_batch_size?" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
