@@ -8,28 +8,38 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import re
 import typing
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from megatron_sas.cli import InputError
 from megatron_sas.model.config import SIZES, BertConfig
 from megatron_sas.objective.pretraining import SasObjective
 from megatron_sas.objective.schedule import Stage, check_stages
+from megatron_sas.yaml_file import Dumper, Loader, read_yaml
 
 FAULT_SEPARATOR = "\x1f"
+NULL = ("", "~", "null")
 
 
 class Section(BaseModel):
     """A part of the configuration: unknown fields are errors, values are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_values(cls, value: Any, info: ValidationInfo) -> Any:
+        """`yes` is no number, though it is one to Python."""
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise PydanticCustomError("truth_value", "input should not be true or false")
+        return value
 
     def faults(self) -> list[str]:
         """What is wrong between the fields of this section; each begins with the field's name."""
@@ -147,6 +157,8 @@ class TrainSection(Section):
             faults.append(f"warmup_steps: {self.warmup_steps} is not before decay_horizon {self.decay_horizon}")
         if self.steps > self.decay_horizon:
             faults.append(f"steps: {self.steps} is beyond decay_horizon {self.decay_horizon}, where lr reaches 0")
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            faults.append(f"adam_betas: {list(self.adam_betas)} must be at least 0 and less than 1")
         return faults
 
 
@@ -234,7 +246,7 @@ class Config(Section):
         values["sas"]["schedule"] = [
             {name: value for name, value in asdict(stage).items() if value is not None} for stage in self.sas.schedule
         ]
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -243,7 +255,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         InputError: with every fault found, one per line.
     """
-    values = read_yaml(path)
+    values = {name: {} if section is None else section for name, section in read_yaml(path).items()}
     faults = _apply_overrides(values, overrides)
     try:
         config = Config.model_validate(values)
@@ -253,29 +265,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if faults:
         raise InputError(_message(path, faults))
     return config
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
-
-    Raises:
-        InputError: no such file, not YAML, or not a mapping.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; see examples/ for configurations to start from") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8 text; give a YAML configuration") from None
-    try:
-        values = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{line}: is not valid YAML ({getattr(error, 'problem', error)})") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: must be a mapping of sections (run, model, data, …)")
-    return values
 
 
 def help_text() -> str:
@@ -289,26 +278,6 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and refuses duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
 def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     """Write the overrides into `values`; returns what is wrong with them."""
     faults, rest = [], list(overrides)
@@ -319,22 +288,26 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[s
             faults.append(f"{argument}: not an override; write --section.field value")
             continue
         if not equals:
-            if not rest:
+            if not rest or rest[0].startswith("--"):
                 faults.append(f"{name}: has no value")
                 continue
             text = rest.pop(0)
-        section, field = name[2:].split(".")
+        section, field = name[2:].replace("-", "_").split(".")
         try:
-            value = yaml.load(text, Loader=_Loader)
+            value = text if _is_text(section, field) and text not in NULL else yaml.load(text, Loader=Loader)
         except yaml.YAMLError:
             faults.append(f"{name}: {text!r} is not a YAML value")
             continue
         target = values.setdefault(section, {})
-        if target is None:
-            target = values[section] = {}
         if isinstance(target, dict):
-            target[field.replace("-", "_")] = value
+            target[field] = value
     return faults
+
+
+def _is_text(section: str, field: str) -> bool:
+    """Whether a field holds text, which on the command line needs no quotes (a path may look like a number)."""
+    info = Config.model_fields[section].annotation.model_fields.get(field) if section in Config.model_fields else None
+    return info is not None and str in (info.annotation, *typing.get_args(info.annotation))
 
 
 def _describe(detail: dict[str, Any]) -> list[str]:
@@ -345,13 +318,18 @@ def _describe(detail: dict[str, Any]) -> list[str]:
         return [f"{where}.{fault}" for fault in str(detail["ctx"]["error"]).split(FAULT_SEPARATOR)]
     if detail["type"] == "missing":
         return [f"{where}: is required"]
-    if detail["type"] == "extra_forbidden":
+    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = list(Config.model_fields)
-        if len(location) > 1 and location[0] in Config.model_fields:
+        if detail["type"] == "unexpected_keyword_argument":
+            known = [field.name for field in fields(Stage)]
+        elif len(location) > 1:
             known = list(Config.model_fields[location[0]].annotation.model_fields)
         close = difflib.get_close_matches(location[-1], known, n=1)
         return [f"{where}: unknown field; " + (f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}")]
-    return [f"{where}: {detail['msg'][0].lower()}{detail['msg'][1:]}, not {detail['input']!r}"]
+    message = {"tuple_type": "should be a list", "model_type": "should be a mapping of fields"}.get(
+        detail["type"], detail["msg"][0].lower() + detail["msg"][1:]
+    )
+    return [f"{where}: {message}, not {detail['input']!r}"]
 
 
 def _message(path: str | Path, faults: list[str]) -> str:

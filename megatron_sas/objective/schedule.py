@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,8 +30,6 @@ def check_stages(stages: Sequence[Stage]) -> list[str]:
             faults.append(f"stage {index}: end {stage.end} is not after start {stage.start}")
         if stage.end is None and stage.end_value is not None:
             faults.append(f"stage {index}: a linear stage (end_value) needs an end")
-        if not all(math.isfinite(value) for value in (stage.value, stage.end_value or 0.0)):
-            faults.append(f"stage {index}: value and end_value must be finite numbers")
     ordered = sorted(range(len(stages)), key=lambda i: stages[i].start)
     for first, second in itertools.combinations(ordered, 2):
         end = stages[first].end

@@ -1,0 +1,232 @@
+"""The configuration: read whole, checked whole, written back equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sas.cli import InputError
+from megatron_sas.config import Config, When, help_text, load_config, parse_arguments
+from megatron_sas.objective.schedule import Stage, sas_weight
+
+MINIMAL = """
+run: {output_dir: runs/a}
+data: {train: data/train}
+train: {steps: 100, micro_batch_size: 4}
+"""
+
+
+def load(tmp_path: Path, text: str = MINIMAL, *overrides: str) -> Config:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path, overrides)
+
+
+def fault(tmp_path: Path, text: str, *overrides: str) -> str:
+    """The error message, without the path of the file that it begins with."""
+    with pytest.raises(InputError) as error:
+        load(tmp_path, text, *overrides)
+    message = str(error.value)
+    assert message.startswith(str(tmp_path / "config.yaml"))
+    return message.removeprefix(str(tmp_path / "config.yaml"))
+
+
+def test_defaults_are_the_papers(tmp_path):
+    config = load(tmp_path)
+    train = config.train
+    assert (train.global_batch_size, train.learning_rate, train.warmup_steps, train.decay_horizon) == (
+        256,
+        1e-4,
+        10_000,
+        1_000_000,
+    )
+    assert (train.adam_betas, train.adam_eps, train.weight_decay, train.grad_clip) == ((0.9, 0.999), 1e-8, 0.0, 1.0)
+    assert (config.data.mask_prob, config.sas.mode, config.sas.schedule) == (0.15, "max", ())
+    bert = config.bert_config(vocab_size=30522, pad_token_id=0)
+    assert (bert.num_layers, bert.hidden_size, bert.hidden_dropout, bert.norm_placement) == (12, 768, 0.1, "post")
+
+
+def test_all_faults_at_once(tmp_path):
+    text = """
+run: {outputdir: runs/a, seed: -1}
+data: {train: data/train, mask_prob: 2}
+train: {steps: 100, micro_batch_size: 3, global_batch_size: 8, warmup_steps: 10, decay_horizon: 5}
+model: {size: huge}
+trian: {}
+sas: {mode: min, schedule: [{start: 0, end: 5, value: 1}, {start: 3, value: 2}]}
+checkpoint: {dense_every: 5}
+"""
+    message = fault(tmp_path, text, "--model.num_layer", "3", "steps=5")
+    for part in (
+        "steps=5: not an override",
+        "run.output_dir: is required",
+        "run.outputdir: unknown field; did you mean output_dir?",
+        "run.seed: input should be greater than or equal to 0, not -1",
+        "data.mask_prob: input should be less than 1, not 2",
+        "train.global_batch_size: 8 is not a multiple of micro_batch_size 3",
+        "train.warmup_steps: 10 is not before decay_horizon 5",
+        "train.steps: 100 is beyond decay_horizon 5",
+        "model.size: input should be 'tiny', ",
+        "model.num_layer: unknown field; did you mean num_layers?",
+        "trian: unknown field; did you mean train?",
+        "sas.mode: input should be 'max' or 'uniform', not 'min'",
+        "checkpoint.dense_every: needs dense_until",
+    ):
+        assert f"\n  {part}" in message
+    assert message.startswith(": 13 faults:\n")
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("model: {hidden_size: 100, num_heads: 3}", "model.hidden_size: 100 is not a multiple of num_heads 3"),
+        ("model: {num_layers: yes}", "model.num_layers: input should not be true or false, not True"),
+        ("sas: {schedule: yes}", "sas.schedule: input should not be true or false, not True"),
+        ("sas: {schedule: none}", "sas.schedule: should be a list, not 'none'"),
+        ("sas: {schedule: .nan}", "sas.schedule.0.value: input should be a finite number, not nan"),
+        ("sas: {p: 0.5}", "sas.p: input should be greater than or equal to 1, not 0.5"),
+        ("sas: 3", "sas: should be a mapping of fields, not 3"),
+        ("evaluation: {at: 3}", "evaluation.at: should be a list, not 3"),
+        (
+            "sas: {schedule: [{start: 0, value: 1, ned: 3}]}",
+            "sas.schedule.0.ned: unknown field; did you mean end?",
+        ),
+        (
+            "sas: {schedule: [{start: 0, value: 1, end: 5}, {start: 3, value: 2}]}",
+            "sas.schedule: stages 0 and 1 overlap: stage 0 lasts until 5, stage 1 starts at 3",
+        ),
+    ],
+)
+def test_one_fault_is_one_line(tmp_path, section, message):
+    assert fault(tmp_path, MINIMAL + section) == f": {message}"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (["--train.learning_rate", ".inf"], "train.learning_rate: input should be a finite number, not inf"),
+        (["--train.learning_rate", "-1e-4"], "train.learning_rate: input should be greater than 0, not -0.0001"),
+        (["--train.steps", "1.5"], "train.steps: input should be a valid integer"),
+        (["--train.adam_betas", "[0.9, 1]"], "train.adam_betas: [0.9, 1.0] must be at least 0 and less than 1"),
+        (["--train.steps"], "--train.steps: has no value"),
+        (["--train.steps", "--run.seed", "3"], "--train.steps: has no value"),
+        (["--steps", "3"], "2 faults:\n  --steps: not an override; write --section.field value"),
+        (["--train.steps", "[3"], "--train.steps: '[3' is not a YAML value"),
+    ],
+)
+def test_faulty_overrides(tmp_path, override, message):
+    assert fault(tmp_path, MINIMAL, *override).startswith(f": {message}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: {output_dir: a}\nrun: {seed: 3}\n", ", line 2: is not valid YAML ('run' is given twice)"),
+        ("run:\n  seed: 1\n  seed: 2\n", ", line 3: is not valid YAML ('seed' is given twice)"),
+        ("a: [1,\nb: 2", ", line 2: is not valid YAML ("),
+        ("run:\n\tseed: 1", ", line 2: is not valid YAML ("),
+        ("? [a, b]\n: 3", ", line 1: is not valid YAML (a field name must be plain text)"),
+        ("run: \x00", ": is not valid YAML ("),
+        ("- 1", ": must be a mapping of sections"),
+        ("", ": must be a mapping of sections"),
+        ("run: !!python/object:os.system x", ", line 1: is not valid YAML ("),
+    ],
+)
+def test_broken_yaml_names_the_line(tmp_path, text, message):
+    found = fault(tmp_path, text)
+    assert found.startswith(message)
+    assert "\n" not in found
+
+
+def test_missing_file_and_wrong_encoding(tmp_path):
+    with pytest.raises(InputError, match=r"absent\.yaml: no such file; see examples/"):
+        load_config(tmp_path / "absent.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"run: \xff\xfe")
+    with pytest.raises(InputError, match="is not UTF-8 text"):
+        load_config(tmp_path / "binary.yaml")
+
+
+def test_overrides(tmp_path):
+    config = load(
+        tmp_path,
+        MINIMAL + "sas:\nlogging:\n",  # empty sections are as good as absent ones
+        *("--train.learning_rate", "3e-4", "--train.grad-clip=0", "--sas.schedule", "-0.01", "--logging.every=3"),
+        *("--evaluation.at", "[3, 5]", "--data.train=other/a.b", "--model.size", "tiny", "--train.learning_rate=1e-3"),
+    )
+    assert config.train.learning_rate == 1e-3  # the last one counts
+    assert config.train.grad_clip == 0
+    assert config.sas.schedule == (Stage(0, -0.01),)
+    assert config.logging.every == 3
+    assert config.evaluation.at == (3, 5)
+    assert config.data.train == "other/a.b"
+    assert config.model.dimensions()["hidden_size"] == 128
+
+
+@pytest.mark.parametrize("name", ["2024", "1e-4", "a: b", "[x", "true", "~user/x"])
+def test_text_needs_no_quotes_on_the_command_line(tmp_path, name):
+    config = load(tmp_path, MINIMAL, "--run.output_dir", name, f"--data.validation={name}")
+    assert (config.run.output_dir, config.data.validation) == (name, name)
+    assert load(tmp_path, config.to_yaml()) == config
+    assert load(tmp_path, config.to_yaml(), "--data.validation", "null").data.validation is None
+
+
+@pytest.mark.parametrize("number", ["1e-4", "1E-4", "1.0e-4", "0.0001", ".0001", "1.e-4", "+1e-4"])
+def test_numbers_as_people_write_them(tmp_path, number):
+    assert load(tmp_path, MINIMAL, "--train.learning_rate", number).train.learning_rate == 1e-4
+    text = MINIMAL.replace("steps: 100", f"steps: 100, learning_rate: {number}")
+    assert load(tmp_path, text).train.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "0",
+        "0.01",
+        "-0.001",
+        "[{start: 0, end: 3000, value: 1e-3}]",
+        "[{start: 5, value: 0.1}, {start: 0, end: 5, value: 0, end_value: 0.1}]",
+    ],
+)
+def test_yaml_round_trip(tmp_path, schedule):
+    config = load(
+        tmp_path,
+        MINIMAL,
+        *("--sas.schedule", schedule, "--model.hidden_size", "96", "--checkpoint.dense_every", "5"),
+        *("--checkpoint.dense_until", "20", "--run.output_dir", "Läufe/ein Lauf: 1", "--data.validation", "~"),
+    )
+    again = load(tmp_path, config.to_yaml())
+    assert again == config
+    assert [sas_weight(again.sas.schedule, s) for s in range(10)] == [
+        sas_weight(config.sas.schedule, s) for s in range(10)
+    ]
+
+
+@pytest.mark.parametrize(
+    "example", sorted((Path(__file__).parents[1] / "examples").glob("*.yaml")), ids=lambda p: p.name
+)
+def test_examples_are_sound(example):
+    config = load_config(example)
+    assert config == load_config(example, ["--train.steps", str(config.train.steps)])
+
+
+def test_when():
+    when = When(every=10, dense_every=2, dense_until=6, at=(13,))
+    assert [s for s in range(32) if when.due(s, 31)] == [0, 2, 4, 6, 10, 13, 20, 30, 31]
+    assert [s for s in range(8) if When().due(s, 7)] == [0, 7]
+
+
+def test_help_names_every_field():
+    text = help_text()
+    for section, info in Config.model_fields.items():
+        for name, field in info.annotation.model_fields.items():
+            assert f"{section}.{name} (" in text
+            assert field.description in text
+
+
+def test_command_line():
+    arguments, overrides = parse_arguments(
+        ["--local_rank=1", "--sas.schedule", "-0.01", "--config", "a.yaml", "--run.seed=3", "--train.steps", "5"]
+    )
+    assert arguments.config == "a.yaml"
+    assert overrides == ["--sas.schedule", "-0.01", "--run.seed=3", "--train.steps", "5"]
