@@ -22,10 +22,17 @@ OWNED = {
     "data_types": "train.precision",
     "optimizer": "train.learning_rate and its neighbours",
     "scheduler": "train.warmup_steps and train.decay_horizon",
-    "prescale_gradients": "the objective, which is normalised over the global batch",
-    "gradient_predivide_factor": "the objective, which is normalised over the global batch",
+    "elasticity": "train.global_batch_size and train.micro_batch_size",
 }
 """Keys of the JSON that the YAML decides."""
+
+FIXED = {
+    "prescale_gradients": "the loss is already normalised over the global batch",
+    "gradient_predivide_factor": "the loss is already normalised over the global batch",
+    "zero_allow_untested_optimizer": "the optimizer is torch's AdamW",
+    "zero_force_ds_cpu_optimizer": "the optimizer is torch's AdamW",
+}
+"""Keys of the JSON that nobody can choose, and why."""
 
 
 def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:
@@ -38,11 +45,12 @@ def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:
         InputError: the batch does not divide among the processes, or the user's JSON sets what the YAML owns.
     """
     config = {} if train.deepspeed_config is None else _read_json(train.deepspeed_config)
-    faults = [f"{key} (set {OWNED[key]} in the YAML instead)" for key in config if key in OWNED]
     zero = config.setdefault("zero_optimization", {})
     if not isinstance(zero, dict):
-        faults.append("zero_optimization (must be an object)")
-    elif "stage" in zero:
+        raise InputError(f"{train.deepspeed_config}: zero_optimization must be an object, not {zero!r}")
+    faults = [f"{key} (set {OWNED[key]} in the YAML instead)" for key in config if key in OWNED]
+    faults += [f"{key} ({FIXED[key]}; remove it)" for key in config if key in FIXED]
+    if "stage" in zero:
         faults.append("zero_optimization.stage (set train.zero_stage in the YAML instead)")
     if faults:
         raise InputError(f"{train.deepspeed_config}: must not set " + "; ".join(faults))
