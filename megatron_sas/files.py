@@ -77,16 +77,16 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
         yield temporary
-        for file in sorted(temporary.rglob("*")):
-            if file.is_file():
-                fsync_file(file)
+        for entry in [*temporary.rglob("*"), temporary]:
+            (fsync_directory if entry.is_dir() else fsync_file)(entry)
         os.chmod(temporary, 0o777 & ~_umask())
+        refuse_existing(path, overwrite)  # it may have come into being meanwhile
         if os.path.lexists(path):
             stale = path.with_name(f".{path.name}.old")
-            shutil.rmtree(stale, ignore_errors=True)
+            _remove(stale)
             os.replace(path, stale)
             os.replace(temporary, path)
-            shutil.rmtree(stale, ignore_errors=True)
+            _remove(stale)
         else:
             os.replace(temporary, path)
     except BaseException:
@@ -104,6 +104,14 @@ def sha256_file(path: str | Path) -> str:
 def obey_umask(path: str | Path) -> None:
     """Give a file that a library created for its owner alone the permissions of any new file."""
     os.chmod(path, 0o666 & ~_umask())
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a whole directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _umask() -> int:
