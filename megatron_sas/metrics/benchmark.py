@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,33 +54,39 @@ def _cpu_name() -> str:
     return f"{fields.get('model name', platform.machine())} ({vector})"
 
 
-def time_once(action: Callable[[], object], device: torch.device) -> float:
-    """Seconds that `action` takes, the device's queue included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    action()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+@dataclass
+class Times:
+    """What one variant took, round by round."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)  # seconds of all threads of this process
+
+    def add(self, action: Callable[[], object], device: torch.device) -> None:
+        """Run `action` and record it, the device's queue included."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        wall, cpu = time.perf_counter(), time.process_time()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.wall.append(time.perf_counter() - wall)
+        self.cpu.append(time.process_time() - cpu)
 
 
 def time_interleaved(
     variants: dict[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 2
-) -> dict[str, list[float]]:
+) -> dict[str, Times]:
     """Seconds of every variant in every round.
 
     All variants run once in each round, in an order that rotates, so that a load which comes and goes hits them alike;
     compare them by the median of the ratios within a round (`median_ratio`).
     """
     names = list(variants)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    times = {name: Times() for name in names}
     for number in progress(range(-warmup, rounds), unit="round", desc="timing"):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            elapsed = time_once(variants[name], device)
-            if number >= 0:
-                seconds[name].append(elapsed)
-    return seconds
+            (times[name] if number >= 0 else Times()).add(variants[name], device)
+    return times
 
 
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:

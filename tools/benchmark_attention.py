@@ -1,0 +1,191 @@
+"""Time and error of dependency attention, backend by backend, beside torch's own attention.
+
+    python tools/benchmark_attention.py --seq-lengths 128 512 --head-dims 32 64 --output attention.json
+
+Forward and backward are timed apart, all variants taking turns. The regularizer's gradient on the two probabilities of
+each token is
+
+    none      no edges are asked for
+    max       non-zero in one of --maps (layer, head) pairs only, as the `max` regularizer's
+    uniform   non-zero everywhere, as the `uniform` regularizer's
+
+Peers are torch's scaled_dot_product_attention (`torch sdpa`, no edges) and `reference`, which forms whole maps as the
+paper's code does. An error is ‖x - exact‖ / ‖exact‖, exact in float64 from the same inputs, the largest of dq, dk, dv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_sas.cli import InputError, run_main
+from megatron_sas.files import refuse_existing, write_json_atomic
+from megatron_sas.kernels import BACKENDS, dependency_attention
+from megatron_sas.metrics.benchmark import Times, choose_device, describe_device, time_interleaved
+
+PEER = "torch sdpa"
+GRADIENTS = ("none", "max", "uniform")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Variant:
+    """One way to compute attention on fixed inputs; keeps its graph between forward and backward."""
+
+    def __init__(self, name: str, attend: Callable[..., tuple], qkv: list[Tensor], gradients: list[Tensor]) -> None:
+        self.name, self.attend, self.gradients = name, attend, gradients
+        self.qkv = [x.detach().clone().requires_grad_() for x in qkv]
+        self.forward()
+
+    def forward(self) -> None:
+        """Compute the outputs."""
+        self.outputs = [x for x in self.attend(*self.qkv) if x is not None]
+
+    def backward(self) -> tuple[Tensor, ...]:
+        """Gradients of q, k and v; can be repeated."""
+        return torch.autograd.grad(self.outputs, self.qkv, self.gradients, retain_graph=True)
+
+
+def short_heads(batch: int, seq: int, device: torch.device) -> Tensor:
+    """int64 `(B, S)`: three tokens in four have a head, most of them one to three tokens away."""
+    distance = torch.empty(batch, seq, device=device).geometric_(0.35).long()
+    heads = (
+        torch.arange(seq, device=device) + torch.where(torch.rand(batch, seq, device=device) < 0.5, -1, 1) * distance
+    )
+    without = (torch.rand(batch, seq, device=device) < 0.25) | (heads < 0) | (heads >= seq)
+    return torch.where(without, -1, heads)
+
+
+def build_variants(arguments: argparse.Namespace, seq: int, dim: int, device: torch.device) -> list[tuple]:
+    """(backend, gradient, variant, the same in float64) for every backend that takes such inputs, and the peer."""
+    torch.manual_seed(arguments.seed)
+    shape = (arguments.batch, arguments.num_heads, seq, dim)
+    dtype = DTYPES[arguments.precision]
+    q, k, v, grad_out = (torch.randn(shape, device=device).to(dtype) for _ in range(4))
+    heads = short_heads(arguments.batch, seq, device)
+    rows = []
+    for gradient in GRADIENTS:
+        used, gradients = None, [grad_out]
+        if gradient != "none":
+            used = heads
+            chosen = torch.rand(2, *shape[:3], device=device) < (1 / arguments.maps if gradient == "max" else 1.0)
+            gradients += [(torch.randn(shape[:3], device=device) * wanted) for wanted in chosen]
+        exact = Variant(
+            "exact",
+            lambda q, k, v, used=used: dependency_attention(q, k, v, used, backend="reference"),
+            [x.double() for x in (q, k, v)],
+            [g.double() for g in gradients],
+        )
+        for backend in BACKENDS:
+            if backend == "auto":
+                continue
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, used: Tensor | None = used, backend: str = backend) -> tuple:
+                return dependency_attention(q, k, v, used, backend=backend)
+
+            try:
+                variant = Variant(f"{backend}, {gradient}", attend, [q, k, v], gradients)
+            except ValueError:
+                continue  # not a backend for this device or dtype
+            rows.append((backend, gradient, variant, exact))
+        if gradient == "none":
+            peer = Variant(PEER, lambda q, k, v: (F.scaled_dot_product_attention(q, k, v),), [q, k, v], gradients)
+            rows.append((PEER, gradient, peer, exact))
+    return rows
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """‖found - exact‖ / ‖exact‖."""
+    return float((found.detach().double() - exact.detach()).norm() / exact.detach().norm())
+
+
+def measure(arguments: argparse.Namespace, seq: int, dim: int, device: torch.device) -> list[dict[str, Any]]:
+    """One record for each backend and gradient at this size."""
+    rows = build_variants(arguments, seq, dim, device)
+    actions = {f"{row[2].name} {part}": getattr(row[2], part) for row in rows for part in ("forward", "backward")}
+    times = time_interleaved(actions, arguments.rounds, device)
+    records = []
+    for backend, gradient, variant, exact in rows:
+        parts: dict[str, Times] = {part: times[f"{variant.name} {part}"] for part in ("forward", "backward")}
+        pairs = zip(variant.backward(), exact.backward(), strict=True)
+        records.append(
+            {
+                "seq_length": seq,
+                "head_dim": dim,
+                "backend": backend,
+                "gradient": gradient,
+                **{f"{part}_seconds": statistics.median(t.wall) for part, t in parts.items()},
+                **{f"{part}_cpu_seconds": statistics.median(t.cpu) for part, t in parts.items()},
+                "output_error": relative_error(variant.outputs[0], exact.outputs[0]),
+                "gradient_error": max(relative_error(ours, true) for ours, true in pairs),
+            }
+        )
+    return records
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """The records as Markdown."""
+    lines = [
+        "| S | D | backend | gradient | forward ms | backward ms | CPU ms, both | error of out | error of gradients |",
+        "|---:|---:|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for r in records:
+        cpu = r["forward_cpu_seconds"] + r["backward_cpu_seconds"]
+        lines.append(
+            f"| {r['seq_length']} | {r['head_dim']} | {r['backend']} | {r['gradient']} "
+            f"| {1000 * r['forward_seconds']:.2f} | {1000 * r['backward_seconds']:.2f} | {1000 * cpu:.2f} "
+            f"| {r['output_error']:.1e} | {r['gradient_error']:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seq-lengths", type=int, nargs="+", default=[128, 512], help="tokens (128 512)")
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64], help="dimensions of a head (64)")
+    parser.add_argument("--batch", type=int, default=4, help="sequences (4)")
+    parser.add_argument("--num-heads", type=int, default=4, help="attention heads (4)")
+    parser.add_argument("--maps", type=int, default=16, help="layers × heads among which `max` chooses one (16)")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds in which every variant runs once (10)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (auto)")
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32", help="of q, k and v (fp32)")
+    parser.add_argument("--threads", type=int, help="CPU threads (torch's default)")
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs (0)")
+    parser.add_argument("--output", metavar="FILE.json", help="write the records here")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output")
+    arguments = parser.parse_args()
+    for name in ("seq_lengths", "head_dims", "batch", "num_heads", "maps", "rounds"):
+        value = getattr(arguments, name)
+        if min(value if isinstance(value, list) else [value]) < 1:
+            raise InputError(f"--{name.replace('_', '-')}: must be at least 1")
+    if arguments.output:
+        refuse_existing(arguments.output, arguments.overwrite)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = choose_device(arguments.device)
+    records = [
+        record
+        for seq in arguments.seq_lengths
+        for dim in arguments.head_dims
+        for record in measure(arguments, seq, dim, device)
+    ]
+    described = describe_device(device)
+    shape = {name: getattr(arguments, name) for name in ("batch", "num_heads", "maps", "precision", "rounds")}
+    print(", ".join(f"{name} {value}" for name, value in (described | shape).items()))
+    print(f"\n{table(records)}")
+    if arguments.output:
+        write_json_atomic(arguments.output, {"device": described, **shape, "records": records})
+
+
+if __name__ == "__main__":
+    run_main(main)
