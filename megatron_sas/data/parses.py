@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # The parts of a spaCy pipeline that a dependency parse needs; all others are not even loaded.
 SPACY_PARTS = ("tok2vec", "transformer", "curated_transformer", "parser")
 SPACY_BATCH = 256
-_ZONE_CALLS = 40
+_ZONE_CALLS = 100
 
 
 @dataclass
