@@ -1,0 +1,90 @@
+"""The benchmark tools at sizes where only their mechanics matter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_sas.cli import InputError
+from megatron_sas.metrics.benchmark import Times, choose_device, describe_device, median_ratio, time_interleaved
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_tool(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
+
+
+def test_training_benchmark(tmp_path):
+    output = tmp_path / "out.json"
+    arguments = ["--model", "tiny", "--vocab-size", "200", "--seq-length", "16", "--batch", "2", "--pairs", "2"]
+    arguments += ["--device", "cpu", "--threads", "1", "--output", str(output)]
+    done = run_tool("benchmark_training", *arguments)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    assert set(result["times"]) == {"ours_max", "ours_mlm", "paper", "hf_sdpa"}
+    assert all(len(times["wall"]) == len(times["cpu"]) == 2 for times in result["times"].values())
+    assert result["ratios"]["paper / ours_max"] > 0
+    assert (result["device"]["type"], result["device"]["torch"]) == ("cpu", torch.__version__)
+    assert result["device"]["threads"] == 1
+    assert "| paper / ours_max |" in done.stdout
+    again = run_tool("benchmark_training", *arguments)
+    assert again.returncode == 2
+    assert again.stderr == f"error: {output}: exists already; choose another output or pass --overwrite\n"
+
+
+def test_attention_benchmark(tmp_path):
+    output = tmp_path / "out.json"
+    arguments = ["--seq-lengths", "8", "20", "--head-dims", "16", "--batch", "2", "--rounds", "1", "--device", "cpu"]
+    done = run_tool("benchmark_attention", *arguments, "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    records = json.loads(output.read_text())["records"]
+    assert {r["backend"] for r in records} == {"reference", "sdpa", "chunked", "torch sdpa"}
+    assert {r["gradient"] for r in records} == {"none", "max", "uniform"}
+    assert {r["seq_length"] for r in records} == {8, 20}
+    assert all(0 < r["gradient_error"] < 1e-5 for r in records)
+
+
+def test_the_papers_way_computes_the_same_objective(monkeypatch):
+    """All variants with the regularizer have one loss, all without it another."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import benchmark_training as tool
+
+    config = tool.BertConfig(**tool.SIZES["tiny"], vocab_size=150, attention_dropout=0.0, hidden_dropout=0.0)
+    batch = tool.random_batch(2, 24, 150, 0, torch.device("cpu"))
+    losses = {}
+    monkeypatch.setattr(tool, "SAS_WEIGHT", 0.5)
+    monkeypatch.setattr(tool, "_training_step", lambda _module, loss, *_: loss)
+    for name, loss in tool.build_variants(config, batch, torch.device("cpu"), "fp32", 0, list(tool.VARIANTS)).items():
+        losses[name] = float(loss().detach())
+    assert losses["ours_max"] == pytest.approx(losses["paper"], rel=1e-5)
+    assert losses["ours_mlm"] == pytest.approx(losses["hf_sdpa"], rel=1e-5)
+    assert losses["ours_max"] > losses["ours_mlm"] + 0.1
+
+
+def test_variants_take_turns():
+    calls = []
+    variants = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    times = time_interleaved(variants, rounds=3, device=torch.device("cpu"), warmup=0)
+    assert "".join(calls) == "abcbcacab"
+    assert all(len(times[name].wall) == len(times[name].cpu) == 3 for name in "abc")
+
+
+def test_ratio_is_taken_round_by_round():
+    assert median_ratio([2.0, 20.0, 4.0], [1.0, 10.0, 1.0]) == 2.0
+    assert Times().wall == []
+
+
+def test_device():
+    assert choose_device("cpu") == torch.device("cpu")
+    assert describe_device(torch.device("cpu"))["name"]
+    if not torch.cuda.is_available():
+        assert choose_device("auto").type == "cpu"
+        with pytest.raises(InputError, match="--device cuda: torch sees no GPU here"):
+            choose_device("cuda")
