@@ -1,7 +1,8 @@
 """Words with heads → WordPieces with heads, by character offsets.
 
-A piece belongs to the word that contains its first character (that is not white space). Only the first piece of a word
-carries an edge, and it points to the first piece of the head word. P pieces, W words.
+A piece belongs to the word that contains its first character, or its first visible one when it begins with the space
+before a word. Only the first piece of a word carries an edge, and it points to the first piece of the head word.
+P pieces, W words.
 """
 
 from __future__ import annotations

@@ -33,10 +33,12 @@ def naive(pieces, parse, text):
     """Word by word and piece by piece, as the definition reads."""
     owner = []
     for start, end in pieces:
-        while start < end and text[start].isspace():
-            start += 1
-        covering = [w for w in range(len(parse.starts)) if parse.starts[w] <= start < parse.ends[w]]
-        owner.append(covering[0] if covering and start < end else -1)
+        for place in [start] + [p for p in range(start, end) if not text[p].isspace()][:1]:
+            words = range(len(parse.starts))
+            found = [w for w in words if parse.starts[w] <= place < parse.ends[w] and parse.is_word[w]]
+            if found:
+                break
+        owner.append(found[0] if found else -1)
     first = {w: owner.index(w) for w in set(owner) if w >= 0}
     offsets, marks, relations = [0] * len(pieces), [0] * len(pieces), [0] * len(pieces)
     lost, sentence, seen = 0, 0, set()
