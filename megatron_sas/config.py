@@ -293,11 +293,16 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[s
                 continue
             text = rest.pop(0)
         section, field = name[2:].replace("-", "_").split(".")
+        literal = _is_text(section, field) and text not in NULL
         try:
-            value = text if _is_text(section, field) and text not in NULL else yaml.load(text, Loader=Loader)
+            value = yaml.load(text, Loader=Loader)
         except yaml.YAMLError:
-            faults.append(f"{name}: {text!r} is not a YAML value")
-            continue
+            if not literal:
+                faults.append(f"{name}: {text!r} is not a YAML value")
+                continue
+            value = text
+        if literal and not isinstance(value, str):
+            value = text
         target = values.setdefault(section, {})
         if isinstance(target, dict):
             target[field] = value

@@ -168,6 +168,7 @@ def test_text_needs_no_quotes_on_the_command_line(tmp_path, name):
     config = load(tmp_path, MINIMAL, "--run.output_dir", name, f"--data.validation={name}")
     assert (config.run.output_dir, config.data.validation) == (name, name)
     assert load(tmp_path, config.to_yaml()) == config
+    assert load(tmp_path, MINIMAL, f'--run.output_dir="{name}"').run.output_dir == name
     assert load(tmp_path, config.to_yaml(), "--data.validation", "null").data.validation is None
 
 
