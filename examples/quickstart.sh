@@ -14,7 +14,7 @@ mkdir -p "$out"
 say() { printf '\n== %s\n' "$*"; }
 
 say "the embedded corpus: text with gold trees, vocabulary, treebank, minimal pairs"
-python "$here/tools/make_toy_corpus.py" --output "$out/corpus" --workers 2
+python "$here/tools/make_toy_corpus.py" --output "$out/corpus" --train-sentences 230000
 
 say "text and trees to packed sequences"
 for part in train validation; do
@@ -38,5 +38,5 @@ python "$here/tools/eval_syntax.py" --model "$out/base-hf" --treebank "$out/corp
 python "$here/tools/eval_blimp.py" --model "$out/base-hf" --blimp "$out/corpus/blimp" --output "$out/base-blimp.json"
 
 say "report"
-python "$here/tools/analyze_trajectory.py" "$out/base" "$out/sas-minus" "$out/sas-plus" --output "$out/report"
+python "$here/tools/analyze_trajectory.py" "$out/base" "$out/sas-minus" "$out/sas-plus" --delta 200 --output "$out/report"
 echo "open $out/report/report.html"
