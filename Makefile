@@ -13,6 +13,8 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[test]'
+	# An independent implementation of BLiMP's scores for the tests; its dependencies ask for more than it uses.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps minicons==0.3.39
 	touch $@
 
 env: $(VENV)/.installed  ## create .venv with everything in it
