@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_sas.kernels import BACKENDS, choose_backend, dependency_attention
 
 EPSILON = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
-FLOOR = {torch.float64: 16, torch.float32: 8, torch.bfloat16: 1, torch.float16: 1}  # in units of EPSILON
+FLOOR = {torch.float64: 16, torch.float32: 8, torch.bfloat16: 1.5, torch.float16: 1.5}  # in units of EPSILON
 FEW = 2000  # so few numbers may all be rounded the wrong way: twice the floor
 BACKEND_TYPES = [
     *((backend, dtype) for backend in ("sdpa", "chunked") for dtype in (torch.float64, torch.float32, torch.bfloat16)),
@@ -52,11 +52,12 @@ def check_against_float64(case: Case, backend: str) -> None:
     ):
         error, plain_error = (mine.double() - true).norm(), (plain.double() - plain_true).norm()
         size = true.norm() + plain_true.norm() + terms  # a sum is as exact as its terms, which may cancel
-        allowed = 2 * plain_error + floor * size + filler
+        underflow = max(1e-35, torch.finfo(case.dtype).smallest_normal * EPSILON[case.dtype] * mine.numel() ** 0.5)
+        allowed = 2 * plain_error + floor * size + filler + underflow
         assert error <= allowed, f"d{name}: {error} beside {plain_error}, size {size}"
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**31),
     backend_dtype=st.sampled_from(BACKEND_TYPES),
