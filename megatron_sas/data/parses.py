@@ -59,6 +59,7 @@ class SpacyParser:
 
     def __init__(self, model: str) -> None:
         self._nlp = load_spacy(model)
+        _drop_unused_lexeme_attributes(self._nlp)
         from spacy.attrs import DEP, HEAD, IDX, IS_SPACE, LENGTH, SENT_START  # after load_spacy, which hides torch
 
         self._zone, self._calls = contextlib.ExitStack(), 0
@@ -184,6 +185,22 @@ def load_spacy(model: str) -> Language:
         if hide:
             del sys.modules["torch"]
     return spacy.load(model, exclude=[name for name in pipeline if name not in SPACY_PARTS])
+
+
+def _drop_unused_lexeme_attributes(nlp: Language) -> None:
+    """Keep only the word attributes that the model or we read; spaCy computes all of them for every new word."""
+    from spacy.attrs import IDS, IS_SPACE, LOWER, NORM, PREFIX, SHAPE, SUFFIX
+
+    def named(config: Any) -> set[str]:  # everything under a key "attrs", at any depth
+        if not isinstance(config, dict):
+            return set()
+        here = {str(name) for name in config.get("attrs", [])} if isinstance(config.get("attrs"), list) else set()
+        return here.union(*map(named, config.values()))
+
+    keep = {IS_SPACE, LOWER, NORM, PREFIX, SHAPE, SUFFIX} | {IDS[name] for name in named(nlp.config) if name in IDS}
+    getters = nlp.vocab.lex_attr_getters
+    for attribute in [a for a in getters if a not in keep]:
+        del getters[attribute]
 
 
 def spacy_meta(model: str) -> dict[str, Any]:
