@@ -14,7 +14,7 @@ mkdir -p "$out"
 say() { printf '\n== %s\n' "$*"; }
 
 say "the embedded corpus: text with gold trees, vocabulary, treebank, minimal pairs"
-python "$here/tools/make_toy_corpus.py" --output "$out/corpus" --train-sentences 230000
+python "$here/tools/make_toy_corpus.py" --output "$out/corpus" --train-sentences 180000
 
 say "text and trees to packed sequences"
 for part in train validation; do
@@ -22,14 +22,27 @@ for part in train validation; do
         --tokenizer "$out/corpus/vocab.txt" --seq-length 32 --output "$out/data/$part" --workers 2
 done
 
-# λ > 0 suppresses syntactic attention, λ < 0 promotes it.
-for run in base:0 sas-minus:0.02 sas-plus:-0.02; do
-    say "run ${run%%:*} (λ = ${run##*:})"
-    deepspeed "$here/pretrain_mlm.py" --config "$here/examples/toy.yaml" \
-        --run.output_dir "$out/${run%%:*}" --data.train "$out/data/train" --data.validation "$out/data/validation" \
+# train NAME LAMBDA PORT: λ > 0 suppresses syntactic attention, λ < 0 promotes it
+train() {
+    deepspeed --master_port "$3" "$here/pretrain_mlm.py" --config "$here/examples/toy.yaml" \
+        --run.output_dir "$out/$1" --data.train "$out/data/train" --data.validation "$out/data/validation" \
         --evaluation.treebank "$out/corpus/treebank.conllu" --evaluation.blimp "$out/corpus/blimp" \
-        "--sas.schedule=${run##*:}"
-done
+        "--sas.schedule=$2"
+}
+
+say "run base (λ = 0)"
+train base 0 29541
+
+say "runs sas-minus (λ = 0.02) and sas-plus (λ = -0.02) side by side, one core each; their output is in $out/*.log"
+export OMP_NUM_THREADS=1
+train sas-minus 0.02 29542 >"$out/sas-minus.log" 2>&1 &
+minus=$!
+train sas-plus -0.02 29543 >"$out/sas-plus.log" 2>&1 &
+plus=$!
+wait $minus || { cat "$out/sas-minus.log"; exit 1; }
+wait $plus || { cat "$out/sas-plus.log"; exit 1; }
+tail -n 2 "$out/sas-minus.log" "$out/sas-plus.log"
+unset OMP_NUM_THREADS
 
 say "the base model as a Hugging Face model, evaluated on the whole treebank and all minimal pairs"
 python "$here/tools/convert_checkpoint.py" to-hf "$out/base" "$out/base-hf"
