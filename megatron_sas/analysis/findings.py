@@ -162,9 +162,11 @@ def _describe(metric: Metric, group: Sequence[RunOnset]) -> str:
         bend = group[0].bend
         if bend.step is None:
             return f"{metric.title} shows no break: {bend.reason}"
+        interval = group[0].interval
+        fit = f"; a fit of straight pieces breaks between steps {interval[0]:g} and {interval[1]:g}" if interval else ""
         return (
             f"{metric.title} shows no clear break (its largest bend, {bend.strength:.3f} at step {bend.step:.0f}, "
-            "is within noise)"
+            f"could be noise{fit})"
         )
     if steps is None:
         return f"{metric.title} shows no clear break in any run"
