@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -82,6 +83,12 @@ def _prepare_cpu_communication() -> None:
     """
     import deepspeed
 
+    # One cache of compiled operators per environment: a second one that compiles would overwrite a library in use.
+    environment = hashlib.sha256(
+        f"{deepspeed.__file__} {deepspeed.__version__} {torch.__version__}".encode()
+    ).hexdigest()
+    cache = os.path.join(os.path.expanduser("~"), ".cache", "megatron_sas", f"torch_extensions-{environment[:12]}")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", cache)
     single = os.environ["WORLD_SIZE"] == "1"
     missing = [tool for tool in (os.environ.get("CXX", "g++"), "ninja") if shutil.which(tool) is None]
     if missing and "ninja" in missing:
