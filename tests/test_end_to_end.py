@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from engine_runs import free_port
 
 from megatron_sas.metrics.records import read_records
 
@@ -109,7 +110,7 @@ def test_wikipedia_with_two_processes(data_dir, tmp_path):
     for name, weight in (("base", 0.0), ("sas-minus", 0.1)):
         runs[name] = tmp_path / name
         run(
-            *(LAUNCHER, "--num_gpus", 2, "--master_port", 29600 + os.getpid() % 300),
+            *(LAUNCHER, "--num_gpus", 2, "--master_port", free_port()),
             *("pretrain_mlm.py", "--config", "examples/wiki-mini.yaml", "--run.output_dir", runs[name]),
             *("--data.train", tmp_path / "wiki", "--data.validation", tmp_path / "wiki", "--model.size", "tiny"),
             *("--train.steps", 30, "--train.global_batch_size", 16, "--train.micro_batch_size", 4),

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine_runs import ROOT, launch, records, train, write_inputs
+from engine_runs import ROOT, free_port, launch, records, train, write_inputs
 
 SCRIPT = ROOT / "pretrain_mlm.py"
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
@@ -60,11 +60,10 @@ def test_torchrun_without_a_compiler(config, expected, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not DEEPSPEED.exists(), reason="the deepspeed launcher is not beside this Python")
 def test_the_deepspeed_launcher(config, expected, tmp_path):
-    output = launch(DEEPSPEED, "--num_gpus", "2", *arguments(config, tmp_path / "run"))
+    launcher = [DEEPSPEED, "--num_gpus", "2", "--master_port", str(free_port())]
+    output = launch(*launcher, *arguments(config, tmp_path / "run"))
     check(tmp_path / "run", output, expected, processes=2)
-    refused = launch(
-        DEEPSPEED, "--num_gpus", "2", *arguments(config, tmp_path / "no"), "--train.micro_batch_size=8", expect=2
-    )
+    refused = launch(*launcher, *arguments(config, tmp_path / "no"), "--train.micro_batch_size=8", expect=2)
     assert refused.count("error: global batch 8 is not a multiple of micro batch 8 × 2 processes") == 1
     assert "Traceback" not in refused
     assert not (tmp_path / "no").exists()

@@ -311,7 +311,13 @@ def test_killed_half_way(vocab_file, tmp_path, stop):
     source = tmp_path / "a.txt"
     source.write_text("the cat sat. running dogs can't run, café!\n" * 300_000)
     arguments = ["--input", source, "--tokenizer", vocab_file, "--parser", "none", "--output", tmp_path / "out"]
-    process = subprocess.Popen(command(*arguments, "--workers", 2), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        command(*arguments, "--workers", 2),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        # a shell that runs the tests in the background makes their children ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.time() + 60
     while time.time() < deadline and not any(p.stat().st_size for p in tmp_path.glob(".out.*/data.marks.bin")):
         assert process.poll() is None, process.stderr.read()
