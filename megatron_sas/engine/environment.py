@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import shutil
 import socket
-import sys
 import warnings
 from datetime import timedelta
 
@@ -36,7 +33,7 @@ def initialize_distributed() -> torch.device:
     import deepspeed
 
     if not cuda:
-        _prepare_cpu_communication()
+        _leave_out_shared_memory_op()
     device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -76,31 +73,12 @@ def _quiet_deepspeed() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
 
 
-def _prepare_cpu_communication() -> None:
-    """Decide about DeepSpeed's shared-memory all-reduce, which it compiles with g++ on first use.
+def _leave_out_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling (with g++, for a minute) an all-reduce that only its inference layers use.
 
-    One process needs none, and without a compiler gloo does the same more slowly.
+    On CPU it does so whenever it starts (0.19.8), and a killed process leaves 66 MB of it in /dev/shm. Training
+    reduces through gloo with or without it.
     """
     import deepspeed
 
-    # One cache of compiled operators per environment: a second one that compiles would overwrite a library in use.
-    environment = hashlib.sha256(
-        f"{deepspeed.__file__} {deepspeed.__version__} {torch.__version__}".encode()
-    ).hexdigest()
-    cache = os.path.join(os.path.expanduser("~"), ".cache", "megatron_sas", f"torch_extensions-{environment[:12]}")
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", cache)
-    single = os.environ["WORLD_SIZE"] == "1"
-    missing = [tool for tool in (os.environ.get("CXX", "g++"), "ninja") if shutil.which(tool) is None]
-    if missing and "ninja" in missing:
-        beside_python = os.path.join(os.path.dirname(sys.executable), "ninja")
-        if os.path.exists(beside_python):  # an environment that was not activated
-            os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
-            missing.remove("ninja")
-    if single or missing:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if missing and not single and os.environ["RANK"] == "0":
-        print(
-            f"note: {' and '.join(missing)} not found, so DeepSpeed cannot compile its shared-memory all-reduce and "
-            "gloo is used instead; for speed install them (Debian: apt-get install g++ ninja-build)",
-            file=sys.stderr,
-        )
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
