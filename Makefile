@@ -23,10 +23,10 @@ quickstart: env  ## corpus, three short runs, evaluation, report: quickstart/rep
 	bash examples/quickstart.sh quickstart
 
 test: env lint  ## the test suite (at most 15 minutes on two cores)
-	$(BIN)/python -m pytest -m "not full" -n 2
+	$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile
 
 test-all: env lint  ## everything, also what takes hours or a whole corpus
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: env  ## check style and formatting
 	$(BIN)/ruff check .
