@@ -10,11 +10,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_sas.cli import InputError, progress, run_main
+from megatron_sas.cli import progress, run_main
 from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
+from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser
 from megatron_sas.evaluation.pll import METRICS
-from megatron_sas.evaluation.provenance import choose_device, provenance
-from megatron_sas.files import refuse_existing, sha256_file, write_json_atomic
+from megatron_sas.evaluation.provenance import provenance
+from megatron_sas.files import sha256_file, write_json_atomic
 from megatron_sas.model import load_model
 
 DESCRIPTION = """\
@@ -26,10 +27,7 @@ A sentence's score is the sum over its tokens of log p(token | all others), one 
 
 def main() -> None:
     arguments = parse_arguments()
-    refuse_existing(arguments.output, arguments.overwrite)
-    if arguments.batch_tokens < 1:
-        raise InputError(f"--batch-tokens: {arguments.batch_tokens} is below 1")
-    device = choose_device(arguments.device)
+    device = check_arguments(arguments)
     data = load_blimp(arguments.blimp)
     model, tokenizer = load_model(arguments.model, device)
     task = BlimpTask(data, tokenizer, arguments.metric, arguments.pairs_per_set, model.config.max_position_embeddings)
@@ -73,18 +71,8 @@ def table(result: dict) -> list[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--model",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="a Hugging Face BertForMaskedLM directory, a training checkpoint, or a run (its newest checkpoint)",
-    )
+    parser = evaluation_parser(DESCRIPTION, batch_tokens=8192)
     parser.add_argument("--blimp", required=True, type=Path, metavar="DIR", help="folder with the .jsonl files")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE.json", help="where to write the result")
     parser.add_argument(
         "--metric",
         choices=METRICS,
@@ -95,9 +83,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--pairs-per-set", type=int, metavar="N", help="only the first N pairs of each set (default: all)"
     )
-    parser.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="tokens a batch (8192)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     return parser.parse_args()
 
 

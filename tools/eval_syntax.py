@@ -11,10 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_sas.cli import InputError, progress, run_main
 from megatron_sas.data.tokenizer import tokenizer_hash
-from megatron_sas.evaluation.provenance import choose_device, provenance
+from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser
+from megatron_sas.evaluation.provenance import provenance
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
-from megatron_sas.files import refuse_existing, sha256_file, write_json_atomic
+from megatron_sas.files import sha256_file, write_json_atomic
 from megatron_sas.model import load_model
 
 DESCRIPTION = """\
@@ -34,10 +35,7 @@ UNTRAINED_NOTE = (
 
 def main() -> None:
     arguments = parse_arguments()
-    refuse_existing(arguments.output, arguments.overwrite)
-    if arguments.batch_tokens < 1:
-        raise InputError(f"--batch-tokens: {arguments.batch_tokens} is below 1")
-    device = choose_device(arguments.device)
+    device = check_arguments(arguments)
     sentences = load_treebank(arguments.treebank)
     model, tokenizer = load_model(arguments.model, device)
     task = TreebankTask(sentences, tokenizer, model.config.max_position_embeddings)
@@ -108,16 +106,7 @@ def table(result: dict, untrained: dict | None) -> list[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--model",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="a Hugging Face BertForMaskedLM directory, a training checkpoint, or a run (its newest checkpoint)",
-    )
+    parser = evaluation_parser(DESCRIPTION, batch_tokens=4096)
     parser.add_argument(
         "--treebank",
         required=True,
@@ -126,15 +115,9 @@ def parse_arguments() -> argparse.Namespace:
         help=".conllu, or .jsonl (one sentence a line) or .json (an array) of objects with lists words, heads (counted "
         "from 1, 0 is the root) and relns",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE.json", help="where to write the result")
     parser.add_argument(
         "--untrained", type=Path, metavar="DIR", help="the same model before training, to print beside it"
     )
-    parser.add_argument(
-        "--batch-tokens", type=int, default=4096, metavar="N", help="tokens a batch, with padding (4096)"
-    )
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     return parser.parse_args()
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import megatron_sas
-from megatron_sas.cli import InputError
 from megatron_sas.data.tokenizer import tokenizer_hash
 
 if TYPE_CHECKING:
@@ -42,15 +41,3 @@ def provenance(path: str | Path, model: Bert, tokenizer: PreTrainedTokenizerFast
             "transformers": transformers.__version__,
         },
     }
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The named device; by default a GPU if there is one, else the CPU. Raises `InputError` if it is not there."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device: {name!r} is not available here; use cpu or cuda[:N]") from None
-    return device

@@ -1,0 +1,60 @@
+"""The arguments that all evaluation tools share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from megatron_sas.cli import InputError
+from megatron_sas.files import refuse_existing
+
+
+def evaluation_parser(description: str, batch_tokens: int) -> argparse.ArgumentParser:
+    """A parser with --model, --output, --batch-tokens (and its default), --device and --overwrite."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="a Hugging Face BertForMaskedLM directory, a training checkpoint, or a run (its newest checkpoint)",
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE.json", help="where to write the result")
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        default=batch_tokens,
+        metavar="N",
+        help=f"tokens a batch, with padding ({batch_tokens})",
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+    return parser
+
+
+def check_arguments(arguments: argparse.Namespace) -> torch.device:
+    """Refuse an existing output and an empty batch before any work, and return the device.
+
+    Raises:
+        InputError: one of these, or the device is not there.
+    """
+    refuse_existing(arguments.output, arguments.overwrite)
+    if arguments.batch_tokens < 1:
+        raise InputError(f"--batch-tokens: {arguments.batch_tokens} is below 1")
+    return choose_device(arguments.device)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device; by default a GPU if there is one, else the CPU. Raises `InputError` if it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device: {name!r} is not available here; use cpu or cuda[:N]") from None
+    return device
