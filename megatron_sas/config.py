@@ -74,7 +74,7 @@ class ModelSection(Section):
     norm_placement: Literal["post", "pre"] = Field("post", description="LayerNorm after (BERT) or before each block")
     hidden_dropout: float = Field(0.1, description="dropout of embeddings and block outputs", ge=0, lt=1)
     attention_dropout: float = Field(0.1, description="dropout of attention probabilities; use 0 on CPU", ge=0, lt=1)
-    attention_backend: Literal["auto", "reference", "sdpa", "chunked"] = Field(
+    attention_backend: Literal["auto", "triton", "sdpa", "cudnn", "flex", "fa4", "chunked", "reference"] = Field(
         "auto", description="kernel behind dependency attention"
     )
     init_from: str | None = Field(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_sas.kernels import dropout
 from megatron_sas.kernels.edges import add_entry_gradients_, edge_probs, row_sums
-from megatron_sas.kernels.reference import accumulation_dtype, key_mask
+from megatron_sas.kernels.reference import accumulation_dtype, key_mask, valid_heads
 
 ROWS = 64
 """Query rows held at a time: 64 rows of 512 float32 columns stay in a core's L2 cache for a handful of heads."""
@@ -20,10 +21,10 @@ ROWS = 64
 def chunked_attention(
     q: Tensor, k: Tensor, v: Tensor, heads: Tensor | None, seqlens: Tensor | None, dropout_p: float, scale: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See `dependency_attention`; `heads` is int64 with -1 wherever there is no edge."""
+    """See `dependency_attention`."""
+    heads = None if heads is None else valid_heads(heads, seqlens)
     mask = key_mask(seqlens, q.shape[2], accumulation_dtype(q.dtype))
-    # Drawn on the CPU, so that no device synchronises; `torch.manual_seed` governs it everywhere.
-    seed = int(torch.randint(2**62, (), device="cpu")) if dropout_p > 0.0 else 0
+    seed = dropout.draw_seed(q.device) if dropout_p > 0.0 else None
     return _ChunkedDependencyAttention.apply(q, k, v, heads, mask, dropout_p, scale, seed)
 
 
@@ -31,17 +32,12 @@ def _row_blocks(seq: int) -> list[slice]:
     return [slice(start, min(start + ROWS, seq)) for start in range(0, seq, ROWS)]
 
 
-class _Dropout:
-    """Multiplies by the inverted-dropout mask; calls in the same order from the same seed give the same masks."""
-
-    def __init__(self, dropout_p: float, seed: int, device: torch.device) -> None:
-        self.keep = 1.0 - dropout_p
-        self.generator = torch.Generator(device).manual_seed(seed) if dropout_p > 0.0 else None
-
-    def factors(self, like: Tensor) -> Tensor | None:
-        if self.generator is None:
-            return None
-        return torch.empty_like(like).bernoulli_(self.keep, generator=self.generator).div_(self.keep)
+def _dropout_factors(seed: Tensor | None, dropout_p: float, probs: Tensor, rows: slice, seq: int) -> Tensor | None:
+    """The inverted-dropout mask of these rows, like `probs` `(B, H, rows, S)`; None without dropout."""
+    if seed is None:
+        return None
+    kept = dropout.keep_mask(seed, dropout_p, *probs.shape[:2], rows, seq)
+    return kept.to(probs.dtype).div_(1.0 - dropout_p)
 
 
 class _ChunkedDependencyAttention(torch.autograd.Function):
@@ -51,25 +47,24 @@ class _ChunkedDependencyAttention(torch.autograd.Function):
         keys, values = k.to(dtype).transpose(-1, -2), v.to(dtype)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
-        dropout = _Dropout(dropout_p, seed, q.device)
         for rows in _row_blocks(q.shape[2]):
             scores = torch.matmul(q[:, :, rows].to(dtype), keys).mul_(scale)  # (B, H, rows, S)
             if mask is not None:
                 scores += mask
             lse[:, :, rows] = torch.logsumexp(scores, dim=-1)
             probs = scores.sub_(lse[:, :, rows, None]).exp_()
-            factors = dropout.factors(probs)
+            factors = _dropout_factors(seed, dropout_p, probs, rows, q.shape[2])
             out[:, :, rows] = torch.matmul(probs if factors is None else probs.mul_(factors), values).to(q.dtype)
         to_head, to_dependent = (None, None) if heads is None else edge_probs(q, k, lse, heads, scale)
-        ctx.save_for_backward(q, k, v, heads, mask, out, lse, to_head, to_dependent)
-        ctx.dropout_p, ctx.scale, ctx.seed = dropout_p, scale, seed
+        ctx.save_for_backward(q, k, v, heads, mask, seed, out, lse, to_head, to_dependent)
+        ctx.dropout_p, ctx.scale = dropout_p, scale
         ctx.set_materialize_grads(False)
         return out, to_head, to_dependent
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_to_head, grad_to_dependent):  # noqa: ANN001
-        q, k, v, heads, mask, out, lse, to_head, to_dependent = ctx.saved_tensors
+        q, k, v, heads, mask, seed, out, lse, to_head, to_dependent = ctx.saved_tensors
         scale, dtype = ctx.scale, lse.dtype
         if grad_out is None:
             grad_out = torch.zeros_like(out)
@@ -82,14 +77,13 @@ class _ChunkedDependencyAttention(torch.autograd.Function):
         keys, values = k.to(dtype), v.to(dtype)
         grad_q = torch.empty(q.shape, dtype=dtype, device=q.device)
         grad_k, grad_v = (torch.zeros(q.shape, dtype=dtype, device=q.device) for _ in range(2))
-        dropout = _Dropout(ctx.dropout_p, ctx.seed, q.device)
         for rows in _row_blocks(q.shape[2]):
             queries, grad_rows = q[:, :, rows].to(dtype), grad_out[:, :, rows].to(dtype)
             scores = torch.matmul(queries, keys.transpose(-1, -2)).mul_(scale)
             if mask is not None:
                 scores += mask
             probs = scores.sub_(lse[:, :, rows, None]).exp_()  # (B, H, rows, S)
-            factors = dropout.factors(probs)
+            factors = _dropout_factors(seed, ctx.dropout_p, probs, rows, q.shape[2])
             dropped = probs if factors is None else probs * factors
             grad_v += torch.matmul(dropped.transpose(-1, -2), grad_rows)
             grad_probs = torch.matmul(grad_rows, values.transpose(-1, -2))
@@ -98,8 +92,6 @@ class _ChunkedDependencyAttention(torch.autograd.Function):
             grad_scores = grad_probs.sub_(delta[:, :, rows, None]).mul_(probs).mul_(scale)
             grad_q[:, :, rows] = torch.matmul(grad_scores, keys)
             grad_k += torch.matmul(grad_scores.transpose(-1, -2), queries)
-        if g_head is not None:
-            add_entry_gradients_(grad_q, grad_k, q, k, heads, scale, g_head, transposed=False)
-        if g_dependent is not None:
-            add_entry_gradients_(grad_q, grad_k, q, k, heads, scale, g_dependent, transposed=True)
+        if row_sum is not None:
+            add_entry_gradients_(grad_q, grad_k, q, k, heads, scale, g_head, g_dependent)
         return grad_q.to(q.dtype), grad_k.to(q.dtype), grad_v.to(q.dtype), None, None, None, None, None

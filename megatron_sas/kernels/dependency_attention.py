@@ -8,24 +8,64 @@ has the forward and backward of these entries; the backends differ in how they c
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from megatron_sas.kernels.chunked import chunked_attention
+from megatron_sas.kernels.lse_attention import lse_attention, lse_refusal
 from megatron_sas.kernels.reference import reference_attention
 from megatron_sas.kernels.sdpa import sdpa_attention, sdpa_refusal
 
-_IMPLEMENTATIONS = {"reference": reference_attention, "sdpa": sdpa_attention, "chunked": chunked_attention}
-BACKENDS = ("auto", *_IMPLEMENTATIONS)
+BACKENDS = ("auto", "triton", "sdpa", "cudnn", "flex", "fa4", "chunked", "reference")
+"""By name: our kernels; torch's flash kernel of the device; cuDNN's; FlexAttention; FlashAttention-4; plain tensor
+operations in bounded memory; plain tensor operations on whole maps."""
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 INTEGER_TYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
-def choose_backend(q: Tensor, dropout_p: float) -> str:
-    """The backend that `auto` takes for inputs like `q`: `sdpa` where torch's flash kernel applies, else `chunked`."""
-    return "sdpa" if sdpa_refusal(q, dropout_p) is None else "chunked"
+AUTO = {"cuda": ("triton", "cudnn", "sdpa", "chunked"), "cpu": ("sdpa", "chunked")}
+"""What `auto` tries, in this order, by kind of device. On CPU this is the order of speed (`benchmarks/cpu`)."""
+
+
+def choose_backend(q: Tensor, dropout_p: float, *, has_seqlens: bool = False) -> str:
+    """The backend that `auto` takes for inputs like `q`: the first of `AUTO` that can."""
+    return next(
+        name for name in AUTO.get(q.device.type, ("chunked",)) if _refusal(name, q, has_seqlens, dropout_p) is None
+    )
+
+
+def _refusal(backend: str, q: Tensor, has_seqlens: bool, dropout_p: float) -> str | None:
+    """Why a backend cannot take such inputs, or None when it can."""
+    if backend == "triton":
+        if not HAS_TRITON:
+            return "Triton is not installed (CUDA builds of torch bring it)"
+        from megatron_sas.kernels.triton_attention import triton_refusal
+
+        return triton_refusal(q)
+    if backend in ("sdpa", "cudnn"):
+        return sdpa_refusal(backend, q, has_seqlens, dropout_p)
+    if backend in ("flex", "fa4"):
+        return lse_refusal(backend, q, has_seqlens, dropout_p)
+    return None
+
+
+def _implementation(backend: str) -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
+    if backend == "triton":
+        from megatron_sas.kernels.triton_attention import triton_attention
+
+        return triton_attention
+    if backend in ("sdpa", "cudnn"):
+        return functools.partial(sdpa_attention, backend=backend)
+    if backend in ("flex", "fa4"):
+        return functools.partial(lse_attention, backend=backend)
+    return {"chunked": chunked_attention, "reference": reference_attention}[backend]
 
 
 def dependency_attention(
@@ -62,20 +102,12 @@ def dependency_attention(
     """
     _check(q, k, v, heads, seqlens, dropout_p, backend)
     if backend == "auto":
-        backend = choose_backend(q, dropout_p)
+        backend = choose_backend(q, dropout_p, has_seqlens=seqlens is not None)
+    elif (reason := _refusal(backend, q, seqlens is not None, dropout_p)) is not None:
+        raise ValueError(f"dependency_attention: backend {backend!r}: {reason}; choose 'auto'")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    heads = None if heads is None else _valid_heads(heads, seqlens)
     with torch.autocast(q.device.type, enabled=False):  # it would round float32 scores to bfloat16
-        return _IMPLEMENTATIONS[backend](q, k, v, heads, seqlens, dropout_p, scale)
-
-
-def _valid_heads(heads: Tensor, seqlens: Tensor | None) -> Tensor:
-    """int64 heads in which every edge that leaves the valid part of its sequence is -1."""
-    heads = heads.to(torch.int64)
-    positions = torch.arange(heads.shape[1], device=heads.device)
-    limit = heads.shape[1] if seqlens is None else seqlens.to(torch.int64)[:, None]
-    valid = (heads >= 0) & (heads < limit) & (positions < limit)
-    return torch.where(valid, heads, -1)
+        return _implementation(backend)(q, k, v, heads, seqlens, dropout_p, scale)
 
 
 def _check(

@@ -49,12 +49,29 @@ def row_sums(g_head: Tensor | None, g_dependent: Tensor | None, heads: Tensor) -
 
 
 def add_entry_gradients_(
+    grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, heads: Tensor, scale: float, g_head: Tensor | None,
+    g_dependent: Tensor | None,
+) -> None:  # fmt: skip
+    """Add dq_r += scale·g·k_c and dk_c += scale·g·q_r in place, for all entries (r, c).
+
+    q, k and the gradients are `(B, H, S, D)` in any memory layout, the g `(B, H, S)`, 0 where there is no edge.
+    """
+    if q.device.type == "cuda":
+        from megatron_sas.kernels.triton_entries import add_entry_gradients_  # Triton comes with CUDA builds of torch
+
+        add_entry_gradients_(grad_q, grad_k, q, k, heads, scale, g_head, g_dependent)
+        return
+    for g, transposed in ((g_head, False), (g_dependent, True)):
+        if g is not None:
+            _add_nonzero_entries_(grad_q, grad_k, q, k, heads, scale, g, transposed)
+
+
+def _add_nonzero_entries_(
     grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, heads: Tensor, scale: float, g: Tensor, transposed: bool
 ) -> None:
-    """Add dq_r += scale·g·k_c and dk_c += scale·g·q_r in place, for the entries (r, c) = (i, heads[i]) or transposed.
+    """The entries (r, c) = (i, heads[i]), or transposed.
 
     In `max` mode all but one of the L·H maps have g = 0 at any one token, so only the entries with g ≠ 0 are touched.
-    All of q, k and the gradients are `(B, H, S, D)` in any memory layout.
     """
     batch, head, token = torch.nonzero(g, as_tuple=True)
     other = heads[batch, token]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_sas.kernels import dropout
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -24,6 +25,15 @@ def key_mask(seqlens: Tensor | None, seq: int, dtype: torch.dtype) -> Tensor | N
     return mask[:, None, None, :]
 
 
+def valid_heads(heads: Tensor, seqlens: Tensor | None) -> Tensor:
+    """int64 heads `(B, S)` in which every edge that leaves the valid part of its sequence is -1."""
+    heads = heads.to(torch.int64)
+    positions = torch.arange(heads.shape[1], device=heads.device)
+    limit = heads.shape[1] if seqlens is None else seqlens.to(torch.int64)[:, None]
+    valid = (heads >= 0) & (heads < limit) & (positions < limit)
+    return torch.where(valid, heads, -1)
+
+
 def attention_probs(q: Tensor, k: Tensor, seqlens: Tensor | None, scale: float) -> Tensor:
     """The whole map α `(batch, heads, seq, seq)`, before dropout, in float32 (float64 for float64 inputs)."""
     dtype = accumulation_dtype(q.dtype)
@@ -36,11 +46,16 @@ def attention_probs(q: Tensor, k: Tensor, seqlens: Tensor | None, scale: float) 
 def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, heads: Tensor | None, seqlens: Tensor | None, dropout_p: float, scale: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See `dependency_attention`; `heads` is int64 with -1 wherever there is no edge."""
+    """See `dependency_attention`."""
     probs = attention_probs(q, k, seqlens, scale)  # (B, H, S, S)
-    out = torch.matmul(F.dropout(probs, dropout_p), v.to(probs.dtype)).to(q.dtype)
+    dropped = probs
+    if dropout_p > 0.0:
+        kept = dropout.keep_mask(dropout.draw_seed(q.device), dropout_p, *q.shape[:2], slice(0, q.shape[2]), q.shape[2])
+        dropped = torch.where(kept, probs / (1.0 - dropout_p), 0.0)
+    out = torch.matmul(dropped, v.to(probs.dtype)).to(q.dtype)
     if heads is None:
         return out, None, None
+    heads = valid_heads(heads, seqlens)
     index = heads.clamp(min=0)[:, None, :, None].expand(-1, q.shape[1], -1, -1)  # (B, H, S, 1)
     edge = (heads >= 0)[:, None, :]
     to_head = torch.where(edge, probs.gather(-1, index).squeeze(-1), 0.0)

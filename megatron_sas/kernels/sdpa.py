@@ -1,4 +1,4 @@
-"""Dependency attention on torch's own flash kernel, unmodified.
+"""Dependency attention on torch's own flash kernels, unmodified: the CPU's, FlashAttention-2, cuDNN's.
 
 A flash backward computes δ_i = Σ_d dO_id · O_id from the tensors it is given and uses O for nothing else. Handing it
 
@@ -12,60 +12,179 @@ changes no gradient visibly (it enters dV and dP linearly, at 1e-15) but gives O
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_sas.kernels.edges import add_entry_gradients_, edge_probs, row_sums
-from megatron_sas.kernels.reference import accumulation_dtype, key_mask
+from megatron_sas.kernels.reference import accumulation_dtype, key_mask, valid_heads
 
 FILLER = {torch.float32: 2.0**-50, torch.bfloat16: 2.0**-50, torch.float64: 2.0**-200}
 """By dtype: far below any gradient's rounding, while 1 / FILLER, to which O' may grow, is far from overflow."""
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+Rest = tuple[Any, ...]  # what a kernel's backward wants back from its forward besides out and lse
+
+_aten = torch.ops.aten
 
 
-def sdpa_refusal(q: Tensor, dropout_p: float) -> str | None:
-    """Why this backend cannot take such inputs, or None when it can."""
-    if q.device.type != "cpu":
-        return f"torch's CPU flash kernel cannot take tensors on {q.device.type}"
-    if dropout_p > 0.0:
-        return "torch's CPU flash kernel has no attention dropout"
-    if q.dtype == torch.float16:
-        return "float16 cannot hold the substituted output (it spans 2^±50); use bfloat16 or float32"
-    if q.shape[2] == 0 or q.shape[3] == 0 or q.shape[0] * q.shape[1] == 0:
-        return "torch's CPU flash kernel cannot take empty tensors"
+class CpuFlash:
+    """torch's flash kernel for the CPU: any floating dtype, key masks, no dropout."""
+
+    @staticmethod
+    def refusal(q: Tensor, has_seqlens: bool, dropout_p: float) -> str | None:
+        """Why this kernel cannot take such inputs."""
+        if q.device.type != "cpu":
+            return f"torch's CPU flash kernel cannot take tensors on {q.device.type}"
+        if dropout_p > 0.0:
+            return "torch's CPU flash kernel has no attention dropout"
+        return None
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, scale: float
+    ) -> tuple[Tensor, Tensor, Rest]:
+        """`out` `(B, H, S, D)`, `lse` `(B, H, S)` float32 (float64 for float64), and the rest."""
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+        return out, lse, ()
+
+    @staticmethod
+    def backward(
+        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, rest: Rest,
+        dropout_p: float, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of q, k and v."""
+        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
+        )
+
+
+class CudaFlash:
+    """FlashAttention-2 as torch brings it: bfloat16 (float16 is refused below), dropout, no masks."""
+
+    @staticmethod
+    def refusal(q: Tensor, has_seqlens: bool, dropout_p: float) -> str | None:
+        """Why this kernel cannot take such inputs."""
+        return _cuda_refusal("FlashAttention-2", q, has_seqlens, 256)
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, scale: float
+    ) -> tuple[Tensor, Tensor, Rest]:
+        """See `CpuFlash`."""
+        out, lse, cum_q, cum_k, max_q, max_k, rng, unused, _ = _aten._scaled_dot_product_flash_attention(
+            q, k, v, dropout_p, False, False, scale=scale
+        )
+        return out, lse, (cum_q, cum_k, max_q, max_k, rng, unused)
+
+    @staticmethod
+    def backward(
+        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, rest: Rest,
+        dropout_p: float, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of q, k and v."""
+        cum_q, cum_k, max_q, max_k, rng, unused = rest
+        return _aten._scaled_dot_product_flash_attention_backward(
+            grad_out, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, False, rng, unused, scale=scale
+        )
+
+
+class CudnnFlash:
+    """cuDNN's flash kernels: bfloat16 (float16 is refused below), dropout, no masks."""
+
+    @staticmethod
+    def refusal(q: Tensor, has_seqlens: bool, dropout_p: float) -> str | None:
+        """Why this kernel cannot take such inputs."""
+        if q.device.type == "cuda" and not torch.backends.cudnn.is_available():
+            return "this build of torch has no cuDNN"
+        return _cuda_refusal("cuDNN's flash kernel", q, has_seqlens, 128)
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, scale: float
+    ) -> tuple[Tensor, Tensor, Rest]:
+        """See `CpuFlash`."""
+        out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = _aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, dropout_p, False, False, scale=scale
+        )
+        return out, lse.view(q.shape[:3]), (cum_q, cum_k, max_q, max_k, seed, offset)
+
+    @staticmethod
+    def backward(
+        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, rest: Rest,
+        dropout_p: float, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of q, k and v."""
+        cum_q, cum_k, max_q, max_k, seed, offset = rest
+        return _aten._scaled_dot_product_cudnn_attention_backward(
+            grad_out, q, k, v, out, lse[..., None], seed, offset, None, cum_q, cum_k, max_q, max_k, dropout_p, False,
+            scale=scale,
+        )  # fmt: skip
+
+
+Kernel = type[CpuFlash] | type[CudaFlash] | type[CudnnFlash]
+
+
+def _cuda_refusal(name: str, q: Tensor, has_seqlens: bool, largest_dim: int) -> str | None:
+    if q.device.type != "cuda":
+        return f"{name} needs a GPU, not tensors on {q.device.type}"
+    if q.dtype != torch.bfloat16:
+        return f"{name} is used for bfloat16 only, not {q.dtype}"
+    if q.shape[3] % 8 or q.shape[3] > largest_dim:
+        return f"{name} takes head dimensions that are multiples of 8 up to {largest_dim}, not {q.shape[3]}"
+    if has_seqlens:
+        return f"{name} is used without seqlens"
     return None
 
 
+def kernel_named(backend: str, q: Tensor) -> Kernel:
+    """The kernel behind the backend "cudnn", or "sdpa" on q's device."""
+    if backend == "cudnn":
+        return CudnnFlash
+    return CudaFlash if q.device.type == "cuda" else CpuFlash
+
+
+def sdpa_refusal(backend: str, q: Tensor, has_seqlens: bool, dropout_p: float) -> str | None:
+    """Why the backend cannot take such inputs, or None when it can."""
+    if q.dtype == torch.float16:
+        return "float16 cannot hold the substituted output (it spans 2^±50); use bfloat16 or float32"
+    if q.numel() == 0:
+        return "torch's flash kernels cannot take empty tensors"
+    return kernel_named(backend, q).refusal(q, has_seqlens, dropout_p)
+
+
 def sdpa_attention(
-    q: Tensor, k: Tensor, v: Tensor, heads: Tensor | None, seqlens: Tensor | None, dropout_p: float, scale: float
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See `dependency_attention`; `heads` is int64 with -1 wherever there is no edge."""
-    reason = sdpa_refusal(q, dropout_p)
-    if reason is not None:
-        raise ValueError(f"dependency_attention: backend 'sdpa': {reason}; choose 'chunked'")
+    q: Tensor, k: Tensor, v: Tensor, heads: Tensor | None, seqlens: Tensor | None, dropout_p: float, scale: float,
+    backend: str = "sdpa",
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """See `dependency_attention`; `backend` is "sdpa" or "cudnn"."""
+    heads = None if heads is None else valid_heads(heads, seqlens)
     mask = key_mask(seqlens, q.shape[2], q.dtype)
     if mask is not None:  # strides of 0: the kernel's mask argument is (B, 1, S, S), its memory (B, S)
         mask = mask.expand(-1, 1, q.shape[2], -1)
-    return _SdpaDependencyAttention.apply(q, k, v, heads, mask, scale)
+    return _FlashDependencyAttention.apply(q, k, v, heads, mask, dropout_p, scale, kernel_named(backend, q))
 
 
-class _SdpaDependencyAttention(torch.autograd.Function):
+class _FlashDependencyAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, heads, mask, scale):  # noqa: ANN001
-        out, lse = _forward(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+    def forward(ctx, q, k, v, heads, mask, dropout_p, scale, kernel):  # noqa: ANN001
+        out, lse, rest = kernel.forward(q, k, v, mask, dropout_p, scale)
         to_head, to_dependent = (None, None) if heads is None else edge_probs(q, k, lse, heads, scale)
-        ctx.save_for_backward(q, k, v, heads, mask, out, lse, to_head, to_dependent)
-        ctx.scale = scale
+        tensors = [x for x in rest if isinstance(x, Tensor)]
+        ctx.save_for_backward(q, k, v, heads, mask, out, lse, to_head, to_dependent, *tensors)
+        ctx.rest = [None if isinstance(x, Tensor) else x for x in rest]
+        ctx.is_tensor = [isinstance(x, Tensor) for x in rest]
+        ctx.dropout_p, ctx.scale, ctx.kernel = dropout_p, scale, kernel
         ctx.set_materialize_grads(False)
         return out, to_head, to_dependent
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_to_head, grad_to_dependent):  # noqa: ANN001
-        q, k, v, heads, mask, out, lse, to_head, to_dependent = ctx.saved_tensors
+        q, k, v, heads, mask, out, lse, to_head, to_dependent, *tensors = ctx.saved_tensors
+        saved = iter(tensors)
+        rest = tuple(next(saved) if saved_one else x for x, saved_one in zip(ctx.rest, ctx.is_tensor, strict=True))
         scale = ctx.scale
         if grad_out is None:
             grad_out = torch.zeros_like(out)
@@ -74,17 +193,16 @@ class _SdpaDependencyAttention(torch.autograd.Function):
         row_sum = row_sums(g_head, g_dependent, heads)
         if row_sum is not None:
             grad_out, out = substitute(grad_out, out, row_sum)
-        grad_q, grad_k, grad_v = _backward(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
+        grad_q, grad_k, grad_v = ctx.kernel.backward(
+            grad_out, q, k, v, mask, out, lse, rest, ctx.dropout_p, scale
+        )  # fmt: skip
         if row_sum is not None:
             # The entries are added in float32 before rounding to q's dtype.
             dtype = accumulation_dtype(q.dtype)
             grad_q, grad_k = grad_q.to(dtype), grad_k.to(dtype)
-            if g_head is not None:
-                add_entry_gradients_(grad_q, grad_k, q, k, heads, scale, g_head, transposed=False)
-            if g_dependent is not None:
-                add_entry_gradients_(grad_q, grad_k, q, k, heads, scale, g_dependent, transposed=True)
+            add_entry_gradients_(grad_q, grad_k, q, k, heads, scale, g_head, g_dependent)
             grad_q, grad_k = grad_q.to(q.dtype), grad_k.to(q.dtype)
-        return grad_q, grad_k, grad_v, None, None, None
+        return grad_q, grad_k, grad_v, None, None, None, None, None
 
 
 def substitute(grad_out: Tensor, out: Tensor, row_sum: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,18 +27,21 @@ class Case:
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None]
     dtype: torch.dtype
 
-    def run(self, backend: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        """The three outputs, and the gradients of q, k and v, computed in `dtype`."""
-        qkv = [x.to(dtype, copy=True).requires_grad_() for x in self.qkv]
-        outputs = dependency_attention(*qkv, self.heads, seqlens=self.seqlens, backend=backend)
-        return outputs, backward(outputs, self.gradients, qkv)
+    def run(self, backend: str, dtype: torch.dtype, device: str = "cpu") -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """The three outputs, and the gradients of q, k and v, computed in `dtype` on `device`; all on the CPU."""
+        qkv = [x.to(device, dtype, copy=True).requires_grad_() for x in self.qkv]
+        seqlens = None if self.seqlens is None else self.seqlens.to(device)
+        outputs = dependency_attention(*qkv, self.heads.to(device), seqlens=seqlens, backend=backend)
+        gradients = tuple(None if g is None else g.to(device) for g in self.gradients)
+        return tuple(x.cpu() for x in outputs), [g.cpu() for g in backward(outputs, gradients, qkv)]
 
-    def run_plain(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    def run_plain(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, list[Tensor]]:
         """Output and gradients of torch's own attention, with no edges."""
-        qkv = [x.to(dtype, copy=True).requires_grad_() for x in self.qkv]
-        mask = None if self.seqlens is None else self.valid_keys()[:, None, None, :]
+        qkv = [x.to(device, dtype, copy=True).requires_grad_() for x in self.qkv]
+        mask = None if self.seqlens is None else self.valid_keys()[:, None, None, :].to(device)
         out = F.scaled_dot_product_attention(*qkv, attn_mask=mask)
-        return out, backward((out,), self.gradients[:1], qkv)
+        gradient = None if self.gradients[0] is None else self.gradients[0].to(device)
+        return out.cpu(), [g.cpu() for g in backward((out,), (gradient,), qkv)]
 
     def valid_keys(self) -> Tensor:
         """`(B, S)`: whether a key may be attended to; an empty sequence keeps its first."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from attention_cases import backward, make_case
 from torch import Tensor
 
-from megatron_sas.kernels import dependency_attention
+from megatron_sas.kernels import dependency_attention, dropout
 from megatron_sas.kernels.reference import attention_probs
 
-WITH_DROPOUT = ["chunked", "reference"]
+WITH_DROPOUT = ["chunked", "reference", "triton"]
 
 
 def seeded(qkv: list[Tensor], heads: Tensor | None, seed: int, backend: str, dropout_p: float) -> tuple:
@@ -21,13 +22,14 @@ def seeded(qkv: list[Tensor], heads: Tensor | None, seed: int, backend: str, dro
 @pytest.mark.parametrize("backend", WITH_DROPOUT)
 def test_equals_explicit_computation_with_the_same_mask(backend):
     """With v = identity the output is the dropped map, which tells the mask; the rest is textbook autograd."""
-    seq = 130  # three blocks of rows
-    case = make_case(0, batch=2, num_heads=2, seq=seq, dim=seq, dtype=torch.float64, kind="random")
-    identity = torch.eye(seq, dtype=torch.float64).expand(2, 2, -1, -1)
-    dropped, _, _ = seeded([*case.qkv[:2], identity], case.heads, 7, backend, 0.3)
+    # Three blocks of rows; our Triton kernels take no float64 and head dimensions up to 128.
+    seq, dtype = (128, torch.float32) if backend == "triton" else (130, torch.float64)
+    case = make_case(0, batch=2, num_heads=2, seq=seq, dim=seq, dtype=dtype, kind="random")
+    identity = torch.eye(seq, dtype=dtype).expand(2, 2, -1, -1)
+    dropped, _, _ = seeded([*(x.to(dtype) for x in case.qkv[:2]), identity], case.heads, 7, backend, 0.3)
     mask = (dropped != 0).double() / 0.7
 
-    qkv = [x.clone().requires_grad_() for x in case.qkv]
+    qkv = [x.to(dtype, copy=True).requires_grad_() for x in case.qkv]
     ours = seeded(qkv, case.heads, 7, backend, 0.3)
     explicit_qkv = [x.clone().requires_grad_() for x in case.qkv]
     probs = attention_probs(explicit_qkv[0], explicit_qkv[1], None, seq**-0.5)
@@ -36,10 +38,70 @@ def test_equals_explicit_computation_with_the_same_mask(backend):
     at_dependent = torch.stack([probs[b, :, case.heads[b].clamp(min=0), rows] for b in range(2)])
     edge = (case.heads >= 0)[:, None]
     explicit = ((probs * mask) @ explicit_qkv[2], at_head * edge, at_dependent * edge)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-7, "atol": 1e-7}
     for a, b in zip(ours, explicit, strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a.double(), b, **close)
     for a, b in zip(backward(ours, case.gradients, qkv), backward(explicit, case.gradients, explicit_qkv), strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a.double(), b, **close)
+
+
+def test_every_backend_draws_the_same_mask():
+    case = make_case(5, batch=2, num_heads=3, seq=70, dim=70, dtype=torch.float32, uneven=True)
+    q, k = (x.float() for x in case.qkv[:2])
+    identity = torch.eye(70).expand(2, 3, -1, -1)
+    kept = []
+    for backend in WITH_DROPOUT:
+        torch.manual_seed(11)
+        out = dependency_attention(q, k, identity, None, seqlens=case.seqlens, dropout_p=0.25, backend=backend)[0]
+        kept.append(out != 0)
+    assert torch.equal(kept[0], kept[1])
+    assert torch.equal(kept[0], kept[2])
+
+
+def numpy_mask(seed: int, dropout_p: float, number: int, seq: int) -> np.ndarray:
+    """The mask as the module describes it, on numpy's unsigned integers."""
+
+    def mix(x: np.ndarray) -> np.ndarray:
+        x = x ^ (x >> np.uint32(16))
+        x = x * np.uint32(0x7FEB352D)
+        x = x ^ (x >> np.uint32(15))
+        x = x * np.uint32(0x846CA68B)
+        return x ^ (x >> np.uint32(16))
+
+    low, high = np.array([seed & 0xFFFFFFFF], np.uint32), np.array([seed >> 32], np.uint32)
+    keys = []
+    for which in (0, 1):
+        base = mix(mix(mix(np.array([2 * number + which], np.uint32)) ^ high) ^ low)
+        keys.append(mix(base + np.arange(seq, dtype=np.uint32) * np.uint32(0x9E3779B9)) | np.uint32(1))
+    return keys[0][:, None] * keys[1][None, :] >= np.uint32(round(dropout_p * 2**32))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1, 2**62 - 1, 0x123456789ABCDEF])
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9])
+def test_mask_equals_unsigned_arithmetic(seed, dropout_p):
+    found = dropout.keep_mask(torch.tensor([seed]), dropout_p, 2, 3, slice(5, 40), 70)
+    for b in range(2):
+        for h in range(3):
+            assert np.array_equal(found[b, h].numpy(), numpy_mask(seed, dropout_p, b * 3 + h, 70)[5:40])
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5])
+def test_entries_rows_columns_and_maps_are_uncorrelated(dropout_p):
+    """Standard scores of 40 masks of 256 × 256: their means, and the variances of all kinds of correlations."""
+    masks = torch.cat([dropout.keep_mask(torch.tensor([seed * 7919]), dropout_p, 2, 4, slice(0, 256), 256).flatten(0, 1)
+                       for seed in range(5)])  # fmt: skip
+    z = (masks.double() - (1 - dropout_p)) / (dropout_p * (1 - dropout_p)) ** 0.5
+    assert abs(float(z.mean())) < 4 / z.numel() ** 0.5
+    off = ~torch.eye(256, dtype=torch.bool)
+    rows, columns = z @ z.mT / 16, z.mT @ z / 16
+    for statistic in (z.sum(1) / 16, z.sum(2) / 16, rows[:, off], columns[:, off]):
+        assert float(statistic.var()) == pytest.approx(1, abs=0.05)
+        assert float(statistic.abs().max()) < 8
+    flat = z.flatten(1)
+    between = (flat @ flat.T / 256)[~torch.eye(40, dtype=torch.bool)]
+    assert float(between.var()) == pytest.approx(1, abs=0.2)
+    square = z[:, 1:, 1:] * z[:, :-1, 1:] * z[:, 1:, :-1] * z[:, :-1, :-1]  # what a hash of two keys might leave
+    assert abs(float(square.mean())) < 4 / square.numel() ** 0.5
 
 
 def test_gradcheck_with_a_fixed_mask():

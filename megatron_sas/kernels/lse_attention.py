@@ -1,0 +1,75 @@
+"""Dependency attention on kernels that return the logsumexp and take a gradient for it: FlexAttention and FA4.
+
+The probabilities of entries are then ordinary differentiable expressions of q, k and the logsumexp. Neither kernel has
+attention dropout.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megatron_sas.kernels.edges import edge_probs
+from megatron_sas.kernels.reference import valid_heads
+
+HAS_FA4 = importlib.util.find_spec("flash_attn") is not None and importlib.util.find_spec("flash_attn.cute") is not None
+
+
+def lse_refusal(backend: str, q: Tensor, has_seqlens: bool, dropout_p: float) -> str | None:
+    """Why the backend ("flex" or "fa4") cannot take such inputs, or None when it can."""
+    if dropout_p > 0.0:
+        return "the kernel has no attention dropout"
+    if q.numel() == 0:
+        return "the kernel cannot take empty tensors"
+    if backend == "flex" and q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
+        return "FlexAttention has no backward on CPU"
+    if backend == "fa4":
+        if not HAS_FA4:
+            return "FlashAttention-4 is not installed (PyPI: flash-attn-4)"
+        if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
+            return "FlashAttention-4 takes float16 and bfloat16 on a GPU"
+        if has_seqlens:
+            return "FlashAttention-4 is used without seqlens"
+    return None
+
+
+def lse_attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: Tensor | None, seqlens: Tensor | None, dropout_p: float, scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """See `dependency_attention`; `backend` is "flex" or "fa4"."""
+    out, lse = (_flex if backend == "flex" else _fa4)(q, k, v, seqlens, scale)
+    if heads is None:
+        return out, None, None
+    return out, *edge_probs(q, k, lse, valid_heads(heads, seqlens), scale)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """torch's FlexAttention, compiled on a GPU and as torch's plain fallback on a CPU."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    mask = None
+    if seqlens is not None:
+        limit = seqlens.to(torch.int64).clamp(min=1)
+        mask = create_block_mask(
+            lambda b, h, row, column: column < limit[b], q.shape[0], None, q.shape[2], q.shape[2], device=q.device
+        )
+    return _flex_function(q.device.type == "cuda")(q, k, v, block_mask=mask, scale=scale, return_lse=True)
+
+
+@functools.cache
+def _flex_function(compiled: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+
+
+def _fa4(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    from flash_attn.cute import flash_attn_func
+
+    out, lse = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, return_lse=True)
+    return out.transpose(1, 2), lse

@@ -1,0 +1,79 @@
+"""Compile the attention kernels for GPUs that need not be there; prints one JSON line for each.
+
+Run as a program, because Triton decides when a kernel is defined whether it will be interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+from triton.compiler import ASTSource
+
+from megatron_sas.kernels import dropout
+from megatron_sas.kernels.triton_attention import HALF_CONFIGS, SINGLE_CONFIGS
+
+INTEGER_POINTERS = {"HEADS": "*i64", "SEQLENS": "*i64", "KEYS": "*i32", "RANGES": "*i32"}
+FLOAT32_POINTERS = ("LSE", "DELTA", "TO_HEAD", "TO_DEPENDENT", "GRAD_TO_HEAD", "GRAD_TO_DEPENDENT")
+
+
+def compile_kernel(kernel: triton.JITFunction, dtype: str, dim: int, capability: int, config: triton.Config) -> dict:
+    """Compile one kernel as a training step with dropout and both probabilities would."""
+    constants = {
+        "D": dim, "BLOCK_D": dim, "SEQ_CLASS": 512, "THRESHOLD": dropout.drop_threshold(0.1),
+        "PRECISION": "ieee" if dtype == "fp32" else "tf32", "EVEN": True, "HAS_SEQLENS": False,
+        "HAS_HEADS": True, "HAS_TO_HEAD": True, "HAS_TO_DEPENDENT": True, **config.kwargs,
+    }  # fmt: skip
+    signature, attributes, values = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], values[(index,)] = "constexpr", constants[name]
+            continue
+        if name.isupper():
+            signature[name] = INTEGER_POINTERS.get(name, "*fp32" if name in FLOAT32_POINTERS else f"*{dtype}")
+        else:
+            signature[name] = "fp32" if "scale" in name else "i32"
+        if name.isupper() or name.startswith("stride") or name == "seq":
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+    return {
+        "kernel": kernel.__name__, "config": str(config), "dtype": dtype, "dim": dim, "capability": capability,
+        "shared_bytes": compiled.metadata.shared, **machine_code_facts(compiled.asm["cubin"]),
+    }  # fmt: skip
+
+
+def machine_code_facts(cubin: bytes) -> dict:
+    """Registers, bytes spilled by a thread, and matrix instructions and waits for them (Hopper)."""
+    tools = Path(nvidia.__file__).parent / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+        run = [str(tools / "cuobjdump"), "-res-usage", "-sass", file.name]
+        text = subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stdout
+    return {
+        "registers": int(re.search(r"REG:(\d+)", text)[1]),
+        "spilled_bytes": int(re.search(r"STACK:(\d+)", text)[1]),
+        "matrix_instructions": len(re.findall(r"\bHGMMA", text)),
+        "matrix_waits": len(re.findall(r"\bWARPGROUP", text)),
+    }
+
+
+if __name__ == "__main__":
+    for case in sys.argv[1:]:  # dtype:dim:capability[:all]
+        dtype, dim, capability, *searched = case.split(":")
+        for kernel, configs in (SINGLE_CONFIGS if dtype == "fp32" else HALF_CONFIGS).items():
+            for config in configs if searched else configs[:1]:
+                print(json.dumps(compile_kernel(kernel, dtype, int(dim), int(capability), config)), flush=True)

@@ -1,0 +1,102 @@
+"""What is particular to our Triton kernels; their numbers are checked with those of the other backends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import HEAD_KINDS, backward, make_case
+
+from megatron_sas.kernels import dependency_attention
+from megatron_sas.kernels.edges import add_entry_gradients_
+from megatron_sas.kernels.reference import valid_heads
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_inputs(dropout_p: float, **changes: object) -> tuple:
+    case = make_case(0, batch=2, num_heads=2, seq=40, dim=16, dtype=torch.float32, **changes)
+    qkv = [x.to(DEVICE, torch.float32).requires_grad_() for x in case.qkv]
+    seed = torch.tensor([5], device=DEVICE) if dropout_p else None
+    lengths = None if case.seqlens is None else case.seqlens.to(DEVICE)
+    return (*qkv, case.heads.to(DEVICE), lengths, seed, dropout_p, 0.25)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("uneven", [False, True])
+def test_operator_is_well_formed(dropout_p, uneven):
+    """Schema, fake tensors, autograd registration and tracing by AOTAutograd, as torch checks them."""
+    from megatron_sas.kernels.triton_attention import _forward
+
+    torch.library.opcheck(_forward, make_inputs(dropout_p, uneven=uneven))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("directions", ["both", "to_head", "none"])
+def test_compiles_without_graph_break(dropout_p, directions):
+    case = make_case(1, batch=1, num_heads=2, seq=33, dim=16, dtype=torch.float32, kind="random")
+    heads = None if directions == "none" else case.heads.to(DEVICE)
+
+    def loss(q, k, v):
+        out, to_head, to_dependent = dependency_attention(q, k, v, heads, dropout_p=dropout_p, backend="triton")
+        total = out.square().sum()
+        if to_head is not None:
+            total = total + to_head.sum()
+        return total + to_dependent.sum() if directions == "both" else total
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(3)
+        qkv = [x.to(DEVICE, torch.float32).requires_grad_() for x in case.qkv]
+        value = function(*qkv)
+        results.append((value, *torch.autograd.grad(value, qkv)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_equal_inputs_give_equal_bits():
+    case = make_case(2, batch=1, num_heads=2, seq=70, dim=32, dtype=torch.float32, kind="one")
+    results = []
+    for _ in range(2):
+        qkv = [x.to(DEVICE, torch.float32).requires_grad_() for x in case.qkv]
+        outputs = dependency_attention(*qkv, case.heads.to(DEVICE), backend="triton")
+        gradients = tuple(g.to(DEVICE) for g in case.gradients)
+        results.append((*outputs, *backward(outputs, gradients, qkv)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("which", ["both", "head", "dependent"])
+def test_sparse_gradient_for_other_kernels(kind, which):
+    """The kernel that adds entries on a GPU equals the plain operations that do so elsewhere."""
+    from megatron_sas.kernels import triton_entries
+
+    case = make_case(3, batch=2, num_heads=3, seq=150, dim=24, dtype=torch.float64, kind=kind)
+    heads = valid_heads(case.heads, None)
+    winners = (torch.rand(2, 2, 3, 150, dtype=torch.float64) < 0.3) & (heads >= 0)[None, :, None]
+    g_head, g_dependent = torch.randn(2, 2, 3, 150, dtype=torch.float64) * winners
+    chosen = (g_head if which != "dependent" else None, g_dependent if which != "head" else None)
+    q, k, _ = case.qkv
+    exact = [torch.randn(2, 3, 150, 24, dtype=torch.float64) for _ in range(2)]
+    found = [x.to(DEVICE, torch.float32) for x in exact]
+    triton_entries.add_entry_gradients_(
+        *found, q.to(DEVICE, torch.float32), k.to(DEVICE, torch.float32), heads.to(DEVICE), 0.2,
+        *(None if g is None else g.to(DEVICE, torch.float32) for g in chosen),
+    )  # fmt: skip
+    add_entry_gradients_(*exact, q, k, heads, 0.2, *chosen)
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.float64}, "take float16, bfloat16 and float32"),
+        ({"dim": 129}, "head dimensions of 1 to 128, not 129"),
+        ({"seq": 0}, "empty"),
+    ],
+)
+def test_refusals(change, message):
+    shape = {"dtype": torch.float32, "dim": 8, "seq": 4} | change
+    q = torch.zeros(1, 1, shape["seq"], shape["dim"], dtype=shape["dtype"], device=DEVICE)
+    with pytest.raises(ValueError, match=message):
+        dependency_attention(q, q, q, None, backend="triton")

@@ -1,0 +1,42 @@
+"""The kernels compile for GPUs that are not there, fit them, and keep what makes them fast."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # that a block may have
+
+
+def compile_ahead(*cases: str) -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[2]
+    environment["PYTHONPATH"] = f"{root}:{environment.get('PYTHONPATH', '')}"
+    run = [sys.executable, str(Path(__file__).with_name("compile_ahead.py")), *cases]
+    lines = subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stdout
+    return [json.loads(line) for line in lines.splitlines()]
+
+
+@pytest.mark.slow
+def test_fixed_tiles_fit_every_gpu():
+    """A100, RTX 30/40 and H100, the largest head dimension and the common one."""
+    found = compile_ahead("bf16:64:80", "fp16:128:86", "fp32:128:86", "bf16:32:90", "fp32:64:90")
+    assert len(found) == 15
+    for facts in found:
+        assert facts["shared_bytes"] <= SHARED_BYTES[facts["capability"]], facts
+
+
+@pytest.mark.slow
+def test_hopper_tiles_of_bert():
+    """bfloat16, heads of 64: something to choose from that spills no registers and serialises no matrix instruction."""
+    found = compile_ahead("bf16:64:90:all")
+    for kernel in ("forward_kernel", "grad_kv_kernel", "grad_q_kernel"):
+        rows = [facts for facts in found if facts["kernel"] == kernel]
+        assert all(facts["matrix_instructions"] >= 6 for facts in rows)
+        assert all(facts["matrix_waits"] < facts["matrix_instructions"] for facts in rows), rows
+        assert sum(facts["spilled_bytes"] == 0 for facts in rows) >= 3, rows
