@@ -37,7 +37,8 @@ class Section(BaseModel):
     @classmethod
     def _refuse_truth_values(cls, value: Any, info: ValidationInfo) -> Any:
         """`yes` is no number, though it is one to Python."""
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+        annotation = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and bool not in (annotation, *typing.get_args(annotation)):
             raise PydanticCustomError("truth_value", "input should not be true or false")
         return value
 
@@ -142,8 +143,15 @@ class TrainSection(Section):
     adam_betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW")
     adam_eps: float = Field(1e-8, description="AdamW", gt=0)
     grad_clip: float = Field(1.0, description="largest global gradient norm; 0: no clipping", ge=0)
+    compile: bool | None = Field(None, description="torch.compile, not with ZeRO stage 3; default: on GPUs")
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO: what is sharded over processes")
     deepspeed_config: str | None = Field(None, description="DeepSpeed JSON for what this file does not own")
+
+    def compiles(self, device_type: str) -> bool:
+        """Whether the model's parts are compiled on such a device."""
+        if self.compile is None:
+            return device_type == "cuda" and self.zero_stage < 3
+        return self.compile
 
     def faults(self) -> list[str]:
         """Batch sizes must divide, and the run must end before the learning rate does."""
@@ -155,6 +163,10 @@ class TrainSection(Section):
             )
         if self.warmup_steps >= self.decay_horizon:
             faults.append(f"warmup_steps: {self.warmup_steps} is not before decay_horizon {self.decay_horizon}")
+        if self.compile and self.zero_stage == 3:
+            faults.append(
+                "compile: ZeRO stage 3 gathers weights inside the layers; set compile: false or zero_stage: 2"
+            )
         if self.steps > self.decay_horizon:
             faults.append(f"steps: {self.steps} is beyond decay_horizon {self.decay_horizon}, where lr reaches 0")
         if not all(0 <= beta < 1 for beta in self.adam_betas):

@@ -5,6 +5,7 @@ B (or m) sequences in a micro-batch, S tokens a sequence, M masked tokens in a m
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Iterator
@@ -26,8 +27,8 @@ class MicroBatch:
     index: int  # j: the number of this micro-batch in its global batch, the same for any number of ranks
     sample_ids: torch.Tensor  # (m,); -1 for a filler row of `validation_batches`
     input_ids: torch.Tensor  # (m, S)
-    masked_positions: torch.Tensor  # (M,) flat indices into m·S, ascending
-    labels: torch.Tensor  # (M,) original tokens at the masked positions
+    masked_positions: torch.Tensor  # (M,) flat indices into m·S, ascending; 0 where it is filled up
+    labels: torch.Tensor  # (M,) original tokens at the masked positions; -100 where it is filled up
     heads: torch.Tensor  # (m, S)
 
     def pin_memory(self) -> MicroBatch:
@@ -49,10 +50,31 @@ class Window:
         return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
 
 
+IGNORED = -100  # a label that torch's cross-entropy leaves out
+
+
+def masked_capacity(tokens: int, mask_prob: float) -> int:
+    """A fixed M that the masked tokens among `tokens` practically never exceed: six standard deviations, in 64s.
+
+    Equal shapes let a compiled step be used again. A batch with more (one in 10⁹) gets what it needs.
+    """
+    most = tokens * mask_prob + 6 * math.sqrt(tokens * mask_prob * (1 - mask_prob))
+    return min(tokens, 64 * math.ceil(most / 64))
+
+
 def _batch(
-    packed: PackedData, index: int, samples: np.ndarray, epochs: int | np.ndarray, seed: int, mask_prob: float
+    packed: PackedData,
+    index: int,
+    samples: np.ndarray,
+    epochs: int | np.ndarray,
+    seed: int,
+    mask_prob: float,
+    capacity: int = 0,
 ) -> MicroBatch:
-    """Read and mask `samples` (m,); rows with sample -1 repeat sample 0 without labels and without edges."""
+    """Read and mask `samples` (m,); rows with sample -1 repeat sample 0 without labels and without edges.
+
+    With fewer than `capacity` masked tokens the rest of M is filled up.
+    """
     filler = samples < 0
     rows = np.where(filler, 0, samples)
     tokens = np.asarray(packed.tokens[rows])
@@ -71,13 +93,16 @@ def _batch(
     if filler.any():
         selected[filler] = False
         heads[filler] = -1
-    positions = np.flatnonzero(selected)
+    chosen = np.flatnonzero(selected)
+    positions = np.zeros(max(len(chosen), capacity), dtype=np.int64)
+    labels = np.full(len(positions), IGNORED, dtype=np.int64)
+    positions[: len(chosen)], labels[: len(chosen)] = chosen, tokens.ravel()[chosen]
     return MicroBatch(
         index=index,
         sample_ids=torch.from_numpy(samples.astype(np.int64)),
         input_ids=torch.from_numpy(input_ids),
-        masked_positions=torch.from_numpy(positions.astype(np.int64)),
-        labels=torch.from_numpy(tokens.ravel()[positions].astype(np.int64)),
+        masked_positions=torch.from_numpy(positions),
+        labels=torch.from_numpy(labels),
         heads=torch.from_numpy(heads),
     )
 
@@ -86,7 +111,8 @@ class MLMDataset:
     """The training stream as a pure function of the step.
 
     Global batch `step` is cut into micro-batches of `micro_batch_size`; micro-batch j = a·world_size + rank is the a-th
-    that `rank` accumulates. Its content depends on (seed, step, j) alone.
+    that `rank` accumulates. Its content depends on (seed, step, j) alone. With `fixed_shapes` the number of masked
+    positions is filled up to `masked_capacity`.
 
     Raises:
         InputError: the global batch is not a multiple of micro_batch_size × world_size.
@@ -102,6 +128,7 @@ class MLMDataset:
         micro_batch_size: int,
         rank: int,
         world_size: int,
+        fixed_shapes: bool = False,
     ) -> None:
         if global_batch_size % (micro_batch_size * world_size):
             raise InputError(
@@ -113,6 +140,7 @@ class MLMDataset:
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size
         self.accumulation = global_batch_size // (micro_batch_size * world_size)
+        self.capacity = masked_capacity(micro_batch_size * packed.seq_length, mask_prob) if fixed_shapes else 0
 
     def window(self, step: int) -> Window:
         """This rank's micro-batches of global batch `step`, in the order in which they are accumulated."""
@@ -121,8 +149,10 @@ class MLMDataset:
         for number in range(self.accumulation):
             index = number * self.world_size + self.rank
             rows = slice(index * self.micro_batch_size, (index + 1) * self.micro_batch_size)
-            batches.append(_batch(self.packed, index, samples[rows], epochs[rows], self.seed, self.mask_prob))
-        return Window(step, batches, sum(len(batch.labels) for batch in batches))
+            batches.append(
+                _batch(self.packed, index, samples[rows], epochs[rows], self.seed, self.mask_prob, self.capacity)
+            )
+        return Window(step, batches, sum(int((batch.labels != IGNORED).sum()) for batch in batches))
 
 
 def validation_batches(

@@ -19,6 +19,7 @@ from megatron_sas.config import TrainSection
 from megatron_sas.data.masking import hash_u64
 from megatron_sas.data.mlm_dataset import Window
 from megatron_sas.engine.deepspeed_config import deepspeed_config
+from megatron_sas.kernels.layer_norm import use_apex_layer_norm_
 from megatron_sas.model.bert import Bert
 from megatron_sas.objective.pretraining import MaskedLMWithSas
 
@@ -63,7 +64,12 @@ class Engine:
         )
         if train.zero_stage == 3:
             # The word embedding is used again by the LM head, outside the module that owns it.
-            deepspeed.zero.register_external_parameter(module.bert, module.bert.embeddings.word.weight)
+            for user in (module, module.bert):
+                deepspeed.zero.register_external_parameter(user, module.bert.embeddings.word.weight)
+        if train.compiles(device.type):
+            module.compile_parts()
+        elif device.type == "cuda":
+            use_apex_layer_norm_(module)
         self._engine, *_ = deepspeed.initialize(
             model=module.to(device), optimizer=optimizer, config=config, dist_init_required=False
         )
@@ -84,6 +90,12 @@ class Engine:
         if self._autocast:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """The context in which evaluations run: not compiled, because their batches have many shapes."""
+        with self.precision(), torch.compiler.set_stance("force_eager"):
+            yield
 
     def set_learning_rate(self, value: float) -> None:
         """Use `value` from the next update on."""

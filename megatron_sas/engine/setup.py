@@ -138,6 +138,7 @@ def _build(config: Config, checkpoint: Path | None) -> Parts:
         micro_batch_size=train.micro_batch_size,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
+        fixed_shapes=train.compiles("cuda" if torch.cuda.is_available() else "cpu"),
     )
     state = {"step": 0, "tokens": 0, "seconds": 0.0} if checkpoint is None else read_state(checkpoint)
     if state["step"] > train.steps:

@@ -216,7 +216,7 @@ class Trainer:
     def _evaluate(self, step: int) -> None:
         self._write_pending()
         self.skipped_evaluations = 0
-        with self.throughput.paused(), self.engine.precision():
+        with self.throughput.paused(), self.engine.evaluation():
             values = self.parts.evaluation.evaluate(self.engine.bert)
             values["weight_norm"] = self.engine.weight_norm()
         self.evaluation_seconds = values["seconds"]

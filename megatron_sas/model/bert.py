@@ -153,8 +153,12 @@ class Bert(nn.Module):
         x = self.final_norm(x)
         logits = None
         if masked_positions is not None:
-            logits = self.head(x.reshape(-1, x.shape[-1])[masked_positions], self.embeddings.word.weight)
+            logits = self.logits(x, masked_positions)
         return BertOutput(x, logits, tuple(to_head), tuple(to_dependent))
+
+    def logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """`(M, padded V)`, -inf beyond V, at `positions` `(M,)`, flat indices into the B·S rows of `(B, S, C)`."""
+        return self.head(hidden.reshape(-1, hidden.shape[-1])[positions], self.embeddings.word.weight)
 
 
 def _bind(observer: AttentionObserver, layer: int) -> Callable[[Tensor], None]:

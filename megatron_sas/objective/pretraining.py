@@ -64,13 +64,14 @@ class MaskedLMWithSas(nn.Module):
 
         Args:
             input_ids: int64 `(B, S)`.
-            masked_positions, labels: int64 `(M,)`, flat indices into B·S and the original tokens there.
+            masked_positions, labels: int64 `(M,)`, flat indices into B·S and the original tokens there; a label of
+                -100 does not count.
             heads: int64 `(B, S)`; None: the SAS term is not computed.
             mlm_scale: W·A/N (a tensor: N is all-reduced on the device), see above.
             sas_scale: λ times W·A/G, or λ alone for the reduction "sum"; 0: the term is computed but has no gradient.
         """
-        output = self.bert(input_ids, heads=heads, masked_positions=masked_positions)
-        mlm_sum = mlm_loss_sum(output.logits, labels)
+        output = self.bert(input_ids, heads=heads)
+        mlm_sum = self.mlm_loss(output.hidden, masked_positions, labels)
         loss, sas_sum = mlm_sum * mlm_scale, None
         if heads is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and sas_scale != 0.0):
@@ -85,10 +86,28 @@ class MaskedLMWithSas(nn.Module):
                 loss = loss + sas_sum * sas_scale
         return LossParts(loss, mlm_sum.detach(), None if sas_sum is None else sas_sum.detach())
 
+    def mlm_loss(self, hidden: Tensor, masked_positions: Tensor, labels: Tensor) -> Tensor:
+        """The head at M positions of hidden states `(B, S, C)`, and the sum of its losses.
+
+        One function, because a compiler that sees both needs no float32 copy of the logits.
+        """
+        return mlm_loss_sum(self.bert.logits(hidden, masked_positions), labels)
+
+    def compile_parts(self) -> None:
+        """Compile embeddings, layers and loss with `torch.compile`: fused element-wise work, one kind of layer once.
+
+        Parts, because all layers share one compiled function and λ, which changes, stays outside. The SAS term too.
+        """
+        self.bert.embeddings.compile(dynamic=False)
+        for layer in self.bert.layers:
+            layer.compile(dynamic=False)
+        self.mlm_loss = torch.compile(self.mlm_loss, dynamic=False)
+
 
 def mlm_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Σ over M positions of -log softmax(logits)[label], in float32, from logits `(M, V)` and labels `(M,)`.
 
+    Positions whose label is -100 do not count.
     Columns of the padded vocabulary are -inf: they take no probability and get no gradient.
     """
     return F.cross_entropy(logits.float(), labels, reduction="sum")

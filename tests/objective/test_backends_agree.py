@@ -22,8 +22,9 @@ def curve(backend: str, dropout_p: float) -> torch.Tensor:
     """Loss (both terms) of `STEPS` updates, float64 `(steps,)`, of a small model that learns a fixed batch by heart."""
     torch.manual_seed(0)
     config = BertConfig(
-        num_layers=1, hidden_size=32, num_heads=LAYOUT[0], intermediate_size=64, vocab_size=60, max_position_embeddings=64,
-        hidden_dropout=0.0, attention_dropout=dropout_p, attention_backend=backend,
+        num_layers=1, hidden_size=32, num_heads=LAYOUT[0], intermediate_size=64, vocab_size=60,
+        max_position_embeddings=64, hidden_dropout=0.0, attention_dropout=dropout_p,
+        attention_backend=backend,
     )  # fmt: skip
     module = MaskedLMWithSas(Bert(config), SasObjective()).to(DEVICE).train()
     batch, seq = 2, LAYOUT[1]
@@ -58,4 +59,5 @@ def test_same_loss_curve(backend, dropout_p):
 
 
 def test_dropout_is_seen():
-    assert not torch.allclose(curve("reference", 0.0), curve("reference", 0.2), rtol=1e-2)
+    """The tolerance above tells masks apart."""
+    assert not torch.allclose(curve("reference", 0.0), curve("reference", 0.2), rtol=2e-3)
