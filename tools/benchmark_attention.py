@@ -1,6 +1,7 @@
-"""Time and error of dependency attention, backend by backend, beside torch's own attention.
+"""Time, memory and error of dependency attention, backend by backend, beside torch's own attention.
 
     python tools/benchmark_attention.py --seq-lengths 128 512 --head-dims 32 64 --output attention.json
+    python tools/benchmark_attention.py --batch 32 --num-heads 12 --maps 144 --precision bf16 --dropout 0.1
 
 Forward and backward are timed apart, all variants taking turns. The regularizer's gradient on the two probabilities of
 each token is
@@ -9,8 +10,9 @@ each token is
     max       non-zero in one of --maps (layer, head) pairs only, as the `max` regularizer's
     uniform   non-zero everywhere, as the `uniform` regularizer's
 
-Peers are torch's scaled_dot_product_attention (`torch sdpa`, no edges) and `reference`, which forms whole maps as the
-paper's code does. An error is ‖x - exact‖ / ‖exact‖, exact in float64 from the same inputs, the largest of dq, dk, dv.
+Peers are torch's scaled_dot_product_attention without edges (on GPUs, each of its kernels) and `reference`, which forms
+whole maps as the paper's code does. An error is ‖x - exact‖ / ‖exact‖, exact in float64 from the same inputs, the
+largest of dq, dk, dv; with dropout, whose masks differ, it is not measured.
 """
 
 from __future__ import annotations
@@ -27,15 +29,25 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_sas.cli import InputError, run_main
 from megatron_sas.files import refuse_existing, write_json_atomic
 from megatron_sas.kernels import BACKENDS, dependency_attention
 from megatron_sas.metrics.benchmark import Times, choose_device, describe_device, time_interleaved
 
-PEER = "torch sdpa"
+PEERS = {
+    "cpu": {"torch sdpa": SDPBackend.FLASH_ATTENTION},
+    "cuda": {
+        "torch flash (FA2)": SDPBackend.FLASH_ATTENTION,
+        "torch cudnn": SDPBackend.CUDNN_ATTENTION,
+        "torch efficient": SDPBackend.EFFICIENT_ATTENTION,
+    },
+}
+"""torch's own kernels by kind of device."""
+EXACT_SEQUENCES = 2  # whole maps in float64 are large; sequences do not depend on each other
 GRADIENTS = ("none", "max", "uniform")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Variant:
@@ -45,6 +57,7 @@ class Variant:
         self.name, self.attend, self.gradients = name, attend, gradients
         self.qkv = [x.detach().clone().requires_grad_() for x in qkv]
         self.forward()
+        self.backward()
 
     def forward(self) -> None:
         """Compute the outputs."""
@@ -79,33 +92,46 @@ def build_variants(arguments: argparse.Namespace, seq: int, dim: int, device: to
             used = heads
             chosen = torch.rand(2, *shape[:3], device=device) < (1 / arguments.maps if gradient == "max" else 1.0)
             gradients += [(torch.randn(shape[:3], device=device) * wanted) for wanted in chosen]
-        exact = Variant(
-            "exact",
-            lambda q, k, v, used=used: dependency_attention(q, k, v, used, backend="reference"),
-            [x.double() for x in (q, k, v)],
-            [g.double() for g in gradients],
-        )
-        for backend in BACKENDS:
-            if backend == "auto":
-                continue
-
-            def attend(q: Tensor, k: Tensor, v: Tensor, used: Tensor | None = used, backend: str = backend) -> tuple:
-                return dependency_attention(q, k, v, used, backend=backend)
-
-            try:
-                variant = Variant(f"{backend}, {gradient}", attend, [q, k, v], gradients)
-            except ValueError:
-                continue  # not a backend for this device or dtype
-            rows.append((backend, gradient, variant, exact))
+        exact = None
+        if arguments.dropout == 0.0:
+            exact = Variant(
+                "exact",
+                _ours("reference", used, 0.0),
+                [x[:EXACT_SEQUENCES].double() for x in (q, k, v)],
+                [g[:EXACT_SEQUENCES].double() for g in gradients],
+            )
+        candidates = {name: _ours(name, used, arguments.dropout) for name in BACKENDS if name != "auto"}
         if gradient == "none":
-            peer = Variant(PEER, lambda q, k, v: (F.scaled_dot_product_attention(q, k, v),), [q, k, v], gradients)
-            rows.append((PEER, gradient, peer, exact))
+            candidates |= {name: _peer(kind, arguments.dropout) for name, kind in PEERS[device.type].items()}
+        for name, attend in candidates.items():
+            try:
+                rows.append((name, gradient, Variant(f"{name}, {gradient}", attend, [q, k, v], gradients), exact))
+            except (ValueError, RuntimeError) as error:
+                if gradient == GRADIENTS[0]:
+                    print(f"{name}: left out ({str(error).splitlines()[0]})", file=sys.stderr)
     return rows
+
+
+def _ours(backend: str, heads: Tensor | None, dropout_p: float) -> Callable[..., tuple]:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple:
+        used = None if heads is None else heads[: len(q)]
+        return dependency_attention(q, k, v, used, dropout_p=dropout_p, backend=backend)
+
+    return attend
+
+
+def _peer(kind: SDPBackend, dropout_p: float) -> Callable[..., tuple]:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple:
+        with sdpa_kernel(kind):
+            return (F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p),)
+
+    return attend
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
     """‖found - exact‖ / ‖exact‖."""
-    return float((found.detach().double() - exact.detach()).norm() / exact.detach().norm())
+    found, exact = found.detach()[: len(exact)].double(), exact.detach()
+    return float((found - exact).norm() / exact.norm())
 
 
 def measure(arguments: argparse.Namespace, seq: int, dim: int, device: torch.device) -> list[dict[str, Any]]:
@@ -116,34 +142,51 @@ def measure(arguments: argparse.Namespace, seq: int, dim: int, device: torch.dev
     records = []
     for backend, gradient, variant, exact in rows:
         parts: dict[str, Times] = {part: times[f"{variant.name} {part}"] for part in ("forward", "backward")}
-        pairs = zip(variant.backward(), exact.backward(), strict=True)
-        records.append(
-            {
-                "seq_length": seq,
-                "head_dim": dim,
-                "backend": backend,
-                "gradient": gradient,
-                **{f"{part}_seconds": statistics.median(t.wall) for part, t in parts.items()},
-                **{f"{part}_cpu_seconds": statistics.median(t.cpu) for part, t in parts.items()},
-                "output_error": relative_error(variant.outputs[0], exact.outputs[0]),
-                "gradient_error": max(relative_error(ours, true) for ours, true in pairs),
-            }
-        )
+        record = {
+            "seq_length": seq,
+            "head_dim": dim,
+            "backend": backend,
+            "gradient": gradient,
+            **{f"{part}_seconds": statistics.median(t.wall) for part, t in parts.items()},
+            **{f"{part}_cpu_seconds": statistics.median(t.cpu) for part, t in parts.items()},
+            "peak_bytes": peak_memory(variant, device),
+        }
+        if exact is not None:
+            pairs = zip(variant.backward(), exact.backward(), strict=True)
+            record["output_error"] = relative_error(variant.outputs[0], exact.outputs[0])
+            record["gradient_error"] = max(relative_error(ours, true) for ours, true in pairs)
+        records.append(record)
     return records
+
+
+def peak_memory(variant: Variant, device: torch.device) -> int | None:
+    """Bytes that a forward and backward hold at most, inputs aside; None where torch does not count them."""
+    if device.type != "cuda":
+        return None
+    variant.outputs = []
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    variant.forward()
+    variant.backward()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """The records as Markdown."""
     lines = [
-        "| S | D | backend | gradient | forward ms | backward ms | CPU ms, both | error of out | error of gradients |",
-        "|---:|---:|---|---|---:|---:|---:|---:|---:|",
+        "| S | D | backend | gradient | forward ms | backward ms | CPU ms | peak MiB | error of out | of gradients |",
+        "|---:|---:|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for r in records:
         cpu = r["forward_cpu_seconds"] + r["backward_cpu_seconds"]
+        peak = "-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**20:,.0f}"
+        errors = " | ".join(f"{r[n]:.1e}" if n in r else "-" for n in ("output_error", "gradient_error"))
         lines.append(
             f"| {r['seq_length']} | {r['head_dim']} | {r['backend']} | {r['gradient']} "
-            f"| {1000 * r['forward_seconds']:.2f} | {1000 * r['backward_seconds']:.2f} | {1000 * cpu:.2f} "
-            f"| {r['output_error']:.1e} | {r['gradient_error']:.1e} |"
+            f"| {1000 * r['forward_seconds']:.3f} | {1000 * r['backward_seconds']:.3f} | {1000 * cpu:.2f} "
+            f"| {peak} | {errors} |"
         )
     return "\n".join(lines)
 
@@ -156,6 +199,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="sequences (4)")
     parser.add_argument("--num-heads", type=int, default=4, help="attention heads (4)")
     parser.add_argument("--maps", type=int, default=16, help="layers × heads among which `max` chooses one (16)")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of attention probabilities (0)")
     parser.add_argument("--rounds", type=int, default=10, help="rounds in which every variant runs once (10)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (auto)")
     parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32", help="of q, k and v (fp32)")
@@ -168,6 +212,8 @@ def main() -> None:
         value = getattr(arguments, name)
         if min(value if isinstance(value, list) else [value]) < 1:
             raise InputError(f"--{name.replace('_', '-')}: must be at least 1")
+    if not 0.0 <= arguments.dropout < 1.0:
+        raise InputError("--dropout: must be at least 0 and less than 1")
     if arguments.output:
         refuse_existing(arguments.output, arguments.overwrite)
     if arguments.threads:
@@ -180,7 +226,9 @@ def main() -> None:
         for record in measure(arguments, seq, dim, device)
     ]
     described = describe_device(device)
-    shape = {name: getattr(arguments, name) for name in ("batch", "num_heads", "maps", "precision", "rounds")}
+    shape = {
+        name: getattr(arguments, name) for name in ("batch", "num_heads", "maps", "precision", "dropout", "rounds")
+    }
     print(", ".join(f"{name} {value}" for name, value in (described | shape).items()))
     print(f"\n{table(records)}")
     if arguments.output:

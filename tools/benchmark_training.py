@@ -1,28 +1,35 @@
 """Seconds of one training step (forward, backward, AdamW) of this project and of its peers, in one run.
 
     python tools/benchmark_training.py --model mini --seq-length 512 --batch 4 --pairs 10 --output mini.json
+    python tools/benchmark_training.py --model base --batch 32 --dropout 0.1 --precision bf16 --output base.json
 
-Four variants take turns on the same random tokens, masks and dependency heads, from the same weights:
+Variants take turns on the same random tokens, masks and dependency heads, from the same weights:
 
-    ours_max   this project with the `max` regularizer
-    ours_mlm   this project without the regularizer (λ = 0, not measured)
-    paper      the regularizer as the paper computes it: transformers' eager attention, `output_attentions=True`,
-               the maps stacked to [L, B, H, S, S], LM head on all positions
-    hf_sdpa    transformers' sdpa attention without the regularizer, LM head on all positions
+    ours_max        this project with the `max` regularizer
+    ours_uniform    this project with the `uniform` regularizer
+    ours_mlm        this project without the regularizer (λ = 0, not measured)
+    ours_deepspeed  ours_max inside the trainer's DeepSpeed engine, with gradient clipping, ZeRO stage 0
+    ours_flex       ours_max on FlexAttention with its logsumexp (GPU, no attention dropout)
+    paper           the regularizer as the paper computes it: transformers' eager attention, `output_attentions=True`,
+                    the maps stacked to [L, B, H, S, S], LM head on all positions; --paper-batch sequences a step
+    hf_sdpa         transformers' sdpa attention without the regularizer, LM head on all positions
 
-Attention dropout is 0 everywhere (not every attention kernel has it); hidden dropout is as in BERT. Every number is a
-median over rounds, every ratio the median of the ratios within a round. CPU time is that of all threads, and steadier
-than the clock where other programs run.
+Ours are compiled as the trainer would (on GPUs, unless --compile says otherwise). Hidden dropout is BERT's, attention
+dropout --dropout, 0 by default because not every attention kernel has it. Numbers are medians over rounds, ratios of
+seconds a token are medians of the ratios within a round. CPU time is that of all threads, and steadier than the clock
+where other programs run. MFU counts the arithmetic of encoder, attention and head at masked tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from typing import Any
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
@@ -32,14 +39,25 @@ from torch import Tensor, nn
 
 from megatron_sas.cli import InputError, run_main
 from megatron_sas.files import refuse_existing, write_json_atomic
-from megatron_sas.metrics.benchmark import choose_device, describe_device, median_ratio, time_interleaved
+from megatron_sas.kernels import choose_backend
+from megatron_sas.metrics.benchmark import Times, choose_device, describe_device, median_ratio, time_interleaved
+from megatron_sas.metrics.throughput import flops_per_token, peak_flops
 from megatron_sas.model import SIZES, Bert, BertConfig
 from megatron_sas.model.huggingface import to_hf_config, to_hf_state
 from megatron_sas.objective.pretraining import MaskedLMWithSas, SasObjective
 
 SAS_WEIGHT = 0.001
-VARIANTS = ("ours_max", "ours_mlm", "paper", "hf_sdpa")
-RATIOS = (("paper", "ours_max"), ("ours_max", "ours_mlm"), ("hf_sdpa", "ours_mlm"))
+VARIANTS = ("ours_max", "ours_uniform", "ours_mlm", "ours_deepspeed", "ours_flex", "paper", "hf_sdpa")
+CPU_VARIANTS = ("ours_max", "ours_mlm", "paper", "hf_sdpa")
+MASK_PROB = 0.15
+RATIOS = (
+    ("paper", "ours_max"),
+    ("ours_max", "ours_mlm"),
+    ("ours_uniform", "ours_mlm"),
+    ("ours_deepspeed", "ours_max"),
+    ("ours_flex", "ours_max"),
+    ("hf_sdpa", "ours_mlm"),
+)
 
 
 @dataclass(frozen=True)
@@ -53,11 +71,12 @@ class Batch:
     full_labels: Tensor  # (B, S), -100 where not masked
 
 
-def random_batch(batch: int, seq: int, vocab_size: int, seed: int, device: torch.device) -> Batch:
+def random_batch(batch: int, arguments: argparse.Namespace, device: torch.device) -> Batch:
     """Random tokens, 15 % masked; three tokens in four have a head, most of them one to three tokens away."""
-    generator = torch.Generator().manual_seed(seed)
+    seq, vocab_size = arguments.seq_length, arguments.vocab_size
+    generator = torch.Generator().manual_seed(arguments.seed)
     tokens = torch.randint(5, vocab_size, (batch, seq), generator=generator)
-    masked = torch.rand(batch, seq, generator=generator) < 0.15
+    masked = torch.rand(batch, seq, generator=generator) < MASK_PROB
     distance = torch.empty(batch, seq).geometric_(0.35, generator=generator).long()
     sign = torch.randint(0, 2, (batch, seq), generator=generator) * 2 - 1
     heads = torch.arange(seq) + sign * distance
@@ -82,68 +101,125 @@ def paper_sas_term(attentions: tuple[Tensor, ...], heads: Tensor) -> Tensor:
     return to_head.amax(1).sum() + to_dependent.amax(1).sum()
 
 
-def build_variants(
-    config: BertConfig, batch: Batch, device: torch.device, precision: str, seed: int, names: list[str]
-) -> dict[str, Callable[[], None]]:
-    """One closure per variant that takes a whole training step."""
-    torch.manual_seed(seed)
-    initial = Bert(config).state_dict()
-    count, sequences = len(batch.labels), batch.input_ids.shape[0]
+@dataclass(frozen=True)
+class Setting:
+    """What all variants share."""
 
-    def ours(sas_weight: float) -> tuple[nn.Module, Callable[[], Tensor]]:
-        module = MaskedLMWithSas(Bert(config), SasObjective())
-        module.bert.load_state_dict(initial)
+    config: BertConfig
+    device: torch.device
+    precision: str
+    compiled: bool
+    initial: dict[str, Tensor]  # weights
 
-        def loss() -> Tensor:
-            return module(
-                batch.input_ids,
-                batch.masked_positions,
-                batch.labels,
-                batch.heads if sas_weight else None,
-                mlm_scale=1.0 / count,
-                sas_scale=sas_weight / sequences,
-            ).loss
-
-        return module, loss
-
-    def transformers_bert(implementation: str, with_maps: bool) -> tuple[nn.Module, Callable[[], Tensor]]:
-        from transformers import BertConfig as HFConfig
-        from transformers import BertForMaskedLM
-
-        module = BertForMaskedLM(HFConfig(**to_hf_config(config), attn_implementation=implementation))
-        module.load_state_dict(to_hf_state(initial, config), strict=False)
-
-        def loss() -> Tensor:
-            output = module(batch.input_ids, labels=batch.full_labels, output_attentions=with_maps)
-            if not with_maps:
-                return output.loss
-            return output.loss + SAS_WEIGHT / sequences * paper_sas_term(output.attentions, batch.heads)
-
-        return module, loss
-
-    makers: dict[str, Callable[[], tuple[nn.Module, Callable[[], Tensor]]]] = {
-        "ours_max": lambda: ours(SAS_WEIGHT),
-        "ours_mlm": lambda: ours(0.0),
-        "paper": lambda: transformers_bert("eager", True),
-        "hf_sdpa": lambda: transformers_bert("sdpa", False),
-    }
-    return {name: _training_step(*makers[name](), device, precision) for name in names}
+    def bert(self, **changes: Any) -> Bert:
+        """A model with the shared weights."""
+        bert = Bert(replace(self.config, **changes))
+        bert.load_state_dict(self.initial)
+        return bert
 
 
-def _training_step(
-    module: nn.Module, loss: Callable[[], Tensor], device: torch.device, precision: str
-) -> Callable[[], None]:
-    module.to(device).train()
+def build_variant(name: str, setting: Setting, batch: Batch) -> Callable[[], None]:
+    """A closure that takes a whole training step."""
+    if name == "ours_deepspeed":
+        return _deepspeed_step(setting, batch)
+    if name in ("paper", "hf_sdpa"):
+        module, loss = _transformers_bert(setting, batch, with_maps=name == "paper")
+    else:
+        module, loss = _ours(name, setting, batch)
+    return _training_step(module, loss, setting)
+
+
+def _ours(name: str, setting: Setting, batch: Batch) -> tuple[nn.Module, Callable[[], Tensor]]:
+    weight = 0.0 if name == "ours_mlm" else SAS_WEIGHT
+    bert = setting.bert(attention_backend="flex" if name == "ours_flex" else "auto")
+    module = MaskedLMWithSas(bert, SasObjective(mode="uniform" if name == "ours_uniform" else "max"))
+    if setting.compiled:
+        module.compile_parts()
+    count, sequences = int((batch.labels >= 0).sum()), batch.input_ids.shape[0]
+
+    def loss() -> Tensor:
+        return module(
+            batch.input_ids,
+            batch.masked_positions,
+            batch.labels,
+            batch.heads if weight else None,
+            mlm_scale=1.0 / count,
+            sas_scale=weight / sequences,
+        ).loss
+
+    return module, loss
+
+
+def _transformers_bert(setting: Setting, batch: Batch, with_maps: bool) -> tuple[nn.Module, Callable[[], Tensor]]:
+    from transformers import BertConfig as HFConfig
+    from transformers import BertForMaskedLM
+
+    implementation = "eager" if with_maps else "sdpa"
+    module = BertForMaskedLM(HFConfig(**to_hf_config(setting.config), attn_implementation=implementation))
+    module.load_state_dict(to_hf_state(setting.initial, setting.config), strict=False)
+
+    def loss() -> Tensor:
+        output = module(batch.input_ids, labels=batch.full_labels, output_attentions=with_maps)
+        if not with_maps:
+            return output.loss
+        return output.loss + SAS_WEIGHT / len(batch.input_ids) * paper_sas_term(output.attentions, batch.heads)
+
+    return module, loss
+
+
+def _training_step(module: nn.Module, loss: Callable[[], Tensor], setting: Setting) -> Callable[[], None]:
+    module.to(setting.device).train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(setting.device.type, dtype=torch.bfloat16, enabled=setting.precision == "bf16"):
             value = loss()
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
+
+
+def _deepspeed_step(setting: Setting, batch: Batch) -> Callable[[], None]:
+    from megatron_sas.config import TrainSection
+    from megatron_sas.data.mlm_dataset import MicroBatch, Window
+    from megatron_sas.engine.engine import Engine
+    from megatron_sas.engine.environment import initialize_distributed
+
+    initialize_distributed()
+    sequences = len(batch.input_ids)
+    section = TrainSection(
+        steps=1,
+        global_batch_size=sequences,
+        micro_batch_size=sequences,
+        precision=setting.precision,
+        compile=setting.compiled,
+    )
+    engine = Engine(MaskedLMWithSas(setting.bert(), SasObjective()), section, 0, setting.device)
+    names = ("input_ids", "masked_positions", "labels", "heads")
+    tensors = {name: getattr(batch, name) for name in names}
+    micro_batch = MicroBatch(index=0, sample_ids=torch.arange(sequences), **tensors)
+    window = Window(0, [micro_batch], int((batch.labels >= 0).sum()))
+    return lambda: engine.update(window, SAS_WEIGHT, measure_sas=False)
+
+
+def largest_paper_batch(setting: Setting, arguments: argparse.Namespace) -> int:
+    """The largest power of two of sequences, up to --batch, whose step in the paper's way fits the GPU."""
+    size = 1
+    while 2 * size <= arguments.batch:
+        try:
+            step = build_variant("paper", setting, random_batch(2 * size, arguments, setting.device))
+            step()
+            step()
+        except torch.OutOfMemoryError:
+            break
+        finally:
+            step = None
+            gc.collect()
+            torch.cuda.empty_cache()
+        size *= 2
+    return size
 
 
 def peak_memory(step: Callable[[], None], device: torch.device) -> int | None:
@@ -161,77 +237,138 @@ def peak_memory(step: Callable[[], None], device: torch.device) -> int | None:
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     lines = [
-        "| variant | ms per step | CPU ms per step | tokens/s | peak MiB of a step |",
-        "|---|---:|---:|---:|---:|",
+        "| variant | batch | ms per step | CPU ms per step | tokens/s | MFU | peak MiB of a step |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    tokens = result["batch"] * result["seq_length"]
-    for name, times in result["times"].items():
-        wall, cpu = statistics.median(times["wall"]), statistics.median(times["cpu"])
-        memory = result["peak_bytes"][name]
-        peak = "-" if memory is None else f"{memory / 2**20:,.0f}"
-        lines.append(f"| {name} | {1000 * wall:,.1f} | {1000 * cpu:,.1f} | {tokens / wall:,.0f} | {peak} |")
-    lines += ["", "| ratio | by the clock | by CPU time |", "|---|---:|---:|"]
-    lines += [f"| {n} | {value:.2f} | {result['cpu_ratios'][n]:.2f} |" for n, value in result["ratios"].items()]
+    for name, row in result["variants"].items():
+        peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
+        mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        lines.append(
+            f"| {name} | {row['batch']} | {1000 * row['seconds']:,.1f} | {1000 * row['cpu_seconds']:,.1f} "
+            f"| {row['tokens_per_second']:,.0f} | {mfu} | {peak} |"
+        )
+    lines += ["", "| seconds a token | by the clock | by CPU time |", "|---|---:|---:|"]
+    lines += [f"| {n} | {value:.3f} | {result['cpu_ratios'][n]:.3f} |" for n, value in result["ratios"].items()]
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measure, print a table, write the JSON."""
+def read_arguments() -> argparse.Namespace:
+    """The command line, checked.
+
+    Raises:
+        InputError: a number that makes no sense, or an output that exists.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tuple(SIZES), default="mini", help="named size (mini)")
     parser.add_argument("--seq-length", type=int, default=512, help="tokens per sequence (512)")
     parser.add_argument("--batch", type=int, default=4, help="sequences per step (4)")
+    parser.add_argument("--paper-batch", type=int, help="of `paper` (--batch; on GPUs the largest that fits)")
     parser.add_argument("--vocab-size", type=int, default=30522, help="entries of the vocabulary (30522)")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of attention probabilities (0)")
     parser.add_argument("--pairs", type=int, default=10, help="rounds in which every variant runs once (10)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which to run (all)")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        help="which to run (ours_max, ours_mlm, paper, hf_sdpa; on GPUs all, ours_flex without dropout only)",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (auto)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast (fp32)")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="compile our variants or not (on GPUs)"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (torch's default)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (0)")
     parser.add_argument("--output", metavar="FILE.json", help="write every time and the ratios here")
     parser.add_argument("--overwrite", action="store_true", help="replace the output")
     arguments = parser.parse_args()
-    for name in ("seq_length", "batch", "pairs"):
-        if getattr(arguments, name) < 1:
+    for name in ("seq_length", "batch", "paper_batch", "pairs"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')}: must be at least 1")
+    if not 0.0 <= arguments.dropout < 1.0:
+        raise InputError("--dropout: must be at least 0 and less than 1")
     if arguments.output:
         refuse_existing(arguments.output, arguments.overwrite)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    device = choose_device(arguments.device)
+    return arguments
+
+
+def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Every variant's figures and the ratios between them."""
+    cuda = device.type == "cuda"
     config = BertConfig(
         **SIZES[arguments.model],
         vocab_size=arguments.vocab_size,
         max_position_embeddings=max(arguments.seq_length, 512),
-        attention_dropout=0.0,
+        attention_dropout=arguments.dropout,
     )
-    batch = random_batch(arguments.batch, arguments.seq_length, arguments.vocab_size, arguments.seed, device)
-    variants = build_variants(config, batch, device, arguments.precision, arguments.seed, arguments.variants)
-    times = time_interleaved(variants, arguments.pairs, device)
+    torch.manual_seed(arguments.seed)
+    compiled = cuda if arguments.compile is None else arguments.compile
+    setting = Setting(config, device, arguments.precision, compiled, Bert(config).state_dict())
+    names = arguments.variants
+    if names is None:
+        names = [n for n in VARIANTS if n != "ours_flex" or arguments.dropout == 0.0] if cuda else list(CPU_VARIANTS)
+    sizes = dict.fromkeys(names, arguments.batch)
+    if "paper" in sizes:
+        sizes["paper"] = arguments.paper_batch or (largest_paper_batch(setting, arguments) if cuda else arguments.batch)
+    batches = {size: random_batch(size, arguments, device) for size in set(sizes.values())}
+    steps = {name: build_variant(name, setting, batches[size]) for name, size in sizes.items()}
+    times = time_interleaved(steps, arguments.pairs, device)
+    per_token = {
+        name: Times(*([t / (sizes[name] * arguments.seq_length) for t in kind] for kind in (value.wall, value.cpu)))
+        for name, value in times.items()
+    }
+    flops = flops_per_token(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        seq_length=arguments.seq_length,
+        mask_prob=MASK_PROB,
+    )
+    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+    peak = peak_flops(torch.cuda.get_device_name(device), dtype) if cuda else None
+    rows = {}
+    for name, step in steps.items():
+        rate = 1.0 / statistics.median(per_token[name].wall)
+        rows[name] = {
+            "batch": sizes[name],
+            "seconds": statistics.median(times[name].wall),
+            "cpu_seconds": statistics.median(times[name].cpu),
+            "tokens_per_second": rate,
+            "mfu": None if peak is None else rate * flops / peak,
+            "peak_bytes": peak_memory(step, device),
+            "times": asdict(times[name]),
+        }
     pairs = [(a, b) for a, b in RATIOS if {a, b} <= set(times)]
-    result = {
-        "device": describe_device(device) | {"transformers": _transformers_version()},
-        **{name: getattr(arguments, name) for name in ("model", "seq_length", "batch", "vocab_size", "precision")},
+    batch = batches[arguments.batch] if arguments.batch in batches else next(iter(batches.values()))
+    probe = torch.empty(1, 1, arguments.seq_length, config.hidden_size // config.num_heads, device=device, dtype=dtype)
+    shared = ("model", "seq_length", "batch", "vocab_size", "dropout", "precision")
+    return {
+        "device": describe_device(device) | {"transformers": version("transformers")},
+        **{name: getattr(arguments, name) for name in shared},
+        "compiled": compiled,
+        "attention_backend": choose_backend(probe, arguments.dropout),
         "masked_tokens": len(batch.labels),
         "edges": int((batch.heads >= 0).sum()),
-        "ratios": {f"{a} / {b}": median_ratio(times[a].wall, times[b].wall) for a, b in pairs},
-        "cpu_ratios": {f"{a} / {b}": median_ratio(times[a].cpu, times[b].cpu) for a, b in pairs},
-        "peak_bytes": {name: peak_memory(step, device) for name, step in variants.items()},
-        "times": {name: asdict(value) for name, value in times.items()},
+        "ratios": {f"{a} / {b}": median_ratio(per_token[a].wall, per_token[b].wall) for a, b in pairs},
+        "cpu_ratios": {f"{a} / {b}": median_ratio(per_token[a].cpu, per_token[b].cpu) for a, b in pairs},
+        "variants": rows,
     }
+
+
+def main() -> None:
+    """Measure, print a table, write the JSON."""
+    arguments = read_arguments()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    result = measure(arguments, choose_device(arguments.device))
     print(", ".join(f"{name} {value}" for name, value in result["device"].items()))
-    print(
-        f"{arguments.model}, batch {arguments.batch} × {arguments.seq_length}, {arguments.precision}, "
-        f"{arguments.pairs} rounds\n\n{table(result)}"
-    )
+    print(f"{arguments.model}, batch {arguments.batch} × {arguments.seq_length}, {arguments.precision}, ", end="")
+    print(f"attention dropout {arguments.dropout}, attention {result['attention_backend']}, ", end="")
+    print(f"{'' if result['compiled'] else 'not '}compiled, {arguments.pairs} rounds\n\n{table(result)}")
     if arguments.output:
         write_json_atomic(arguments.output, result)
-
-
-def _transformers_version() -> str:
-    import transformers
-
-    return transformers.__version__
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from megatron_sas.cli import InputError
 from megatron_sas.data.masking import mask_tokens
-from megatron_sas.data.mlm_dataset import MLMDataset, PrefetchLoader, validation_batches
+from megatron_sas.data.mlm_dataset import MLMDataset, PrefetchLoader, masked_capacity, validation_batches
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.sampler import global_samples
 
@@ -24,6 +26,29 @@ def dataset(packed, rank=0, world_size=1, **options):
 def same(a, b):
     names = ("sample_ids", "input_ids", "masked_positions", "labels", "heads")
     return a.index == b.index and all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
+
+
+def test_fixed_shapes_fill_up_and_change_nothing(make_packed):
+    packed = PackedData(make_packed())
+    plain = dataset(packed, micro_batch_size=8).window(2)
+    fixed = dataset(packed, micro_batch_size=8, fixed_shapes=True).window(2)
+    assert fixed.num_masked == plain.num_masked
+    for a, b in zip(plain.micro_batches, fixed.micro_batches, strict=True):
+        count = len(a.labels)
+        assert len(b.labels) == len(b.masked_positions) == masked_capacity(8 * 16, 0.3) == 128 > count
+        assert same(a, replace(b, masked_positions=b.masked_positions[:count], labels=b.labels[:count]))
+        assert set(b.labels[count:].tolist()) == {-100}
+        assert set(b.masked_positions[count:].tolist()) == {0}
+
+
+def test_capacity_is_hardly_ever_exceeded():
+    """Against the binomial distribution: P(more) < 1e-8; the batch is then larger, not wrong."""
+    for tokens, prob in ((16_384, 0.15), (2048, 0.15), (4096, 0.5)):
+        capacity = masked_capacity(tokens, prob)
+        assert capacity % 64 == 0
+        assert capacity < tokens * prob + 6.1 * math.sqrt(tokens * prob * (1 - prob)) + 64
+        assert 0.5 * math.erfc((capacity - tokens * prob) / math.sqrt(2 * tokens * prob * (1 - prob))) < 1e-8
+    assert masked_capacity(32, 0.15) == 32
 
 
 def test_window_content_against_plain_python(make_packed):

@@ -14,7 +14,7 @@ SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # that a block m
 
 
 def compile_ahead(*cases: str) -> list[dict]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = dict(os.environ)
     root = Path(__file__).parents[2]
     environment["PYTHONPATH"] = f"{root}:{environment.get('PYTHONPATH', '')}"
     run = [sys.executable, str(Path(__file__).with_name("compile_ahead.py")), *cases]

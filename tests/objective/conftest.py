@@ -1,10 +1,5 @@
-"""Triton's interpreter for the kernels, where there is no GPU."""
+"""Triton kernels run in an interpreter where there is no GPU."""
 
-from __future__ import annotations
+from interpreter import interpret_kernels
 
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
+interpret_kernels()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -193,3 +194,37 @@ def test_mlm_loss_ignores_padded_columns():
     torch.testing.assert_close(loss, -logits.log_softmax(-1)[torch.arange(7), labels].sum())
     assert (padded.grad[:, 20:] == 0).all()
     assert mlm_loss_sum(logits[:0], labels[:0]) == 0
+
+
+@pytest.mark.parametrize("sas_scale", [0.0, 0.3])
+def test_compiled_parts_compute_the_same(sas_scale, monkeypatch):
+    """Through the same tracing as on a GPU; only the generated code differs."""
+    compiler = functools.partial(torch.compile, backend="aot_eager")
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        config = BertConfig(
+            num_layers=2, hidden_size=32, num_heads=2, intermediate_size=64, vocab_size=70, hidden_dropout=0.0,
+            attention_dropout=0.0,
+        )  # fmt: skip
+        module = MaskedLMWithSas(Bert(config), SasObjective())
+        names = list(module.state_dict())
+        if compiled:
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "compile", compiler)
+                module.compile_parts()
+        assert list(module.state_dict()) == names
+        ids, heads = torch.randint(5, 70, (2, 20)), torch.randint(-1, 20, (2, 20))
+        positions = torch.tensor([1, 4, 25, 0, 0])
+        labels = torch.tensor([7, 9, 11, -100, -100])  # filled up
+        parts = module(ids, positions, labels, heads, mlm_scale=1 / 3, sas_scale=sas_scale)
+        parts.loss.backward()
+        results.append((parts.loss, parts.sas_sum, *(p.grad for p in module.parameters() if p.grad is not None)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_filled_up_positions_do_not_count():
+    logits = torch.randn(4, 9)
+    full = mlm_loss_sum(logits, torch.tensor([3, -100, 5, -100]))
+    assert full == mlm_loss_sum(logits[[0, 2]], torch.tensor([3, 5]))

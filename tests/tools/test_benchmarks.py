@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -28,8 +29,8 @@ def test_training_benchmark(tmp_path):
     done = run_tool("benchmark_training", *arguments)
     assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())
-    assert set(result["times"]) == {"ours_max", "ours_mlm", "paper", "hf_sdpa"}
-    assert all(len(times["wall"]) == len(times["cpu"]) == 2 for times in result["times"].values())
+    assert set(result["variants"]) == {"ours_max", "ours_mlm", "paper", "hf_sdpa"}
+    assert all(len(row["times"]["wall"]) == len(row["times"]["cpu"]) == 2 for row in result["variants"].values())
     assert result["ratios"]["paper / ours_max"] > 0
     assert (result["device"]["type"], result["device"]["torch"]) == ("cpu", torch.__version__)
     assert result["device"]["threads"] == 1
@@ -37,6 +38,19 @@ def test_training_benchmark(tmp_path):
     again = run_tool("benchmark_training", *arguments)
     assert again.returncode == 2
     assert again.stderr == f"error: {output}: exists already; choose another output or pass --overwrite\n"
+
+
+def test_deepspeed_and_other_batches(tmp_path):
+    output = tmp_path / "out.json"
+    arguments = ["--model", "tiny", "--vocab-size", "200", "--seq-length", "16", "--batch", "2", "--pairs", "1"]
+    arguments += ["--variants", "ours_max", "ours_deepspeed", "ours_uniform", "paper", "--paper-batch", "1"]
+    done = run_tool("benchmark_training", *arguments, "--device", "cpu", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    assert {name: row["batch"] for name, row in result["variants"].items()} == {
+        "ours_max": 2, "ours_deepspeed": 2, "ours_uniform": 2, "paper": 1,
+    }  # fmt: skip
+    assert set(result["ratios"]) == {"paper / ours_max", "ours_deepspeed / ours_max"}
 
 
 def test_attention_benchmark(tmp_path):
@@ -57,15 +71,16 @@ def test_the_papers_way_computes_the_same_objective(monkeypatch):
     import benchmark_training as tool
 
     config = tool.BertConfig(**tool.SIZES["tiny"], vocab_size=150, attention_dropout=0.0, hidden_dropout=0.0)
-    batch = tool.random_batch(2, 24, 150, 0, torch.device("cpu"))
-    losses = {}
+    cpu = torch.device("cpu")
+    setting = tool.Setting(config, cpu, "fp32", False, tool.Bert(config).state_dict())
+    batch = tool.random_batch(2, argparse.Namespace(seq_length=24, vocab_size=150, seed=0), cpu)
     monkeypatch.setattr(tool, "SAS_WEIGHT", 0.5)
     monkeypatch.setattr(tool, "_training_step", lambda _module, loss, *_: loss)
-    for name, loss in tool.build_variants(config, batch, torch.device("cpu"), "fp32", 0, list(tool.VARIANTS)).items():
-        losses[name] = float(loss().detach())
+    names = ("ours_max", "ours_uniform", "ours_mlm", "paper", "hf_sdpa")
+    losses = {name: float(tool.build_variant(name, setting, batch)().detach()) for name in names}
     assert losses["ours_max"] == pytest.approx(losses["paper"], rel=1e-5)
     assert losses["ours_mlm"] == pytest.approx(losses["hf_sdpa"], rel=1e-5)
-    assert losses["ours_max"] > losses["ours_mlm"] + 0.1
+    assert losses["ours_uniform"] > losses["ours_max"] > losses["ours_mlm"] + 0.1
 
 
 def test_variants_take_turns():
