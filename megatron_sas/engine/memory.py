@@ -7,6 +7,7 @@ attention maps and is not covered.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -53,6 +54,7 @@ def show_bytes(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
+@functools.cache
 def count_parameters(config: BertConfig) -> int:
     """Parameters of a model of this shape, without allocating it."""
     with torch.device("meta"):
