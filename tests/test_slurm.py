@@ -177,7 +177,10 @@ def test_array_of_seeds_and_lambdas(tmp_path):
 def test_a_preempted_run_continues_where_it_was(config, tmp_path, script, nodes, reason):
     """The time limit comes after the third update or later; the requeued job ends where one that ran through does."""
     options = (f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}")
-    run, more = tmp_path / "run", {"train.steps": 400, "checkpoint.every": 400, "evaluation.every": 400}
+    run, more = (
+        tmp_path / "run",
+        {"train.steps": 400, "train.decay_horizon": 1000, "checkpoint.every": 400, "evaluation.every": 400},
+    )
     arguments = [f"--{name}={value}" for name, value in more.items()]
     job = Job(tmp_path, script, config, run, *arguments, options=options)
     deadline = time.monotonic() + 60
