@@ -8,6 +8,7 @@ attention maps and is not covered.
 from __future__ import annotations
 
 import functools
+import gc
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -172,6 +173,7 @@ class PeakMemory:
         self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
     def __enter__(self) -> PeakMemory:
+        gc.collect()  # what is garbage now must not be freed within the block
         if self._cuda:
             self._before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()

@@ -16,6 +16,7 @@ from megatron_sas.data.mlm_dataset import MLMDataset
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
 from megatron_sas.engine.checkpoint import newest_checkpoint, read_state
+from megatron_sas.engine.kernel_cache import build_attention_kernels
 from megatron_sas.evaluation.live import LiveEvaluation
 from megatron_sas.files import write_text_atomic
 from megatron_sas.model.bert import Bert
@@ -76,6 +77,10 @@ def build_parts(config: Config, say: Callable[[str], None], *, dry_run: bool = F
     checkpoint = agreed(lambda: _where_to_continue(config, run_dir, say) if distributed.is_main() else None)
     checkpoint = distributed.broadcast_object(checkpoint)
     parts = agreed(lambda: _build(config, checkpoint))
+    if torch.cuda.is_available():
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        device = torch.device("cuda", distributed.local_rank())
+        build_attention_kernels(parts.bert.config, parts.dataset.packed.seq_length, dtype, device)
     if not dry_run:  # last, so that a run which is refused leaves no directory behind
         agreed(lambda: write_text_atomic(run_dir / CONFIG, config.to_yaml()) if distributed.is_main() else None)
     return parts
