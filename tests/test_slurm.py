@@ -145,9 +145,11 @@ def test_a_failure_is_not_requeued(tmp_path, script):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "requeue").write_text("of an earlier start\n")
     code, output = trainer_job(tmp_path, script, "c.yaml", tmp_path / "run", TRAINER_FAILS="3")
-    assert code in (3, 137)  # 137: the second task was killed because the first had failed
+    assert code in (3, 137), output  # 137: the second task was killed because the first had failed
     assert "queue" not in output
-    assert len((tmp_path / "run" / "started-0").read_text().splitlines()) == 1
+    started = list((tmp_path / "run").glob("started-*"))
+    assert started
+    assert all(len(path.read_text().splitlines()) == 1 for path in started)
 
 
 def test_array_of_seeds_and_lambdas(tmp_path):
@@ -177,10 +179,7 @@ def test_array_of_seeds_and_lambdas(tmp_path):
 def test_a_preempted_run_continues_where_it_was(config, tmp_path, script, nodes, reason):
     """The time limit comes after the third update or later; the requeued job ends where one that ran through does."""
     options = (f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}")
-    run, more = (
-        tmp_path / "run",
-        {"train.steps": 400, "train.decay_horizon": 1000, "checkpoint.every": 400, "evaluation.every": 400},
-    )
+    run, more = tmp_path / "run", {"train.steps": 80, "checkpoint.every": 80, "evaluation.every": 80}
     arguments = [f"--{name}={value}" for name, value in more.items()]
     job = Job(tmp_path, script, config, run, *arguments, options=options)
     deadline = time.monotonic() + 60
@@ -196,4 +195,4 @@ def test_a_preempted_run_continues_where_it_was(config, tmp_path, script, nodes,
     assert events[-1] == "finished"
     assert not (run / "requeue").exists()
     train(config, tmp_path / "whole", more)
-    assert largest_difference(weights(run, 400), weights(tmp_path / "whole", 400)) < 1e-3
+    assert largest_difference(weights(run, 80), weights(tmp_path / "whole", 80)) < 1e-4
