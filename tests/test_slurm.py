@@ -174,7 +174,11 @@ def test_array_of_seeds_and_lambdas(tmp_path):
     importlib.util.find_spec("megatron_sas.engine.signals") is None, reason="the trainer does not handle signals yet"
 )
 @pytest.mark.parametrize(
-    ("script", "nodes", "reason"), [("single_node.sbatch", 1, "SIGUSR1"), ("multi_node_deepspeed.sbatch", 2, "file")]
+    ("script", "nodes", "reason"),
+    [
+        ("single_node.sbatch", 1, "SIGUSR1"),
+        pytest.param("multi_node_deepspeed.sbatch", 2, "file", marks=pytest.mark.full),
+    ],
 )
 def test_a_preempted_run_continues_where_it_was(config, tmp_path, script, nodes, reason):
     """The time limit comes after the third update or later; the requeued job ends where one that ran through does."""
