@@ -87,7 +87,8 @@ def preflight(path: str, overrides: Sequence[str]) -> int:
 def _check_configured(config: Config, report: Report) -> None:
     """Everything that the configuration names."""
     data, section = config.data, config.evaluation
-    world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+    tasks = os.environ.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in os.environ else "1"
+    world_size = int(os.environ.get("WORLD_SIZE", tasks))
     deepspeed = report.check(
         "batch and DeepSpeed",
         lambda: deepspeed_config(config.train, world_size),

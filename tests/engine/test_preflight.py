@@ -59,6 +59,9 @@ def test_a_run_that_exists_is_continued_and_stays_as_it_is(config, tmp_path):
     run = tmp_path / "run"
     train(config, run, {"train.steps": 3})
     before = tree(run)
+    files = list((run / "checkpoints" / "step_00000003").glob("*.safetensors"))
+    parameters = 23_584
+    assert sum(f.stat().st_size for f in files) == pytest.approx(parameters * preflight.CHECKPOINT_BYTES, rel=0.1)
     output = launch(SCRIPT, "--config", config, "--run.output_dir", run, "--dry-run")
     assert f"one step: continuing from {run}/checkpoints/step_00000003" in output
     assert "disk space: 1 checkpoints of" in output
