@@ -18,6 +18,10 @@ def main() -> int:
     """Train as the command line says; returns the exit code."""
     try:
         arguments, overrides = parse_arguments()
+        if arguments.dry_run:
+            from megatron_sas.engine.preflight import preflight
+
+            return preflight(arguments.config, overrides)
         config = load_config(arguments.config, overrides)
         from megatron_sas.engine.trainer import Trainer  # deepspeed: not needed for --help and bad configurations
 

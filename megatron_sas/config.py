@@ -381,5 +381,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE.yaml", help="configuration; see examples/")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check environment, configuration, data, disk and memory, make one step, write nothing; exit code 2 when "
+        "something is wrong",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_known_args(arguments)

@@ -157,7 +157,9 @@ class Engine:
             parts = [parameter.ds_tensor for _, parameter in self.named_parameters()]
         else:
             parts = [parameter.detach() for _, parameter in self.named_parameters()]
-        total = torch.stack([part.double().square().sum() for part in parts]).sum()
+        total = (
+            torch.stack([part.double().square().sum() for part in parts]).sum().to(self.device)
+        )  # offloaded ones are not there
         if self.train_section.zero_stage == 3:
             distributed.all_reduce_sum_(total)
         return float(total.sqrt())

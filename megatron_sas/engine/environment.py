@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 
 from megatron_sas.distributed import local_rank
+from megatron_sas.engine.kernel_cache import use_local_caches
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -24,6 +25,7 @@ def initialize_distributed() -> torch.device:
     if "RANK" not in os.environ:  # plain python
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    use_local_caches()
     cuda = torch.cuda.is_available()
     if not cuda:
         # Without this DeepSpeed guesses the accelerator from installed packages.

@@ -16,6 +16,7 @@ from megatron_sas.data.mlm_dataset import MLMDataset
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
 from megatron_sas.engine.checkpoint import newest_checkpoint, read_state
+from megatron_sas.engine.kernel_cache import build_attention_kernels
 from megatron_sas.evaluation.live import LiveEvaluation
 from megatron_sas.files import write_text_atomic
 from megatron_sas.model.bert import Bert
@@ -66,8 +67,8 @@ def agreed(action: Callable[[], Result]) -> Result:
     return result
 
 
-def build_parts(config: Config, say: Callable[[str], None]) -> Parts:
-    """Open and check everything, and build the model with its initial or resumed weights.
+def build_parts(config: Config, say: Callable[[str], None], *, dry_run: bool = False) -> Parts:
+    """Open and check everything, and build the model with its initial or resumed weights. A dry run writes nothing.
 
     Raises:
         InputError: anything that the user must mend, the same on every rank.
@@ -76,8 +77,12 @@ def build_parts(config: Config, say: Callable[[str], None]) -> Parts:
     checkpoint = agreed(lambda: _where_to_continue(config, run_dir, say) if distributed.is_main() else None)
     checkpoint = distributed.broadcast_object(checkpoint)
     parts = agreed(lambda: _build(config, checkpoint))
-    # Last, so that a run which is refused leaves no directory behind.
-    agreed(lambda: write_text_atomic(run_dir / CONFIG, config.to_yaml()) if distributed.is_main() else None)
+    if torch.cuda.is_available():
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        device = torch.device("cuda", distributed.local_rank())
+        build_attention_kernels(parts.bert.config, parts.dataset.packed.seq_length, dtype, device)
+    if not dry_run:  # last, so that a run which is refused leaves no directory behind
+        agreed(lambda: write_text_atomic(run_dir / CONFIG, config.to_yaml()) if distributed.is_main() else None)
     return parts
 
 
@@ -119,11 +124,11 @@ def _build(config: Config, checkpoint: Path | None) -> Parts:
     packed = PackedData(data.train, heads_name=data.heads)
     tokenizer_path = data.tokenizer or packed.tokenizer.path
     tokenizer = load_tokenizer(tokenizer_path)
-    _check_tokenizer(tokenizer, tokenizer_path, packed, data.train)
+    check_tokenizer(tokenizer, tokenizer_path, packed, data.train)
     validation = None
     if data.validation is not None:
         validation = PackedData(data.validation)
-        _check_tokenizer(tokenizer, tokenizer_path, validation, data.validation)
+        check_tokenizer(tokenizer, tokenizer_path, validation, data.validation)
     for name, part in (("train", packed), ("validation", validation)):
         if part is not None and part.seq_length > config.model.max_position_embeddings:
             raise InputError(
@@ -153,7 +158,8 @@ def _build(config: Config, checkpoint: Path | None) -> Parts:
     return Parts(tokenizer, dataset, bert, LiveEvaluation(config, tokenizer, validation), checkpoint, state)
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str, packed: PackedData, prefix: str) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str, packed: PackedData, prefix: str) -> None:
+    """Refuse a tokenizer other than the one that made the data (`InputError`)."""
     if tokenizer_hash(tokenizer) != packed.tokenizer.hash:
         raise InputError(
             f"{path}: is not the tokenizer that made {prefix}.bin (hashes differ); set data.tokenizer to that one or "

@@ -1,0 +1,25 @@
+# shellcheck shell=bash
+# What the batch scripts of this folder share; they source it, it is not submitted itself.
+#
+# Compute nodes often have no internet. Training reads nothing but files, and these make sure that no library tries.
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+# Compiled kernels go below $SLURM_TMPDIR, $TMPDIR or /tmp of each node (the program sees to that, unless
+# TRITON_CACHE_DIR or TORCH_EXTENSIONS_DIR is set), never to a home directory that all nodes write at once.
+
+PYTHON=${PYTHON:-.venv/bin/python}
+
+# Where the processes meet: the first node of the job, and a port that two jobs on one node are unlikely to share.
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR MASTER_PORT
+
+# finish CODE RUN_DIR: put the job back into the queue if the run says so, and exit with CODE.
+# A run that was asked to stop saves a checkpoint and leaves the file `requeue`; one that finished or failed does not.
+# Exit codes cannot tell these apart: launchers replace them.
+finish() {
+    if [ -e "$2/requeue" ]; then
+        echo "stopped before its end ($(cat "$2/requeue")): job $SLURM_JOB_ID goes back into the queue"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    exit "$1"
+}

@@ -1,0 +1,135 @@
+"""What a machine must offer: each check returns what it found, or raises `InputError` with the remedy."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import resource
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_sas.cli import InputError
+
+OLDEST_TORCH = (2, 11)
+OPEN_FILES = 1024
+GPU_DEVICE = Path("/dev/nvidia0")
+
+
+def check_torch() -> str:
+    """A torch that is new enough and can use the GPUs that are there."""
+    found = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
+    if found < OLDEST_TORCH:
+        raise InputError(f"torch {torch.__version__} is too old; pip install -r requirements.txt")
+    if torch.cuda.is_available():
+        return f"{torch.__version__}, {torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    if GPU_DEVICE.exists():
+        if torch.version.cuda is None:
+            raise InputError(
+                f"this machine has an NVIDIA GPU, but torch {torch.__version__} is built without CUDA; "
+                "install the CUDA build (https://pytorch.org/get-started)"
+            )
+        raise InputError(
+            f"torch {torch.__version__} finds no usable GPU although {GPU_DEVICE} exists; compare `nvidia-smi` (the "
+            f"driver) with CUDA {torch.version.cuda} (torch), and check CUDA_VISIBLE_DEVICES"
+        )
+    return f"{torch.__version__}, no GPU: trains on the CPU"
+
+
+def check_collectives() -> str:
+    """NCCL where there are GPUs, gloo elsewhere."""
+    if not torch.cuda.is_available():
+        if not dist.is_gloo_available():
+            raise InputError("this torch has no gloo, which processes on CPUs need; install the wheel from PyPI")
+        return "gloo"
+    if not dist.is_nccl_available():
+        raise InputError(
+            f"torch {torch.__version__} has no NCCL, which GPUs need; install the CUDA wheel for Linux "
+            "(https://pytorch.org/get-started)"
+        )
+    return "NCCL " + ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def check_triton() -> str:
+    """Triton on GPUs; it comes with torch's CUDA wheels."""
+    if not torch.cuda.is_available():
+        return "not needed on a CPU"
+    if importlib.util.find_spec("triton") is None:
+        raise InputError(
+            "triton is missing, whose kernels run on GPUs; pip install triton, or reinstall torch's CUDA wheel"
+        )
+    return "found"
+
+
+def check_compiler(zero_optimization: dict[str, Any]) -> str:
+    """A compiler where something is compiled: Triton's launchers on GPUs, DeepSpeed's access to NVMe for offloading."""
+    reasons = []
+    if torch.cuda.is_available():
+        reasons.append(("Triton builds its launchers with it", (os.environ.get("CC", "cc"), "gcc", "clang")))
+    if any(
+        (zero_optimization.get(key) or {}).get("device") == "nvme" for key in ("offload_optimizer", "offload_param")
+    ):
+        reasons.append(("DeepSpeed builds its NVMe access with it", (os.environ.get("CXX", "c++"), "g++")))
+    found = []
+    for reason, names in reasons:
+        path = next(filter(None, map(shutil.which, names)), None)
+        if path is None:
+            raise InputError(
+                f"no compiler ({' or '.join(names[1:])}) on PATH, but {reason}; install one or set CC / CXX"
+            )
+        found.append(path)
+    return ", ".join(found) or "not needed: nothing is compiled in this setting"
+
+
+def check_apex() -> str:
+    """NVIDIA's apex or none; PyPI's package of that name is something else."""
+    if importlib.util.find_spec("apex") is None:
+        return "not installed, not required"
+    try:
+        from apex.normalization import FusedLayerNorm  # noqa: F401
+    except Exception:  # any failure to import means that it is not a working NVIDIA apex
+        raise InputError(
+            "the installed apex is not NVIDIA's (PyPI's `apex` is a web toolkit); pip uninstall apex. NVIDIA's is "
+            "built from source (https://github.com/NVIDIA/apex) and not required"
+        ) from None
+    return "NVIDIA's"
+
+
+def check_temporary_directory() -> str:
+    """A place for sockets, caches and compiled kernels."""
+    try:
+        directory = tempfile.gettempdir()
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        wanted = os.environ.get("TMPDIR", "/tmp")
+        raise InputError(f"TMPDIR {wanted}: cannot be written ({error.strerror}); set TMPDIR to a local disk") from None
+    wanted = os.environ.get("TMPDIR")
+    if wanted and Path(directory) != Path(wanted).absolute():
+        raise InputError(f"TMPDIR {wanted}: cannot be written; create it or set TMPDIR to a local disk")
+    return directory
+
+
+def check_open_files() -> str:
+    """Enough file descriptors for data, sockets to other processes and the loader."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
+        raise InputError(f"only {soft} open files are allowed; run `ulimit -n {OPEN_FILES * 4}` first")
+    return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
+
+
+CHECKS: tuple[tuple[str, Callable[[], str]], ...] = (
+    ("torch", check_torch),
+    ("collectives", check_collectives),
+    ("triton", check_triton),
+    ("apex", check_apex),
+    ("temporary files", check_temporary_directory),
+    ("open files", check_open_files),
+)
+"""Those that need no configuration."""

@@ -1,0 +1,63 @@
+"""Kernels that are compiled on first use: kept on each host's own disk, and built there by one process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_sas.distributed import barrier, local_rank
+from megatron_sas.kernels import dependency_attention
+from megatron_sas.model.config import BertConfig
+
+# torch's extensions are not told apart by version when their directory is given.
+CACHES = {"TRITON_CACHE_DIR": "triton", "TORCH_EXTENSIONS_DIR": f"torch_extensions-{torch.__version__}"}
+
+
+def use_local_caches() -> None:
+    """Let Triton and DeepSpeed keep what they compile below $SLURM_TMPDIR or $TMPDIR, unless the user says where.
+
+    Their default is the home directory, which on a cluster all nodes write at once, over the network. A directory that
+    belongs to somebody else is not used: what lies in it is executed.
+    """
+    directory = Path(os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()) / f"megatron_sas-{os.getuid()}"
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        ours = directory.stat().st_uid == os.getuid() and not directory.is_symlink()
+    except OSError:
+        return
+    if ours:
+        for variable, name in CACHES.items():
+            os.environ.setdefault(variable, str(directory / name))
+
+
+@contextlib.contextmanager
+def first_of_each_host_first() -> Iterator[None]:
+    """Run the block on local rank 0 of every host, then on the others, which find what it built. A collective."""
+    if local_rank() != 0:
+        barrier()
+    try:
+        yield
+    finally:
+        if local_rank() == 0:
+            barrier()
+
+
+def build_attention_kernels(config: BertConfig, seq_length: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Run the model's attention once, with and without edges, so that its kernels exist on every host. A collective."""
+    shape = (1, config.num_heads, seq_length, config.head_dim)
+    heads = torch.zeros(1, seq_length, dtype=torch.int64, device=device)
+    with first_of_each_host_first():
+        for edges in (None, heads):
+            q, k, v = (torch.zeros(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
+            out, *probabilities = dependency_attention(
+                q, k, v, edges, dropout_p=config.attention_dropout, backend=config.attention_backend
+            )
+            loss = out.float().sum()
+            for part in probabilities:
+                loss = loss if part is None else loss + part.sum()
+            loss.backward()

@@ -1,0 +1,235 @@
+"""`pretrain_mlm.py --dry-run`: check everything, name every problem at once, make one step, leave nothing behind."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+
+from megatron_sas import distributed
+from megatron_sas.cli import InputError
+from megatron_sas.config import Config, load_config
+from megatron_sas.data.packed import PackedData
+from megatron_sas.data.tokenizer import load_tokenizer
+from megatron_sas.engine.checkpoint import load_moments
+from megatron_sas.engine.deepspeed_config import deepspeed_config
+from megatron_sas.engine.engine import Engine
+from megatron_sas.engine.environment import initialize_distributed
+from megatron_sas.engine.environment_checks import CHECKS, check_compiler
+from megatron_sas.engine.memory import MemoryEstimate, PeakMemory, count_parameters, estimate_memory, show_bytes
+from megatron_sas.engine.setup import build_parts, check_tokenizer
+from megatron_sas.evaluation.blimp import load_blimp
+from megatron_sas.evaluation.treebank import load_treebank
+from megatron_sas.model.config import BertConfig
+from megatron_sas.model.pretrained import checkpoints_directory
+from megatron_sas.objective.pretraining import MaskedLMWithSas
+from megatron_sas.objective.schedule import sas_weight
+
+Result = TypeVar("Result")
+
+CHECKPOINT_BYTES = 12  # per parameter: float32 weights and two moments
+
+
+class Report:
+    """One line per check. The first process prints them all, the first of every other host its problems."""
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+        self.problems = 0
+
+    def check(self, name: str, action: Callable[[], Result], describe: Callable[[Result], Any] = str) -> Result | None:
+        """Run `action` and report what it found; None when it raised."""
+        try:
+            result = action()
+        except (InputError, OSError) as error:
+            self.problems += 1
+            if self.rank == 0 or distributed.local_rank() == 0:
+                where = "" if self.rank == 0 else f"{socket.gethostname()}: "
+                print(f"problem  {where}{name}: {error}", flush=True)
+            return None
+        if self.rank == 0:
+            print(f"ok       {name}: {describe(result)}", flush=True)
+        return result
+
+
+def preflight(path: str, overrides: Sequence[str]) -> int:
+    """The exit code of a dry run: 0 when a training run could start, 2 when something is wrong."""
+    report = Report()
+    for name, action in CHECKS:
+        report.check(name, action)
+    config = report.check("configuration", lambda: load_config(path, overrides), lambda _: path)
+    if config is not None:
+        _check_configured(config, report)
+    if report.problems == 0:
+        _try_one_step(config, report)
+    if report.problems:
+        if report.rank == 0:
+            print(f"{report.problems} problem{'s' if report.problems > 1 else ''}; a run would fail", file=sys.stderr)
+        else:
+            time.sleep(2)  # a launcher that sees a process end stops the others: let rank 0 speak first
+        return 2
+    distributed.leave()
+    if report.rank == 0:
+        print("ready: nothing was written")
+    return 0
+
+
+def _check_configured(config: Config, report: Report) -> None:
+    """Everything that the configuration names."""
+    data, section = config.data, config.evaluation
+    tasks = os.environ.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in os.environ else "1"
+    world_size = int(os.environ.get("WORLD_SIZE", tasks))
+    deepspeed = report.check(
+        "batch and DeepSpeed",
+        lambda: deepspeed_config(config.train, world_size),
+        lambda d: (
+            f"{world_size} × {config.train.micro_batch_size} × {d['gradient_accumulation_steps']} sequences, "
+            f"ZeRO-{config.train.zero_stage}"
+        ),
+    )
+    zero = (deepspeed or {}).get("zero_optimization", {})
+    report.check("compiler", lambda: check_compiler(zero))
+    packed = report.check("training data", lambda: _open_data(config, data.train, data.heads), _describe_data)
+    if data.validation is not None:
+        report.check("validation data", lambda: _open_data(config, data.validation, None), _describe_data)
+    if section.treebank is not None:
+        report.check("treebank", lambda: load_treebank(section.treebank), lambda found: f"{len(found)} sentences")
+    if section.blimp is not None:
+        report.check("minimal pairs", lambda: load_blimp(section.blimp), lambda found: f"{len(found)} sets")
+    report.check("output directory", lambda: check_output_directory(Path(config.run.output_dir)))
+    if packed is not None:
+        shape = config.bert_config(packed.tokenizer.vocab_size, packed.tokenizer.pad_id)
+        report.check("disk space", lambda: check_disk_space(config, count_parameters(shape)))
+        if deepspeed is not None:
+            estimate = _estimate(config, shape, packed.seq_length, world_size, deepspeed)
+            report.check("memory per device (estimate)", lambda: check_memory(estimate))
+
+
+def _open_data(config: Config, prefix: str, heads: str | None) -> PackedData:
+    packed = PackedData(prefix, heads_name=heads)
+    path = config.data.tokenizer or packed.tokenizer.path
+    check_tokenizer(load_tokenizer(path), path, packed, prefix)
+    if packed.seq_length > config.model.max_position_embeddings:
+        raise InputError(
+            f"{prefix}: sequences of {packed.seq_length} tokens are longer than model.max_position_embeddings "
+            f"{config.model.max_position_embeddings}; raise that or preprocess again"
+        )
+    return packed
+
+
+def _describe_data(packed: PackedData) -> str:
+    return f"{packed.num_sequences:,} sequences of {packed.seq_length}, tokenizer matches (checksums are not read)"
+
+
+def existing_ancestor(path: Path) -> Path:
+    """`path`, or the nearest directory above it that exists."""
+    path = path.absolute()
+    return path if path.exists() else existing_ancestor(path.parent)
+
+
+def check_output_directory(path: Path) -> str:
+    """Whether a run could be written there; the file that tries it has no name, so nothing is left."""
+    directory = existing_ancestor(path)
+    if not directory.is_dir():
+        raise InputError(f"run.output_dir: {directory} is a file; choose another run.output_dir")
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"x" * 4096)
+    except OSError as error:
+        raise InputError(
+            f"run.output_dir: {directory} cannot be written ({error.strerror}); choose another directory"
+        ) from None
+    return f"{path} can be written"
+
+
+def check_disk_space(config: Config, parameters: int) -> str:
+    """Whether all checkpoints that the schedule still asks for fit."""
+    run_dir, last = Path(config.run.output_dir), config.train.steps
+    done = max(
+        (int(p.name[5:]) for p in checkpoints_directory(run_dir).glob("step_*") if p.name[5:].isdigit()), default=-1
+    )
+    count = sum(config.checkpoint.due(step, last) for step in range(done + 1, last + 1))
+    needed, free = count * parameters * CHECKPOINT_BYTES, shutil.disk_usage(existing_ancestor(run_dir)).free
+    text = f"{count} checkpoints of {show_bytes(parameters * CHECKPOINT_BYTES)} need {show_bytes(needed)}"
+    if needed > free:
+        raise InputError(
+            f"run.output_dir: {text}, but {show_bytes(free)} are free; raise checkpoint.every or choose another disk"
+        )
+    return f"{text}, {show_bytes(free)} are free"
+
+
+def check_memory(estimate: MemoryEstimate) -> str:
+    """Whether the estimate fits in what is free now, on the GPU or in this process's share of the host."""
+    if torch.cuda.is_available():
+        free, place = torch.cuda.mem_get_info(distributed.local_rank())[0], "the GPU"
+    else:
+        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        place = "a process's share of this host"
+    if estimate.total > free:
+        raise InputError(
+            f"{estimate} do not fit into the {show_bytes(free)} that are free on {place}; lower train.micro_batch_size "
+            "or raise train.zero_stage (docs/zero.md)"
+        )
+    return f"{estimate} of {show_bytes(free)} free"
+
+
+def _estimate(
+    config: Config, shape: BertConfig, seq_length: int, world_size: int, deepspeed: dict[str, Any]
+) -> MemoryEstimate:
+    return estimate_memory(
+        shape,
+        world_size=world_size,
+        zero_stage=config.train.zero_stage,
+        precision=config.train.precision,
+        accumulation=deepspeed["gradient_accumulation_steps"],
+        micro_batch_size=config.train.micro_batch_size,
+        seq_length=seq_length,
+        mask_prob=config.data.mask_prob,
+        zero_optimization=deepspeed["zero_optimization"],
+        cuda=torch.cuda.is_available(),
+    )
+
+
+def _try_one_step(config: Config, report: Report) -> None:
+    """The update that a run would begin with, through the real engine; its weights are thrown away."""
+
+    def step() -> tuple[str, int]:
+        started = time.perf_counter()
+        device = initialize_distributed()
+        with PeakMemory(device) as memory:
+            parts = build_parts(config, lambda _: None, dry_run=True)
+            module = MaskedLMWithSas(parts.bert, config.sas_objective())
+            engine = Engine(module, config.train, config.run.seed, device)
+            if parts.checkpoint is not None:
+                load_moments(engine, parts.checkpoint, parts.start_step)
+            engine.set_learning_rate(0.0)
+            weight = sas_weight(config.sas.schedule, parts.start_step)
+            result = engine.update(parts.dataset.window(parts.start_step), weight, measure_sas=True)
+            sums = distributed.all_reduce_sum_(torch.stack([result.mlm_sum.float(), result.grad_norm.float()]))
+        loss = float(sums[0]) / max(int(result.num_masked), 1)
+        if not math.isfinite(float(sums.sum())):
+            raise InputError(f"loss {loss:g} or its gradient is not finite; lower train.learning_rate, check the data")
+        peak = max(distributed.gather_objects(memory.peak))
+        where = "a new run" if parts.checkpoint is None else f"continuing from {parts.checkpoint}"
+        return f"{where}, masked-LM loss {loss:.4f}, {time.perf_counter() - started:.1f} s with start-up", peak
+
+    def step_within_memory() -> tuple[str, int]:
+        try:
+            return step()
+        except torch.OutOfMemoryError as error:
+            reason = str(error).split(". ")[0]
+            raise InputError(f"{reason}; lower train.micro_batch_size or raise train.zero_stage") from None
+
+    done = report.check("one step", step_within_memory, lambda found: found[0])
+    if done is not None:
+        report.check("memory per device (measured)", lambda: show_bytes(done[1]))

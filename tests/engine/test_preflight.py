@@ -1,0 +1,196 @@
+"""The dry run: what it finds, that it makes a real step, and that it leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from engine_runs import ROOT, launch, records, train
+
+from megatron_sas.cli import InputError
+from megatron_sas.config import load_config
+from megatron_sas.engine import environment_checks as checks
+from megatron_sas.engine import preflight
+from megatron_sas.engine.memory import MemoryEstimate
+
+SCRIPT = ROOT / "pretrain_mlm.py"
+
+
+def tree(path: Path) -> list[tuple]:
+    """Everything below `path`, with sizes and times of change."""
+    return sorted((str(p), p.lstat().st_size, p.lstat().st_mtime_ns) for p in path.rglob("*"))
+
+
+def bytes_of(output: str, label: str) -> float:
+    number, unit = re.search(rf"memory per device \({label}\): ([\d.]+) (\w+)", output).groups()
+    return float(number) * {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit]
+
+
+@pytest.mark.slow
+def test_a_good_configuration(config, tmp_path):
+    """Two processes; nothing is written, and the estimate is near what was measured."""
+    run, local = tmp_path / "run", tmp_path / "local"
+    local.mkdir()
+    before = tree(config.parent)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    buckets = ROOT / "examples" / "deepspeed" / "zero2.json"
+    arguments = ["--config", config, "--run.output_dir", run, "--model.hidden_size=128", "--train.zero_stage=2"]
+    arguments += [f"--train.deepspeed_config={buckets}", "--train.precision=bf16", "--dry-run"]
+    output = launch(*launcher, SCRIPT, *arguments, TMPDIR=str(local))
+    assert "problem" not in output
+    assert "batch and DeepSpeed: 2 × 2 × 2 sequences, ZeRO-2" in output
+    assert re.search(r"one step: a new run, masked-LM loss 4\.\d+", output)
+    assert output.count("ready: nothing was written") == 1
+    assert bytes_of(output, "estimate") == pytest.approx(bytes_of(output, "measured"), rel=0.2)
+    assert not run.exists()
+    assert tree(config.parent) == before
+    names = {p.name for p in local.iterdir() if not p.name.startswith("torch")}  # torch makes some of its own
+    assert names == {f"megatron_sas-{os.getuid()}"}
+
+
+@pytest.mark.slow
+def test_a_run_that_exists_is_continued_and_stays_as_it_is(config, tmp_path):
+    run = tmp_path / "run"
+    train(config, run, {"train.steps": 3})
+    before = tree(run)
+    files = list((run / "checkpoints" / "step_00000003").glob("*.safetensors"))
+    parameters = 23_584
+    assert sum(f.stat().st_size for f in files) == pytest.approx(parameters * preflight.CHECKPOINT_BYTES, rel=0.1)
+    output = launch(SCRIPT, "--config", config, "--run.output_dir", run, "--dry-run")
+    assert f"one step: continuing from {run}/checkpoints/step_00000003" in output
+    assert "disk space: 1 checkpoints of" in output
+    assert tree(run) == before
+    loss = float(re.search(r"masked-LM loss ([\d.]+)", output).group(1))
+    train(config, run)  # the step that it made is the step that the run makes
+    assert loss == pytest.approx(records(run)[4]["mlm_loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_all_problems_at_once(config, tmp_path):
+    """Data, treebank, DeepSpeed's JSON, the output directory, TMPDIR, and a package that only has the name of apex."""
+    (tmp_path / "site" / "apex").mkdir(parents=True)
+    (tmp_path / "site" / "apex" / "__init__.py").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "ds.json").write_text("{")
+    fields = {
+        "run.output_dir": tmp_path / "file" / "run",
+        "data.train": tmp_path / "nothing",
+        "evaluation.treebank": tmp_path / "no.conllu",
+        "evaluation.blimp": tmp_path / "no",
+        "train.deepspeed_config": tmp_path / "ds.json",
+    }
+    overrides = [f"--{name}={value}" for name, value in fields.items()]
+    environment = {"TMPDIR": str(tmp_path / "gone"), "PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"}
+    output = launch(SCRIPT, "--config", config, *overrides, "--dry-run", expect=2, **environment)
+    problems = {line.split(": ")[0].removeprefix("problem  ") for line in output.splitlines() if "problem " in line}
+    found = {"apex", "temporary files", "batch and DeepSpeed", "training data", "treebank", "minimal pairs"}
+    assert problems == found | {"output directory"}
+    assert "7 problems; a run would fail" in output
+    assert "pip uninstall apex" in output
+    assert "one step" not in output
+    assert "Traceback" not in output
+
+
+def test_a_wrong_configuration_is_reported_beside_the_environment(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("run: {output_dir: x}\ndata: {train: y}\ntrain: {steps: 0, micro: 3}\n")
+    assert preflight.preflight(str(tmp_path / "bad.yaml"), []) == 2
+    output = capsys.readouterr().out
+    assert "problem  configuration: " in output
+    assert "train.steps" in output and "train.micro: unknown field" in output
+    assert "ok       torch: " in output
+
+
+def test_disk_space(config, tmp_path, monkeypatch):
+    settings = load_config(config, [f"--run.output_dir={tmp_path / 'a' / 'b'}"])
+    assert preflight.check_disk_space(settings, 1_000).startswith("3 checkpoints of 12 KiB need 35 KiB, ")
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=35_000))
+    with pytest.raises(InputError, match=r"3 checkpoints .* need 35 KiB, but 34 KiB are free; raise checkpoint\.every"):
+        preflight.check_disk_space(settings, 1_000)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(preflight.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(InputError, match=r"cannot be written \(Read-only file system\); choose another directory"):
+        preflight.check_output_directory(tmp_path / "run")
+
+
+def test_a_model_that_does_not_fit():
+    with pytest.raises(InputError, match=r"do not fit into the .* lower train\.micro_batch_size"):
+        preflight.check_memory(MemoryEstimate(1e15, 0, 0, 0, 0))
+
+
+class TestEnvironment:
+    """Wrong environments, played by changing what the checks ask."""
+
+    @pytest.fixture
+    def gpu(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def test_torch_without_cuda(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(checks, "GPU_DEVICE", tmp_path)
+        monkeypatch.setattr(torch.version, "cuda", None)
+        with pytest.raises(InputError, match=r"built without CUDA; install the CUDA build"):
+            checks.check_torch()
+
+    def test_a_gpu_that_the_driver_does_not_offer(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(checks, "GPU_DEVICE", tmp_path)
+        monkeypatch.setattr(torch.version, "cuda", "12.8")
+        with pytest.raises(InputError, match=r"no usable GPU .*nvidia-smi"):
+            checks.check_torch()
+
+    def test_old_torch(self, monkeypatch):
+        monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+        with pytest.raises(InputError, match=r"too old; pip install -r requirements\.txt"):
+            checks.check_torch()
+
+    def test_no_nccl(self, monkeypatch, gpu):
+        monkeypatch.setattr(checks.dist, "is_nccl_available", lambda: False)
+        with pytest.raises(InputError, match=r"has no NCCL, which GPUs need; install"):
+            checks.check_collectives()
+
+    def test_no_triton(self, monkeypatch, gpu):
+        monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(InputError, match="triton is missing"):
+            checks.check_triton()
+
+    def test_a_compiler_only_where_one_is_needed(self, monkeypatch):
+        monkeypatch.setenv("PATH", "/nowhere")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert checks.check_compiler({}).startswith("not needed")
+        assert checks.check_compiler({"offload_optimizer": {"device": "cpu"}}).startswith("not needed")
+        with pytest.raises(InputError, match=r"no compiler .* NVMe"):
+            checks.check_compiler({"offload_optimizer": {"device": "nvme"}})
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        with pytest.raises(InputError, match=r"no compiler .* Triton"):
+            checks.check_compiler({})
+
+    def test_foreign_apex(self, monkeypatch):
+        monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: object())
+        monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+        with pytest.raises(InputError, match="pip uninstall apex"):
+            checks.check_apex()
+        normalization = types.ModuleType("apex.normalization")
+        normalization.FusedLayerNorm = object
+        monkeypatch.setitem(sys.modules, "apex.normalization", normalization)
+        assert checks.check_apex() == "NVIDIA's"
+
+    def test_few_open_files(self, monkeypatch):
+        monkeypatch.setattr(resource, "getrlimit", lambda which: (256, 4096))
+        with pytest.raises(InputError, match=r"only 256 open files .*ulimit -n 4096"):
+            checks.check_open_files()
+
+    def test_tmpdir(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
+        monkeypatch.setattr(checks.tempfile, "tempdir", None)
+        with pytest.raises(InputError, match=r"gone: cannot be written; create it or set TMPDIR"):
+            checks.check_temporary_directory()

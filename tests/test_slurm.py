@@ -1,0 +1,202 @@
+"""The batch scripts of examples/slurm, run with stand-ins for sbatch, srun and scontrol (tests/slurm/bin)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from engine_runs import LAUNCHER_VARIABLES, ROOT, largest_difference, records, train, weights, write_inputs
+
+from megatron_sas.metrics.records import read_records
+
+STAND_INS = ROOT / "tests" / "slurm" / "bin"
+SCRIPTS = ROOT / "examples" / "slurm"
+SHELLCHECK = Path(sys.executable).with_name("shellcheck")
+
+
+def free_job_id() -> int:
+    """A job number whose MASTER_PORT (see common.sh) nobody listens on."""
+    while True:
+        number = random.randrange(1_000, 19_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", 20_000 + number)):
+                return number
+
+
+class Job:
+    """A batch script under the stand-ins, started at once."""
+
+    def __init__(self, directory: Path, script: str, *arguments: object, options: tuple = (), **environment: str):
+        self.directory = directory
+        directory.mkdir(exist_ok=True)
+        clean = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in LAUNCHER_VARIABLES and not name.startswith("SLURM_")
+        }
+        self.process = subprocess.Popen(
+            ["sbatch", *options, f"examples/slurm/{script}", *map(str, arguments)],
+            cwd=ROOT,  # submitted from the repository's root, as the scripts say
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={
+                **clean,
+                "PATH": f"{STAND_INS}:{clean['PATH']}",
+                "STAND_IN": str(directory),
+                "JOB_ID": str(free_job_id()),
+                "PYTHON": sys.executable,
+                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": "1",
+                **environment,
+            },
+        )
+
+    def finish(self, timeout: int = 180) -> tuple[int, str]:
+        """Exit code and output; whatever still runs at the end is killed."""
+        try:
+            output, _ = self.process.communicate(timeout=timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.returncode, output
+
+
+def trainer_job(tmp_path, script, *arguments, nodes=1, tasks=2, **environment):
+    options = (f"--nodes={nodes}", f"--ntasks-per-node={tasks}")
+    return Job(tmp_path, script, *arguments, options=options, PYTHON=str(STAND_INS / "trainer"), **environment).finish(
+        60
+    )
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def expected(config, tmp_path_factory):
+    """The same run in this process."""
+    run = tmp_path_factory.mktemp("expected") / "run"
+    train(config, run, {"train.steps": 2})
+    return records(run)
+
+
+@pytest.mark.skipif(not SHELLCHECK.exists(), reason="shellcheck is not beside this Python")
+def test_shellcheck_finds_nothing():
+    scripts = [*SCRIPTS.iterdir(), *STAND_INS.iterdir(), *ROOT.glob("examples/*.sh"), ROOT / ".ci" / "run"]
+    assert len(scripts) > 9
+    done = subprocess.run([SHELLCHECK, "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["multi_node_srun.sbatch", "multi_node_deepspeed.sbatch"])
+def test_two_nodes_train(config, expected, tmp_path, script):
+    options = ("--nodes=2", "--ntasks-per-node=1")
+    job = Job(tmp_path, script, config, tmp_path / "run", "--train.steps", "2", options=options)
+    code, output = job.finish()
+    assert code == 0, output
+    assert "batch 8 = 2 × 2 × 2" in output
+    assert output.count("finished after 2 updates") == 1
+    for step, line in records(tmp_path / "run").items():
+        assert line == pytest.approx(expected[step], rel=1e-5)
+    assert not list(ROOT.glob(".hostfile.*"))
+
+
+def test_a_signal_to_the_tasks_requeues_the_job(tmp_path):
+    run = tmp_path / "run"
+    code, output = trainer_job(tmp_path, "single_node.sbatch", "c.yaml", run, "--train.steps", "5")
+    assert code == 0, output
+    assert output.count("stopped before its end (SIGUSR1): job") == 1
+    for task in ("0", "1"):
+        line = f"pretrain_mlm.py --config c.yaml --run.output_dir {run} --train.steps 5\n"
+        assert (run / f"started-{task}").read_text() == 2 * line  # started again as it was started first
+    assert not (run / "requeue").exists()
+    environment = (run / "environment-1").read_text()
+    assert "HF_HUB_OFFLINE=1" in environment
+    assert "MASTER_ADDR=127.0.0.1" in environment
+    assert "SLURM_LOCALID=1" in environment
+
+
+def test_the_deepspeed_launcher_is_stopped_by_a_file(tmp_path):
+    run = tmp_path / "run"
+    code, output = trainer_job(tmp_path, "multi_node_deepspeed.sbatch", "c.yaml", run, nodes=2, tasks=1)
+    assert code == 0, output
+    assert output.count("stopped before its end (the file stop): job") == 1
+    first, second = (run / "started-1").read_text().splitlines()
+    assert "--no_ssh --node_rank 1 --hostfile" in first
+    assert "--node_rank 1" in second
+    assert not list(ROOT.glob(".hostfile.*"))
+
+
+@pytest.mark.parametrize("script", ["single_node.sbatch", "multi_node_srun.sbatch", "multi_node_deepspeed.sbatch"])
+def test_a_failure_is_not_requeued(tmp_path, script):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "requeue").write_text("of an earlier start\n")
+    code, output = trainer_job(tmp_path, script, "c.yaml", tmp_path / "run", TRAINER_FAILS="3")
+    assert code in (3, 137), output  # 137: the second task was killed because the first had failed
+    assert "queue" not in output
+    started = list((tmp_path / "run").glob("started-*"))
+    assert started
+    assert all(len(path.read_text().splitlines()) == 1 for path in started)
+
+
+def test_array_of_seeds_and_lambdas(tmp_path):
+    runs = set()
+    for index in range(9):
+        environment = {"SLURM_ARRAY_TASK_ID": str(index), "TRAINER_FAILS": "4"}
+        code, _ = trainer_job(tmp_path, "array.sbatch", "c.yaml", tmp_path / "runs", tasks=1, **environment)
+        assert code == 4
+    for path in (tmp_path / "runs").iterdir():
+        _, weight, _, seed = path.name.replace("--", "-~").split("-")
+        line = (path / "started-0").read_text()
+        assert f"--run.seed {seed} --sas.schedule={weight.replace('~', '-')}\n" in line
+        runs.add((weight, seed))
+    assert len(runs) == 9
+    code, output = trainer_job(tmp_path, "array.sbatch", "c.yaml", tmp_path / "runs", SLURM_ARRAY_TASK_ID="9")
+    assert code == 2
+    assert "error: --array goes to 9, but there are 3 seeds × 3 λ" in output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("megatron_sas.engine.signals") is None, reason="the trainer does not handle signals yet"
+)
+@pytest.mark.parametrize(
+    ("script", "nodes", "reason"),
+    [
+        ("single_node.sbatch", 1, "SIGUSR1"),
+        pytest.param("multi_node_deepspeed.sbatch", 2, "file", marks=pytest.mark.full),
+    ],
+)
+def test_a_preempted_run_continues_where_it_was(config, tmp_path, script, nodes, reason):
+    """The time limit comes after the third update or later; the requeued job ends where one that ran through does."""
+    options = (f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}")
+    run, more = tmp_path / "run", {"train.steps": 80, "checkpoint.every": 80, "evaluation.every": 80}
+    arguments = [f"--{name}={value}" for name, value in more.items()]
+    job = Job(tmp_path, script, config, run, *arguments, options=options)
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() or '"step": 3' not in (run / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline and job.process.poll() is None
+        time.sleep(0.05)
+    (tmp_path / "time_is_up").touch()
+    code, output = job.finish()
+    assert code == 0, output
+    assert "stopped before its end" in output and reason in output
+    events = [line["event"] for line in read_records(run / "metrics.jsonl") if line["kind"] == "event"]
+    assert events.count("start") == 2
+    assert events[-1] == "finished"
+    assert not (run / "requeue").exists()
+    train(config, tmp_path / "whole", more)
+    assert largest_difference(weights(run, 80), weights(tmp_path / "whole", 80)) < 1e-4
