@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env quickstart test test-all lint format clean
+.PHONY: help env quickstart test test-all gpu lint format clean
 
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -27,6 +27,17 @@ test: env lint  ## the test suite (at most 15 minutes on two cores)
 
 test-all: env lint  ## everything, also what takes hours or a whole corpus
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+GPU_RESULTS ?= benchmarks/gpu
+gpu: env  ## on a machine with an NVIDIA GPU: its tests, then the benchmarks, into benchmarks/gpu
+	$(BIN)/python -m pytest tests/kernels tests/objective tests/metrics/test_nvml.py
+	mkdir -p $(GPU_RESULTS)
+	for p in 0.1 0.0; do \
+	  $(BIN)/python tools/benchmark_attention.py --batch 32 --num-heads 12 --maps 144 --precision bf16 --dropout $$p \
+	    --head-dims 64 --seq-lengths 128 512 2048 --output $(GPU_RESULTS)/attention-dropout-$$p.json --overwrite && \
+	  $(BIN)/python tools/benchmark_training.py --model base --batch 32 --precision bf16 --dropout $$p \
+	    --output $(GPU_RESULTS)/training-base-dropout-$$p.json --overwrite || exit 1; \
+	done
 
 lint: env  ## check style and formatting
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_sas.cli import progress, run_main
 from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
-from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser
+from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, precision
 from megatron_sas.evaluation.pll import METRICS
 from megatron_sas.evaluation.provenance import provenance
 from megatron_sas.files import sha256_file, write_json_atomic
@@ -31,11 +31,13 @@ def main() -> None:
     data = load_blimp(arguments.blimp)
     model, tokenizer = load_model(arguments.model, device)
     task = BlimpTask(data, tokenizer, arguments.metric, arguments.pairs_per_set, model.config.max_position_embeddings)
-    with progress(total=task.num_forwards(arguments.batch_tokens), unit="batch", desc="BLiMP") as bar:
+    total = task.num_forwards(arguments.batch_tokens)
+    with precision(arguments, device), progress(total=total, unit="batch", desc="BLiMP") as bar:
         result = task.evaluate(model, batch_tokens=arguments.batch_tokens, after_batch=bar.update)
     print("\n".join(table(result)))
     record = {
         **provenance(arguments.model, model, tokenizer),
+        "precision": arguments.precision,
         "data": {"path": str(arguments.blimp.resolve()), "sha256": sha256_folder(arguments.blimp)},
         **result,
     }

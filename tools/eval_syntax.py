@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_sas.cli import InputError, progress, run_main
 from megatron_sas.data.tokenizer import tokenizer_hash
-from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser
+from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, precision
 from megatron_sas.evaluation.provenance import provenance
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
@@ -50,12 +50,15 @@ def main() -> None:
                 f"{arguments.untrained}: tokenizer or maximum length differs from that of {arguments.model}; "
                 "give step 0 of the same run"
             )
-        untrained = evaluate(task, other, arguments.batch_tokens, "untrained model")
+        with precision(arguments, device):
+            untrained = evaluate(task, other, arguments.batch_tokens, "untrained model")
         untrained = {"model": str(arguments.untrained.resolve()), **untrained}
-    result = evaluate(task, model, arguments.batch_tokens, "syntax")
+    with precision(arguments, device):
+        result = evaluate(task, model, arguments.batch_tokens, "syntax")
     print("\n".join(table(result, untrained)))
     record = {
         **provenance(arguments.model, model, tokenizer),
+        "precision": arguments.precision,
         "treebank": {"path": str(arguments.treebank.resolve()), "sha256": sha256_file(arguments.treebank)},
         **result,
         "untrained": untrained,

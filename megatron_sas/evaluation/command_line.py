@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from megatron_sas.files import refuse_existing
 
 
 def evaluation_parser(description: str, batch_tokens: int) -> argparse.ArgumentParser:
-    """A parser with --model, --output, --batch-tokens (and its default), --device and --overwrite."""
+    """A parser with --model, --output, --batch-tokens (and its default), --device, --precision and --overwrite."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -32,6 +33,12 @@ def evaluation_parser(description: str, batch_tokens: int) -> argparse.ArgumentP
         help=f"tokens a batch, with padding ({batch_tokens})",
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="bf16: matrix products in bfloat16, faster on GPUs and good to two or three digits (fp32)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     return parser
 
@@ -46,6 +53,11 @@ def check_arguments(arguments: argparse.Namespace) -> torch.device:
     if arguments.batch_tokens < 1:
         raise InputError(f"--batch-tokens: {arguments.batch_tokens} is below 1")
     return choose_device(arguments.device)
+
+
+def precision(arguments: argparse.Namespace, device: torch.device) -> contextlib.AbstractContextManager:
+    """The context in which the model computes."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=arguments.precision == "bf16")
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -135,6 +135,20 @@ def test_blimp_writes_the_result_and_prints_the_table(inputs, tmp_path):
 
 
 @pytest.mark.slow
+def test_bf16_is_close_and_recorded(inputs, tmp_path):
+    sentences = load_blimp(inputs / "blimp")
+    model, tokenizer = load_model(inputs / "model", torch.device("cpu"))
+    exact = evaluate_blimp(model, tokenizer, sentences)
+    done = run_tool(
+        "eval_blimp.py", "--model", inputs / "model", "--blimp", inputs / "blimp", "--output", tmp_path / "out.json",
+        "--precision", "bf16",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["precision"] == "bf16"
+    assert result["blimp"] == pytest.approx(exact["blimp"], abs=0.1)
+
+
 def test_bad_input_is_one_line_and_leaves_nothing(inputs, tmp_path):
     output = tmp_path / "out" / "result.json"
     syntax = {"--model": inputs / "model", "--treebank": inputs / "treebank.jsonl", "--output": output}
