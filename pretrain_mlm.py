@@ -12,6 +12,7 @@ import time
 from megatron_sas import distributed
 from megatron_sas.cli import InputError
 from megatron_sas.config import load_config, parse_arguments
+from megatron_sas.engine.signals import StopRequest
 
 
 def main() -> int:
@@ -19,9 +20,10 @@ def main() -> int:
     try:
         arguments, overrides = parse_arguments()
         config = load_config(arguments.config, overrides)
+        stop = StopRequest()  # before the imports, which take seconds
         from megatron_sas.engine.trainer import Trainer  # deepspeed: not needed for --help and bad configurations
 
-        trainer = Trainer(config)
+        trainer = Trainer(config, stop)
     except (InputError, OSError) as error:  # the same on every rank
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"error: {error}", file=sys.stderr)
@@ -33,6 +35,18 @@ def main() -> int:
     except (InputError, OSError) as error:  # such as unreadable data or a full disk, maybe on one rank only
         print(f"error: rank {distributed.rank()}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"error: rank {distributed.rank()}: interrupted twice; nothing was saved", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        if not distributed.lost_contact(error):
+            raise
+        print(
+            f"error: rank {distributed.rank()}: lost contact with another process ({str(error).splitlines()[0]}); "
+            "started again, the run continues from its newest checkpoint",
+            file=sys.stderr,
+        )
+        return 3
     distributed.leave()
     return 0
 

@@ -69,7 +69,8 @@ def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:
         # Stage 0 clips in `Engine`, because DeepSpeed does not tell the norm there.
         gradient_clipping=train.grad_clip if train.zero_stage > 0 else 0.0,
         # Otherwise stage 1 adds the bf16 gradients of earlier micro-batches again at each later one (0.19.8).
-        bf16={"enabled": sharded_bf16, "immediate_grad_update": True},
+        # `Engine` skips updates that are not finite, without the host's waiting for the device as this check does.
+        bf16={"enabled": sharded_bf16, "immediate_grad_update": True, "check_grad_overflow": False},
         zero_allow_untested_optimizer=True,
         zero_force_ds_cpu_optimizer=False,
     )
