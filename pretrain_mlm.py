@@ -18,6 +18,15 @@ from megatron_sas.engine.signals import StopRequest
 def main() -> int:
     """Train as the command line says; returns the exit code."""
     try:
+        return train()
+    except KeyboardInterrupt:
+        print(f"error: rank {distributed.rank()}: interrupted twice; nothing was saved", file=sys.stderr)
+        return 130
+
+
+def train() -> int:
+    """`main` for all but impatient users."""
+    try:
         arguments, overrides = parse_arguments()
         config = load_config(arguments.config, overrides)
         stop = StopRequest()  # before the imports, which take seconds
@@ -35,9 +44,6 @@ def main() -> int:
     except (InputError, OSError) as error:  # such as unreadable data or a full disk, maybe on one rank only
         print(f"error: rank {distributed.rank()}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"error: rank {distributed.rank()}: interrupted twice; nothing was saved", file=sys.stderr)
-        return 130
     except RuntimeError as error:
         if not distributed.lost_contact(error):
             raise

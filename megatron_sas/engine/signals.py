@@ -30,6 +30,7 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason == signal.SIGINT.name:  # the second one: now
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
 
