@@ -22,10 +22,19 @@ def main() -> int:
     except KeyboardInterrupt:
         print(f"error: rank {distributed.rank()}: interrupted twice; nothing was saved", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if not distributed.lost_contact(error):
+            raise
+        print(
+            f"error: rank {distributed.rank()}: lost contact with another process ({str(error).splitlines()[0]}); "
+            "started again, the run continues from its newest checkpoint",
+            file=sys.stderr,
+        )
+        return 3
 
 
 def train() -> int:
-    """`main` for all but impatient users."""
+    """`main`, but for what other processes and impatient users do."""
     try:
         arguments, overrides = parse_arguments()
         config = load_config(arguments.config, overrides)
@@ -44,15 +53,6 @@ def train() -> int:
     except (InputError, OSError) as error:  # such as unreadable data or a full disk, maybe on one rank only
         print(f"error: rank {distributed.rank()}: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if not distributed.lost_contact(error):
-            raise
-        print(
-            f"error: rank {distributed.rank()}: lost contact with another process ({str(error).splitlines()[0]}); "
-            "started again, the run continues from its newest checkpoint",
-            file=sys.stderr,
-        )
-        return 3
     distributed.leave()
     return 0
 

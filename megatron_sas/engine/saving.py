@@ -8,6 +8,7 @@ thread publishes the checkpoint. One save is under way at a time: the next one w
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -109,7 +110,8 @@ class Saver:
             self._together(self._publishing)
         except OSError:
             if distributed.is_main() and self._unpublished is not None:
-                remove(partial_directory(self.run_dir, self._unpublished))
+                with contextlib.suppress(OSError):  # what could not be written may not be removed either
+                    remove(partial_directory(self.run_dir, self._unpublished))
             raise
         finally:
             self._writing = self._publishing = self._unpublished = None

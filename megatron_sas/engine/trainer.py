@@ -55,8 +55,8 @@ class Trainer:
         self.stop = stop or StopRequest()
         self.stopping = False  # all ranks have agreed to stop
         device = initialize_distributed(config.run.timeout_minutes)
-        if distributed.is_main() and (self.run_dir / CONFIG).is_file():
-            self.stop.clear_marks(self.run_dir)
+        if (self.run_dir / CONFIG).is_file():
+            agreed(lambda: self.stop.clear_marks(self.run_dir) if distributed.is_main() else None)
         parts = build_parts(config, self.say)
         self.parts, self.dataset = parts, parts.dataset
         self.skipped = SkippedUpdates(config.train.max_nonfinite_updates, **parts.state.get("skipped", {}))

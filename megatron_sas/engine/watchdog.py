@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron_sas import distributed
 
 EXIT_CODE = 3
+STORE_TIMEOUT = timedelta(seconds=2)
 STORE_SILENT = "it waits for rank 0 or its launcher, which keeps the store of the process group and does not answer"
 
 
@@ -48,18 +49,19 @@ class Watchdog:
     def _own_store() -> dist.Store:
         """A connection of its own: the training thread may be waiting in the group's."""
         store = dist.distributed_c10d._get_default_store().clone()
-        store.set_timeout(timedelta(seconds=5))
+        store.set_timeout(STORE_TIMEOUT)
         return store
 
     def _watch(self) -> None:
-        interval, tick = min(10.0, self._timeout / 4), time.time()
-        while not self._ended.wait(interval):
-            if time.time() - tick > 3 * interval + 1:  # this process was suspended: its time begins anew
+        interval = min(10.0, self._timeout / 4)
+        while True:
+            fault, asleep = self._tell(), time.time()
+            if self._ended.wait(interval):
+                return
+            if time.time() - asleep > 2 * interval + 1:  # this process was suspended: its time begins anew
                 self._since = time.time()
-            tick = time.time()
-            fault = self._tell()
             if time.time() - self._since > self._timeout and not self._ended.is_set():
-                others = fault or self._others(interval)
+                others = fault or self._ask(interval)
                 print(
                     f"error: rank {distributed.rank()}: no progress for {self._timeout / 60:g} minutes in "
                     f"{self._doing} (run.timeout_minutes); {others}. Started again, the run continues from its newest "
@@ -79,12 +81,16 @@ class Watchdog:
             return STORE_SILENT
         return None
 
+    def _ask(self, interval: float) -> str:
+        """`_others`, in a thread of its own: if the store hangs, so may the call, whatever its timeout."""
+        answer: list[str] = []
+        thread = threading.Thread(target=lambda: answer.append(self._others(interval)), daemon=True)
+        thread.start()
+        thread.join(4 * STORE_TIMEOUT.total_seconds())
+        return answer[0] if answer else STORE_SILENT
+
     def _others(self, interval: float) -> str:
         """Which ranks are silent, or else are behind this one."""
-        try:
-            self._store.get(self._key(distributed.rank()))
-        except (RuntimeError, OSError):
-            return STORE_SILENT
         silent, behind = [], []
         for rank in range(distributed.world_size()):
             try:

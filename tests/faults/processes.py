@@ -98,11 +98,18 @@ class Zygote:
         self._process.wait()
 
     def start(
-        self, config: Path, run: Path, overrides: dict | None = None, *, ranks: int = 1, wound: dict | None = None
+        self,
+        config: Path,
+        run: Path,
+        overrides: dict | None = None,
+        *,
+        ranks: int = 1,
+        wound: dict | None = None,
+        log: Path | None = None,
     ) -> Job:
-        """Start training in `run` with one process per rank; its output goes into files beside `run`."""
+        """Start training in `run` with one process per rank; what it prints goes to `log`, by default beside `run`."""
         self._number += 1
-        log = run.with_name(f"{run.name}-log{self._number}")
+        log = log or run.with_name(f"{run.name}-log{self._number}")
         argv = ["--config", str(config), *override_arguments({**(overrides or {}), "run.output_dir": str(run)})]
         job = {"argv": argv, "ranks": ranks, "wound": wound, "log": str(log), "port": free_port()}
         return Job(self, self._ask({"start": job})["pids"], log)
