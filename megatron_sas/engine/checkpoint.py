@@ -26,14 +26,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_sas import distributed
 from megatron_sas.cli import InputError
 from megatron_sas.engine.engine import MOMENTS, Engine
 from megatron_sas.files import fsync_directory, fsync_file, remove, write_json_atomic, write_text_atomic
-from megatron_sas.manifest import write_manifest
+from megatron_sas.manifest import read_manifest, write_manifest
 from megatron_sas.model.config import BertConfig
 from megatron_sas.model.pretrained import (
     FORMAT,
@@ -208,9 +208,10 @@ def load_moments(engine: Engine, checkpoint: Path, updates: int) -> None:
     """
     with contextlib.ExitStack() as stack:
         where = {}
-        for path in sorted(checkpoint.glob(f"{OPTIMIZER_PREFIX}*.safetensors")):
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            where.update(dict.fromkeys(file.keys(), file))
+        for name in read_manifest(checkpoint)["files"]:  # those that were verified
+            if name.startswith(OPTIMIZER_PREFIX):
+                file = stack.enter_context(_open_tensors(checkpoint / name))
+                where.update(dict.fromkeys(file.keys(), file))
 
         def read(key: str, name: str) -> torch.Tensor:
             full = f"{key}.{name}"
@@ -219,3 +220,10 @@ def load_moments(engine: Engine, checkpoint: Path, updates: int) -> None:
             return where[full].get_tensor(full)
 
         engine.load_moments(read, updates)
+
+
+def _open_tensors(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise InputError(f"{path}: is not a safetensors file ({error}); use another checkpoint") from None

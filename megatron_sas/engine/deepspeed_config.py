@@ -26,11 +26,17 @@ OWNED = {
 }
 """Keys of the JSON that the YAML decides."""
 
+OUTSIDE = "it writes outside of the run's directory, which has its own records"
+
 FIXED = {
     "prescale_gradients": "the loss is already normalised over the global batch",
     "gradient_predivide_factor": "the loss is already normalised over the global batch",
     "zero_allow_untested_optimizer": "the optimizer is torch's AdamW",
     "zero_force_ds_cpu_optimizer": "the optimizer is torch's AdamW",
+    "tensorboard": OUTSIDE,
+    "csv_monitor": OUTSIDE,
+    "wandb": OUTSIDE,
+    "comet": OUTSIDE,
 }
 """Keys of the JSON that nobody can choose, and why."""
 
