@@ -38,7 +38,8 @@ def train() -> int:
     try:
         arguments, overrides = parse_arguments()
         config = load_config(arguments.config, overrides)
-        stop = StopRequest()  # before the imports, which take seconds
+        stop = StopRequest()
+        stop.listen()  # before the imports, which take seconds
         from megatron_sas.engine.trainer import Trainer  # deepspeed: not needed for --help and bad configurations
 
         trainer = Trainer(config, stop)

@@ -7,6 +7,7 @@ SIGUSR1), hence the file. What to do next is told by another file, because launc
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -20,11 +21,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """What this process was asked. Listens from the moment it is made; only the main thread can make one."""
+    """What this process was asked."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self._since = time.time()
+
+    def listen(self) -> None:
+        """Take signals for requests from now on; only the main thread can say so."""
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
@@ -42,8 +46,9 @@ class StopRequest:
 
     def clear_marks(self, run_dir: str | Path) -> None:
         """The run begins: remove its requeue marker, and a stop file that was meant for an earlier process."""
-        (Path(run_dir) / REQUEUE).unlink(missing_ok=True)
-        stop = Path(run_dir) / STOP
+        requeue, stop = Path(run_dir) / REQUEUE, Path(run_dir) / STOP
+        if os.path.lexists(requeue):
+            requeue.unlink()
         if stop.exists() and stop.stat().st_mtime < self._since:
             stop.unlink()
 

@@ -46,7 +46,7 @@ class Trainer:
 
         Args:
             config: what to do.
-            stop: where requests to stop arrive; None: listen from now on.
+            stop: where requests to stop arrive; None: only as a file.
 
         Raises:
             InputError: anything that the user must mend, the same on every rank.
@@ -54,9 +54,10 @@ class Trainer:
         self.config, self.run_dir = config, Path(config.run.output_dir)
         self.stop = stop or StopRequest()
         self.stopping = False  # all ranks have agreed to stop
+        self.owes_evaluation = False  # the one at this step was given up for that
         device = initialize_distributed(config.run.timeout_minutes)
-        if (self.run_dir / CONFIG).is_file():
-            agreed(lambda: self.stop.clear_marks(self.run_dir) if distributed.is_main() else None)
+        old_run = distributed.is_main() and (self.run_dir / CONFIG).is_file()
+        agreed(lambda: self.stop.clear_marks(self.run_dir) if old_run else None)
         parts = build_parts(config, self.say)
         self.parts, self.dataset = parts, parts.dataset
         self.skipped = SkippedUpdates(config.train.max_nonfinite_updates, **parts.state.get("skipped", {}))
@@ -76,8 +77,7 @@ class Trainer:
         self.gpu = GpuMonitor()
         self.pending: list[PendingUpdate] = []
         self.evaluation_seconds = 0.0  # of the last evaluation
-        self.skipped_evaluations = 0
-        self.stride = 1
+        self.skipped_evaluations, self.stride = 0, 1
         self.bar = progress(disable=True)
 
     def say(self, line: str) -> None:
@@ -90,22 +90,21 @@ class Trainer:
                 print(line, flush=True)
 
     def run(self) -> None:
-        """Train to the last step, or until asked to stop. Evaluations and checkpoints happen between updates, on every
-        rank alike.
+        """Train to the last step, or until asked to stop.
 
         Raises:
             InputError: too many updates in a row were not finite; on every rank.
-            OSError: a checkpoint could not be written; on every rank. Or data could not be read, maybe on one alone.
+            OSError: a checkpoint could not be written, on every rank; or data could not be read, maybe on one.
         """
         start = self.parts.start_step
         self._introduce()
-        cuda = self.engine.device.type == "cuda"
-        disabled = not distributed.is_main() or not sys.stderr.isatty()
+        quiet = not distributed.is_main() or not sys.stderr.isatty()
         with self.watchdog:
             self._after_update(start, resumed=self.parts.checkpoint is not None)
+            pinned = self.engine.device.type == "cuda"
             with (
-                PrefetchLoader(self.dataset, start, self.last_step, pin_memory=cuda) as loader,
-                progress(total=self.last_step, initial=start, unit="step", disable=disabled) as self.bar,
+                PrefetchLoader(self.dataset, start, self.last_step, pin_memory=pinned) as loader,
+                progress(total=self.last_step, initial=start, unit="step", disable=quiet) as self.bar,
             ):
                 step = start
                 while step < self.last_step and not self.stopping:
@@ -120,7 +119,7 @@ class Trainer:
     def _end(self, step: int) -> None:
         """Everything on the disk; then say whether the run is finished or wants to be started again."""
         self.watchdog.beat("the last checkpoint")
-        if step == self.last_step:
+        if step == self.last_step and not self.owes_evaluation:
             self.saver.finish()
             self._event(step, event="finished")
             line = f"finished after {step} updates; the run is in {self.run_dir}"
@@ -197,9 +196,8 @@ class Trainer:
                     self.skipped.refuse(entry.step)
 
     def _show(self, step: int, values: dict[str, Any]) -> None:
-        text = f"loss {values['loss']:.4f}  mlm {values['mlm_loss']:.4f}"
-        if "sas_per_edge" in values:
-            text += f"  sas/edge {values['sas_per_edge']:.4f}"
+        sas = f"  sas/edge {values['sas_per_edge']:.4f}" if "sas_per_edge" in values else ""
+        text = f"loss {values['loss']:.4f}  mlm {values['mlm_loss']:.4f}{sas}"
         text += f"  λ {values['sas_weight']:g}  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s"
         if self.bar.disable:
             self.say(f"step {step:>{len(str(self.last_step))}}/{self.last_step}  {text}")
@@ -267,7 +265,7 @@ class Trainer:
                 values = self.parts.evaluation.evaluate(self.engine.bert, self._between_batches)
                 values["weight_norm"] = self.engine.weight_norm()
         except _Stopped:  # the resumed run makes this evaluation
-            self.stopping = True
+            self.stopping = self.owes_evaluation = True
             return
         self.evaluation_seconds = values["seconds"]
         if self.records is not None:
@@ -287,14 +285,8 @@ class Trainer:
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.bert.parameters())
         device = self.engine.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        self._event(
-            self.parts.start_step,
-            event="start",
-            world_size=world_size,
-            device=name,
-            parameters=parameters,
-            versions=VERSIONS,
-        )
+        facts = {"world_size": world_size, "device": name, "parameters": parameters, "versions": VERSIONS}
+        self._event(self.parts.start_step, event="start", **facts)
         self.say(
             f"megatron_sas {__version__}: {parameters:,} parameters, {packed.num_sequences:,} sequences of "
             f"{packed.seq_length}, {world_size} × {name}, ZeRO-{train.zero_stage}, {train.precision}, "

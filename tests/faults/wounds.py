@@ -6,6 +6,7 @@ the moment at which the checkpoint of a given step begins, in all threads.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import threading
@@ -17,15 +18,32 @@ from safetensors.torch import save_file
 
 
 def wound(what: dict[str, Any], rank: int) -> None:
-    """Prepare this process: {"kill_at": n | "count": file, "from_step": s, "rank": r} or {"poison": {...}}."""
+    """Prepare this process: {"kill_at": n | "count": file, "from_step": s, "rank": r}, or {"batches": file}."""
     if what.get("rank", rank) != rank:
         return
     if "from_step" in what:
         _WritePoints(what.get("kill_at"), what.get("count"), what["from_step"])
-    if "poison" in what:
-        from poison import poisoned
+    if "batches" in what:
+        _write_down_batches(Path(f"{what['batches']}-{rank}"))
 
-        poisoned(**what["poison"], rank=rank).__enter__()
+
+def _write_down_batches(path: Path) -> None:
+    """A line for every micro-batch that is trained on: step, number, and a hash of all that it holds."""
+    from megatron_sas.engine.engine import Engine
+
+    update = Engine.update
+
+    def update_and_write(engine: Engine, window: object, *arguments: object) -> object:
+        with open(path, "a") as file:
+            for batch in window.micro_batches:
+                content = b"".join(
+                    tensor.numpy().tobytes()
+                    for tensor in (batch.sample_ids, batch.input_ids, batch.masked_positions, batch.labels, batch.heads)
+                )
+                file.write(f"{window.step} {batch.index} {hashlib.sha256(content).hexdigest()}\n")
+        return update(engine, window, *arguments)
+
+    Engine.update = update_and_write
 
 
 class _WritePoints:
