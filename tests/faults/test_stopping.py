@@ -178,11 +178,14 @@ def launched(config, tmp_path):
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
-def test_torchrun_passes_sigterm_on(launched):
-    job = launched(*TORCHRUN)
-    job.process.send_signal(signal.SIGTERM)
+@pytest.mark.parametrize(
+    ("number", "options"), [(signal.SIGTERM, ()), (signal.SIGUSR1, ("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"))]
+)
+def test_torchrun_passes_signals_on(launched, number, options):
+    job = launched(*TORCHRUN, *options)
+    job.process.send_signal(number)
     job.wait()
-    check_stopped(job.run, "SIGTERM")
+    check_stopped(job.run, number.name)
 
 
 def deepspeed():
