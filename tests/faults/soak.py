@@ -19,7 +19,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[number]) for number in (0, 1, 2)]
@@ -53,7 +55,8 @@ KINDS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.
 class Report:
     """What happened."""
 
-    cycles: int = 0
+    cycles: int = 0  # runs that were interrupted
+    too_late: int = 0  # runs that had come to their end when the signal was due; not counted as cycles
     signals: Counter = field(default_factory=Counter)
     stopped_with_marker: int = 0
     interrupted_steps: list[int] = field(default_factory=list)
@@ -65,7 +68,7 @@ class Report:
         return vars(self) | {"signals": dict(self.signals)}
 
 
-def soak(zygote: Zygote, directory: Path, cycles: int, seed: int, say: object = print) -> Report:
+def soak(zygote: Zygote, directory: Path, cycles: int, seed: int, say: Callable[[str], None]) -> Report:
     """Run the cycles, and then the unfinished runs to their ends. Raises AssertionError at the first difference."""
     chance, report, started = random.Random(seed), Report(), time.monotonic()
     config = write_inputs(directory)
@@ -95,15 +98,19 @@ def _cycle(
     zygote: Zygote, config: Path, run: Path, ranks: int, chance: random.Random, duration: float, report: Report
 ) -> bool:
     """Start, wait, send a signal, see what is left; True when the run came to its end."""
+    left = 1 - max(_step(run), 0) / STEPS
     job = zygote.start(config, run, RUN, ranks=ranks)
-    time.sleep(chance.uniform(0, duration))
+    time.sleep(chance.uniform(0, duration * (0.3 + 0.7 * left)))
     kind = chance.choice(KINDS)
     to = chance.choice([None, [chance.randrange(ranks)]])
     before = job.exits()
     job.send(kind, to)
-    codes = job.wait_as_launchers_do() if kind == signal.SIGKILL else job.wait()
-    report.cycles += 1
-    report.signals[f"{kind.name} to {'all' if to is None or ranks == 1 else 'one of two'}"] += 1
+    codes = job.wait_as_launchers_do()
+    if before == [None] * ranks:
+        report.cycles += 1
+        report.signals[f"{kind.name} to {'all' if to is None or ranks == 1 else 'one of two'}"] += 1
+    else:
+        report.too_late += 1
     check_left(run)
     finished = _finished(run)
     if kind != signal.SIGKILL and before == [None] * ranks:
@@ -180,7 +187,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory, Zygote() as zygote:
-        report = soak(zygote, Path(directory), arguments.cycles, arguments.seed)
+        report = soak(zygote, Path(directory), arguments.cycles, arguments.seed, partial(print, flush=True))
     text = json.dumps(report.lines(), indent=2)
     print(text)
     if arguments.output is not None:
