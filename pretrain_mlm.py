@@ -12,10 +12,29 @@ import time
 from megatron_sas import distributed
 from megatron_sas.cli import InputError
 from megatron_sas.config import load_config, parse_arguments
+from megatron_sas.engine.signals import StopRequest
 
 
 def main() -> int:
     """Train as the command line says; returns the exit code."""
+    try:
+        return train()
+    except KeyboardInterrupt:
+        print(f"error: rank {distributed.rank()}: interrupted twice; nothing was saved", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        if not distributed.lost_contact(error):
+            raise
+        print(
+            f"error: rank {distributed.rank()}: lost contact with another process ({str(error).splitlines()[0]}); "
+            "started again, the run continues from its newest checkpoint",
+            file=sys.stderr,
+        )
+        return 3
+
+
+def train() -> int:
+    """`main`, but for what other processes and impatient users do."""
     try:
         arguments, overrides = parse_arguments()
         if arguments.dry_run:
@@ -23,9 +42,11 @@ def main() -> int:
 
             return preflight(arguments.config, overrides)
         config = load_config(arguments.config, overrides)
+        stop = StopRequest()
+        stop.listen()  # before the imports, which take seconds
         from megatron_sas.engine.trainer import Trainer  # deepspeed: not needed for --help and bad configurations
 
-        trainer = Trainer(config)
+        trainer = Trainer(config, stop)
     except (InputError, OSError) as error:  # the same on every rank
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"error: {error}", file=sys.stderr)

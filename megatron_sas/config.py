@@ -61,6 +61,9 @@ class RunSection(Section):
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: continue from the newest checkpoint in output_dir; never: output_dir must be new"
     )
+    timeout_minutes: float = Field(
+        30.0, description="a run that makes no progress for so long ends, naming the process it waits for", gt=0
+    )
 
 
 class ModelSection(Section):
@@ -144,6 +147,9 @@ class TrainSection(Section):
     adam_eps: float = Field(1e-8, description="AdamW", gt=0)
     grad_clip: float = Field(1.0, description="largest global gradient norm; 0: no clipping", ge=0)
     compile: bool | None = Field(None, description="torch.compile, not with ZeRO stage 3; default: on GPUs")
+    max_nonfinite_updates: int = Field(
+        10, description="updates with NaN or infinity are skipped; so many in a row end the run", ge=1
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO: what is sharded over processes")
     deepspeed_config: str | None = Field(None, description="DeepSpeed JSON for what this file does not own")
 
@@ -199,7 +205,26 @@ class When(Section):
 
 
 class CheckpointSection(When):
-    """When complete checkpoints are written."""
+    """When complete checkpoints are written, and which are kept."""
+
+    keep_last: int | None = Field(None, description="keep so many of the newest; none: keep all", ge=1)
+    keep_every: int | None = Field(None, description="also keep those at multiples of this step", ge=1)
+
+    def faults(self) -> list[str]:
+        """`keep_every` makes exceptions from `keep_last`."""
+        without = ["keep_every: needs keep_last"] if self.keep_every and self.keep_last is None else []
+        return super().faults() + without
+
+
+class SnapshotSection(When):
+    """When the model alone is written, as a Hugging Face directory in snapshots/; default: never."""
+
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="precision of the written weights")
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Whether `step` belongs to the set; no step does when nothing is configured."""
+        wanted = self.every is not None or self.dense_every is not None or bool(self.at)
+        return wanted and super().due(step, last_step)
 
 
 class EvaluationSection(When):
@@ -231,8 +256,15 @@ class Config(Section):
     sas: SasSection = SasSection()
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
+    snapshots: SnapshotSection = SnapshotSection()
     evaluation: EvaluationSection = EvaluationSection()
     logging: LoggingSection = LoggingSection()
+
+    def faults(self) -> list[str]:
+        """A snapshot is a Hugging Face model, which only post-LN models can be."""
+        if self.snapshots.due(0, 0) and self.model.norm_placement != "post":
+            return ["snapshots: a model with norm_placement pre has no Hugging Face form; remove the section"]
+        return []
 
     def bert_config(self, vocab_size: int, pad_token_id: int) -> BertConfig:
         """The architecture, for a vocabulary."""
@@ -332,7 +364,7 @@ def _describe(detail: dict[str, Any]) -> list[str]:
     location = [str(part) for part in detail["loc"]]
     where = ".".join(location)
     if detail["type"] == "value_error":  # from `Section.faults`
-        return [f"{where}.{fault}" for fault in str(detail["ctx"]["error"]).split(FAULT_SEPARATOR)]
+        return [".".join([*location, fault]) for fault in str(detail["ctx"]["error"]).split(FAULT_SEPARATOR)]
     if detail["type"] == "missing":
         return [f"{where}: is required"]
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):

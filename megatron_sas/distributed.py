@@ -66,6 +66,12 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether a collective or the store failed because another process is gone."""
+    signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if is_distributed() and world_size() > 1:

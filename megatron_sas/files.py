@@ -8,11 +8,14 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_sas.cli import InputError
+
+_UMASK_LOCK = threading.Lock()
 
 
 def fsync_directory(path: str | Path) -> None:
@@ -83,10 +86,10 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
         refuse_existing(path, overwrite)  # it may have come into being meanwhile
         if os.path.lexists(path):
             stale = path.with_name(f".{path.name}.old")
-            _remove(stale)
+            remove(stale)
             os.replace(path, stale)
             os.replace(temporary, path)
-            _remove(stale)
+            remove(stale)
         else:
             os.replace(temporary, path)
     except BaseException:
@@ -106,8 +109,8 @@ def obey_umask(path: str | Path) -> None:
     os.chmod(path, 0o666 & ~_umask())
 
 
-def _remove(path: Path) -> None:
-    """Remove a file or a whole directory, if it is there."""
+def remove(path: Path) -> None:
+    """Remove a file, a symbolic link (not what it points at) or a whole directory, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -116,6 +119,7 @@ def _remove(path: Path) -> None:
 
 def _umask() -> int:
     """The process's umask (temporary files are created 0600; outputs should obey the user's umask)."""
-    mask = os.umask(0)
-    os.umask(mask)
+    with _UMASK_LOCK:  # it can only be read by changing it, and checkpoints are written by a thread
+        mask = os.umask(0o077)
+        os.umask(mask)
     return mask

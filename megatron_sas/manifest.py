@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_sas.cli import InputError
@@ -35,10 +35,13 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         raise InputError(f"{directory}: has no {MANIFEST}, so it was never finished; use another checkpoint")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(manifest["files"], dict):
+        if not all(isinstance(entry["size"], int) and entry["sha256"] for entry in manifest["files"].values()):
             raise TypeError
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: is damaged; use another checkpoint") from None
+    for name in manifest["files"]:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise InputError(f"{path}: names {name!r}, a file outside of its directory; use another checkpoint")
     return manifest
 
 

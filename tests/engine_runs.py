@@ -105,7 +105,7 @@ def launch(*arguments: object, expect: int = 0, timeout: int = 300, **environmen
         stderr=subprocess.STDOUT,
         text=True,
         timeout=timeout,
-        env={**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
+        env={**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment},
     )
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}"
     return done.stdout

@@ -79,6 +79,7 @@ def _batch(
     rows = np.where(filler, 0, samples)
     tokens = np.asarray(packed.tokens[rows])
     info = packed.tokenizer
+    _check_range(f"{packed.prefix}.bin", tokens, rows, 0, info.vocab_size)
     input_ids, selected = mask_tokens(
         tokens,
         rows,
@@ -90,6 +91,7 @@ def _batch(
         special_ids=info.special_ids,
     )
     heads = np.asarray(packed.heads[rows], dtype=np.int64)
+    _check_range(packed.heads_path, heads, rows, -1, packed.seq_length)
     if filler.any():
         selected[filler] = False
         heads[filler] = -1
@@ -105,6 +107,17 @@ def _batch(
         labels=torch.from_numpy(labels),
         heads=torch.from_numpy(heads),
     )
+
+
+def _check_range(path: str, values: np.ndarray, rows: np.ndarray, low: int, high: int) -> None:
+    """Refuse values outside of [low, high), which only a damaged file holds, before they crash a device."""
+    if values.min() < low or values.max() >= high:
+        wrong = (values < low) | (values >= high)
+        sequence = rows[wrong.any(axis=1)][0]
+        raise InputError(
+            f"{path}: sequence {sequence} holds {values[wrong][0]}, which is not between {low} and {high - 1}; the "
+            "file is damaged: copy it anew or preprocess again"
+        )
 
 
 class MLMDataset:

@@ -45,8 +45,8 @@ class PackedData:
     (N, S) uint8.
 
     Attributes: `header` (the parsed PREFIX.json), `seq_length` S, `num_sequences` N, `relations` (index 0 is ""),
-    `tokenizer` (`TokenizerInfo`), `fingerprint` (SHA-256 of PREFIX.bin). With `heads_name` the heads come from
-    PREFIX.heads-NAME.bin instead, and `heads_header` is its JSON.
+    `tokenizer` (`TokenizerInfo`), `fingerprint` (SHA-256 of PREFIX.bin), `heads_path`. With `heads_name` the heads come
+    from PREFIX.heads-NAME.bin instead, and `heads_header` is its JSON.
 
     Raises:
         InputError: a file is missing, has another size than the header says, or the index disagrees with the header.
@@ -72,6 +72,7 @@ class PackedData:
             heads_path = f"{prefix}.heads-{heads_name}.bin"
             self.heads_header = self._read_heads_header()
             _check_size(heads_path, 2 * shape[0] * shape[1])
+        self.heads_path = heads_path
         self.heads = np.memmap(heads_path, dtype="<i2", mode="r", shape=shape)
 
     def _check_header(self) -> None:

@@ -10,8 +10,9 @@
         manifest.json        size and SHA-256 of all of these
     checkpoints/latest       name of the newest complete checkpoint
 
-Everything is written into a hidden directory, flushed, and renamed; then the pointer is replaced. There is no random
-state to save: sample order, masks and dropout are functions of (seed, step).
+Every rank writes and flushes its files in a hidden directory; when all have, rank 0 writes the manifest, renames the
+directory and replaces the pointer (`saving.py` does this beside training). There is no random state to save: sample
+order, masks and dropout are functions of (seed, step).
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from megatron_sas import distributed
 from megatron_sas.cli import InputError
 from megatron_sas.engine.engine import MOMENTS, Engine
-from megatron_sas.files import fsync_directory, fsync_file, write_json_atomic, write_text_atomic
-from megatron_sas.manifest import write_manifest
+from megatron_sas.files import fsync_directory, fsync_file, remove, write_json_atomic, write_text_atomic
+from megatron_sas.manifest import read_manifest, write_manifest
+from megatron_sas.model.config import BertConfig
 from megatron_sas.model.pretrained import (
     FORMAT,
     LATEST,
@@ -51,84 +54,119 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+CONFIG = "config.yaml"
+"""The run's configuration, in the run's directory and in every checkpoint."""
+
+
 def checkpoint_name(step: int) -> str:
     """Directory name of the checkpoint after `step` updates."""
     return f"step_{step:08d}"
 
 
-def save_checkpoint(
-    run_dir: str | Path,
-    engine: Engine,
+@dataclass(frozen=True)
+class Share:
+    """What one rank writes, in host memory: float32 tensors by name. Empty for a rank that writes nothing."""
+
+    weights: dict[str, Tensor]  # rank 0
+    moments: dict[str, Tensor] | None  # None before the first update, or for a snapshot
+
+
+def gather_share(engine: Engine, step: int, with_moments: bool) -> Share:
+    """The weights (rank 0) and, if asked for, this rank's share of the moments. A collective."""
+    names = [name for name, _ in engine.named_parameters()]
+    weights = dict(engine.full_tensors(None, set(names) if distributed.is_main() else set()))
+    if step == 0 or not with_moments:  # AdamW has no moments before its first update
+        return Share(weights, None)
+    share = set(names[distributed.rank() :: distributed.world_size()])
+    moments = {f"{key}.{name}": tensor for key in MOMENTS for name, tensor in engine.full_tensors(key, share)}
+    return Share(weights, moments)
+
+
+def partial_directory(run_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates is written before it is renamed."""
+    return checkpoints_directory(run_dir) / f".{checkpoint_name(step)}.tmp"
+
+
+def write_share(directory: Path, share: Share) -> None:
+    """Write and flush this rank's tensors. Communicates with nobody, so it may run beside training."""
+    directory.mkdir(parents=True, exist_ok=True)
+    written = []
+    if share.weights:
+        written.append(directory / MODEL_WEIGHTS)
+        write_weights(written[-1], share.weights)
+    if share.moments is not None:
+        shard = f"{OPTIMIZER_PREFIX}{distributed.rank():05d}-of-{distributed.world_size():05d}.safetensors"
+        written.append(directory / shard)
+        write_weights(written[-1], share.moments)
+    for path in written:
+        fsync_file(path)
+
+
+def write_description(
+    directory: Path,
+    bert_config: BertConfig,
     tokenizer: PreTrainedTokenizerBase,
     step: int,
     state: dict[str, Any],
     config_yaml: str,
-) -> Path:
-    """Write the checkpoint after `step` updates and point `latest` at it. A collective; returns its directory.
+) -> None:
+    """Write all that is not tensors; rank 0's part."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(directory / TOKENIZER_DIRECTORY)
+    write_model_config(directory / MODEL_CONFIG, bert_config)
+    write_json_atomic(directory / STATE, {"step": step, **state})
+    write_text_atomic(directory / CONFIG, config_yaml)
+    for file in (directory / TOKENIZER_DIRECTORY).iterdir():
+        fsync_file(file)
 
-    Raises:
-        OSError: on every rank, when any rank could not write; the partial checkpoint is removed.
+
+def publish(run_dir: str | Path, step: int) -> None:
+    """Make a checkpoint of what all ranks have written and flushed, and point `latest` at it; rank 0 alone."""
+    partial = partial_directory(run_dir, step)
+    final = partial.with_name(checkpoint_name(step))
+    write_manifest(partial, format=FORMAT, version=VERSION, step=step)
+    for path in [*partial.rglob("*"), partial]:
+        if path.is_dir():
+            fsync_directory(path)
+    if os.path.lexists(final):  # a run that was resumed from before this step writes it again
+        remove_checkpoint(final)
+    os.replace(partial, final)
+    fsync_directory(final.parent)
+    write_text_atomic(final.parent / LATEST, final.name + "\n")
+
+
+def remove_old_checkpoints(run_dir: str | Path, step: int, keep_last: int, keep_every: int | None) -> None:
+    """Remove all checkpoints before the one of `step`, which was just published, but the `keep_last` - 1 newest of them
+    and those whose step is a multiple of `keep_every`.
+
+    Later ones, which a run that fell back to an earlier checkpoint has not reached again, stay.
     """
+    steps = [s for s in map(_step_of, checkpoints_directory(run_dir).glob("step_*")) if s is not None and s < step]
+    for old in sorted(steps, reverse=True)[keep_last - 1 :]:
+        if keep_every is None or old % keep_every:
+            remove_checkpoint(checkpoints_directory(run_dir) / checkpoint_name(old))
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint so that it is whole or absent at any moment: rename it away, then delete the files."""
+    hidden = path.with_name(f".{path.name}.old")
+    remove(hidden)
+    os.replace(path, hidden)
+    fsync_directory(path.parent)
+    remove(hidden)
+
+
+def remove_leftovers(run_dir: str | Path) -> None:
+    """Remove what a killed run left: half-written checkpoints and half-deleted ones."""
     parent = checkpoints_directory(run_dir)
-    final, partial = parent / checkpoint_name(step), parent / f".{checkpoint_name(step)}.tmp"
-
-    def prepare() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        tokenizer.save_pretrained(partial / TOKENIZER_DIRECTORY)
-        write_model_config(partial / MODEL_CONFIG, engine.bert.config)
-        write_json_atomic(partial / STATE, {"step": step, **state})
-        write_text_atomic(partial / "config.yaml", config_yaml)
-
-    def publish() -> None:
-        for file in partial.rglob("*"):
-            fsync_file(file) if file.is_file() else fsync_directory(file)
-        write_manifest(partial, format=FORMAT, version=VERSION, step=step)
-        if final.exists():  # a run that was resumed from before this step writes it again
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        fsync_directory(parent)
-        write_text_atomic(parent / LATEST, final.name + "\n")
-
-    try:
-        _together(prepare if distributed.is_main() else None, final)
-        _together(lambda: _write_tensors(engine, partial, step), final)
-        _together(publish if distributed.is_main() else None, final)
-    except OSError:
-        if distributed.is_main():
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return final
+    for pattern in (".step_*.tmp", ".step_*.old", f".{LATEST}.*.tmp"):
+        for path in parent.glob(pattern):
+            remove(path)
 
 
-def _together(action: Callable[[], None] | None, where: Path) -> None:
-    """Run `action` on this rank, wait for all, and raise on all ranks if it failed on any."""
-    fault = None
-    if action is not None:
-        try:
-            action()
-        except Exception as error:
-            fault = f"rank {distributed.rank()}: {error}"
-    faults = [f for f in distributed.gather_objects(fault) if f]
-    if faults:
-        raise OSError(f"{where}: could not be written ({faults[0]})")
-
-
-def _write_tensors(engine: Engine, directory: Path, step: int) -> None:
-    """The weights (rank 0) and this rank's share of the moments. Gathering is collective, so a failed write waits."""
-    names = [name for name, _ in engine.named_parameters()]
-    everything = set(names) if distributed.is_main() else set()
-    weights = dict(engine.full_tensors(None, everything))
-    moments = {}
-    if step > 0:  # AdamW has no moments before its first update
-        share = set(names[distributed.rank() :: distributed.world_size()])
-        for key in MOMENTS:
-            moments.update({f"{key}.{name}": tensor for name, tensor in engine.full_tensors(key, share)})
-    if weights:
-        write_weights(directory / MODEL_WEIGHTS, weights)
-    if step > 0:
-        shard = f"{OPTIMIZER_PREFIX}{distributed.rank():05d}-of-{distributed.world_size():05d}.safetensors"
-        write_weights(directory / shard, moments)
+def _step_of(path: Path) -> int | None:
+    digits = path.name.removeprefix("step_")
+    return int(digits) if digits.isdecimal() and checkpoint_name(int(digits)) == path.name else None
 
 
 def newest_checkpoint(run_dir: str | Path, say: Callable[[str], None]) -> Path | None:
@@ -140,7 +178,7 @@ def newest_checkpoint(run_dir: str | Path, say: Callable[[str], None]) -> Path |
         InputError: there are checkpoints but all of them are damaged.
     """
     parent = checkpoints_directory(run_dir)
-    names = sorted((path.name for path in parent.glob("step_*") if path.is_dir()), reverse=True)
+    names = sorted((path.name for path in parent.glob("step_*") if _step_of(path) is not None), reverse=True)
     with contextlib.suppress(OSError):  # first the one that was published last
         latest = (parent / LATEST).read_text(encoding="utf-8").strip()
         names.sort(key=lambda name: name != latest)
@@ -157,18 +195,23 @@ def newest_checkpoint(run_dir: str | Path, say: Callable[[str], None]) -> Path |
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The counters that `save_checkpoint` stored, with `step`."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    if state.get("step") != _step_of(checkpoint):
+        raise InputError(f"{checkpoint / STATE}: is of step {state.get('step')!r}; use another checkpoint")
+    return state
 
 
-def load_moments(engine: Engine, checkpoint: Path, step: int) -> None:
-    """Give the engine the optimizer state of a verified checkpoint; weights are loaded before the engine is built."""
-    if step == 0:
-        return
+def load_moments(engine: Engine, checkpoint: Path, updates: int) -> None:
+    """Give the engine the optimizer state of a verified checkpoint; weights are loaded before the engine is built.
+
+    `updates` are those that changed the weights.
+    """
     with contextlib.ExitStack() as stack:
         where = {}
-        for path in sorted(checkpoint.glob(f"{OPTIMIZER_PREFIX}*.safetensors")):
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            where.update(dict.fromkeys(file.keys(), file))
+        for name in read_manifest(checkpoint)["files"]:  # those that were verified
+            if name.startswith(OPTIMIZER_PREFIX):
+                file = stack.enter_context(_open_tensors(checkpoint / name))
+                where.update(dict.fromkeys(file.keys(), file))
 
         def read(key: str, name: str) -> torch.Tensor:
             full = f"{key}.{name}"
@@ -176,4 +219,11 @@ def load_moments(engine: Engine, checkpoint: Path, step: int) -> None:
                 raise InputError(f"{checkpoint}: has no {full}; the checkpoint belongs to another model")
             return where[full].get_tensor(full)
 
-        engine.load_moments(read, step)
+        engine.load_moments(read, updates)
+
+
+def _open_tensors(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise InputError(f"{path}: is not a safetensors file ({error}); use another checkpoint") from None

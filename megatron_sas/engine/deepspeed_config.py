@@ -26,11 +26,17 @@ OWNED = {
 }
 """Keys of the JSON that the YAML decides."""
 
+OUTSIDE = "it writes outside of the run's directory, which has its own records"
+
 FIXED = {
     "prescale_gradients": "the loss is already normalised over the global batch",
     "gradient_predivide_factor": "the loss is already normalised over the global batch",
     "zero_allow_untested_optimizer": "the optimizer is torch's AdamW",
     "zero_force_ds_cpu_optimizer": "the optimizer is torch's AdamW",
+    "tensorboard": OUTSIDE,
+    "csv_monitor": OUTSIDE,
+    "wandb": OUTSIDE,
+    "comet": OUTSIDE,
 }
 """Keys of the JSON that nobody can choose, and why."""
 
@@ -69,7 +75,8 @@ def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:
         # Stage 0 clips in `Engine`, because DeepSpeed does not tell the norm there.
         gradient_clipping=train.grad_clip if train.zero_stage > 0 else 0.0,
         # Otherwise stage 1 adds the bf16 gradients of earlier micro-batches again at each later one (0.19.8).
-        bf16={"enabled": sharded_bf16, "immediate_grad_update": True},
+        # `Engine` skips updates that are not finite, without the host's waiting for the device as this check does.
+        bf16={"enabled": sharded_bf16, "immediate_grad_update": True, "check_grad_overflow": False},
         zero_allow_untested_optimizer=True,
         zero_force_ds_cpu_optimizer=False,
     )

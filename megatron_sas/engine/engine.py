@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ class UpdateResult:
     mlm_sum: Tensor
     num_masked: Tensor  # already summed over all ranks
     sas_sum: Tensor | None
-    grad_norm: Tensor  # of the whole update, before clipping
+    grad_norm: Tensor  # of the whole update, before clipping; not finite: the update was skipped
+    flags: list[int]  # the callers' flags, summed over all ranks
 
 
 class Engine:
@@ -60,8 +62,10 @@ class Engine:
             lr=train.learning_rate,
             betas=train.adam_betas,
             eps=train.adam_eps,
-            fused=True,
+            fused=True,  # the implementation that obeys `found_inf`
         )
+        optimizer.register_step_pre_hook(self._skip_unless_finite)
+        self._norm: Tensor | None = None
         if train.zero_stage == 3:
             # The word embedding is used again by the LM head, outside the module that owns it.
             for user in (module, module.bert):
@@ -102,23 +106,25 @@ class Engine:
         for group in self._engine.basic_optimizer.param_groups:
             group["lr"] = value
 
-    def update(self, window: Window, sas_weight: float, measure_sas: bool) -> UpdateResult:
-        """One update from this rank's accumulation window.
+    def update(self, window: Window, sas_weight: float, measure_sas: bool, flags: Sequence[int] = ()) -> UpdateResult:
+        """One update from this rank's accumulation window; skipped by all ranks if loss or gradient is not finite.
 
         Args:
             window: the micro-batches of this rank.
             sas_weight: λ. With 0 the SAS term is computed only if `measure_sas`, and has no gradient.
+            flags: small numbers to be summed over all ranks; they travel with the count of masked tokens, for nothing.
         """
         train = self.train_section
         self._engine.train()
-        num_masked = distributed.all_reduce_sum_(torch.tensor(window.num_masked, device=self.device))
+        counts = self._to_device(_pinned([window.num_masked, *flags], self.device))
+        num_masked, *_ = distributed.all_reduce_sum_(counts)
+        read_flags = _reader(counts[1:])
         rounds = self.world_size * self.accumulation
         mlm_scale = rounds / num_masked.clamp(min=1)
         sequence_reduction = self._engine.module.sas.reduction == "sequence"
         sas_scale = sas_weight * (rounds / train.global_batch_size if sequence_reduction else 1.0)
         mlm_sum = torch.zeros((), device=self.device)
         sas_sum = torch.zeros((), device=self.device) if sas_weight or measure_sas else None
-        norm: Tensor | None = None
         for batch in window.micro_batches:
             # Dropout belongs to the micro-batch, so it is the same in a resumed run and on any number of processes.
             torch.manual_seed(int(hash_u64(DROPOUT, self.seed, window.step, batch.index)[0]) >> 1)
@@ -135,14 +141,24 @@ class Engine:
             mlm_sum += parts.mlm_sum
             if sas_sum is not None:
                 sas_sum += parts.sas_sum
-            self._engine.backward(parts.loss)
+            # Times 1, or NaN where the loss is not finite: then so is the gradient, and with it the norm, on all ranks.
+            self._engine.backward(parts.loss * (1.0 + 0.0 * parts.loss.detach()))
             if train.zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
                 limit = train.grad_clip or float("inf")
-                norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit)
+                self._norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit)
             self._engine.step()
-        if norm is None:
-            norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
-        return UpdateResult(mlm_sum, num_masked, sas_sum, norm)
+        if train.zero_stage > 0:
+            self._norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
+        return UpdateResult(mlm_sum, num_masked, sas_sum, self._norm, read_flags())
+
+    def _skip_unless_finite(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Before AdamW's step: have it change nothing, its step count included, when the gradient's norm is not finite.
+
+        AdamW reads `found_inf` on the device, so the host does not wait. Stage 3 never comes here with such a norm:
+        DeepSpeed reads it, and leaves the step out, itself.
+        """
+        norm = self._norm if self.train_section.zero_stage == 0 else self._engine.optimizer._global_grad_norm
+        optimizer.found_inf = (~torch.isfinite(torch.as_tensor(norm, device=self.device))).float()
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
@@ -182,7 +198,10 @@ class Engine:
                 yield name, value.detach().to("cpu", torch.float32, copy=True)
 
     def load_moments(self, read: Callable[[str, str], Tensor], updates: int) -> None:
-        """Set AdamW's moments to `read(key, name)` for each key of `MOMENTS`, and its step count to `updates`."""
+        """Set AdamW's moments to `read(key, name)` for each key of `MOMENTS`, and its step count to `updates`.
+
+        `updates` are those that changed the weights: skipped ones do not count.
+        """
         for tensor in self._optimizer_tensors():
             self._engine.basic_optimizer.state[tensor]["step"].fill_(updates)
         for key in MOMENTS:
@@ -239,6 +258,26 @@ def _set_partition(parameter: nn.Parameter, key: str | None, value: Tensor) -> N
         safe_set_local_fp32_param(parameter, part)
     else:
         safe_set_local_optimizer_state(parameter, part, key)
+
+
+def _pinned(values: list[int], device: torch.device) -> Tensor:
+    """Integers from which a copy to `device` does not wait for the device."""
+    return torch.tensor(values, pin_memory=device.type == "cuda")
+
+
+def _reader(values: Tensor) -> Callable[[], list[int]]:
+    """Begin copying integers to the host; calling the result waits for that copy, not for work queued after it."""
+    if values.device.type != "cuda":
+        return values.tolist
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[int]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
 
 
 def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:

@@ -13,13 +13,14 @@ import torch
 from megatron_sas.distributed import local_rank
 from megatron_sas.engine.kernel_cache import use_local_caches
 
-TIMEOUT = timedelta(minutes=30)
+SHORTEST_TIMEOUT_MINUTES = 30.0  # while a run starts, ranks may wait long for one that reads slowly
 
 
-def initialize_distributed() -> torch.device:
+def initialize_distributed(timeout_minutes: float) -> torch.device:
     """Join the process group through DeepSpeed and return this process's device.
 
-    Understands `deepspeed`, `torchrun`, `srun` with one task per device, and plain `python` (one process).
+    Understands `deepspeed`, `torchrun`, `srun` with one task per device, and plain `python` (one process). Collectives
+    give up after twice `timeout_minutes`: the watchdog, which knows more, speaks first.
     """
     _environment_from_slurm()
     if "RANK" not in os.environ:  # plain python
@@ -39,7 +40,8 @@ def initialize_distributed() -> torch.device:
     device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=TIMEOUT)
+    timeout = timedelta(minutes=max(SHORTEST_TIMEOUT_MINUTES, 2 * timeout_minutes))
+    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout)
     return device
 
 

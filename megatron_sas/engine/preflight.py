@@ -153,17 +153,28 @@ def check_output_directory(path: Path) -> str:
 
 
 def check_disk_space(config: Config, parameters: int) -> str:
-    """Whether all checkpoints that the schedule still asks for fit."""
-    run_dir, last = Path(config.run.output_dir), config.train.steps
-    done = max(
-        (int(p.name[5:]) for p in checkpoints_directory(run_dir).glob("step_*") if p.name[5:].isdigit()), default=-1
-    )
-    count = sum(config.checkpoint.due(step, last) for step in range(done + 1, last + 1))
-    needed, free = count * parameters * CHECKPOINT_BYTES, shutil.disk_usage(existing_ancestor(run_dir)).free
-    text = f"{count} checkpoints of {show_bytes(parameters * CHECKPOINT_BYTES)} need {show_bytes(needed)}"
+    """Whether all checkpoints and snapshots that the schedule still asks for fit."""
+    run_dir, section, last = Path(config.run.output_dir), config.checkpoint, config.train.steps
+    names = (path.name[5:] for path in checkpoints_directory(run_dir).glob("step_*"))
+    done = max((int(name) for name in names if name.isdigit()), default=-1)
+    due = [step for step in range(done + 1, last + 1) if section.due(step, last)]
+    count = len(due)
+    if section.keep_last is not None:  # and one more while the oldest is not yet removed
+        forever = sum(step % section.keep_every == 0 for step in due) if section.keep_every else 0
+        count = min(count, section.keep_last + 1 + forever)
+    snapshots = sum(config.snapshots.due(step, last) for step in range(done + 1, last + 1))
+    needed = count * parameters * CHECKPOINT_BYTES
+    text = f"{count} checkpoints of {show_bytes(parameters * CHECKPOINT_BYTES)}"
+    if snapshots:
+        size = parameters * (2 if config.snapshots.dtype == "bf16" else 4)
+        needed += snapshots * size
+        text += f" and {snapshots} snapshots of {show_bytes(size)}"
+    free = shutil.disk_usage(existing_ancestor(run_dir)).free
+    text += f" need {show_bytes(needed)}"
     if needed > free:
         raise InputError(
-            f"run.output_dir: {text}, but {show_bytes(free)} are free; raise checkpoint.every or choose another disk"
+            f"run.output_dir: {text}, but {show_bytes(free)} are free; set checkpoint.keep_last or "
+            "raise checkpoint.every"
         )
     return f"{text}, {show_bytes(free)} are free"
 
@@ -205,7 +216,7 @@ def _try_one_step(config: Config, report: Report) -> None:
 
     def step() -> tuple[str, int]:
         started = time.perf_counter()
-        device = initialize_distributed()
+        device = initialize_distributed(config.run.timeout_minutes)
         with PeakMemory(device) as memory:
             parts = build_parts(config, lambda _: None, dry_run=True)
             module = MaskedLMWithSas(parts.bert, config.sas_objective())

@@ -15,10 +15,11 @@ from megatron_sas.config import Config, load_config
 from megatron_sas.data.mlm_dataset import MLMDataset
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
-from megatron_sas.engine.checkpoint import newest_checkpoint, read_state
+from megatron_sas.engine.checkpoint import CONFIG, newest_checkpoint, read_state
 from megatron_sas.engine.kernel_cache import build_attention_kernels
 from megatron_sas.evaluation.live import LiveEvaluation
 from megatron_sas.files import write_text_atomic
+from megatron_sas.metrics.throughput import Throughput, flops_per_token, peak_flops
 from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
 from megatron_sas.model.pretrained import architecture_differences, load_state, read_model
@@ -28,9 +29,8 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-CONFIG = "config.yaml"
-MAY_CHANGE = ("run", "checkpoint", "evaluation", "logging")
-MAY_CHANGE_IN_TRAIN = ("steps", "zero_stage", "deepspeed_config")
+MAY_CHANGE = ("run", "checkpoint", "snapshots", "evaluation", "logging")
+MAY_CHANGE_IN_TRAIN = ("steps", "zero_stage", "deepspeed_config", "max_nonfinite_updates")
 
 
 @dataclass
@@ -178,6 +178,27 @@ def data_facts(packed: PackedData) -> dict[str, Any]:
         "heads": packed.heads_name,
         **{name: header[name] for name in ("inputs", "parser", "counts") if name in header},
     }
+
+
+def measure_throughput(config: Config, parts: Parts, device: torch.device) -> Throughput:
+    """The run's clock and token counter, which go on where its checkpoint says."""
+    bert, peak = parts.bert.config, None
+    if device.type == "cuda":
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        peak = peak_flops(torch.cuda.get_device_name(device), dtype)
+    return Throughput(
+        tokens=parts.state["tokens"],
+        seconds=parts.state["seconds"],
+        flops_per_token=flops_per_token(
+            num_layers=bert.num_layers,
+            hidden_size=bert.hidden_size,
+            intermediate_size=bert.intermediate_size,
+            vocab_size=bert.vocab_size,
+            seq_length=parts.dataset.packed.seq_length,
+            mask_prob=config.data.mask_prob,
+        ),
+        peak_flops=None if peak is None else peak * distributed.world_size(),
+    )
 
 
 def _model(

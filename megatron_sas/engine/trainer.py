@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,65 +13,71 @@ from megatron_sas import __version__, distributed
 from megatron_sas.cli import progress
 from megatron_sas.config import Config
 from megatron_sas.data.mlm_dataset import PrefetchLoader, Window
-from megatron_sas.engine.checkpoint import load_moments, save_checkpoint
-from megatron_sas.engine.engine import Engine, UpdateResult
+from megatron_sas.data.sampler import global_samples
+from megatron_sas.engine.checkpoint import CONFIG, load_moments
+from megatron_sas.engine.engine import Engine
 from megatron_sas.engine.environment import initialize_distributed
+from megatron_sas.engine.guard import SkippedUpdates
 from megatron_sas.engine.learning_rate import learning_rate
-from megatron_sas.engine.setup import build_parts, data_facts
+from megatron_sas.engine.pending import PendingUpdate, read_pending
+from megatron_sas.engine.saving import Saver
+from megatron_sas.engine.setup import agreed, build_parts, data_facts, measure_throughput
+from megatron_sas.engine.signals import StopRequest, mark_for_requeue
+from megatron_sas.engine.watchdog import Watchdog
 from megatron_sas.evaluation.live import evaluation_stride
 from megatron_sas.metrics.nvml import GpuMonitor
 from megatron_sas.metrics.records import Records
-from megatron_sas.metrics.throughput import Throughput, flops_per_token, memory, peak_flops
+from megatron_sas.metrics.throughput import memory
 from megatron_sas.objective.pretraining import MaskedLMWithSas
 from megatron_sas.objective.schedule import sas_weight
 
 VERSIONS = {"megatron_sas": __version__} | {name: version(name) for name in ("torch", "deepspeed", "transformers")}
 
 
-@dataclass
-class _Pending:
-    """One update whose sums are still on the device."""
-
-    step: int  # completed updates, this one included
-    result: UpdateResult
-    num_edges: int
-    sas_weight: float
-    learning_rate: float
+class _Stopped(Exception):
+    """An evaluation was given up, on all ranks, because the run shall stop."""
 
 
 class Trainer:
     """A run: built from its configuration, continued from its newest checkpoint if there is one."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, stop: StopRequest | None = None) -> None:
         """Join the process group and build everything.
+
+        Args:
+            config: what to do.
+            stop: where requests to stop arrive; None: only as a file.
 
         Raises:
             InputError: anything that the user must mend, the same on every rank.
         """
-        self.config = config
-        device = initialize_distributed()
+        self.config, self.run_dir = config, Path(config.run.output_dir)
+        self.stop = stop or StopRequest()
+        self.stopping = False  # all ranks have agreed to stop
+        self.owes_evaluation = False  # the one at this step was given up for that
+        device = initialize_distributed(config.run.timeout_minutes)
+        old_run = distributed.is_main() and (self.run_dir / CONFIG).is_file()
+        agreed(lambda: self.stop.clear_marks(self.run_dir) if old_run else None)
         parts = build_parts(config, self.say)
         self.parts, self.dataset = parts, parts.dataset
+        self.skipped = SkippedUpdates(config.train.max_nonfinite_updates, **parts.state.get("skipped", {}))
         self.engine = Engine(MaskedLMWithSas(parts.bert, config.sas_objective()), config.train, config.run.seed, device)
         if parts.checkpoint is not None:
-            load_moments(self.engine, parts.checkpoint, parts.start_step)
+            if parts.start_step > 0:  # AdamW has no moments before its first update
+                load_moments(self.engine, parts.checkpoint, parts.start_step - self.skipped.total)
             self.say(f"continuing from {parts.checkpoint}")
+        self.saver = Saver(config, self.engine, parts.bert.config, parts.tokenizer)
+        self.watchdog = Watchdog(config.run.timeout_minutes)
         self.last_step = config.train.steps
-        self.throughput = Throughput(
-            tokens=parts.state["tokens"],
-            seconds=parts.state["seconds"],
-            flops_per_token=self._flops_per_token(),
-            peak_flops=self._peak_flops(device),
-        )
+        self.throughput = measure_throughput(config, parts, device)
         self.records: Records | None = None
         if distributed.is_main():
             resume_step = parts.start_step if parts.checkpoint is not None else -1
             self.records = Records(config.run.output_dir, resume_step, config.logging.tensorboard)
         self.gpu = GpuMonitor()
-        self.pending: list[_Pending] = []
+        self.pending: list[PendingUpdate] = []
         self.evaluation_seconds = 0.0  # of the last evaluation
-        self.skipped_evaluations = 0
-        self.stride = 1
+        self.skipped_evaluations, self.stride = 0, 1
         self.bar = progress(disable=True)
 
     def say(self, line: str) -> None:
@@ -84,30 +90,55 @@ class Trainer:
                 print(line, flush=True)
 
     def run(self) -> None:
-        """Train to the last step. Evaluations and checkpoints happen between updates, on every rank alike."""
-        config, start = self.config, self.parts.start_step
+        """Train to the last step, or until asked to stop.
+
+        Raises:
+            InputError: too many updates in a row were not finite; on every rank.
+            OSError: a checkpoint could not be written, on every rank; or data could not be read, maybe on one.
+        """
+        start = self.parts.start_step
         self._introduce()
-        self._after_update(start, resumed=self.parts.checkpoint is not None)
-        cuda = self.engine.device.type == "cuda"
-        disabled = not distributed.is_main() or not sys.stderr.isatty()
-        with (
-            PrefetchLoader(self.dataset, start, self.last_step, pin_memory=cuda) as loader,
-            progress(total=self.last_step, initial=start, unit="step", disable=disabled) as self.bar,
-        ):
-            for window in loader:
-                self._update(window)
-                step = window.step + 1
-                self.bar.update()
-                if step % config.logging.every == 0 or step == self.last_step:
-                    self._write_pending()
-                self._after_update(step)
-        self._event(self.last_step, event="finished")
+        quiet = not distributed.is_main() or not sys.stderr.isatty()
+        with self.watchdog:
+            self._after_update(start, resumed=self.parts.checkpoint is not None)
+            pinned = self.engine.device.type == "cuda"
+            with (
+                PrefetchLoader(self.dataset, start, self.last_step, pin_memory=pinned) as loader,
+                progress(total=self.last_step, initial=start, unit="step", disable=quiet) as self.bar,
+            ):
+                step = start
+                while step < self.last_step and not self.stopping:
+                    self.watchdog.beat(f"reading the data of update {step + 1}")
+                    step = self._update(next(loader))
+                    self.bar.update()
+                    if step % self.config.logging.every == 0 or step == self.last_step:
+                        self._write_pending()
+                    self._after_update(step)
+            self._end(step)
+
+    def _end(self, step: int) -> None:
+        """Everything on the disk; then say whether the run is finished or wants to be started again."""
+        self.watchdog.beat("the last checkpoint")
+        if step == self.last_step and not self.owes_evaluation:
+            self.saver.finish()
+            self._event(step, event="finished")
+            line = f"finished after {step} updates; the run is in {self.run_dir}"
+        else:
+            reasons = [r for r in distributed.gather_objects(self.stop.reason) if r is not None]
+            if step != self.saver.step and step != self.parts.start_step:
+                self._save(step, checkpoint=True, snapshot=False)
+            self.saver.finish()
+            self._event(step, event="stopped", reason=reasons[0])
+            agreed(lambda: mark_for_requeue(self.run_dir, reasons[0]) if distributed.is_main() else None)
+            line = f"stopped after {step} updates ({reasons[0]}); start the same command again to continue"
         if self.records is not None:
             self.records.close()
-        self.say(f"finished after {self.last_step} updates; the run is in {config.run.output_dir}")
+        self.say(line)
 
-    def _update(self, window: Window) -> None:
+    def _update(self, window: Window) -> int:
+        """One update; returns how many are done now."""
         config, step = self.config, window.step
+        self.watchdog.beat(f"update {step + 1}")
         weight = sas_weight(config.sas.schedule, step)
         rate = learning_rate(
             step,
@@ -118,55 +149,55 @@ class Trainer:
         self.engine.set_learning_rate(rate)
         # With λ = 0 the term costs a little and changes nothing, so it is measured only where the line is written.
         measure = (step + 1) % config.logging.every == 0 or step + 1 == self.last_step
-        result = self.engine.update(window, weight, measure)
+        result = self.engine.update(window, weight, measure, [self._asked_to_stop(), *self.saver.flags()])
+        asked, written, failed = result.flags
+        self.stopping = asked > 0
+        self.saver.react(written, failed)
         edges = sum(int((batch.heads >= 0).sum()) for batch in window.micro_batches)
-        self.pending.append(_Pending(step + 1, result, edges, weight, rate))
+        self.pending.append(PendingUpdate(step + 1, result, edges, weight, rate))
         self.throughput.add(config.train.global_batch_size * self.dataset.packed.seq_length)
+        return step + 1
+
+    def _asked_to_stop(self) -> bool:
+        if distributed.is_main():
+            self.stop.look_for_file(self.run_dir)
+        return self.stop.reason is not None
+
+    def _between_batches(self) -> None:
+        """Called after each forward of an evaluation: all ranks agree on whether to give it up."""
+        self.watchdog.beat("an evaluation")
+        asked = distributed.all_reduce_sum_(torch.tensor(int(self._asked_to_stop()), device=self.engine.device))
+        if int(asked) > 0:
+            raise _Stopped
 
     def _write_pending(self) -> None:
         """Read the collected updates off the device at once, and write a record for each."""
         if not self.pending:
             return
-        results = [p.result for p in self.pending]
-        rows = [torch.stack([r.mlm_sum, r.mlm_sum.new_zeros(()) if r.sas_sum is None else r.sas_sum]) for r in results]
-        sums = distributed.all_reduce_sum_(torch.stack(rows).double())
-        edges = distributed.all_reduce_sum_(
-            torch.tensor([p.num_edges for p in self.pending], device=self.engine.device)
-        )
-        norms = torch.stack([p.result.grad_norm.double() for p in self.pending])
-        masked = torch.stack([p.result.num_masked for p in self.pending])
-        columns = zip(self.pending, sums.tolist(), edges.tolist(), norms.tolist(), masked.tolist(), strict=True)
-        lines = [self._values(*column) for column in columns]
+        lines = read_pending(self.pending, self.config, self.engine.device)
         lines[-1] |= self.throughput.window() | memory() | self.gpu.read()
         if self.records is not None:
             for entry, values in zip(self.pending, lines, strict=True):
                 self.records.write("train", entry.step, values)
         self._show(self.pending[-1].step, lines[-1])
+        self._look_for_skipped(lines)
         self.pending.clear()
 
-    def _values(self, entry: _Pending, sums: list[float], edges: int, norm: float, masked: int) -> dict[str, Any]:
-        train, sas = self.config.train, self.config.sas
-        mlm_loss = sums[0] / max(masked, 1)
-        values = {
-            "loss": mlm_loss,
-            "mlm_loss": mlm_loss,
-            "sas_weight": entry.sas_weight,
-            "lr": entry.learning_rate,
-            "grad_norm": norm,
-        }
-        if entry.result.sas_sum is not None:
-            micro_batches = train.global_batch_size / train.micro_batch_size
-            values["sas"] = sums[1] / (train.global_batch_size if sas.reduction == "sequence" else micro_batches)
-            values["loss"] += entry.sas_weight * values["sas"]
-            if sas.mode == "max" and edges:
-                directions = 2 if sas.directions == "both" else 1
-                values["sas_per_edge"] = sums[1] / (directions * edges)
-        return values
+    def _look_for_skipped(self, lines: list[dict[str, Any]]) -> None:
+        size, n, seed = self.config.train.global_batch_size, len(self.dataset.packed), self.config.run.seed
+        for entry, values in zip(self.pending, lines, strict=True):
+            if self.skipped.count(values["grad_norm"]):
+                samples = global_samples(entry.step - 1, size, n, seed)[0].tolist()
+                loss = values["mlm_loss"]
+                self._event(entry.step, event="skipped_update", total=self.skipped.total, samples=samples)
+                self.say(f"step {entry.step}: update skipped (loss {loss:.4f}, gradient norm {values['grad_norm']:g})")
+                if self.skipped.at_limit:
+                    self.saver.finish()  # the checkpoint from before may still be under way
+                    self.skipped.refuse(entry.step)
 
     def _show(self, step: int, values: dict[str, Any]) -> None:
-        text = f"loss {values['loss']:.4f}  mlm {values['mlm_loss']:.4f}"
-        if "sas_per_edge" in values:
-            text += f"  sas/edge {values['sas_per_edge']:.4f}"
+        sas = f"  sas/edge {values['sas_per_edge']:.4f}" if "sas_per_edge" in values else ""
+        text = f"loss {values['loss']:.4f}  mlm {values['mlm_loss']:.4f}{sas}"
         text += f"  λ {values['sas_weight']:g}  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s"
         if self.bar.disable:
             self.say(f"step {step:>{len(str(self.last_step))}}/{self.last_step}  {text}")
@@ -180,17 +211,30 @@ class Trainer:
         )
         if self.config.evaluation.due(step, self.last_step) and not evaluated and self._time_for_evaluation(step):
             self._evaluate(step)
-        if self.config.checkpoint.due(step, self.last_step) and not resumed:
-            self._write_pending()
-            with self.throughput.paused():
-                state = {
-                    "tokens": self.throughput.tokens,
-                    "seconds": self.throughput.seconds,
-                    "versions": VERSIONS,
-                    "data": data_facts(self.dataset.packed),
-                }
-                yaml = self.config.to_yaml()
-                save_checkpoint(self.config.run.output_dir, self.engine, self.parts.tokenizer, step, state, yaml)
+        checkpoint, snapshot = self.config.checkpoint, self.config.snapshots
+        if not resumed and (checkpoint.due(step, self.last_step) or snapshot.due(step, self.last_step)):
+            self._save(step, checkpoint.due(step, self.last_step), snapshot.due(step, self.last_step))
+
+    def _save(self, step: int, checkpoint: bool, snapshot: bool) -> None:
+        """Begin to write what is due.
+
+        While updates are being skipped there is no checkpoint, so that the newest is from before the trouble; only the
+        last step always has one.
+        """
+        self._write_pending()
+        checkpoint = checkpoint and (self.skipped.in_a_row == 0 or step == self.last_step)
+        self.watchdog.beat(f"the checkpoint of step {step}")
+        if self.records is not None:
+            self.records.flush()  # a checkpoint has all records before it
+        with self.throughput.paused():
+            state = {
+                "tokens": self.throughput.tokens,
+                "seconds": self.throughput.seconds,
+                "skipped": self.skipped.state(),
+                "versions": VERSIONS,
+                "data": data_facts(self.dataset.packed),
+            }
+            self.saver.begin(step, state, checkpoint=checkpoint, snapshot=snapshot)
 
     def _time_for_evaluation(self, step: int) -> bool:
         """Whether to evaluate now, given the share of time that evaluations may take; rank 0 decides for all."""
@@ -216,9 +260,13 @@ class Trainer:
     def _evaluate(self, step: int) -> None:
         self._write_pending()
         self.skipped_evaluations = 0
-        with self.throughput.paused(), self.engine.evaluation():
-            values = self.parts.evaluation.evaluate(self.engine.bert)
-            values["weight_norm"] = self.engine.weight_norm()
+        try:
+            with self.throughput.paused(), self.engine.evaluation():
+                values = self.parts.evaluation.evaluate(self.engine.bert, self._between_batches)
+                values["weight_norm"] = self.engine.weight_norm()
+        except _Stopped:  # the resumed run makes this evaluation
+            self.stopping = self.owes_evaluation = True
+            return
         self.evaluation_seconds = values["seconds"]
         if self.records is not None:
             self.records.write("evaluation", step, values)
@@ -237,34 +285,10 @@ class Trainer:
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.bert.parameters())
         device = self.engine.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        self._event(
-            self.parts.start_step,
-            event="start",
-            world_size=world_size,
-            device=name,
-            parameters=parameters,
-            versions=VERSIONS,
-        )
+        facts = {"world_size": world_size, "device": name, "parameters": parameters, "versions": VERSIONS}
+        self._event(self.parts.start_step, event="start", **facts)
         self.say(
             f"megatron_sas {__version__}: {parameters:,} parameters, {packed.num_sequences:,} sequences of "
             f"{packed.seq_length}, {world_size} × {name}, ZeRO-{train.zero_stage}, {train.precision}, "
             f"batch {train.global_batch_size} = {world_size} × {train.micro_batch_size} × {self.dataset.accumulation}"
         )
-
-    def _flops_per_token(self) -> float:
-        bert = self.parts.bert.config
-        return flops_per_token(
-            num_layers=bert.num_layers,
-            hidden_size=bert.hidden_size,
-            intermediate_size=bert.intermediate_size,
-            vocab_size=bert.vocab_size,
-            seq_length=self.dataset.packed.seq_length,
-            mask_prob=self.config.data.mask_prob,
-        )
-
-    def _peak_flops(self, device: torch.device) -> float | None:
-        if device.type != "cuda":
-            return None
-        dtype = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
-        peak = peak_flops(torch.cuda.get_device_name(device), dtype)
-        return None if peak is None else peak * distributed.world_size()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_sas.config import Config
 from megatron_sas.data.packed import PackedData
+from megatron_sas.evaluation.batching import AfterBatch
 from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
@@ -43,8 +44,11 @@ class LiveEvaluation:
                 load_blimp(section.blimp), tokenizer, section.blimp_metric, section.blimp_pairs_per_set, max_length
             )
 
-    def evaluate(self, model: Bert) -> dict[str, Any]:
-        """All metrics of one evaluation. A collective: every rank makes the same number of forwards."""
+    def evaluate(self, model: Bert, after_batch: AfterBatch | None = None) -> dict[str, Any]:
+        """All metrics of one evaluation. A collective: every rank makes the same number of forwards.
+
+        `after_batch` is called after each forward; an exception that it raises ends the evaluation.
+        """
         started = time.perf_counter()
         values: dict[str, Any] = {}
         batch_tokens = self.section.batch_tokens
@@ -56,13 +60,14 @@ class LiveEvaluation:
                 num_sequences=self.section.validation_sequences,
                 batch_tokens=batch_tokens,
                 mask_prob=self.mask_prob,
+                after_batch=after_batch,
             )
         if self.treebank is not None:
-            result = self.treebank.evaluate(model, batch_tokens=batch_tokens)
+            result = self.treebank.evaluate(model, batch_tokens=batch_tokens, after_batch=after_batch)
             values |= {name: result[name] for name in ("uas", "uas_baseline", "uas_single_head")}
             values["uas_relations"] = result["relations"]
         if self.blimp is not None:
-            result = self.blimp.evaluate(model, batch_tokens=batch_tokens)
+            result = self.blimp.evaluate(model, batch_tokens=batch_tokens, after_batch=after_batch)
             values |= {
                 "blimp": result["blimp"],
                 "blimp_fields": result["fields"],

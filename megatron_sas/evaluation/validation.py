@@ -7,7 +7,7 @@ import torch
 from megatron_sas import distributed
 from megatron_sas.data.mlm_dataset import validation_batches
 from megatron_sas.data.packed import PackedData
-from megatron_sas.evaluation.batching import evaluating
+from megatron_sas.evaluation.batching import AfterBatch, evaluating
 from megatron_sas.model.bert import Bert
 from megatron_sas.objective.pretraining import SasObjective, mlm_loss_sum
 from megatron_sas.objective.sas import sas_term
@@ -16,12 +16,19 @@ VALIDATION_SEED = 0x76616C  # not the run's seed: runs with different seeds are 
 
 
 def evaluate_validation(
-    model: Bert, packed: PackedData, sas: SasObjective, *, num_sequences: int, batch_tokens: int, mask_prob: float
+    model: Bert,
+    packed: PackedData,
+    sas: SasObjective,
+    *,
+    num_sequences: int,
+    batch_tokens: int,
+    mask_prob: float,
+    after_batch: AfterBatch | None = None,
 ) -> dict[str, float]:
     """`validation_mlm_loss` (mean over masked tokens) and `validation_sas` (R, mean over sequences).
 
     The first `num_sequences` sequences are shared among the ranks, which all make the same number of forwards and all
-    return the same values.
+    return the same values. `after_batch` is called after each forward.
     """
     batches = validation_batches(
         packed,
@@ -45,5 +52,7 @@ def evaluate_validation(
             term = sas_term(output.to_head, output.to_dependent, mode=sas.mode, p=sas.p, directions=sas.directions)
             sums[2] += term.sum()
             sums[3] += int((batch.sample_ids >= 0).sum())
+            if after_batch is not None:
+                after_batch()
     loss, tokens, term, sequences = distributed.all_reduce_sum_(sums).tolist()
     return {"validation_mlm_loss": loss / max(tokens, 1.0), "validation_sas": term / max(sequences, 1.0)}

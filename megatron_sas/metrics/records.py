@@ -78,6 +78,12 @@ class Records:
         """Whether a line of this kind exists for `step`: a resumed run asks whether that evaluation is done."""
         return (kind, step) in self._written
 
+    def flush(self) -> None:
+        """Have everything that was written on the disk, so that no crash loses it."""
+        os.fsync(self._descriptor)
+        if self._board is not None:
+            self._board.flush()
+
     def close(self) -> None:
         """Close the files. Further writes are errors; closing twice is not."""
         if self._board is not None:

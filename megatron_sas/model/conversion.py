@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from megatron_sas.cli import InputError
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash, vocab_size
 from megatron_sas.files import atomic_directory, refuse_existing, write_json_atomic, write_text_atomic
 from megatron_sas.manifest import write_manifest
 from megatron_sas.model.bert import Bert
+from megatron_sas.model.config import BertConfig
 from megatron_sas.model.huggingface import to_hf_config, to_hf_state
 from megatron_sas.model.model_card import model_card
 from megatron_sas.model.pretrained import (
@@ -55,19 +57,27 @@ def to_hf(source: str | Path, output: str | Path, dtype: str = "fp32", overwrite
         what = "no such directory" if not checkpoint.is_dir() else "neither a training checkpoint nor a run with one"
         raise InputError(f"{source}: {what}; give a directory that pretrain_mlm.py wrote")
     config, state, tokenizer_path = read_checkpoint(checkpoint)
-    tokenizer = load_tokenizer(tokenizer_path)
-    try:
-        hf_state = to_hf_state(state, config)
-    except InputError as error:
-        raise InputError(f"{checkpoint}: {error}") from None
     with atomic_directory(output, overwrite) as directory:
-        hf_state = {name: tensor.to(DTYPES[dtype]) for name, tensor in hf_state.items()}
-        write_weights(directory / "model.safetensors", hf_state)
-        hf_config = to_hf_config(config) | {"torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
-        write_json_atomic(directory / "config.json", hf_config)
-        save_tokenizer(tokenizer, directory, config.max_position_embeddings)
+        try:
+            write_hf(directory, config, state, load_tokenizer(tokenizer_path), dtype)
+        except InputError as error:
+            raise InputError(f"{checkpoint}: {error}") from None
         write_text_atomic(directory / "README.md", model_card(checkpoint, config, dtype))
     return checkpoint
+
+
+def write_hf(
+    directory: Path, config: BertConfig, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerFast, dtype: str
+) -> None:
+    """Write config.json, model.safetensors and the tokenizer's files of a `BertForMaskedLM` into `directory`.
+
+    `state` is our state dict; `dtype` is one of `DTYPES`. Raises `InputError` for a model that has no such form.
+    """
+    hf_state = {name: tensor.to(DTYPES[dtype]) for name, tensor in to_hf_state(state, config).items()}
+    write_weights(directory / "model.safetensors", hf_state)
+    hf_config = to_hf_config(config) | {"torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
+    write_json_atomic(directory / "config.json", hf_config)
+    save_tokenizer(tokenizer, directory, config.max_position_embeddings)
 
 
 def from_hf(source: str | Path, output: str | Path, overwrite: bool = False) -> int:

@@ -4,18 +4,19 @@
 
 A job is {"config": base.yaml, "directory": …, "runs": [{"name", "overrides": {...}}, …]}; runs happen in order, each in
 the folder `name`, which may exist. `copy_of` an earlier run `without` some checkpoints is what a killed run leaves;
-`fail_write_on_rank` makes that rank's tensors unwritable.
+`fail_write_on_rank` makes that rank's tensors unwritable; `poison` (see poison.py) spoils updates.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from poison import poisoned
 
 from megatron_sas import distributed
 from megatron_sas.cli import InputError
@@ -38,7 +39,8 @@ def main() -> None:
         if run.get("fail_write_on_rank") == distributed.rank():
             write = mock.Mock(side_effect=OSError(28, "No space left on device"))
         try:
-            with mock.patch.object(checkpoint, "write_weights", write):
+            spoil = poisoned(**run["poison"]) if "poison" in run else contextlib.nullcontext()
+            with mock.patch.object(checkpoint, "write_weights", write), spoil:
                 Trainer(load_config(job["config"], [*overrides, f"--run.output_dir={directory}"])).run()
         except (InputError, OSError) as error:
             (Path(job["directory"]) / f"{run['name']}-error-{distributed.rank()}.txt").write_text(str(error))

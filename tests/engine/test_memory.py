@@ -56,7 +56,7 @@ def device():
     """The device of a run in this process; the environment is left as it was."""
     clean = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     with mock.patch.dict(os.environ, clean, clear=True):
-        yield initialize_distributed()
+        yield initialize_distributed(30)
 
 
 @pytest.mark.parametrize("mode", ["fp32", "autocast", "bf16"])

@@ -132,6 +132,28 @@ def test_slow_evaluations_are_thinned_out_but_first_and_last_stay(config, tmp_pa
     assert "more than 25% of the time left" in capsys.readouterr().out
 
 
+def test_a_run_that_is_stopped_in_its_last_evaluation_is_not_finished(config, whole, tmp_path, monkeypatch):
+    from megatron_sas.engine.trainer import Trainer
+
+    run, between = tmp_path / "run", Trainer._between_batches
+
+    def ask_at_the_end(trainer):
+        if trainer.throughput.tokens == 6 * 8 * 32:
+            trainer.stop.reason = "SIGTERM"
+        between(trainer)
+
+    monkeypatch.setattr(Trainer, "_between_batches", ask_at_the_end)
+    train(config, run)
+    assert (run / "requeue").read_text() == "SIGTERM\n"
+    assert sorted(records(run, "evaluation")) == [0, 3]
+    assert [line["event"] for line in read_records(run / "metrics.jsonl") if "event" in line] == ["start", "stopped"]
+    monkeypatch.undo()
+    train(config, run)
+    assert records(run, "evaluation") == records(whole, "evaluation")
+    assert largest_difference(weights(run, 6), weights(whole, 6)) == 0.0
+    assert not (run / "requeue").exists()
+
+
 def test_default_evaluation_points_are_the_first_and_the_last_step():
     assert [step for step in range(11) if EvaluationSection().due(step, 10)] == [0, 10]
 

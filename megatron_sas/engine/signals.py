@@ -1,0 +1,59 @@
+"""Requests to stop: signals and a stop file, turned into a flag that all ranks agree on at the end of an update.
+
+A signal often reaches one rank only (the `deepspeed` launcher sends it to one after another) or none (it drops
+SIGUSR1), hence the file. What to do next is told by another file, because launchers do not pass exit codes on:
+`RUN_DIR/requeue` exists after a run that stopped before its end and wants to be started again, and holds the reason.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+from megatron_sas.files import write_text_atomic
+
+STOP = "stop"
+REQUEUE = "requeue"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopRequest:
+    """What this process was asked."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._since = time.time()
+
+    def listen(self) -> None:
+        """Take signals for requests from now on; only the main thread can say so."""
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.reason == signal.SIGINT.name:  # the second one: now
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(number).name
+
+    def look_for_file(self, run_dir: str | Path) -> None:
+        """Take a file `stop` in the run's directory for a request."""
+        path = Path(run_dir) / STOP
+        if self.reason is None and path.exists():
+            self.reason = f"file {path}"
+
+    def clear_marks(self, run_dir: str | Path) -> None:
+        """The run begins: remove its requeue marker, and a stop file that was meant for an earlier process."""
+        requeue, stop = Path(run_dir) / REQUEUE, Path(run_dir) / STOP
+        if os.path.lexists(requeue):
+            requeue.unlink()
+        if stop.exists() and stop.stat().st_mtime < self._since:
+            stop.unlink()
+
+
+def mark_for_requeue(run_dir: str | Path, reason: str) -> None:
+    """Say that the run stopped before its end and should be started again; a stop file has done its work."""
+    write_text_atomic(Path(run_dir) / REQUEUE, reason + "\n")
+    (Path(run_dir) / STOP).unlink(missing_ok=True)

@@ -1,0 +1,213 @@
+"""Signals and the stop file: a checkpoint, a marker for the batch script, and the same run afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from engine_runs import LAUNCHER_VARIABLES, ROOT, checkpoint, free_port, override_arguments, records, weights
+from processes import steps_done, wait_until
+
+from megatron_sas.engine.checkpoint import newest_checkpoint, read_state
+from megatron_sas.metrics.records import read_records
+
+pytestmark = pytest.mark.slow
+
+LONG = {"train.steps": 90_000, "train.decay_horizon": 100_000, "checkpoint.every": 100_000, "evaluation.every": 100_000}
+DEEPSPEED = Path(sys.executable).with_name("deepspeed")
+
+
+def check_stopped(run, reason):
+    """Saved where it stopped, and marked; returns that step."""
+    assert (run / "requeue").read_text() == reason + "\n"
+    assert not (run / "stop").exists()
+    step = read_state(newest_checkpoint(run, pytest.fail))["step"]
+    lines = read_records(run / "metrics.jsonl")
+    assert (lines[-1]["event"], lines[-1]["reason"], lines[-1]["step"]) == ("stopped", reason, step)
+    assert sorted(records(run)) == list(range(1, step + 1))
+    return step
+
+
+@pytest.mark.parametrize(
+    ("ranks", "number", "to"),
+    [(2, signal.SIGTERM, [1]), (2, signal.SIGUSR1, [0]), (2, signal.SIGTERM, [0, 1]), (1, signal.SIGINT, [0])],
+)
+def test_a_signal_to_any_rank_stops_all(zygote, config, tmp_path, ranks, number, to):
+    run = tmp_path / "run"
+    job = zygote.start(config, run, LONG, ranks=ranks)
+    wait_until(lambda: steps_done(run) >= 3, "training")
+    job.send(number, to)
+    assert job.wait() == [0] * ranks, job.output()
+    step = check_stopped(run, number.name)
+    assert f"stopped after {step} updates ({number.name}); start the same command again to continue" in job.output()
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(zygote, config, tmp_path):
+    """Stopped by the file, in the middle; then finished: no marker, equal to the run without a stop."""
+    run, whole, short = tmp_path / "run", tmp_path / "whole", LONG | {"train.steps": 300}
+    job = zygote.start(config, run, short, ranks=2)
+    wait_until(lambda: steps_done(run) >= 3, "training")
+    (run / "stop").touch()
+    assert job.wait() == [0, 0]
+    step = check_stopped(run, f"file {run / 'stop'}")
+    assert 3 <= step < 300
+    output = zygote.train(config, run, short, ranks=2)
+    assert f"continuing from {checkpoint(run, step)}" in output
+    assert not (run / "requeue").exists()
+    zygote.train(config, whole, short, ranks=2)
+    assert all(weights(whole, 300)[name].equal(tensor) for name, tensor in weights(run, 300).items())
+    assert records(run) == records(whole)
+
+
+def test_a_signal_while_the_program_starts_is_not_lost(zygote, config, tmp_path):
+    run = tmp_path / "run"
+    job = zygote.start(config, run, LONG)
+    wait_until(lambda: _catches(job.pids[0], signal.SIGTERM), "the handler")
+    job.send(signal.SIGTERM)
+    assert job.wait() == [0], job.output()
+    assert check_stopped(run, "SIGTERM") <= 1
+
+
+def _catches(pid, number):
+    """Whether the process has a handler of its own, which it installs before it imports DeepSpeed."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt")]
+    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+
+
+def test_an_old_stop_file_stops_nothing(zygote, config, tmp_path):
+    run = tmp_path / "run"
+    zygote.train(config, run, {"train.steps": 2})
+    for name in ("stop", "requeue"):
+        (run / name).touch()
+        os.utime(run / name, (1, 1))
+    zygote.train(config, run)
+    assert sorted(records(run)) == [1, 2, 3, 4, 5, 6]
+    assert not (run / "stop").exists() and not (run / "requeue").exists()
+
+
+def test_the_second_interrupt_ends_at_once(zygote, config, tmp_path):
+    run = tmp_path / "run"
+    job = zygote.start(config, run, LONG | {"evaluation.validation_sequences": 10})
+    wait_until(lambda: steps_done(run) >= 3, "training")
+    for _ in range(200):
+        job.send(signal.SIGINT)
+        if None not in job.exits():
+            break
+    (code,) = job.wait()
+    if code == 0:
+        pytest.skip("the run ended between two signals")
+    assert code == 130
+    assert "interrupted twice; nothing was saved" in job.output()
+    assert "Traceback" not in job.output()
+    assert not (run / "requeue").exists()
+
+
+def test_an_evaluation_does_not_outlast_the_grace_period(zygote, config, tmp_path):
+    """One that takes minutes, on two ranks, with the signal to one of them; it is made when the run continues."""
+    run = tmp_path / "run"
+    treebank = tmp_path / "treebank.jsonl"
+    sentence = {"words": ["w1", "w2"], "heads": [0, 1], "relns": ["root", "dep"]}
+    treebank.write_text((json.dumps(sentence) + "\n") * 60_000)
+    slow = {"evaluation.treebank": str(treebank), "evaluation.batch_tokens": 8, "evaluation.every": 100_000}
+    job = zygote.start(config, run, LONG | slow, ranks=2)
+    wait_until(lambda: (run / "metrics.jsonl").exists(), "the evaluation at step 0")
+    time.sleep(1)
+    started = time.monotonic()
+    job.send(signal.SIGUSR1, [1])
+    assert job.wait() == [0, 0], job.output()
+    assert time.monotonic() - started < 10
+    assert check_stopped(run, "SIGUSR1") == 0
+    assert records(run, "evaluation") == {}
+
+
+class Launched:
+    """A launcher with its ranks, as a user or Slurm starts it."""
+
+    def __init__(self, launcher, config, run, log):
+        clean = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+        arguments = ["--config", config, *override_arguments({**LONG, "run.output_dir": str(run)})]
+        self.run, self.log = run, log
+        with open(log, "w") as file:
+            self.process = subprocess.Popen(
+                [str(a) for a in (*launcher, ROOT / "pretrain_mlm.py", *arguments)],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            )
+        wait_until(lambda: steps_done(run) >= 3, f"training under {launcher}", 120)
+        self.family = psutil.Process(self.process.pid).children(recursive=True)
+
+    @staticmethod
+    def is_launcher(process):
+        return any("launch" in part for part in process.cmdline()[:4])
+
+    def wait(self, seconds=60):
+        """The launcher's exit code, when all of its processes have ended."""
+        code = self.process.wait(seconds)
+        _, alive = psutil.wait_procs(self.family, timeout=seconds)
+        assert not alive, self.log.read_text()
+        return code
+
+    def close(self):
+        for process in [*self.family, psutil.Process(self.process.pid)] if self.process.poll() is None else self.family:
+            if process.is_running():
+                process.kill()
+
+
+@pytest.fixture
+def launched(config, tmp_path):
+    """Start a launcher; whatever is left of it afterwards is killed."""
+    started = []
+
+    def start(*launcher):
+        started.append(Launched(launcher, config, tmp_path / "run", tmp_path / "log.txt"))
+        return started[-1]
+
+    yield start
+    for launch in started:
+        launch.close()
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+@pytest.mark.parametrize(
+    ("number", "options"), [(signal.SIGTERM, ()), (signal.SIGUSR1, ("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"))]
+)
+def test_torchrun_passes_signals_on(launched, number, options):
+    job = launched(*TORCHRUN, *options)
+    job.process.send_signal(number)
+    job.wait()
+    check_stopped(job.run, number.name)
+
+
+def deepspeed():
+    return (DEEPSPEED, "--num_gpus", "2", "--master_port", free_port())
+
+
+@pytest.mark.skipif(not DEEPSPEED.exists(), reason="the deepspeed launcher is not beside this Python")
+def test_the_deepspeed_launcher_passes_sigterm_on_to_one_rank_after_another(launched):
+    job = launched(*deepspeed())
+    (launcher,) = [p for p in job.family if job.is_launcher(p)]
+    launcher.send_signal(signal.SIGTERM)
+    assert job.wait() != 0  # hence a marker, not an exit code
+    check_stopped(job.run, "SIGTERM")
+
+
+@pytest.mark.skipif(not DEEPSPEED.exists(), reason="the deepspeed launcher is not beside this Python")
+def test_a_signal_to_deepspeeds_runner_orphans_the_ranks_and_the_stop_file_reaches_them(launched):
+    job = launched(*deepspeed())
+    job.process.send_signal(signal.SIGTERM)
+    assert job.process.wait(30) == -signal.SIGTERM
+    before = steps_done(job.run)
+    wait_until(lambda: steps_done(job.run) > before, "the orphans' progress")
+    (job.run / "stop").touch()
+    job.wait()
+    check_stopped(job.run, f"file {job.run / 'stop'}")
