@@ -147,6 +147,9 @@ class TrainSection(Section):
     adam_eps: float = Field(1e-8, description="AdamW", gt=0)
     grad_clip: float = Field(1.0, description="largest global gradient norm; 0: no clipping", ge=0)
     compile: bool | None = Field(None, description="torch.compile, not with ZeRO stage 3; default: on GPUs")
+    deterministic: bool = Field(
+        False, description="on GPUs: fixed kernels, so that a run repeated or resumed there has the same bits; slower"
+    )
     max_nonfinite_updates: int = Field(
         10, description="updates with NaN or infinity are skipped; so many in a row end the run", ge=1
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import typing
 from pathlib import Path
 
 import pytest
 
 from megatron_sas.cli import InputError
-from megatron_sas.config import Config, When, help_text, load_config, parse_arguments
+from megatron_sas.config import Config, ModelSection, TrainSection, When, help_text, load_config, parse_arguments
+from megatron_sas.kernels import BACKENDS
 from megatron_sas.objective.schedule import Stage, sas_weight
 
 MINIMAL = """
@@ -82,6 +84,7 @@ checkpoint: {dense_every: 5}
     [
         ("model: {hidden_size: 100, num_heads: 3}", "model.hidden_size: 100 is not a multiple of num_heads 3"),
         ("model: {num_layers: yes}", "model.num_layers: input should not be true or false, not True"),
+        ("model: {attention_backend: flash}", "model.attention_backend: input should be 'auto', "),
         ("sas: {schedule: yes}", "sas.schedule: input should not be true or false, not True"),
         ("sas: {schedule: none}", "sas.schedule: should be a list, not 'none'"),
         ("sas: {schedule: .nan}", "sas.schedule.0.value: input should be a finite number, not nan"),
@@ -99,7 +102,20 @@ checkpoint: {dense_every: 5}
     ],
 )
 def test_one_fault_is_one_line(tmp_path, section, message):
-    assert fault(tmp_path, MINIMAL + section) == f": {message}"
+    assert fault(tmp_path, MINIMAL + section).startswith(f": {message}")
+
+
+def test_backends_are_the_kernels():
+    annotation = ModelSection.model_fields["attention_backend"].annotation
+    assert typing.get_args(annotation) == BACKENDS
+
+
+def test_zero_3_is_not_compiled(tmp_path):
+    text = MINIMAL.replace("train: {", "train: {compile: true, zero_stage: 3, ")
+    assert "train.compile: ZeRO stage 3 gathers weights inside the layers" in fault(tmp_path, text)
+    sections = {stage: TrainSection(steps=1, micro_batch_size=1, zero_stage=stage) for stage in (0, 3)}
+    assert [sections[0].compiles(kind) for kind in ("cuda", "cpu")] == [True, False]
+    assert not sections[3].compiles("cuda")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from megatron_sas.config import TrainSection
 from megatron_sas.data.masking import hash_u64
 from megatron_sas.data.mlm_dataset import Window
 from megatron_sas.engine.deepspeed_config import deepspeed_config
+from megatron_sas.kernels import choose_backend
 from megatron_sas.kernels.layer_norm import use_apex_layer_norm_
 from megatron_sas.model.bert import Bert
 from megatron_sas.objective.pretraining import MaskedLMWithSas
@@ -94,6 +95,15 @@ class Engine:
         if self._autocast:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
+
+    def attention_backend(self, seq_length: int) -> str:
+        """The kernel that training's attention takes, by name."""
+        config = self.bert.config
+        if config.attention_backend != "auto":
+            return config.attention_backend
+        dtype = torch.bfloat16 if self.train_section.precision == "bf16" else torch.float32
+        probe = torch.empty(1, config.num_heads, seq_length, config.head_dim, dtype=dtype, device=self.device)
+        return choose_backend(probe, config.attention_dropout)
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:

@@ -45,6 +45,13 @@ def initialize_distributed(timeout_minutes: float) -> torch.device:
     return device
 
 
+def use_deterministic_algorithms() -> None:
+    """Have torch, cuBLAS and our kernels compute the same bits every time. Before anything is computed on a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a help for finding bugs that costs time
+
+
 def _environment_from_slurm() -> None:
     """Under `srun` with one task per device, say in torch's variables what Slurm says in its own."""
     if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) == 1 or "SLURM_PROCID" not in os.environ:

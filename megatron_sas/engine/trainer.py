@@ -16,7 +16,7 @@ from megatron_sas.data.mlm_dataset import PrefetchLoader, Window
 from megatron_sas.data.sampler import global_samples
 from megatron_sas.engine.checkpoint import CONFIG, load_moments
 from megatron_sas.engine.engine import Engine
-from megatron_sas.engine.environment import initialize_distributed
+from megatron_sas.engine.environment import initialize_distributed, use_deterministic_algorithms
 from megatron_sas.engine.guard import SkippedUpdates
 from megatron_sas.engine.learning_rate import learning_rate
 from megatron_sas.engine.pending import PendingUpdate, read_pending
@@ -56,6 +56,8 @@ class Trainer:
         self.stopping = False  # all ranks have agreed to stop
         self.owes_evaluation = False  # the one at this step was given up for that
         device = initialize_distributed(config.run.timeout_minutes)
+        if config.train.deterministic and device.type == "cuda":
+            use_deterministic_algorithms()
         old_run = distributed.is_main() and (self.run_dir / CONFIG).is_file()
         agreed(lambda: self.stop.clear_marks(self.run_dir) if old_run else None)
         parts = build_parts(config, self.say)
@@ -285,10 +287,13 @@ class Trainer:
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.bert.parameters())
         device = self.engine.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        attention = self.engine.attention_backend(packed.seq_length)
         facts = {"world_size": world_size, "device": name, "parameters": parameters, "versions": VERSIONS}
+        facts |= {"attention": attention, "compiled": train.compiles(device.type)}
         self._event(self.parts.start_step, event="start", **facts)
         self.say(
             f"megatron_sas {__version__}: {parameters:,} parameters, {packed.num_sequences:,} sequences of "
-            f"{packed.seq_length}, {world_size} × {name}, ZeRO-{train.zero_stage}, {train.precision}, "
+            f"{packed.seq_length}, {world_size} × {name}, ZeRO-{train.zero_stage}, {train.precision}, attention by "
+            f"{attention}{', compiled' if train.compiles(device.type) else ''}, "
             f"batch {train.global_batch_size} = {world_size} × {train.micro_batch_size} × {self.dataset.accumulation}"
         )

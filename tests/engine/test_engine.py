@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from engine_runs import largest_difference, override_arguments, records, train, weights
@@ -117,6 +119,17 @@ def test_accumulation_does_not_matter(config, tmp_path):
         assert largest_difference(weights(runs[size], 4), whole) < 2e-6
         for step, line in records(runs[size]).items():
             assert line == pytest.approx(lines[step], rel=2e-6)
+
+
+def test_a_compiled_run_equals_one_that_is_not(config, tmp_path, monkeypatch):
+    """Compiled as on a GPU, with fixed shapes, but for the generated code; evaluations are not compiled."""
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    train(config, plain, {**NO_DROPOUT, "train.steps": 4})
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    train(config, compiled, {**NO_DROPOUT, "train.steps": 4, "train.compile": True})
+    assert largest_difference(weights(compiled, 4), weights(plain, 4)) < 2e-6
+    for step, line in records(compiled).items():
+        assert line == pytest.approx(records(plain)[step], rel=2e-6)
 
 
 def test_the_sum_reduction_grows_with_the_micro_batch(config, tmp_path):
