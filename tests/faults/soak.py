@@ -35,18 +35,22 @@ from megatron_sas.engine.checkpoint import newest_checkpoint, read_state  # noqa
 from megatron_sas.metrics.records import read_records  # noqa: E402
 from megatron_sas.model.pretrained import verify_checkpoint  # noqa: E402
 
-STEPS = 240
-RUN = {
-    "train.steps": STEPS,
-    "train.decay_horizon": 1000,
-    "checkpoint.every": 8,
-    "checkpoint.keep_last": 2,
-    "checkpoint.keep_every": 80,
-    "snapshots.every": 60,
-    "evaluation.every": 30,
-    "logging.every": 3,
-    "logging.tensorboard": True,
-}
+
+def settings(steps: int) -> dict:
+    """A run of `steps` updates, a multiple of 24, in which everything happens often."""
+    return {
+        "train.steps": steps,
+        "train.decay_horizon": 1000,
+        "checkpoint.every": 8,
+        "checkpoint.keep_last": 2,
+        "checkpoint.keep_every": steps // 3,
+        "snapshots.every": steps // 4,
+        "evaluation.every": steps // 8,
+        "logging.every": 3,
+        "logging.tensorboard": True,
+    }
+
+
 KINDS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """As often as they are drawn: a kill is the hardest."""
 
@@ -68,7 +72,7 @@ class Report:
         return vars(self) | {"signals": dict(self.signals)}
 
 
-def soak(zygote: Zygote, directory: Path, cycles: int, seed: int, say: Callable[[str], None]) -> Report:
+def soak(zygote: Zygote, directory: Path, cycles: int, seed: int, steps: int, say: Callable[[str], None]) -> Report:
     """Run the cycles, and then the unfinished runs to their ends. Raises AssertionError at the first difference."""
     chance, report, started = random.Random(seed), Report(), time.monotonic()
     config = write_inputs(directory)
@@ -76,30 +80,37 @@ def soak(zygote: Zygote, directory: Path, cycles: int, seed: int, say: Callable[
     durations = {}
     for ranks, whole in wholes.items():
         began = time.monotonic()
-        zygote.train(config, whole, RUN, ranks=ranks)
+        zygote.train(config, whole, settings(steps), ranks=ranks)
         durations[ranks] = time.monotonic() - began
     runs: dict[int, Path] = {}
     while report.cycles < cycles:
         ranks = chance.choice((1, 2))
         run = runs.setdefault(ranks, directory / f"run-{ranks}-{report.finished_runs}-{report.cycles}")
-        if _cycle(zygote, config, run, ranks, chance, durations[ranks], report):
-            _check_finished(runs.pop(ranks), wholes[ranks])
+        if _cycle(zygote, config, run, ranks, steps, chance, durations[ranks], report):
+            _check_finished(runs.pop(ranks), wholes[ranks], steps)
             report.finished_runs += 1
         say(f"cycle {report.cycles}: {run.name} at step {_step(run)}; {report.finished_runs} finished")
     for ranks, run in runs.items():
-        zygote.train(config, run, RUN, ranks=ranks)
-        _check_finished(run, wholes[ranks])
+        zygote.train(config, run, settings(steps), ranks=ranks)
+        _check_finished(run, wholes[ranks], steps)
         report.finished_runs += 1
     report.seconds = round(time.monotonic() - started, 1)
     return report
 
 
 def _cycle(
-    zygote: Zygote, config: Path, run: Path, ranks: int, chance: random.Random, duration: float, report: Report
+    zygote: Zygote,
+    config: Path,
+    run: Path,
+    ranks: int,
+    steps: int,
+    chance: random.Random,
+    duration: float,
+    report: Report,
 ) -> bool:
     """Start, wait, send a signal, see what is left; True when the run came to its end."""
-    left = 1 - max(_step(run), 0) / STEPS
-    job = zygote.start(config, run, RUN, ranks=ranks)
+    left = 1 - max(_step(run), 0) / steps
+    job = zygote.start(config, run, settings(steps), ranks=ranks)
     time.sleep(chance.uniform(0, duration * (0.3 + 0.7 * left)))
     kind = chance.choice(KINDS)
     to = chance.choice([None, [chance.randrange(ranks)]])
@@ -112,21 +123,21 @@ def _cycle(
     else:
         report.too_late += 1
     check_left(run)
-    finished = _finished(run)
+    finished = _finished(run, steps)
     if kind != signal.SIGKILL and before == [None] * ranks:
-        _check_stop(run, job, codes, kind)
+        _check_stop(run, job, codes, kind, finished)
         report.stopped_with_marker += (run / "requeue").exists()
     if not finished:
         report.interrupted_steps.append(_step(run))
     return finished
 
 
-def _check_stop(run: Path, job: Job, codes: list[int], kind: signal.Signals) -> None:
+def _check_stop(run: Path, job: Job, codes: list[int], kind: signal.Signals, finished: bool) -> None:
     """A signal that asks: stopped with a marker, or finished, or so early that there was no handler yet."""
     if codes == [-kind] * len(codes) or -kind in codes or 130 in codes:
         return
     assert set(codes) == {0}, job.output()
-    assert (run / "requeue").exists() != _finished(run), job.output()
+    assert (run / "requeue").exists() != finished, job.output()
 
 
 def check_left(run: Path) -> None:
@@ -148,26 +159,26 @@ def _step(run: Path) -> int:
     return -1 if newest is None else read_state(newest)["step"]
 
 
-def _finished(run: Path) -> bool:
-    return _step(run) == STEPS and any(line.get("event") == "finished" for line in read_records(run / "metrics.jsonl"))
+def _finished(run: Path, steps: int) -> bool:
+    return _step(run) == steps and any(line.get("event") == "finished" for line in read_records(run / "metrics.jsonl"))
 
 
-def _check_finished(run: Path, whole: Path) -> None:
+def _check_finished(run: Path, whole: Path, steps: int) -> None:
     """Equal to the run that nothing happened to; then removed."""
-    assert largest_difference(weights(run, STEPS), weights(whole, STEPS)) == 0.0
-    assert largest_difference(moments(run, STEPS), moments(whole, STEPS)) == 0.0
+    assert largest_difference(weights(run, steps), weights(whole, steps)) == 0.0
+    assert largest_difference(moments(run, steps), moments(whole, steps)) == 0.0
     for kind in ("train", "evaluation"):
         mine, theirs = records(run, kind), records(whole, kind)
         different = {step: (mine.get(step), theirs.get(step)) for step in mine.keys() | theirs.keys()}
         different = {step: pair for step, pair in different.items() if pair[0] != pair[1]}
         assert not different, f"{run}: {kind} records differ: {different}"
-    assert sorted(records(run)) == list(range(1, STEPS + 1))
+    assert sorted(records(run)) == list(range(1, steps + 1))
     assert _points(run) == _points(whole), f"{run}: TensorBoard differs"
     for snapshot in (whole / "snapshots").glob("step_*"):
         mine = run / "snapshots" / snapshot.name / "model.safetensors"
         assert largest_difference(load_file(mine), load_file(snapshot / "model.safetensors")) == 0.0
     kept = {int(path.name[5:]) for path in (run / "checkpoints").glob("step_*")}
-    assert kept >= {0, 80, 160, STEPS} and len(kept) == 5, f"{run}: kept {sorted(kept)}"
+    assert kept >= {0, steps // 3, 2 * steps // 3, steps} and len(kept) == 5, f"{run}: kept {sorted(kept)}"
     assert not (run / "requeue").exists()
     shutil.rmtree(run)
 
@@ -187,7 +198,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory, Zygote() as zygote:
-        report = soak(zygote, Path(directory), arguments.cycles, arguments.seed, partial(print, flush=True))
+        report = soak(zygote, Path(directory), arguments.cycles, arguments.seed, 240, partial(print, flush=True))
     text = json.dumps(report.lines(), indent=2)
     print(text)
     if arguments.output is not None:

@@ -19,8 +19,8 @@ from megatron_sas.engine.checkpoint import newest_checkpoint
 
 pytestmark = pytest.mark.slow
 
-STEPS = 200
-RUN = {"train.steps": STEPS, "train.decay_horizon": 1000, "checkpoint.every": 10, "evaluation.every": 100}
+STEPS = 80
+RUN = {"train.steps": STEPS, "train.decay_horizon": 1000, "checkpoint.every": 10, "evaluation.every": 40}
 LONG = RUN | {"train.steps": 90_000, "train.decay_horizon": 100_000}
 
 

@@ -13,13 +13,13 @@ from megatron_sas.model.pretrained import verify_checkpoint
 
 pytestmark = pytest.mark.slow
 
-STEPS = 60
+STEPS = 48
 RUN = {
     "train.steps": STEPS,
     "checkpoint.every": 2,
     "checkpoint.keep_last": 1,
     "snapshots.every": 4,
-    "evaluation.every": 20,
+    "evaluation.every": 16,
     "logging.every": 3,
 }
 POINTS = {0: 130, 1: 16}  # of two saves in a row: rank 0 (with a snapshot, the description, publishing), other ranks
@@ -79,14 +79,14 @@ def spread(count, points, seed):
 
 
 def test_one_process(zygote, config, wholes, tmp_path):
-    kills = [(0, point) for point in spread(9, POINTS[0], seed=1)]
-    assert killed_over_and_over(zygote, config, tmp_path / "run", kills, ranks=1) >= 8
+    kills = [(0, point) for point in spread(7, POINTS[0], seed=1)]
+    assert killed_over_and_over(zygote, config, tmp_path / "run", kills, ranks=1) >= 6
     check_at_the_end(tmp_path / "run", wholes / "1")
 
 
 def test_two_processes(zygote, config, wholes, tmp_path):
-    kills = [(0, point) for point in spread(3, POINTS[0], seed=2)] + [(1, point) for point in spread(3, POINTS[1], 3)]
-    assert killed_over_and_over(zygote, config, tmp_path / "run", kills, ranks=2) >= 5
+    kills = [(0, point) for point in spread(2, POINTS[0], seed=2)] + [(1, point) for point in spread(2, POINTS[1], 3)]
+    assert killed_over_and_over(zygote, config, tmp_path / "run", kills, ranks=2) >= 3
     check_at_the_end(tmp_path / "run", wholes / "2")
 
 

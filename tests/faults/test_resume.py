@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_few_random_kills(zygote, tmp_path):
-    report = soak.soak(zygote, tmp_path, cycles=4, seed=2, say=lambda line: None)
+    report = soak.soak(zygote, tmp_path, cycles=4, seed=2, steps=72, say=lambda line: None)
     assert report.cycles == sum(report.signals.values()) == 4
     assert report.finished_runs >= 1
 

@@ -51,18 +51,18 @@ def test_a_signal_to_any_rank_stops_all(zygote, config, tmp_path, ranks, number,
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(zygote, config, tmp_path):
     """Stopped by the file, in the middle; then finished: no marker, equal to the run without a stop."""
-    run, whole, short = tmp_path / "run", tmp_path / "whole", LONG | {"train.steps": 300}
+    run, whole, short = tmp_path / "run", tmp_path / "whole", LONG | {"train.steps": 60}
     job = zygote.start(config, run, short, ranks=2)
     wait_until(lambda: steps_done(run) >= 3, "training")
     (run / "stop").touch()
     assert job.wait() == [0, 0]
     step = check_stopped(run, f"file {run / 'stop'}")
-    assert 3 <= step < 300
+    assert 3 <= step < 60
     output = zygote.train(config, run, short, ranks=2)
     assert f"continuing from {checkpoint(run, step)}" in output
     assert not (run / "requeue").exists()
     zygote.train(config, whole, short, ranks=2)
-    assert all(weights(whole, 300)[name].equal(tensor) for name, tensor in weights(run, 300).items())
+    assert all(weights(whole, 60)[name].equal(tensor) for name, tensor in weights(run, 60).items())
     assert records(run) == records(whole)
 
 
