@@ -130,7 +130,7 @@ def grad_kv_kernel(
     v = load_tile(V + b * stride_vb + h * stride_vh, columns[:, None], dims[None, :], stride_vs, seq, D, EXACT)
     column_keys = tl.zeros([BLOCK_N], tl.uint32)
     if THRESHOLD > 0:
-        column_keys = load_row(KEYS + num_maps.to(tl.int64) * seq + at, columns, seq, 0, EVEN)
+        column_keys = load_row(KEYS + num_maps * seq + at, columns, seq, 0, EVEN)
         column_keys = column_keys.to(tl.uint32, bitcast=True)
         KEYS += at  # of the rows
     own_heads = tl.full([BLOCK_N], -1, tl.int32)
@@ -213,7 +213,7 @@ def grad_q_kernel(
     row_keys = tl.zeros([BLOCK_M], tl.uint32)
     if THRESHOLD > 0:
         row_keys = load_row(KEYS + at, rows, seq, 0, EVEN).to(tl.uint32, bitcast=True)
-        KEYS += num_maps.to(tl.int64) * seq + at  # of the columns
+        KEYS += num_maps * seq + at  # of the columns
     own_heads = tl.full([BLOCK_M], -1, tl.int32)
     own_g = tl.zeros([BLOCK_M], tl.float32)
     low, high = seq, -1

@@ -33,7 +33,7 @@ def dropout_keys_kernel(SEED, KEYS, num_maps, seq, BLOCK: tl.constexpr):
     seed = tl.load(SEED)
     at = number.to(tl.int64) * seq + tokens
     tl.store(KEYS + at, dropout_keys(seed, number, ROWS, tokens).to(tl.int32, bitcast=True), mask=tokens < seq)
-    at += num_maps.to(tl.int64) * seq
+    at += num_maps * seq
     tl.store(KEYS + at, dropout_keys(seed, number, COLUMNS, tokens).to(tl.int32, bitcast=True), mask=tokens < seq)
 
 
@@ -66,7 +66,7 @@ def forward_kernel(
     row_keys = tl.zeros([BLOCK_M], tl.uint32)
     if THRESHOLD > 0:
         row_keys = load_row(KEYS + at, rows, seq, 0, EVEN).to(tl.uint32, bitcast=True)
-        KEYS += num_maps.to(tl.int64) * seq + at  # of the columns
+        KEYS += num_maps * seq + at  # of the columns
 
     to_head = tl.zeros([BLOCK_M], tl.float32)
     edge = rows < 0

@@ -25,12 +25,21 @@ INTEGER_POINTERS = {"HEADS": "*i64", "SEQLENS": "*i64", "KEYS": "*i32", "RANGES"
 FLOAT32_POINTERS = ("LSE", "DELTA", "TO_HEAD", "TO_DEPENDENT", "GRAD_TO_HEAD", "GRAD_TO_DEPENDENT")
 
 
-def compile_kernel(kernel: triton.JITFunction, dtype: str, dim: int, capability: int, config: triton.Config) -> dict:
-    """Compile one kernel as a training step with dropout and both probabilities would."""
+# A launch with one map of one token: Triton makes integers that are 1 part of the program.
+ONES = {"num_maps": 1, "num_heads": 1, "seq": 1, "SEQ_CLASS": 1, "EVEN": False}
+UNEVEN = {"EVEN": False, "HAS_SEQLENS": True}
+PLAIN = {"HAS_HEADS": False, "HAS_TO_HEAD": False, "HAS_TO_DEPENDENT": False, "THRESHOLD": 0}
+CASES = {"ones": ONES, "uneven": UNEVEN, "plain": PLAIN}
+
+
+def compile_kernel(
+    kernel: triton.JITFunction, dtype: str, dim: int, capability: int, config: triton.Config, changes: dict
+) -> dict:
+    """Compile one kernel as a training step with dropout and both probabilities would, but for `changes`."""
     constants = {
         "D": dim, "BLOCK_D": dim, "SEQ_CLASS": 512, "THRESHOLD": dropout.drop_threshold(0.1),
         "PRECISION": "ieee" if dtype == "fp32" else "tf32", "EVEN": True, "HAS_SEQLENS": False,
-        "HAS_HEADS": True, "HAS_TO_HEAD": True, "HAS_TO_DEPENDENT": True, **config.kwargs,
+        "HAS_HEADS": True, "HAS_TO_HEAD": True, "HAS_TO_DEPENDENT": True, **config.kwargs, **changes,
     }  # fmt: skip
     signature, attributes, values = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -72,8 +81,10 @@ def machine_code_facts(cubin: bytes) -> dict:
 
 
 if __name__ == "__main__":
-    for case in sys.argv[1:]:  # dtype:dim:capability[:all]
-        dtype, dim, capability, *searched = case.split(":")
+    for case in sys.argv[1:]:  # dtype:dim:capability[:all or a name of CASES]
+        dtype, dim, capability, *more = case.split(":")
         for kernel, configs in (SINGLE_CONFIGS if dtype == "fp32" else HALF_CONFIGS).items():
-            for config in configs if searched else configs[:1]:
-                print(json.dumps(compile_kernel(kernel, dtype, int(dim), int(capability), config)), flush=True)
+            for config in configs if more == ["all"] else configs[:1]:
+                changes = CASES.get(more[0], {}) if more else {}
+                facts = compile_kernel(kernel, dtype, int(dim), int(capability), config, changes)
+                print(json.dumps(facts), flush=True)
