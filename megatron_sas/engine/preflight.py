@@ -99,9 +99,9 @@ def _check_configured(config: Config, report: Report) -> None:
     )
     zero = (deepspeed or {}).get("zero_optimization", {})
     report.check("compiler", lambda: check_compiler(zero))
-    packed = report.check("training data", lambda: _open_data(config, data.train, data.heads), _describe_data)
+    packed = report.check("training data", lambda: _open_data(config, data.train, data.heads, report), _describe_data)
     if data.validation is not None:
-        report.check("validation data", lambda: _open_data(config, data.validation, None), _describe_data)
+        report.check("validation data", lambda: _open_data(config, data.validation, None, report), _describe_data)
     if section.treebank is not None:
         report.check("treebank", lambda: load_treebank(section.treebank), lambda found: f"{len(found)} sentences")
     if section.blimp is not None:
@@ -115,8 +115,10 @@ def _check_configured(config: Config, report: Report) -> None:
             report.check("memory per device (estimate)", lambda: check_memory(estimate))
 
 
-def _open_data(config: Config, prefix: str, heads: str | None) -> PackedData:
+def _open_data(config: Config, prefix: str, heads: str | None, report: Report) -> PackedData:
     packed = PackedData(prefix, heads_name=heads)
+    if report.rank == 0:
+        packed.verify()  # which training leaves out: it reads everything
     path = config.data.tokenizer or packed.tokenizer.path
     check_tokenizer(load_tokenizer(path), path, packed, prefix)
     if packed.seq_length > config.model.max_position_embeddings:
@@ -128,7 +130,7 @@ def _open_data(config: Config, prefix: str, heads: str | None) -> PackedData:
 
 
 def _describe_data(packed: PackedData) -> str:
-    return f"{packed.num_sequences:,} sequences of {packed.seq_length}, tokenizer matches (checksums are not read)"
+    return f"{packed.num_sequences:,} sequences of {packed.seq_length}, tokenizer and checksums match"
 
 
 def existing_ancestor(path: Path) -> Path:

@@ -106,6 +106,15 @@ def test_a_wrong_configuration_is_reported_beside_the_environment(tmp_path, caps
     assert "ok       torch: " in output
 
 
+def test_altered_data_is_found(config, capsys):
+    path = Path(load_config(config).data.train + ".bin")
+    content = bytearray(path.read_bytes())
+    content[40] ^= 1
+    path.write_bytes(content)
+    assert preflight.preflight(str(config), []) == 2
+    assert f"{path}: content does not match its checksum" in capsys.readouterr().out
+
+
 def test_disk_space(config, tmp_path, monkeypatch):
     settings = load_config(config, [f"--run.output_dir={tmp_path / 'a' / 'b'}"])
     assert preflight.check_disk_space(settings, 1_000).startswith("3 checkpoints of 12 KiB need 35 KiB, ")
