@@ -80,7 +80,8 @@ def build_parts(config: Config, say: Callable[[str], None], *, dry_run: bool = F
     if torch.cuda.is_available():
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         device = torch.device("cuda", distributed.local_rank())
-        build_attention_kernels(parts.bert.config, parts.dataset.packed.seq_length, dtype, device)
+        shape = (config.train.micro_batch_size, parts.dataset.packed.seq_length)
+        build_attention_kernels(parts.bert.config, *shape, dtype, device)
     if not dry_run:  # last, so that a run which is refused leaves no directory behind
         agreed(lambda: write_text_atomic(run_dir / CONFIG, config.to_yaml()) if distributed.is_main() else None)
     return parts

@@ -51,9 +51,9 @@ def test_kernels_are_run_with_and_without_edges(monkeypatch):
 
     monkeypatch.setattr(kernel_cache, "dependency_attention", spy)
     config = BertConfig(num_heads=2, hidden_size=32, attention_dropout=0.0)
-    build_attention_kernels(config, 16, torch.bfloat16, torch.device("cpu"))
+    build_attention_kernels(config, 3, 16, torch.bfloat16, torch.device("cpu"))
     options = {"dropout_p": 0.0, "backend": "auto"}
-    assert calls == [((1, 2, 16, 16), torch.bfloat16, without, options) for without in (True, False)]
+    assert calls == [((3, 2, 16, 16), torch.bfloat16, without, options) for without in (False, True)]
 
 
 @pytest.mark.slow
