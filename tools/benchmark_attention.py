@@ -32,9 +32,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_sas.cli import InputError, run_main
+from megatron_sas.device import DEVICE_HELP, choose_device
 from megatron_sas.files import refuse_existing, write_json_atomic
 from megatron_sas.kernels import BACKENDS, dependency_attention
-from megatron_sas.metrics.benchmark import Times, choose_device, describe_device, time_interleaved
+from megatron_sas.metrics.benchmark import Times, describe_device, time_interleaved
 
 PEERS = {
     "cpu": {"torch sdpa": SDPBackend.FLASH_ATTENTION},
@@ -201,7 +202,7 @@ def main() -> None:
     parser.add_argument("--maps", type=int, default=16, help="layers × heads among which `max` chooses one (16)")
     parser.add_argument("--dropout", type=float, default=0.0, help="of attention probabilities (0)")
     parser.add_argument("--rounds", type=int, default=10, help="rounds in which every variant runs once (10)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (auto)")
+    parser.add_argument("--device", help=DEVICE_HELP)
     parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32", help="of q, k and v (fp32)")
     parser.add_argument("--threads", type=int, help="CPU threads (torch's default)")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (0)")

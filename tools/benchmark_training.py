@@ -38,9 +38,10 @@ import torch
 from torch import Tensor, nn
 
 from megatron_sas.cli import InputError, run_main
+from megatron_sas.device import DEVICE_HELP, choose_device
 from megatron_sas.files import refuse_existing, write_json_atomic
 from megatron_sas.kernels import choose_backend
-from megatron_sas.metrics.benchmark import Times, choose_device, describe_device, median_ratio, time_interleaved
+from megatron_sas.metrics.benchmark import Times, describe_device, median_ratio, time_interleaved
 from megatron_sas.metrics.throughput import flops_per_token, peak_flops
 from megatron_sas.model import SIZES, Bert, BertConfig
 from megatron_sas.model.huggingface import to_hf_config, to_hf_state
@@ -272,7 +273,7 @@ def read_arguments() -> argparse.Namespace:
         choices=VARIANTS,
         help="which to run (ours_max, ours_mlm, paper, hf_sdpa; on GPUs all, ours_flex without dropout only)",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (auto)")
+    parser.add_argument("--device", help=DEVICE_HELP)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast (fp32)")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="compile our variants or not (on GPUs)"

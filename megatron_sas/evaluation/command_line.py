@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_sas.cli import InputError
+from megatron_sas.device import DEVICE_HELP, choose_device
 from megatron_sas.files import refuse_existing
 
 
@@ -32,7 +33,7 @@ def evaluation_parser(description: str, batch_tokens: int) -> argparse.ArgumentP
         metavar="N",
         help=f"tokens a batch, with padding ({batch_tokens})",
     )
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    parser.add_argument("--device", help=DEVICE_HELP)
     parser.add_argument(
         "--precision",
         choices=("fp32", "bf16"),
@@ -58,15 +59,3 @@ def check_arguments(arguments: argparse.Namespace) -> torch.device:
 def precision(arguments: argparse.Namespace, device: torch.device) -> contextlib.AbstractContextManager:
     """The context in which the model computes."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=arguments.precision == "bf16")
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The named device; by default a GPU if there is one, else the CPU. Raises `InputError` if it is not there."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device: {name!r} is not available here; use cpu or cuda[:N]") from None
-    return device

@@ -13,20 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_sas.cli import InputError, progress
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` (CUDA where there is a GPU), `cpu` or `cuda`.
-
-    Raises:
-        InputError: CUDA is asked for but not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no GPU here; use --device cpu")
-    return torch.device(name)
+from megatron_sas.cli import progress
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:

@@ -1,0 +1,21 @@
+"""Which device a tool computes on."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_sas.cli import InputError
+
+DEVICE_HELP = "cpu, cuda or cuda:N (default: a GPU if there is one)"
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device; by default a GPU if there is one, else the CPU. Raises `InputError` if it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device: {name!r} is not available here; use cpu or cuda[:N]") from None
+    return device
