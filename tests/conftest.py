@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from interpreter import interpret_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
+
+interpret_kernels()  # before any test imports Triton
 
 
 @pytest.fixture(scope="session")

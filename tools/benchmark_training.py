@@ -188,7 +188,7 @@ def _deepspeed_step(setting: Setting, batch: Batch) -> Callable[[], None]:
     from megatron_sas.engine.engine import Engine
     from megatron_sas.engine.environment import initialize_distributed
 
-    initialize_distributed()
+    initialize_distributed(timeout_minutes=30)
     sequences = len(batch.input_ids)
     section = TrainSection(
         steps=1,

@@ -23,7 +23,7 @@ def curve(backend: str, dropout_p: float) -> torch.Tensor:
     torch.manual_seed(0)
     config = BertConfig(
         num_layers=1, hidden_size=32, num_heads=LAYOUT[0], intermediate_size=64, vocab_size=60,
-        max_position_embeddings=64, hidden_dropout=0.0, attention_dropout=dropout_p,
+        max_position_embeddings=64, initializer_range=0.15, hidden_dropout=0.0, attention_dropout=dropout_p,
         attention_backend=backend,
     )  # fmt: skip
     module = MaskedLMWithSas(Bert(config), SasObjective()).to(DEVICE).train()
@@ -50,7 +50,7 @@ def curve(backend: str, dropout_p: float) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("backend", "dropout_p"), [*((b, p) for b in OURS for p in (0.0, 0.2)), *((b, 0.0) for b in WITHOUT_DROPOUT)]
+    ("backend", "dropout_p"), [*((b, p) for b in OURS for p in (0.0, 0.5)), *((b, 0.0) for b in WITHOUT_DROPOUT)]
 )
 def test_same_loss_curve(backend, dropout_p):
     expected = curve("reference", dropout_p)
@@ -60,4 +60,4 @@ def test_same_loss_curve(backend, dropout_p):
 
 def test_dropout_is_seen():
     """The tolerance above tells masks apart."""
-    assert not torch.allclose(curve("reference", 0.0), curve("reference", 0.2), rtol=2e-3)
+    assert not torch.allclose(curve("reference", 0.0), curve("reference", 0.5), rtol=2e-3)
