@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from megatron_sas.cli import InputError, progress, run_main
+from megatron_sas.data.checksums import block_checksums
 from megatron_sas.data.controls import Control, parse_control
 from megatron_sas.data.packed import PackedData
 from megatron_sas.files import fsync_directory, fsync_file, refuse_existing, write_json_atomic
@@ -80,7 +81,7 @@ def main() -> None:
     descriptor, temporary = tempfile.mkstemp(dir=stream.parent, prefix=f".{stream.name}.", suffix=".tmp")
     os.close(descriptor)
     try:
-        result = write_heads(packed, control, args.seed, Path(temporary))
+        result = write_heads(packed, control, args.seed, Path(temporary)) | block_checksums(temporary)
         os.chmod(temporary, os.stat(f"{args.data}.heads.bin").st_mode & 0o777)
         fsync_file(temporary)
         # An old header must not vouch for the new stream.

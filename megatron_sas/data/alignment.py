@@ -1,8 +1,9 @@
 """Words with heads → WordPieces with heads, by character offsets.
 
 A piece belongs to the word that contains its first character, or its first visible one when it begins with the space
-before a word. Only the first piece of a word carries an edge, and it points to the first piece of the head word.
-P pieces, W words.
+before a word; a piece that is only that space (SentencePiece's "▁" before a rare letter) belongs to the word after it,
+as it does when words are tokenised one by one. Only the first piece of a word carries an edge, and it points to the
+first piece of the head word. P pieces, W words.
 """
 
 from __future__ import annotations
@@ -110,5 +111,6 @@ def align(piece_starts: np.ndarray, piece_ends: np.ndarray, parse: Parse, text: 
 
 
 def _first_visible(text: str, start: int, end: int) -> int:
-    """Position of the first character in [start, end) that is not white space; -1, which is in no word, if all are."""
-    return next((position for position in range(start, end) if not text[position].isspace()), -1)
+    """Position of the first character in [start, end], thus with the one after the piece, that is not white space; -1,
+    which is in no word, if all are."""
+    return next((place for place in range(start, min(end + 1, len(text))) if not text[place].isspace()), -1)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sas.cli import InputError
+from megatron_sas.data.checksums import CheckedMap
 from megatron_sas.data.indexed_dataset import IndexedDataset
 from megatron_sas.files import sha256_file
 
@@ -42,7 +43,7 @@ class TokenizerInfo:
 
 class PackedData:
     """Packed sequences through memory maps: `tokens` (N, S) uint16 or int32, `heads` (N, S) int16, `marks` and `relns`
-    (N, S) uint8.
+    (N, S) uint8. Indexing rows of them compares these with checksums (`CheckedMap`).
 
     Attributes: `header` (the parsed PREFIX.json), `seq_length` S, `num_sequences` N, `relations` (index 0 is ""),
     `tokenizer` (`TokenizerInfo`), `fingerprint` (SHA-256 of PREFIX.bin), `heads_path`. With `heads_name` the heads come
@@ -62,18 +63,19 @@ class PackedData:
         index = IndexedDataset(prefix)
         if len(index) != self.num_sequences or not np.all(index.sequence_lengths == self.seq_length):
             raise InputError(f"{prefix}.idx: does not hold {shape[0]} sequences of {shape[1]} tokens; preprocess again")
-        self.tokens = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r", shape=shape)
-        self.marks = np.memmap(f"{prefix}.marks.bin", dtype=np.uint8, mode="r", shape=shape)
-        self.relns = np.memmap(f"{prefix}.relns.bin", dtype=np.uint8, mode="r", shape=shape)
+        files = self.header["files"]
+        self.tokens = CheckedMap(f"{prefix}.bin", index.dtype, shape, files["bin"])
+        self.marks = CheckedMap(f"{prefix}.marks.bin", np.uint8, shape, files["marks.bin"])
+        self.relns = CheckedMap(f"{prefix}.relns.bin", np.uint8, shape, files["relns.bin"])
         self.heads_name = heads_name
         self.heads_header: dict[str, Any] | None = None
-        heads_path = f"{prefix}.heads.bin"
+        heads_path, heads_record = f"{prefix}.heads.bin", files["heads.bin"]
         if heads_name is not None:
             heads_path = f"{prefix}.heads-{heads_name}.bin"
-            self.heads_header = self._read_heads_header()
+            self.heads_header = heads_record = self._read_heads_header()
             _check_size(heads_path, 2 * shape[0] * shape[1])
         self.heads_path = heads_path
-        self.heads = np.memmap(heads_path, dtype="<i2", mode="r", shape=shape)
+        self.heads = CheckedMap(heads_path, "<i2", shape, heads_record)
 
     def _check_header(self) -> None:
         path, header = f"{self.prefix}.json", self.header

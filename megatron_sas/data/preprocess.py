@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sas.cli import InputError, progress
+from megatron_sas.data.checksums import describe_file
 from megatron_sas.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 from megatron_sas.data.packed import FILES, FORMAT, FORMAT_VERSION, TokenizerInfo
 from megatron_sas.data.packing import Packer
@@ -25,7 +26,7 @@ from megatron_sas.data.sources import Reading, Unit, input_format, read_units
 from megatron_sas.data.text_lines import OnError
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_info
 from megatron_sas.data.workers import ChunkResult, WorkerSettings, chunks, process_chunks
-from megatron_sas.files import fsync_directory, fsync_file, refuse_existing, sha256_file, write_json_atomic
+from megatron_sas.files import fsync_directory, fsync_file, refuse_existing, write_json_atomic
 
 MIN_SEQ_LENGTH, MAX_SEQ_LENGTH = 8, 1 << 15
 MAX_RELATIONS = 255
@@ -98,7 +99,7 @@ def preprocess(settings: PreprocessSettings) -> tuple[dict[str, Any], float]:
             "relations": relations,
             "counts": counts,
             "skipped_examples": errors.examples,
-            "files": {name: _describe(folder / f"data.{name}") for name in FILES},
+            "files": {name: describe_file(folder / f"data.{name}") for name in FILES},
         }
         _publish(folder, prefix, header)
     return header, time.perf_counter() - start
@@ -185,10 +186,6 @@ def _pack(packer: Packer, units: list[Unit], result: ChunkResult, names: Relatio
             packer.start_document()
         pieces = slice(result.cuts[begin], result.cuts[end])
         packer.add(result.tokens[pieces], result.offsets[pieces], result.marks[pieces], relations[pieces])
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 @contextlib.contextmanager

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_sas.cli import InputError
 from megatron_sas.data.packed import TokenizerInfo
+from megatron_sas.files import write_json_atomic
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -79,6 +80,27 @@ def _from_directory(path: Path) -> PreTrainedTokenizerFast:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{path}: not a usable tokenizer directory ({reason})") from error
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path, max_length: int | None) -> None:
+    """Write the tokenizer's files as transformers 4 and 5 read them; texts are cut at `max_length` tokens if at all.
+
+    Raises:
+        InputError: what was written does not read back as the same tokenizer.
+    """
+    if max_length is not None:
+        tokenizer.model_max_length = max_length
+    tokenizer.save_pretrained(directory)
+    model = tokenizer.backend_tokenizer.model
+    if type(model).__name__ == "WordPiece":
+        model.save(str(directory))  # vocab.txt, which slow tokenizers and other programs read
+    path = directory / "tokenizer_config.json"
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in transformers 4, which 5 understands too
+    write_json_atomic(path, config)
+    if tokenizer_hash(load_tokenizer(directory)) != tokenizer_hash(tokenizer):
+        raise InputError(f"{directory}: the tokenizer does not survive saving; use another version of transformers")
 
 
 def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from megatron_sas.cli import InputError
-from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash, vocab_size
+from megatron_sas.data.tokenizer import load_tokenizer, save_tokenizer, vocab_size
 from megatron_sas.files import atomic_directory, refuse_existing, write_json_atomic, write_text_atomic
 from megatron_sas.manifest import write_manifest
 from megatron_sas.model.bert import Bert
@@ -32,9 +30,6 @@ from megatron_sas.model.pretrained import (
     write_model_config,
     write_weights,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -118,19 +113,3 @@ def refuse_output(output: str | Path, marker: str, overwrite: bool) -> None:
     part_of_run = (output / "config.yaml").is_file()
     if not output.is_dir() or part_of_run or (any(output.iterdir()) and not (output / marker).is_file()):
         raise InputError(f"{output}: is not what this command writes, so it is not overwritten; choose another output")
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path, max_length: int) -> None:
-    """Write the tokenizer's files as transformers 4 and 5 read them; texts are cut at `max_length` tokens if at all."""
-    tokenizer.model_max_length = max_length
-    tokenizer.save_pretrained(directory)
-    model = tokenizer.backend_tokenizer.model
-    if type(model).__name__ == "WordPiece":
-        model.save(str(directory))  # vocab.txt, which slow tokenizers and other programs read
-    path = directory / "tokenizer_config.json"
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in transformers 4, which 5 understands too
-    write_json_atomic(path, config)
-    if tokenizer_hash(load_tokenizer(directory)) != tokenizer_hash(tokenizer):
-        raise InputError(f"{directory}: the tokenizer does not survive saving; use another version of transformers")

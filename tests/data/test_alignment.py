@@ -33,7 +33,8 @@ def naive(pieces, parse, text):
     """Word by word and piece by piece, as the definition reads."""
     owner = []
     for start, end in pieces:
-        for place in [start] + [p for p in range(start, end) if not text[p].isspace()][:1]:
+        after = range(start, min(end + 1, len(text)))
+        for place in [start] + [p for p in after if not text[p].isspace()][:1]:
             words = range(len(parse.starts))
             found = [w for w in words if parse.starts[w] <= place < parse.ends[w] and parse.is_word[w]]
             if found:
@@ -116,6 +117,13 @@ def test_pieces_that_begin_with_their_space():
     parse = parse_of([(0, 1), (2, 3)], [1, -1])
     result = run([(0, 1), (1, 3)], parse, "a b")
     assert result.words.tolist() == [0, 1] and result.offsets.tolist() == [1, 0]
+
+
+def test_a_piece_that_is_only_the_space_before_a_word():
+    parse = parse_of([(0, 1), (2, 3)], [1, -1])
+    result = run([(0, 1), (1, 2), (2, 3)], parse, "a b")
+    assert result.words.tolist() == [0, 1, 1] and result.offsets.tolist() == [1, 0, 0]
+    assert run([(0, 1), (1, 2)], parse_of([(0, 1)], [-1]), "a  ").words.tolist() == [0, -1]
 
 
 def test_a_sentence_whose_first_word_has_no_piece():

@@ -103,3 +103,47 @@ def test_missing_files(tmp_path, suffix):
 
 def test_token_dtype():
     assert token_dtype(65536) == np.uint16 and token_dtype(65537) == np.int32
+
+
+class MinimalReader:
+    """Another reader, from the format's description alone; it asserts what Megatron-LM's own does."""
+
+    DTYPES = (None, np.uint8, np.int8, np.int16, np.int32, np.int64, np.float64, np.float32, np.uint16)
+
+    def __init__(self, prefix):
+        index = (prefix.parent / f"{prefix.name}.idx").read_bytes()
+        assert index[:9] == b"MMIDIDX\x00\x00" and struct.unpack_from("<Q", index, 9) == (1,)
+        (code,), (sequences, documents) = struct.unpack_from("<B", index, 17), struct.unpack_from("<QQ", index, 18)
+        self.dtype = np.dtype(self.DTYPES[code])
+        self.lengths = np.frombuffer(index, "<i4", sequences, 34)
+        self.pointers = np.frombuffer(index, "<i8", sequences, 34 + 4 * sequences)
+        self.documents = np.frombuffer(index, "<i8", documents, 34 + 12 * sequences)
+        assert len(self.lengths) == self.documents[-1] and self.documents[0] == 0
+        self.tokens = (prefix.parent / f"{prefix.name}.bin").read_bytes()
+
+    def __getitem__(self, number):
+        return np.frombuffer(self.tokens, self.dtype, self.lengths[number], self.pointers[number])
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_another_reader_reads_ours(tmp_path, dtype):
+    write(tmp_path / "a", dtype)
+    reader = MinimalReader(tmp_path / "a")
+    assert reader.dtype == dtype and list(reader.documents) == [0, 1, 2, 3, 4]
+    assert [reader[number].tolist() for number in range(4)] == SEQUENCES
+
+
+@pytest.mark.parametrize("modes", [b"", bytes(6)])
+def test_we_read_files_of_several_sequences_a_document(tmp_path, modes):
+    """As Megatron-LM writes them for sentences: documents of 2, 0, 1 and 3 sequences; multimodal files end in modes."""
+    sequences = [[1, 2, 3], [4], [5, 6], [7], [8, 9, 10], [11]]
+    documents, lengths = [0, 2, 2, 3, 6], [len(sequence) for sequence in sequences]
+    pointers = [4 * sum(lengths[:number]) for number in range(6)]
+    index = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, 6, 5)
+    index += struct.pack("<6i", *lengths) + struct.pack("<6q", *pointers) + struct.pack("<5q", *documents) + modes
+    (tmp_path / "theirs.idx").write_bytes(index)
+    (tmp_path / "theirs.bin").write_bytes(np.concatenate(sequences).astype("<i4").tobytes())
+    data = IndexedDataset(tmp_path / "theirs")
+    assert data.dtype == np.int32 and [data[number].tolist() for number in range(6)] == sequences
+    assert data.document_indices.tolist() == documents
+    assert [MinimalReader(tmp_path / "theirs")[number].tolist() for number in range(6)] == sequences

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from synthetic_data import write_packed
 
 from megatron_sas.cli import InputError
 from megatron_sas.device import choose_device
@@ -21,6 +22,21 @@ ROOT = Path(__file__).parents[2]
 def run_tool(name: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
+
+
+def test_loader_benchmark(tmp_path):
+    data, output = write_packed(tmp_path, sequences=40, seq_length=32), tmp_path / "out.json"
+    done = run_tool(
+        *("benchmark_loader", "--data", data, "--batch", "4", "--tokens", "2560", "--rounds", "2"),
+        *("--output", str(output)),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    assert set(result["tokens_per_second"]) == {"ours", "ours, prefetch", "hf", "hf, torch", "hf, heads"}
+    assert result["data"] == {"sequences": 40, "seq_length": 32, "batch": 4}
+    assert result["ratios"]["ours, prefetch / hf, heads"]["cpu"] > 0 and "| ours / hf |" in done.stdout
+    done = run_tool("benchmark_loader", "--data", data, "--batch", "41")
+    assert (done.returncode, done.stderr) == (2, f"error: --batch 41: {data} has only 40 sequences\n")
 
 
 def test_training_benchmark(tmp_path):
