@@ -93,7 +93,9 @@ def test_other_settings_are_refused(sources, vocab_file, tmp_path):
     ):
         run(sources, vocab_file, output, split="train")
     sources[2].write_text("another text " * 50)
-    with pytest.raises(InputError, match=r"1 of 4 shards failed: .*part-2.json: was made with other values of input_files"):
+    with pytest.raises(
+        InputError, match=r"1 of 4 shards failed: .*part-2.json: was made with other values of input_files"
+    ):
         run(sources, vocab_file, output)
     assert contents(output) == expected
     run(sources[2:3], vocab_file, output, overwrite=True)
