@@ -16,8 +16,8 @@ import torch
 
 from megatron_sas.cli import InputError
 from megatron_sas.data.masking import mask_tokens
+from megatron_sas.data.mixture import MixedData, stream_samples
 from megatron_sas.data.packed import PackedData
-from megatron_sas.data.sampler import global_samples
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def masked_capacity(tokens: int, mask_prob: float) -> int:
 
 
 def _batch(
-    packed: PackedData,
+    packed: PackedData | MixedData,
     index: int,
     samples: np.ndarray,
     epochs: int | np.ndarray,
@@ -120,7 +120,7 @@ class MLMDataset:
 
     def __init__(
         self,
-        packed: PackedData,
+        packed: PackedData | MixedData,
         *,
         seed: int,
         mask_prob: float,
@@ -144,7 +144,7 @@ class MLMDataset:
 
     def window(self, step: int) -> Window:
         """This rank's micro-batches of global batch `step`, in the order in which they are accumulated."""
-        samples, epochs = global_samples(step, self.global_batch_size, self.packed.num_sequences, self.seed)
+        samples, epochs = stream_samples(self.packed, step, self.global_batch_size, self.seed)
         batches = []
         for number in range(self.accumulation):
             index = number * self.world_size + self.rank
