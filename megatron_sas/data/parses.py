@@ -173,10 +173,12 @@ def load_spacy(model: str) -> Language:
     """A spaCy pipeline with `SPACY_PARTS` only.
 
     spaCy imports torch wherever it is installed, which triples a worker's start and its memory. Only transformer models
-    need it, so for others torch is hidden while spaCy is imported, unless this process has it already.
+    need it, so for others torch is hidden while spaCy is imported, unless this process has it already. Transformer
+    models run on a GPU if spaCy can use one.
     """
     pipeline = spacy_meta(model)["pipeline"]
-    hide = "torch" not in sys.modules and not any("transformer" in name for name in pipeline)
+    transformer = any("transformer" in name for name in pipeline)
+    hide = "torch" not in sys.modules and not transformer
     if hide:
         sys.modules["torch"] = None  # type: ignore[assignment]
     try:
@@ -184,6 +186,8 @@ def load_spacy(model: str) -> Language:
     finally:
         if hide:
             del sys.modules["torch"]
+    if transformer:
+        spacy.prefer_gpu()
     return spacy.load(model, exclude=[name for name in pipeline if name not in SPACY_PARTS])
 
 

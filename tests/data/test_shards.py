@@ -120,6 +120,13 @@ def test_names():
             parse_shard(text)
 
 
+def test_what_is_wrong_for_all_is_said_once(sources, vocab_file, tmp_path):
+    with pytest.raises(InputError, match=r"^[^;]*nothing.txt: no such vocabulary file"):
+        run(sources, tmp_path / "nothing.txt", tmp_path / "out")
+    with pytest.raises(InputError, match=r"^--parser spacy:nothing: no such spaCy model"):
+        run(sources, vocab_file, tmp_path / "out", parser="spacy:nothing")
+
+
 def test_two_inputs_of_one_name(vocab_file, tmp_path):
     for name in ("a.txt", "a.jsonl"):
         (tmp_path / name).write_text("")
