@@ -52,8 +52,8 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[PreprocessSetti
     parser.add_argument(
         "--parser",
         required=True,
-        help="spacy:MODEL (an installed model or its folder), conllu (gold heads of .conllu inputs) or none (no heads; "
-        "a line is a sentence)",
+        help="spacy:MODEL (an installed model or its folder), stanza:LANGUAGE, conllu (gold heads of .conllu "
+        "inputs) or none (no heads; a line is a sentence)",
     )
     output = parser.add_mutually_exclusive_group(required=True)
     output.add_argument("--output", metavar="PREFIX", help="prefix of the files to write")

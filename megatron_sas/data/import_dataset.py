@@ -93,7 +93,7 @@ def import_dataset(settings: ImportSettings) -> dict[str, Any]:
             parser={"name": "imported"},
             inputs=[settings.input if settings.input.startswith("hf:") else Path(settings.input).name],
             counts={name: counts[name] for name in COUNTS},
-            skipped=reader.skipped(),
+            report=reader.report(),
         )
 
 
@@ -179,7 +179,7 @@ class _Reader:
                 entry["examples"].append({"where": f"row {self._row}", "reason": reason})
         return row
 
-    def skipped(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """Counts and examples of rows left out, by reason."""
         return self._reasons
 

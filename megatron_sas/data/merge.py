@@ -72,12 +72,12 @@ def _joined(headers: list[dict[str, Any]]) -> dict[str, Any]:
     """What the headers say of the data's origin and content, together."""
     parsers = [header.get("parser") or {"name": "unknown"} for header in headers]
     same = all(parser == parsers[0] for parser in parsers)
-    counts, files, skipped = Counter(), {}, {}
+    counts, files, report = Counter(), {}, {}
     for header in headers:
         counts.update(header.get("counts", {}))
         files |= header.get("input_files", {})
-        for kind, entry in header.get("skipped", {}).items():
-            known = skipped.setdefault(kind, {"count": 0, "examples": []})
+        for kind, entry in header.get("report", {}).items():
+            known = report.setdefault(kind, {"count": 0, "examples": []})
             known["count"] += entry["count"]
             known["examples"] = (known["examples"] + entry["examples"])[:_EXAMPLES]
     return {
@@ -85,5 +85,5 @@ def _joined(headers: list[dict[str, Any]]) -> dict[str, Any]:
         "inputs": [name for header in headers for name in header.get("inputs", [])],
         "input_files": files,
         "counts": dict(counts),
-        "skipped": skipped,
+        "report": report,
     }

@@ -17,6 +17,7 @@ import numpy as np
 from megatron_sas.cli import InputError
 from megatron_sas.data.alignment import Parse
 from megatron_sas.data.conllu import ConlluSentence
+from megatron_sas.data.stanza_parser import StanzaParser, describe_stanza
 
 if TYPE_CHECKING:
     from spacy.language import Language
@@ -148,7 +149,9 @@ class NoParser:
 
 
 def make_parser(specification: str) -> Parser:
-    """The parser for `spacy:MODEL`, `conllu` or `none`."""
+    """The parser for `spacy:MODEL`, `stanza:LANGUAGE`, `conllu` or `none`."""
+    if specification.startswith("stanza:"):
+        return StanzaParser(specification.removeprefix("stanza:"))
     if specification.startswith("spacy:"):
         return SpacyParser(specification.removeprefix("spacy:"))
     return {"conllu": ConlluParser, "none": NoParser}[specification]()
@@ -159,8 +162,10 @@ def describe_parser(specification: str) -> dict[str, str]:
     if specification in ("conllu", "none"):
         return {"name": specification}
     kind, _, model = specification.partition(":")
-    if kind != "spacy" or not model:
-        raise InputError(f"--parser {specification}: must be spacy:MODEL, conllu or none")
+    if kind not in ("spacy", "stanza") or not model:
+        raise InputError(f"--parser {specification}: must be spacy:MODEL, stanza:LANGUAGE, conllu or none")
+    if kind == "stanza":
+        return describe_stanza(model)
     meta = spacy_meta(model)
     if "parser" not in meta.get("pipeline", []):
         raise InputError(f"--parser {specification}: this model has no dependency parser; choose another")

@@ -75,13 +75,13 @@ def preprocess(
     with PackedWriter(settings.output, settings.seq_length, info, settings.overwrite) as writer:
         provenance = provenance or provenance_of(settings)
         packer = Packer(settings.seq_length, info.cls_id, info.sep_id, writer.add)
-        counts, relations, skipped = _pack_inputs(settings, worker, packer)
+        counts, relations, report = _pack_inputs(settings, worker, packer)
         if not packer.counts.sequences and not allow_empty:
             raise InputError(
                 f"{', '.join(settings.inputs)}: {packer.counts.pieces} tokens do not fill one sequence of "
                 f"{settings.seq_length}; give more text or a smaller --seq-length"
             )
-        header = writer.finish(relations, **provenance, counts=counts, skipped=skipped)
+        header = writer.finish(relations, **provenance, counts=counts, report=report)
     return header, time.perf_counter() - start
 
 
@@ -129,7 +129,7 @@ def _input_name(name: str) -> str:
 def _pack_inputs(
     settings: PreprocessSettings, worker: WorkerSettings, packer: Packer
 ) -> tuple[dict[str, int], list[str], dict[str, Any]]:
-    """Read, parse, align and pack everything; returns the counts, the relation names and what was skipped."""
+    """Read, parse, align and pack everything; returns the counts, the relation names and what was found wrong."""
     losses = Losses(settings.max_loss, show=True)
     reading = Reading(settings.text_field, settings.on_error, losses)
     exclusions = Exclusions.read(settings.exclude, settings.inputs) if settings.exclude else None

@@ -114,7 +114,7 @@ def test_rows_by_hand(vocab_file, tmp_path):
         "tail_edges": 0,
     }
     assert header["counts"] == expected
-    assert {name: entry["count"] for name, entry in header["skipped"].items()} == {
+    assert {name: entry["count"] for name, entry in header["report"].items()} == {
         "ids outside the vocabulary": 1,
         "columns of different lengths": 1,
         "an empty row": 1,

@@ -242,7 +242,7 @@ def test_words_longer_than_a_sequence(vocab_file, tmp_path, count):
         source, vocab_file, "conllu", tmp_path / "out", seq_length=8, workers=count, on_error="skip", max_loss=0.2
     )
     assert header["counts"]["skipped"] == 1 and header["counts"]["pieces"] == 18
-    assert header["skipped"]["a word longer than a sequence"]["examples"][0]["where"] == f"{source}:10"
+    assert header["report"]["a word longer than a sequence"]["examples"][0]["where"] == f"{source}:10"
     with pytest.raises(InputError, match=r"1 of 7 records left out, mostly for 'a word longer"):
         run(source, vocab_file, "conllu", tmp_path / "more", seq_length=8, workers=count, on_error="skip")
 
@@ -308,8 +308,48 @@ def test_a_text_that_the_parser_cannot_bear(vocab_file, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"a.txt:10: the parser fails \(RuntimeError: no dogs\)"):
         run(source, vocab_file, "none", tmp_path / "out", seq_length=8)
     header = run(source, vocab_file, "none", tmp_path / "out", seq_length=8, on_error="skip", max_loss=0.1)
-    assert header["skipped"]["the parser fails"]["count"] == 1
+    assert header["report"]["the parser fails"]["count"] == 1
     assert header["counts"]["words"] == 54
+
+
+def test_everything_bad_at_once(data_dir, tmp_path):
+    """One file with all of it: what is good is packed, what is not is counted by kind, whatever the workers."""
+    good = [json.dumps({"id": number % 3, "text": f"The cat number {number} sat."}) for number in range(40)]
+    lines = [
+        *good,
+        json.dumps({"text": "The  words " * 300_000}),  # 3 MB on one line
+        json.dumps({"text": "x" * 1_000_000}),
+        json.dumps({"text": "Stop."}),
+        json.dumps({"text": "a\x00b \x07 c\u2028d \ufeff"}),
+        json.dumps({"text": "\n \n"}),
+    ]
+    broken = [
+        "Süß".encode("latin-1"),
+        '{"text": "zwei"}'.encode("utf-16"),  # holds no line end
+        b'{"text": "cut off',
+        b"[1]",
+        b'{"text": null}',
+    ]
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(b"\n".join([line.encode() for line in lines] + broken))
+    vocab = data_dir / "bert_vocab" / "vocab.txt"
+    for number in (1, 2):
+        header = run(source, vocab, "none", tmp_path / f"out{number}", on_error="skip", max_loss=0.1, workers=number)
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
+    kinds = {kind: entry["count"] for kind, entry in header["report"].items()}
+    assert kinds == {
+        "invalid UTF-8": 2,
+        "invalid JSON": 1,
+        "no field": 1,
+        "not a string": 1,
+        "foreign to the tokenizer": 50,
+    }
+    counts = header["counts"]
+    assert (counts["documents"], counts["empty_documents"], counts["skipped"]) == (45, 1, 5)
+    assert counts["paragraphs_with_controls"] == 1
+    assert counts["paragraphs_cut"] > 3_000_000 // 20_000 + 1_000_000 // 20_000
+    with pytest.raises(InputError, match=r"a.jsonl: 5 of 50 records left out, mostly for 'invalid UTF-8'; more than"):
+        run(source, vocab, "none", tmp_path / "out", on_error="skip", max_loss=0.09)
 
 
 def test_foreign_text(data_dir, tmp_path):
@@ -323,7 +363,7 @@ def test_foreign_text(data_dir, tmp_path):
     source.write_text("\n\n".join(text.values()) + "\n\nДа.\n")
     vocab = data_dir / "bert_vocab" / "vocab.txt"
     header = run(source, vocab, "none", tmp_path / "all", seq_length=16)
-    found = header["skipped"]["foreign to the tokenizer"]
+    found = header["report"]["foreign to the tokenizer"]
     assert header["counts"]["paragraphs_foreign"] == found["count"] == 2
     assert [example["text"][:2] for example in found["examples"]] == ["Бы", "敏捷"]
     dropped = run(source, vocab, "none", tmp_path / "english", seq_length=16, drop_foreign=True)
