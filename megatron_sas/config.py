@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import types
 import typing
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
@@ -97,14 +98,52 @@ class ModelSection(Section):
         return []
 
 
+class TrainingPart(Section):
+    """One of several sources of training data."""
+
+    prefix: str = Field(description="prefix of packed data")
+    weight: float | None = Field(None, description="share of the stream, relative to the others'", gt=0)
+
+
 class DataSection(Section):
     """Packed data, as written by tools/preprocess_data.py."""
 
-    train: str = Field(description="prefix of the training data")
+    train: str | tuple[TrainingPart, ...] = Field(
+        description="prefix of the training data, or a list of prefixes (shuffled together) or of {prefix, weight}"
+    )
     validation: str | None = Field(None, description="prefix of the validation data")
     tokenizer: str | None = Field(None, description="vocabulary or directory; default: the one named by the data")
     mask_prob: float = Field(0.15, description="probability with which a token is masked", gt=0, lt=1)
     heads: str | None = Field(None, description="name of a control made by tools/make_control.py instead of the parses")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _list_of_parts(cls, value: Any) -> Any:
+        """A list's faults are told here: pydantic would tell them once as a text and once as a list."""
+        if isinstance(value, str):
+            return value
+        try:
+            if not isinstance(value, list | tuple):
+                raise TypeError
+            parts = [{"prefix": part} if isinstance(part, str) else part for part in value]
+            return tuple(TrainingPart.model_validate(part) for part in parts)
+        except (TypeError, ValidationError):
+            raise PydanticCustomError(
+                "training_data", "should be a prefix, a list of prefixes, or a list of {prefix, weight}, weight > 0"
+            ) from None
+
+    def parts(self) -> list[tuple[str, float | None]]:
+        """Prefix and weight of every part of the training data."""
+        return [(self.train, None)] if isinstance(self.train, str) else [(p.prefix, p.weight) for p in self.train]
+
+    def faults(self) -> list[str]:
+        """A mixture needs parts, all with weights or all without."""
+        weights = [weight for _, weight in self.parts()]
+        if not weights:
+            return ["train: is an empty list"]
+        if None in weights and any(weights):
+            return ["train: some parts have a weight and some have none; give all of them one, or none"]
+        return []
 
 
 class SasSection(Section):
@@ -348,7 +387,7 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[s
                 faults.append(f"{name}: {text!r} is not a YAML value")
                 continue
             value = text
-        if literal and not isinstance(value, str):
+        if literal and not isinstance(value, str) and not (isinstance(value, list) and _may_be_list(section, field)):
             value = text
         target = values.setdefault(section, {})
         if isinstance(target, dict):
@@ -360,6 +399,12 @@ def _is_text(section: str, field: str) -> bool:
     """Whether a field holds text, which on the command line needs no quotes (a path may look like a number)."""
     info = Config.model_fields[section].annotation.model_fields.get(field) if section in Config.model_fields else None
     return info is not None and str in (info.annotation, *typing.get_args(info.annotation))
+
+
+def _may_be_list(section: str, field: str) -> bool:
+    """Whether a field that holds text may hold a list instead."""
+    annotation = Config.model_fields[section].annotation.model_fields[field].annotation
+    return any(typing.get_origin(part) is tuple for part in typing.get_args(annotation))
 
 
 def _describe(detail: dict[str, Any]) -> list[str]:
@@ -399,7 +444,7 @@ def _type_name(annotation: Any) -> str:
         return "|".join(str(value) for value in typing.get_args(annotation))
     if annotation in (str, int, float, bool):
         return annotation.__name__
-    if type(None) in typing.get_args(annotation):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return " or ".join(_type_name(part) for part in typing.get_args(annotation) if part is not type(None))
     return "list"
 

@@ -233,6 +233,27 @@ def test_when():
     assert [s for s in range(8) if When().due(s, 7)] == [0, 7]
 
 
+def test_training_data_in_parts(tmp_path):
+    assert load(tmp_path, MINIMAL).data.parts() == [("data/train", None)]
+    for text, parts in (
+        ("[a, b]", [("a", None), ("b", None)]),
+        ("[{prefix: a, weight: 2}, {prefix: b, weight: 0.5}]", [("a", 2.0), ("b", 0.5)]),
+    ):
+        config = load(tmp_path, MINIMAL, "--data.train", text)
+        assert config.data.parts() == parts
+        assert load(tmp_path, config.to_yaml()) == config
+    shape = "data.train: should be a prefix, a list of prefixes, or a list of {prefix, weight}, weight > 0, not "
+    for text, message in (
+        ("[]", "data.train: is an empty list"),
+        ("[{prefix: a, weight: 0}]", shape),
+        ("[{prefx: a}]", shape),
+        ("[3]", shape),
+        ("[a, {prefix: b, weight: 1}]", "data.train: some parts have a weight and some have none"),
+    ):
+        assert message in fault(tmp_path, MINIMAL, "--data.train", text)
+    assert shape in fault(tmp_path, MINIMAL.replace("train: data/train", "train: {prefix: a}"))
+
+
 def test_help_names_every_field():
     text = help_text()
     for section, info in Config.model_fields.items():

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from engine_runs import LAUNCHER_VARIABLES, ROOT, largest_difference, records, train, weights, write_inputs
+from synthetic_data import write_vocabulary
 
 from megatron_sas.metrics.records import read_records
 
@@ -167,6 +168,26 @@ def test_array_of_seeds_and_lambdas(tmp_path):
     code, output = trainer_job(tmp_path, "array.sbatch", "c.yaml", tmp_path / "runs", SLURM_ARRAY_TASK_ID="9")
     assert code == 2
     assert "error: --array goes to 9, but there are 3 seeds × 3 λ" in output
+
+
+def test_array_of_shards(tmp_path):
+    inputs = [tmp_path / f"part {number}.txt" for number in range(3)]
+    for path in inputs:
+        path.write_text("w1 w2 w3 w4\n" * 20)
+    vocabulary = write_vocabulary(tmp_path / "vocab.txt")
+    for index in range(2):
+        job = Job(
+            tmp_path / "job",
+            "preprocess.sbatch",
+            *(tmp_path / "packed", vocabulary, "none", *inputs),
+            SLURM_ARRAY_TASK_ID=str(index),
+            SLURM_ARRAY_TASK_COUNT="2",
+            PREPROCESS_OPTIONS="--seq-length 16 --on-error skip",
+        )
+        code, output = job.finish(60)
+        assert code == 0, output
+        done = [path.name for path in sorted((tmp_path / "packed").glob("*.json"))]
+        assert done == [f"part {number}.json" for number in range(3) if index == 1 or number != 1]
 
 
 @pytest.mark.slow

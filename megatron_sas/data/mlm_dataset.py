@@ -16,8 +16,8 @@ import torch
 
 from megatron_sas.cli import InputError
 from megatron_sas.data.masking import mask_tokens
+from megatron_sas.data.mixture import MixedData, stream_samples
 from megatron_sas.data.packed import PackedData
-from megatron_sas.data.sampler import global_samples
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def masked_capacity(tokens: int, mask_prob: float) -> int:
 
 
 def _batch(
-    packed: PackedData,
+    packed: PackedData | MixedData,
     index: int,
     samples: np.ndarray,
     epochs: int | np.ndarray,
@@ -79,7 +79,7 @@ def _batch(
     rows = np.where(filler, 0, samples)
     tokens = np.asarray(packed.tokens[rows])
     info = packed.tokenizer
-    _check_range(f"{packed.prefix}.bin", tokens, rows, 0, info.vocab_size)
+    _check_range(packed, "tokens", tokens, rows, 0, info.vocab_size)
     input_ids, selected = mask_tokens(
         tokens,
         rows,
@@ -91,7 +91,7 @@ def _batch(
         special_ids=info.special_ids,
     )
     heads = np.asarray(packed.heads[rows], dtype=np.int64)
-    _check_range(packed.heads_path, heads, rows, -1, packed.seq_length)
+    _check_range(packed, "heads", heads, rows, -1, packed.seq_length)
     if filler.any():
         selected[filler] = False
         heads[filler] = -1
@@ -109,11 +109,14 @@ def _batch(
     )
 
 
-def _check_range(path: str, values: np.ndarray, rows: np.ndarray, low: int, high: int) -> None:
+def _check_range(
+    packed: PackedData | MixedData, stream: str, values: np.ndarray, rows: np.ndarray, low: int, high: int
+) -> None:
     """Refuse values outside of [low, high), which only a damaged file holds, before they crash a device."""
     if values.min() < low or values.max() >= high:
         wrong = (values < low) | (values >= high)
-        sequence = rows[wrong.any(axis=1)][0]
+        part, sequence = packed.locate(rows[wrong.any(axis=1)][0])
+        path = f"{part.prefix}.bin" if stream == "tokens" else part.heads_path
         raise InputError(
             f"{path}: sequence {sequence} holds {values[wrong][0]}, which is not between {low} and {high - 1}; the "
             "file is damaged: copy it anew or preprocess again"
@@ -133,7 +136,7 @@ class MLMDataset:
 
     def __init__(
         self,
-        packed: PackedData,
+        packed: PackedData | MixedData,
         *,
         seed: int,
         mask_prob: float,
@@ -157,7 +160,7 @@ class MLMDataset:
 
     def window(self, step: int) -> Window:
         """This rank's micro-batches of global batch `step`, in the order in which they are accumulated."""
-        samples, epochs = global_samples(step, self.global_batch_size, self.packed.num_sequences, self.seed)
+        samples, epochs = stream_samples(self.packed, step, self.global_batch_size, self.seed)
         batches = []
         for number in range(self.accumulation):
             index = number * self.world_size + self.rank

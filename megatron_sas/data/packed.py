@@ -55,7 +55,7 @@ class PackedData:
 
     def __init__(self, prefix: str | Path, heads_name: str | None = None) -> None:
         self.prefix = str(prefix)
-        self.header = _read_json(f"{prefix}.json", "give the --output prefix of a finished tools/preprocess_data.py")
+        self.header = read_header(f"{prefix}.json", "give the --output prefix of a finished tools/preprocess_data.py")
         self._check_header()
         shape = (self.num_sequences, self.seq_length)
         for name in FILES:
@@ -99,7 +99,7 @@ class PackedData:
 
     def _read_heads_header(self) -> dict[str, Any]:
         path = f"{self.prefix}.heads-{self.heads_name}.json"
-        header = _read_json(path, "make this heads stream with tools/make_control.py")
+        header = read_header(path, "make this heads stream with tools/make_control.py")
         if header.get("base_fingerprint") != self.fingerprint:
             raise InputError(
                 f"{path}: was made for other tokens than those of {self.prefix}.bin; run tools/make_control.py again"
@@ -115,11 +115,16 @@ class PackedData:
             if sha256_file(path) != digest:
                 raise InputError(f"{path}: content does not match its checksum; copy it anew or preprocess again")
 
+    def locate(self, row: int) -> tuple[PackedData, int]:
+        """The data that sequence `row` lies in, and its number there (`MixedData` has several)."""
+        return self, row
+
     def __len__(self) -> int:
         return self.num_sequences
 
 
-def _read_json(path: str, remedy: str) -> dict[str, Any]:
+def read_header(path: str | Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in `path`; `InputError` with `remedy` when there is none."""
     try:
         with open(path, encoding="utf-8") as file:
             value = json.load(file)

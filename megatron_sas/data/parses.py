@@ -17,6 +17,7 @@ import numpy as np
 from megatron_sas.cli import InputError
 from megatron_sas.data.alignment import Parse
 from megatron_sas.data.conllu import ConlluSentence
+from megatron_sas.data.stanza_parser import StanzaParser, describe_stanza
 
 if TYPE_CHECKING:
     from spacy.language import Language
@@ -148,7 +149,9 @@ class NoParser:
 
 
 def make_parser(specification: str) -> Parser:
-    """The parser for `spacy:MODEL`, `conllu` or `none`."""
+    """The parser for `spacy:MODEL`, `stanza:LANGUAGE`, `conllu` or `none`."""
+    if specification.startswith("stanza:"):
+        return StanzaParser(specification.removeprefix("stanza:"))
     if specification.startswith("spacy:"):
         return SpacyParser(specification.removeprefix("spacy:"))
     return {"conllu": ConlluParser, "none": NoParser}[specification]()
@@ -159,8 +162,10 @@ def describe_parser(specification: str) -> dict[str, str]:
     if specification in ("conllu", "none"):
         return {"name": specification}
     kind, _, model = specification.partition(":")
-    if kind != "spacy" or not model:
-        raise InputError(f"--parser {specification}: must be spacy:MODEL, conllu or none")
+    if kind not in ("spacy", "stanza") or not model:
+        raise InputError(f"--parser {specification}: must be spacy:MODEL, stanza:LANGUAGE, conllu or none")
+    if kind == "stanza":
+        return describe_stanza(model)
     meta = spacy_meta(model)
     if "parser" not in meta.get("pipeline", []):
         raise InputError(f"--parser {specification}: this model has no dependency parser; choose another")
@@ -173,10 +178,12 @@ def load_spacy(model: str) -> Language:
     """A spaCy pipeline with `SPACY_PARTS` only.
 
     spaCy imports torch wherever it is installed, which triples a worker's start and its memory. Only transformer models
-    need it, so for others torch is hidden while spaCy is imported, unless this process has it already.
+    need it, so for others torch is hidden while spaCy is imported, unless this process has it already. Transformer
+    models run on a GPU if spaCy can use one.
     """
     pipeline = spacy_meta(model)["pipeline"]
-    hide = "torch" not in sys.modules and not any("transformer" in name for name in pipeline)
+    transformer = any("transformer" in name for name in pipeline)
+    hide = "torch" not in sys.modules and not transformer
     if hide:
         sys.modules["torch"] = None  # type: ignore[assignment]
     try:
@@ -184,6 +191,8 @@ def load_spacy(model: str) -> Language:
     finally:
         if hide:
             del sys.modules["torch"]
+    if transformer:
+        spacy.prefer_gpu()
     return spacy.load(model, exclude=[name for name in pipeline if name not in SPACY_PARTS])
 
 

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_sas.cli import InputError, progress
-from megatron_sas.data.checksums import describe_file
-from megatron_sas.data.indexed_dataset import IndexedDatasetWriter, token_dtype
-from megatron_sas.data.packed import FILES, FORMAT, FORMAT_VERSION, TokenizerInfo
+from megatron_sas.data.documents import Exclusions, Selection, Split
+from megatron_sas.data.losses import Losses
+from megatron_sas.data.packed_writer import PackedWriter, check_seq_length, relation_number
 from megatron_sas.data.packing import Packer
 from megatron_sas.data.parses import RelationNames, describe_parser
 from megatron_sas.data.sources import Reading, Unit, input_format, read_units
 from megatron_sas.data.text_lines import OnError
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_info
 from megatron_sas.data.workers import ChunkResult, WorkerSettings, chunks, process_chunks
-from megatron_sas.files import fsync_directory, fsync_file, refuse_existing, write_json_atomic
-
-MIN_SEQ_LENGTH, MAX_SEQ_LENGTH = 8, 1 << 15
-MAX_RELATIONS = 255
-_EXAMPLES = 20  # errors shown on the terminal and kept in the header
-_STREAMS = {"heads": "<i2", "marks": "u1", "relns": "u1"}
+from megatron_sas.files import sha256_file
 
 
 @dataclass
@@ -46,128 +37,151 @@ class PreprocessSettings:
     workers: int = 1
     text_field: str = "text"
     on_error: OnError = "refuse"
+    max_loss: float = 0.05
+    drop_foreign: bool = False
+    exclude: str | None = None
+    split: Split | None = None
+    validation_share: float = 0.005
     overwrite: bool = False
 
 
-@dataclass
-class _Errors:
-    """Broken input that was skipped: all of it counted, the first few kept and shown."""
-
-    count: int = 0
-    examples: list[dict[str, str]] = field(default_factory=list)
-
-    def __call__(self, where: str, reason: str) -> None:
-        self.count += 1
-        if len(self.examples) < _EXAMPLES:
-            self.examples.append({"where": where, "reason": reason})
-            print(f"skipped: {where}: {reason}", file=sys.stderr)
-        elif self.count == _EXAMPLES + 1:
-            print("skipped: further broken input is counted, not shown", file=sys.stderr)
-
-
-def preprocess(settings: PreprocessSettings) -> tuple[dict[str, Any], float]:
+def preprocess(
+    settings: PreprocessSettings, provenance: dict[str, Any] | None = None, *, allow_empty: bool = False
+) -> tuple[dict[str, Any], float]:
     """Make packed data from text and return its header and the seconds that reading, parsing and packing took.
 
     Everything is written in a temporary folder beside the output and renamed at the end, the header last. The bytes
-    depend on the inputs, the tokenizer and the parser, not on `workers`.
+    depend on the inputs, the tokenizer, the parser and the settings in `provenance_of`, not on `workers`.
+
+    Args:
+        provenance: `provenance_of(settings)`, if it is known already.
+        allow_empty: text that does not fill one sequence makes data of none, instead of an error.
 
     Raises:
-        InputError: for anything wrong in the settings or the input (with "skip", broken input is counted instead), and
-            when the text does not fill one sequence.
+        InputError: for anything wrong in the settings or the input (with "skip", broken input is counted instead, up
+            to `max_loss` of an input), and when the text does not fill one sequence.
     """
-    _check(settings)
+    check_settings(settings)
     tokenizer = load_tokenizer(settings.tokenizer)
     info = tokenizer_info(tokenizer, settings.tokenizer)
-    parser = describe_parser(settings.parser)
-    serialised = tokenizer.backend_tokenizer.to_str()
-    worker = WorkerSettings(serialised, settings.parser, settings.seq_length - 2)
-    prefix = Path(settings.output)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
+    worker = WorkerSettings(
+        tokenizer=tokenizer.backend_tokenizer.to_str(),
+        parser=settings.parser,
+        max_word_pieces=settings.seq_length - 2,
+        unk_id=info.unk_id,
+        drop_foreign=settings.drop_foreign,
+    )
     start = time.perf_counter()
-    with _temporary_folder(prefix) as folder:
-        errors = _Errors()
-        reading = Reading(settings.text_field, settings.on_error, errors)
-        counts, relations = _write_streams(folder / "data", settings, info, worker, reading, errors)
-        header = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "seq_length": settings.seq_length,
-            "num_sequences": counts["sequences"],
-            "tokenizer": asdict(info),
-            "parser": parser,
-            "inputs": settings.inputs,
-            "relations": relations,
-            "counts": counts,
-            "skipped_examples": errors.examples,
-            "files": {name: describe_file(folder / f"data.{name}") for name in FILES},
-        }
-        _publish(folder, prefix, header)
+    with PackedWriter(settings.output, settings.seq_length, info, settings.overwrite) as writer:
+        provenance = provenance or provenance_of(settings)
+        packer = Packer(settings.seq_length, info.cls_id, info.sep_id, writer.add)
+        counts, relations, report = _pack_inputs(settings, worker, packer)
+        if not packer.counts.sequences and not allow_empty:
+            raise InputError(
+                f"{', '.join(settings.inputs)}: {packer.counts.pieces} tokens do not fill one sequence of "
+                f"{settings.seq_length}; give more text or a smaller --seq-length"
+            )
+        header = writer.finish(relations, **provenance, counts=counts, report=report)
     return header, time.perf_counter() - start
 
 
-def _check(settings: PreprocessSettings) -> None:
-    if not MIN_SEQ_LENGTH <= settings.seq_length <= MAX_SEQ_LENGTH:
-        raise InputError(f"--seq-length {settings.seq_length}: must be {MIN_SEQ_LENGTH} to {MAX_SEQ_LENGTH}")
+def check_settings(settings: PreprocessSettings) -> None:
+    """Refuse settings that cannot be right (`InputError`), before anything is read."""
+    check_seq_length(settings.seq_length)
     if settings.workers < 1:
         raise InputError(f"--workers {settings.workers}: must be at least 1")
-    for name in (*FILES, "json"):
-        refuse_existing(f"{settings.output}.{name}", settings.overwrite)
+    for name in ("max_loss", "validation_share"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be a share from 0 to 1")
     for name in settings.inputs:
         if (input_format(name) == "conllu") != (settings.parser == "conllu"):
             raise InputError(f"{name}: .conllu files need --parser conllu, and it needs .conllu files")
 
 
-def _write_streams(
-    path: Path,
-    settings: PreprocessSettings,
-    info: TokenizerInfo,
-    worker: WorkerSettings,
-    reading: Reading,
-    errors: _Errors,
-) -> tuple[dict[str, int], list[str]]:
-    """Write `path`.bin, .idx, .heads.bin, .marks.bin and .relns.bin; return the counts and the relation names."""
-    with contextlib.ExitStack() as stack:
-        tokens_out = stack.enter_context(IndexedDatasetWriter(path, token_dtype(info.vocab_size)))
-        files = [stack.enter_context(open(f"{path}.{name}.bin", "wb")) for name in _STREAMS]
+def provenance_of(settings: PreprocessSettings) -> dict[str, Any]:
+    """What the header says of the data's origin: parser, inputs (with their hashes), and the settings that matter.
 
-        def emit(tokens: np.ndarray, *streams: np.ndarray) -> None:
-            tokens_out.add(tokens)
-            for file, dtype, stream in zip(files, _STREAMS.values(), streams, strict=True):
-                file.write(stream.astype(dtype, copy=False))
+    Equal provenance, tokenizer and sequence length mean equal data.
+    """
+    return {
+        "parser": describe_parser(settings.parser),
+        "inputs": [_input_name(name) for name in settings.inputs],
+        "input_files": {
+            _input_name(name): {"size": Path(name).stat().st_size, "sha256": sha256_file(name)}
+            for name in settings.inputs
+            if not name.startswith("hf:")
+        },
+        "settings": {
+            "text_field": settings.text_field,
+            "on_error": settings.on_error,
+            "drop_foreign": settings.drop_foreign,
+            "exclude": settings.exclude and sha256_file(settings.exclude),
+            "split": settings.split,
+            "validation_share": settings.split and settings.validation_share,
+        },
+    }
 
-        packer = Packer(settings.seq_length, info.cls_id, info.sep_id, emit)
-        names, totals = RelationNames(), Counter()
-        bar = stack.enter_context(progress(unit=" words", unit_scale=True, desc="preprocessing"))
-        groups = chunks(read_units(settings.inputs, reading))
+
+def _input_name(name: str) -> str:
+    return name if name.startswith("hf:") else Path(name).name
+
+
+def _pack_inputs(
+    settings: PreprocessSettings, worker: WorkerSettings, packer: Packer
+) -> tuple[dict[str, int], list[str], dict[str, Any]]:
+    """Read, parse, align and pack everything; returns the counts, the relation names and what was found wrong."""
+    losses = Losses(settings.max_loss, show=True)
+    reading = Reading(settings.text_field, settings.on_error, losses)
+    exclusions = Exclusions.read(settings.exclude, settings.inputs) if settings.exclude else None
+    selection = Selection(settings.split, settings.validation_share, exclusions)
+    foreign = _Examples()
+    names, totals = RelationNames(), Counter()
+    with progress(unit=" words", unit_scale=True, desc="preprocessing") as bar:
+        groups = chunks(selection.apply(read_units(settings.inputs, reading)))
         with contextlib.closing(process_chunks(groups, worker, settings.workers)) as results:
             for units, result in results:
                 for number, reason in result.bad:
-                    reading.bad(units[number].where, reason)
+                    reading.bad(units[number].where, reason, part_of_kept=True)
+                for number in result.foreign:
+                    foreign.add(units[number])
                 _pack(packer, units, result, names)
                 totals.update(result.counts)
                 bar.update(result.counts["words"])
-        packer.finish()
-        if not packer.counts.sequences:
-            raise InputError(
-                f"{', '.join(settings.inputs)}: {packer.counts.pieces} tokens do not fill one sequence of "
-                f"{settings.seq_length}; give more text or a smaller --seq-length"
-            )
-    for name in _STREAMS:
-        fsync_file(f"{path}.{name}.bin")
+    packer.finish()
+    losses.check()
     packed = asdict(packer.counts)
     unparsed = packed["documents"] - packed["empty_documents"] if settings.parser == "none" else 0
     counts = {
         "documents": packed.pop("documents"),
         "empty_documents": packed.pop("empty_documents"),
         "unparsed_documents": unparsed,
+        "documents_of_other_split": selection.counts["other_split"],
+        "documents_excluded": selection.counts["excluded"],
         "sentences": totals["sentences"],
         "words": totals["words"],
         "words_without_piece": totals["words_without_piece"],
         "edges_without_piece": totals["edges_without_piece"],
         "paragraphs_cut": reading.paragraphs_cut,
-        "skipped": errors.count,
+        "paragraphs_with_controls": reading.paragraphs_with_controls,
+        "paragraphs_foreign": foreign.count,
+        "skipped": losses.count,
     }
-    return counts | packed, names.names
+    return counts | packed, names.names, losses.report() | foreign.report("foreign to the tokenizer")
+
+
+class _Examples:
+    """A count of units and the places of the first few."""
+
+    def __init__(self) -> None:
+        self.count, self._examples = 0, []
+
+    def add(self, unit: Unit) -> None:
+        self.count += 1
+        if len(self._examples) < 5:
+            self._examples.append({"where": unit.where, "text": str(unit.content)[:80]})
+
+    def report(self, name: str) -> dict[str, Any]:
+        return {name: {"count": self.count, "examples": self._examples}} if self.count else {}
 
 
 def _pack(packer: Packer, units: list[Unit], result: ChunkResult, names: RelationNames) -> None:
@@ -175,33 +189,16 @@ def _pack(packer: Packer, units: list[Unit], result: ChunkResult, names: Relatio
     used, first = np.unique(result.relations, return_index=True)
     numbers = np.zeros(len(result.names), dtype=np.uint8)
     for local in used[np.argsort(first)]:
-        number = names.number(result.names[local])
-        if number > MAX_RELATIONS:
-            raise InputError(f"the parses use more than {MAX_RELATIONS} relation names; merge some in column DEPREL")
-        numbers[local] = number
+        numbers[local] = relation_number(names, result.names[local])
     relations = numbers[result.relations]
-    starts = [number for number, unit in enumerate(units) if unit.starts_document]
-    for begin, end in zip([0, *starts], [*starts, len(units)], strict=True):
-        if units[begin].starts_document and begin < end:
+    for begin, end in _documents(units):
+        if units[begin].starts_document:
             packer.start_document()
         pieces = slice(result.cuts[begin], result.cuts[end])
         packer.add(result.tokens[pieces], result.offsets[pieces], result.marks[pieces], relations[pieces])
 
 
-@contextlib.contextmanager
-def _temporary_folder(prefix: Path) -> Iterator[Path]:
-    """A folder beside the output (so that renaming out of it is atomic), removed in every case but a kill."""
-    folder = Path(tempfile.mkdtemp(dir=prefix.parent, prefix=f".{prefix.name}.", suffix=".tmp"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _publish(folder: Path, prefix: Path, header: dict[str, Any]) -> None:
-    """Give the files their names, the header last; an old header goes first, so it never stands beside new data."""
-    Path(f"{prefix}.json").unlink(missing_ok=True)
-    fsync_directory(prefix.parent)
-    for name in FILES:
-        os.replace(folder / f"data.{name}", f"{prefix}.{name}")
-    write_json_atomic(f"{prefix}.json", header)
+def _documents(units: list[Unit]) -> Iterator[tuple[int, int]]:
+    """Runs of units of the same document; the first may continue one of the chunk before."""
+    starts = [number for number, unit in enumerate(units) if unit.starts_document and number]
+    yield from zip([0, *starts], [*starts, len(units)], strict=True)

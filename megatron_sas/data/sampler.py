@@ -6,12 +6,18 @@ A balanced Feistel network with a hash as its round function is a bijection of [
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fractions import Fraction
+
 import numpy as np
 
 from megatron_sas.data.masking import hash_u64
 
+MIXTURE_BLOCK = 1 << 16  # positions of a mixture's stream in which every part has its exact share
+
 _ROUNDS = 8
 _ORDER = 0x6F726472  # keeps the order apart from every other use of the same seed
+_MIXTURE = 0x6D697874  # and the choice of a mixture's parts
 
 
 def _feistel(value: np.ndarray, half_bits: int, key: np.ndarray) -> np.ndarray:
@@ -58,3 +64,51 @@ def global_samples(step: int, global_batch_size: int, n: int, seed: int) -> tupl
     position = np.arange(step * global_batch_size, (step + 1) * global_batch_size, dtype=np.int64)
     epochs = position // n
     return permute(position % n, n, seed, epochs), epochs
+
+
+def block_shares(weights: Sequence[float]) -> np.ndarray:
+    """How many of `MIXTURE_BLOCK` consecutive positions each part of a mixture gets: (K,) int64, in proportion to the
+    weights (largest remainders), at least 1 each."""
+    total = sum(map(Fraction, weights))
+    exact = [Fraction(weight) * MIXTURE_BLOCK / total for weight in weights]
+    shares = [max(1, int(share)) for share in exact]
+    order = sorted(range(len(exact)), key=lambda part: (shares[part] - exact[part], part))
+    for place in range(abs(MIXTURE_BLOCK - sum(shares))):
+        if sum(shares) < MIXTURE_BLOCK:
+            shares[order[place % len(order)]] += 1
+        else:  # the least shares were raised to 1
+            shares[int(np.argmax(shares))] -= 1
+    return np.array(shares, dtype=np.int64)
+
+
+def mixture_samples(
+    step: int, global_batch_size: int, sizes: Sequence[int], shares: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples of global batch `step` of a mixture of parts with `sizes` samples.
+
+    The stream is cut into blocks of `MIXTURE_BLOCK` positions. A keyed permutation of its block says which part a
+    position belongs to and which of the part's samples it takes, so that nothing need be counted from the beginning.
+    Each part goes through its own epochs, each in an order of its own.
+
+    Args:
+        sizes: K parts. shares: (K,) int64 from `block_shares`.
+
+    Returns:
+        sample ids (G,) int64 in [0, sum(sizes)), part after part, and the epochs (G,) int64 of the samples' parts.
+    """
+    position = np.arange(step * global_batch_size, (step + 1) * global_batch_size, dtype=np.int64)
+    block, place = position // MIXTURE_BLOCK, position % MIXTURE_BLOCK
+    place = permute(place, MIXTURE_BLOCK, _key(seed, 0), block)
+    bounds, offsets = np.append(0, np.cumsum(shares)), np.append(0, np.cumsum(sizes))
+    parts = np.searchsorted(bounds, place, side="right") - 1
+    number = block * shares[parts] + place - bounds[parts]  # of the part's own stream
+    samples, epochs = np.empty_like(number), np.empty_like(number)
+    for part in np.unique(parts):
+        here, size = parts == part, int(sizes[part])
+        epochs[here] = number[here] // size
+        samples[here] = offsets[part] + permute(number[here] % size, size, _key(seed, int(part) + 1), epochs[here])
+    return samples, epochs
+
+
+def _key(seed: int, part: int) -> int:
+    return int(hash_u64(_MIXTURE, seed, part)[0])

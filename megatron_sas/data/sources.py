@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_sas.cli import InputError
 from megatron_sas.data.conllu import ConlluSentence, read_conllu
-from megatron_sas.data.text_lines import COMPRESSED, OnError, Report, handle_bad, read_lines
+from megatron_sas.data.hub import check_name, read_rows
+from megatron_sas.data.losses import Losses
+from megatron_sas.data.text_lines import COMPRESSED, DamagedFile, OnError, handle_bad, read_lines
 
 MAX_UNIT_CHARACTERS = 20_000  # longer paragraphs are cut at white space: a parser's memory grows with the text
+
+# Control characters: some separate words, the others stand between letters by mistake. Tabs stay.
+_CONTROLS = {code: " " if chr(code).isspace() else None for code in (*range(32), *range(127, 160)) if code != 9}
+_CONTROLS |= dict.fromkeys((0xFEFF, 0xFFFE, 0xFFFF))
+_CONTROL = re.compile("[" + "".join(map(re.escape, map(chr, _CONTROLS))) + "]")
 
 
 @dataclass
@@ -21,26 +29,35 @@ class Unit:
     content: str | ConlluSentence | None
     starts_document: bool
     where: str
+    document_id: str | None = None  # field `id` of the document that starts here
 
 
 @dataclass
 class Reading:
-    """How to read: which field of JSON and datasets holds the text, what to do with broken input, whom to tell."""
+    """How to read: which field of JSON and datasets holds the text, what to do with broken input; and what happened."""
 
     text_field: str = "text"
     on_error: OnError = "refuse"
-    report: Report | None = None
-    paragraphs_cut: int = 0  # counted here
+    losses: Losses = field(default_factory=Losses)
+    paragraphs_cut: int = 0
+    paragraphs_with_controls: int = 0  # control characters were taken out of them
 
-    def bad(self, where: str, reason: str) -> None:
-        handle_bad(where, reason, self.on_error, self.report)
+    def bad(self, where: str, reason: str, *, part_of_kept: bool = False) -> None:
+        """Refuse broken input or count it (see `Losses.lose`)."""
+        handle_bad(where, reason, self.on_error, lambda *what: self.losses.lose(*what, part_of_kept=part_of_kept))
+
+    def clean(self, line: str) -> str:
+        """`line` without control characters and space around it."""
+        if _CONTROL.search(line):
+            self.paragraphs_with_controls += 1
+            line = line.translate(_CONTROLS)
+        return line.strip()
 
 
 def input_format(name: str) -> str:
     """`txt`, `jsonl`, `conllu` or `hf`, by the name; `InputError` for anything else or a missing file."""
     if name.startswith("hf:"):
-        if not 3 <= len(name.split(":")) <= 4 or not all(name.split(":")):
-            raise InputError(f"--input {name}: must read hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
+        check_name(name)
         return "hf"
     path = Path(name)
     suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
@@ -52,21 +69,38 @@ def input_format(name: str) -> str:
 
 
 def read_units(inputs: list[str], reading: Reading) -> Iterator[Unit]:
-    """Yield the units of all inputs in order; every input begins a new document."""
+    """Yield the units of all inputs in order; every input begins a new document.
+
+    Raises:
+        InputError: broken input (unless it is skipped), or more of it in one input than `reading.losses` allows.
+    """
     readers = {"txt": _read_text, "jsonl": _read_json_lines, "conllu": _read_conllu, "hf": _read_hub}
     for name in inputs:
-        yield from readers[input_format(name)](name, reading)
+        unit = None
+        try:
+            for unit in readers[input_format(name)](name, reading):
+                yield unit
+        except DamagedFile as error:
+            if reading.on_error == "refuse":
+                raise
+            place = "the beginning" if unit is None else f"line {unit.where.rpartition(':')[2]}"
+            reason = str(error).removeprefix(f"{name}: ")
+            reading.losses.lose(f"{name}:end", f"{reason}; nothing is read after {place}", unread=error.unread)
+        reading.losses.check(name)
 
 
 def _read_text(name: str, reading: Reading) -> Iterator[Unit]:
     """One paragraph a line; blank lines separate documents."""
-    starts = True
-    for number, line in read_lines(name, reading.on_error, reading.report, cut_long=True):
+    starts, last = True, 0
+    for number, line in read_lines(name, reading.on_error, reading.losses.lose, cut_long=True):
         if line is None:
             continue
-        if not (line := line.strip()):
+        if not (line := reading.clean(line)):
             starts = True
             continue
+        if number != last:
+            reading.losses.keep(name)
+            last = number
         for part in _cut(line, reading):
             yield Unit(part, starts, f"{name}:{number}")
             starts = False
@@ -74,7 +108,7 @@ def _read_text(name: str, reading: Reading) -> Iterator[Unit]:
 
 def _read_json_lines(name: str, reading: Reading) -> Iterator[Unit]:
     """One document a line, an object whose text field holds paragraphs on lines of their own."""
-    for number, line in read_lines(name, reading.on_error, reading.report):
+    for number, line in read_lines(name, reading.on_error, reading.losses.lose):
         if line is None or not line.strip():
             continue
         where = f"{name}:{number}"
@@ -87,18 +121,8 @@ def _read_json_lines(name: str, reading: Reading) -> Iterator[Unit]:
 
 
 def _read_hub(name: str, reading: Reading) -> Iterator[Unit]:
-    """One document a row of a Hugging Face dataset, streamed: `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`."""
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(f"--input {name}: needs the package datasets; pip install datasets") from None
-    _, dataset, *config, split = name.split(":")
-    try:
-        rows = datasets.load_dataset(dataset, *config, split=split, streaming=True)
-    except Exception as error:  # the library raises many kinds for wrong names, and its own text says which
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"--input {name}: cannot be opened ({type(error).__name__}: {reason})") from error
-    for number, row in enumerate(rows, 1):
+    """One document a row of a Hugging Face dataset."""
+    for number, row in enumerate(read_rows(name), 1):
         yield from _record_units(row, f"{name}:{number}", reading)
 
 
@@ -108,26 +132,29 @@ def _record_units(record: object, where: str, reading: Reading) -> Iterator[Unit
         return
     text = record[reading.text_field]
     if not isinstance(text, str):
-        reading.bad(where, f"field {reading.text_field!r} is not a string")
+        reading.bad(where, f"not a string in field {reading.text_field!r}")
         return
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        reading.bad(where, f"field {reading.text_field!r} holds half of a surrogate pair")
+        reading.bad(where, f"half of a surrogate pair in field {reading.text_field!r}")
         return
+    reading.losses.keep(where.rpartition(":")[0])
+    identity = str(record["id"]) if "id" in record else None
     starts = True
     for line in text.split("\n"):
-        if line := line.strip():
+        if line := reading.clean(line):
             for part in _cut(line, reading):
-                yield Unit(part, starts, where)
+                yield Unit(part, starts, where, identity if starts else None)
                 starts = False
     if starts:
-        yield Unit(None, True, where)
+        yield Unit(None, True, where, identity)
 
 
 def _read_conllu(name: str, reading: Reading) -> Iterator[Unit]:
     starts = True
-    for sentence in read_conllu(name, reading.on_error, reading.report):
+    for sentence in read_conllu(name, reading.on_error, reading.losses.lose):
+        reading.losses.keep(name)
         yield Unit(sentence, starts or sentence.newdoc, f"{name}:{sentence.line}")
         starts = False
 

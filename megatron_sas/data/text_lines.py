@@ -28,6 +28,14 @@ def handle_bad(where: str, reason: str, on_error: OnError, report: Report | None
         report(where, reason)
 
 
+class DamagedFile(InputError):
+    """A compressed file cannot be read to its end. `unread`: the share that is not read, 1 when nobody can know."""
+
+    def __init__(self, message: str, unread: float) -> None:
+        super().__init__(message)
+        self.unread = unread
+
+
 class _ZstdReader(io.RawIOBase):
     """Decompressed bytes of a .zst file; unlike zstandard's own reader it notices that the file is cut off."""
 
@@ -61,11 +69,12 @@ class _ZstdReader(io.RawIOBase):
 
 @contextlib.contextmanager
 def open_binary(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for reading bytes, decompressing .gz, .xz and .zst; damaged data becomes an `InputError`."""
+    """Open a file for reading bytes, decompressing .gz, .xz and .zst; damaged data becomes a `DamagedFile`."""
     path = Path(path)
     with contextlib.ExitStack() as stack:
         try:
             file: BinaryIO = stack.enter_context(open(path, "rb"))
+            raw = file
         except FileNotFoundError:
             raise InputError(f"{path}: no such file; check --input") from None
         if path.suffix == ".gz":
@@ -77,7 +86,9 @@ def open_binary(path: str | Path) -> Iterator[BinaryIO]:
         try:
             yield file
         except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
-            raise InputError(f"{path}: damaged compressed file ({error}); fetch it again") from error
+            size, read = path.stat().st_size, raw.tell()
+            unread = 1 - read / size if read < size else 1.0  # at its end: cut off, nobody knows how much
+            raise DamagedFile(f"{path}: damaged compressed file ({error}); fetch it again", unread) from error
 
 
 def read_lines(

@@ -38,13 +38,16 @@ class WorkerSettings:
     tokenizer: str  # backend_tokenizer.to_str()
     parser: str
     max_word_pieces: int
+    unk_id: int
+    drop_foreign: bool = False  # leave out text that `is_foreign`
 
 
 @dataclass
 class ChunkResult:
     """Pieces of a chunk (P,): `tokens` int32, `offsets` int32, `marks` uint8, `relations` int64 numbers into `names`.
 
-    `cuts` (units + 1,) int64: unit u owns pieces [cuts[u], cuts[u+1]). `bad`: units left out, with the reason.
+    `cuts` (units + 1,) int64: unit u owns pieces [cuts[u], cuts[u+1]). `bad`: units left out, with the reason;
+    `foreign`: units in another language than the tokenizer's, left out where the settings say so.
     """
 
     tokens: np.ndarray
@@ -55,6 +58,15 @@ class ChunkResult:
     cuts: np.ndarray
     counts: Counter[str]
     bad: list[tuple[int, str]] = field(default_factory=list)
+    foreign: list[int] = field(default_factory=list)
+
+
+def is_foreign(characters: int, pieces: int, unknown: int) -> bool:
+    """Whether a text is foreign to the tokenizer: cut nearly into characters, or made of unknown pieces.
+
+    (English has about 0.23 pieces a character, other languages in Latin letters up to 0.45, Cyrillic or Chinese 0.9.)
+    """
+    return characters >= 40 and (pieces > 0.6 * characters or unknown > 0.2 * pieces)
 
 
 class Worker:
@@ -63,16 +75,41 @@ class Worker:
     def __init__(self, settings: WorkerSettings) -> None:
         self._tokenizer = plain_text_tokenizer(settings.tokenizer)
         self._parser = make_parser(settings.parser)
-        self._max_word_pieces = settings.max_word_pieces
+        self._settings = settings
 
     def __call__(self, contents: list[Any]) -> ChunkResult:
         """Tokenize, parse and align; units whose content is None (empty documents) get no pieces."""
-        return self._chunk(contents, {})
+        try:
+            return self._chunk(contents, {})
+        except Exception:  # parsers are large programs: a text that one cannot bear must not end hours of work
+            bad = self._unbearable(contents)
+            if not bad:
+                raise
+            return self._chunk(contents, bad)
+
+    def _unbearable(self, contents: list[Any]) -> dict[int, str]:
+        """Units that cannot be processed even alone, with the reason."""
+        bad = {}
+        for number, content in enumerate(contents):
+            try:
+                self._chunk([content], {})
+            except Exception as error:
+                reason = str(error).strip().split("\n")[0]
+                bad[number] = f"the parser fails ({type(error).__name__}: {reason})"
+        return bad
 
     def _chunk(self, contents: list[Any], bad: dict[int, str]) -> ChunkResult:
         units = [u for u, content in enumerate(contents) if content is not None and u not in bad]
         texts = [self._parser.text(contents[u]) for u in units]
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        foreign = [
+            unit
+            for unit, text, encoding in zip(units, texts, encodings, strict=True)
+            if is_foreign(len(text), len(encoding), encoding.ids.count(self._settings.unk_id))
+        ]
+        if foreign and self._settings.drop_foreign:
+            kept = [number for number, unit in enumerate(units) if unit not in foreign]
+            units, texts, encodings = ([values[number] for number in kept] for values in (units, texts, encodings))
         names = RelationNames()
         parses, characters, words, bases, first_words = [], 0, 0, [], []
         for text, parse in zip(texts, self._parser.parse([contents[u] for u in units], encodings, names), strict=True):
@@ -86,18 +123,18 @@ class Worker:
         cuts = np.append(0, np.cumsum(sizes))
         if not units or not cuts[-1]:
             empty = np.zeros(0, dtype=np.int64)
-            return ChunkResult(empty, empty, empty, empty, names.names, cuts, Counter(), sorted(bad.items()))
+            return ChunkResult(empty, empty, empty, empty, names.names, cuts, Counter(), sorted(bad.items()), foreign)
         tokens = np.concatenate([np.array(encoding.ids, dtype=np.int32) for encoding in encodings])
         spans = np.concatenate([np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) for encoding in encodings])
         spans += np.repeat(np.array(bases), sizes[units])[:, None]
         aligned = align(spans[:, 0], spans[:, 1], Parse.concatenate(parses), "\n".join(texts))
 
         lengths = np.bincount(aligned.words[aligned.words >= 0], minlength=1)
-        if lengths.max() > self._max_word_pieces:
-            long = np.flatnonzero(lengths > self._max_word_pieces)
-            for word in long:
+        longest = self._settings.max_word_pieces
+        if lengths.max() > longest:
+            for word in np.flatnonzero(lengths > longest):
                 unit = units[int(np.searchsorted(first_words, word, side="right")) - 1]
-                bad[unit] = f"a word of {lengths[word]} pieces, longer than the {self._max_word_pieces} of a sequence"
+                bad[unit] = f"a word longer than a sequence ({lengths[word]} pieces; {longest} fit)"
             return self._chunk(contents, bad)
         counts = Counter(
             sentences=aligned.num_sentences,
@@ -106,7 +143,15 @@ class Worker:
             edges_without_piece=aligned.edges_without_piece,
         )
         return ChunkResult(
-            tokens, aligned.offsets, aligned.marks, aligned.relations, names.names, cuts, counts, sorted(bad.items())
+            tokens=tokens,
+            offsets=aligned.offsets,
+            marks=aligned.marks,
+            relations=aligned.relations,
+            names=names.names,
+            cuts=cuts,
+            counts=counts,
+            bad=sorted(bad.items()),
+            foreign=foreign,
         )
 
 

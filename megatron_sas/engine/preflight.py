@@ -19,6 +19,7 @@ import torch
 from megatron_sas import distributed
 from megatron_sas.cli import InputError
 from megatron_sas.config import Config, load_config
+from megatron_sas.data.mixture import MixedData, open_training_data
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer
 from megatron_sas.engine.checkpoint import load_moments
@@ -99,9 +100,11 @@ def _check_configured(config: Config, report: Report) -> None:
     )
     zero = (deepspeed or {}).get("zero_optimization", {})
     report.check("compiler", lambda: check_compiler(zero))
-    packed = report.check("training data", lambda: _open_data(config, data.train, data.heads, report), _describe_data)
+    packed = report.check("training data", lambda: _open_data(config, data.parts(), data.heads, report), _describe_data)
     if data.validation is not None:
-        report.check("validation data", lambda: _open_data(config, data.validation, None, report), _describe_data)
+        report.check(
+            "validation data", lambda: _open_data(config, [(data.validation, None)], None, report), _describe_data
+        )
     if section.treebank is not None:
         report.check("treebank", lambda: load_treebank(section.treebank), lambda found: f"{len(found)} sentences")
     if section.blimp is not None:
@@ -115,21 +118,23 @@ def _check_configured(config: Config, report: Report) -> None:
             report.check("memory per device (estimate)", lambda: check_memory(estimate))
 
 
-def _open_data(config: Config, prefix: str, heads: str | None, report: Report) -> PackedData:
-    packed = PackedData(prefix, heads_name=heads)
+def _open_data(
+    config: Config, parts: list[tuple[str, float | None]], heads: str | None, report: Report
+) -> PackedData | MixedData:
+    packed = open_training_data(parts, heads)
     if report.rank == 0:
         packed.verify()  # which training leaves out: it reads everything
     path = config.data.tokenizer or packed.tokenizer.path
-    check_tokenizer(load_tokenizer(path), path, packed, prefix)
+    check_tokenizer(load_tokenizer(path), path, packed)
     if packed.seq_length > config.model.max_position_embeddings:
         raise InputError(
-            f"{prefix}: sequences of {packed.seq_length} tokens are longer than model.max_position_embeddings "
+            f"{packed.prefix}: sequences of {packed.seq_length} tokens are longer than model.max_position_embeddings "
             f"{config.model.max_position_embeddings}; raise that or preprocess again"
         )
     return packed
 
 
-def _describe_data(packed: PackedData) -> str:
+def _describe_data(packed: PackedData | MixedData) -> str:
     return f"{packed.num_sequences:,} sequences of {packed.seq_length}, tokenizer and checksums match"
 
 

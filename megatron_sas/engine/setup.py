@@ -12,6 +12,7 @@ import torch
 from megatron_sas import distributed
 from megatron_sas.cli import InputError
 from megatron_sas.config import Config, load_config
+from megatron_sas.data.mixture import MixedData, open_training_data
 from megatron_sas.data.mlm_dataset import MLMDataset
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
@@ -122,14 +123,14 @@ def _refuse_other_experiment(old: Config, new: Config, saved: Path) -> None:
 
 def _build(config: Config, checkpoint: Path | None) -> Parts:
     train, data = config.train, config.data
-    packed = PackedData(data.train, heads_name=data.heads)
+    packed = open_training_data(data.parts(), data.heads)
     tokenizer_path = data.tokenizer or packed.tokenizer.path
     tokenizer = load_tokenizer(tokenizer_path)
-    check_tokenizer(tokenizer, tokenizer_path, packed, data.train)
+    check_tokenizer(tokenizer, tokenizer_path, packed)
     validation = None
     if data.validation is not None:
         validation = PackedData(data.validation)
-        check_tokenizer(tokenizer, tokenizer_path, validation, data.validation)
+        check_tokenizer(tokenizer, tokenizer_path, validation)
     for name, part in (("train", packed), ("validation", validation)):
         if part is not None and part.seq_length > config.model.max_position_embeddings:
             raise InputError(
@@ -151,7 +152,7 @@ def _build(config: Config, checkpoint: Path | None) -> Parts:
         raise InputError(f"train.steps: {train.steps} is less than the {state['step']} updates that are already done")
     if state.get("data", {}).get("fingerprint", packed.fingerprint) != packed.fingerprint:
         raise InputError(
-            f"data.train: {data.train}.bin is not the data that the run was started with (its SHA-256 differs); "
+            f"data.train: {packed.prefix} is not the data that the run was started with (SHA-256 or weights differ); "
             "restore it or choose another run.output_dir"
         )
     bert_config = config.bert_config(packed.tokenizer.vocab_size, packed.tokenizer.pad_id)
@@ -159,16 +160,16 @@ def _build(config: Config, checkpoint: Path | None) -> Parts:
     return Parts(tokenizer, dataset, bert, LiveEvaluation(config, tokenizer, validation), checkpoint, state)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str, packed: PackedData, prefix: str) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str, packed: PackedData | MixedData) -> None:
     """Refuse a tokenizer other than the one that made the data (`InputError`)."""
     if tokenizer_hash(tokenizer) != packed.tokenizer.hash:
         raise InputError(
-            f"{path}: is not the tokenizer that made {prefix}.bin (hashes differ); set data.tokenizer to that one or "
-            "preprocess again"
+            f"{path}: is not the tokenizer that made {packed.prefix} (hashes differ); set data.tokenizer to that one "
+            "or preprocess again"
         )
 
 
-def data_facts(packed: PackedData) -> dict[str, Any]:
+def data_facts(packed: PackedData | MixedData) -> dict[str, Any]:
     """What a checkpoint remembers of its training data: enough to recognise it and to say how it was made."""
     header = packed.header
     return {

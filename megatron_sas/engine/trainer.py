@@ -12,8 +12,8 @@ import torch
 from megatron_sas import __version__, distributed
 from megatron_sas.cli import progress
 from megatron_sas.config import Config
+from megatron_sas.data.mixture import stream_samples
 from megatron_sas.data.mlm_dataset import PrefetchLoader, Window
-from megatron_sas.data.sampler import global_samples
 from megatron_sas.engine.checkpoint import CONFIG, load_moments
 from megatron_sas.engine.engine import Engine
 from megatron_sas.engine.environment import initialize_distributed, use_deterministic_algorithms
@@ -186,10 +186,10 @@ class Trainer:
         self.pending.clear()
 
     def _look_for_skipped(self, lines: list[dict[str, Any]]) -> None:
-        size, n, seed = self.config.train.global_batch_size, len(self.dataset.packed), self.config.run.seed
+        size, seed = self.config.train.global_batch_size, self.config.run.seed
         for entry, values in zip(self.pending, lines, strict=True):
             if self.skipped.count(values["grad_norm"]):
-                samples = global_samples(entry.step - 1, size, n, seed)[0].tolist()
+                samples = stream_samples(self.dataset.packed, entry.step - 1, size, seed)[0].tolist()
                 loss = values["mlm_loss"]
                 self._event(entry.step, event="skipped_update", total=self.skipped.total, samples=samples)
                 self.say(f"step {entry.step}: update skipped (loss {loss:.4f}, gradient norm {values['grad_norm']:g})")

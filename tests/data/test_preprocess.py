@@ -17,6 +17,7 @@ import pytest
 from megatron_sas.cli import InputError
 from megatron_sas.data import workers
 from megatron_sas.data.packed import FILES, PackedData
+from megatron_sas.data.parses import NoParser
 from megatron_sas.data.preprocess import PreprocessSettings, preprocess
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
 
@@ -234,12 +235,16 @@ GOOD = "\n".join([row(1, "the", 2), row(2, "cats", 0, "root")] * 1) + "\n\n"
 def test_words_longer_than_a_sequence(vocab_file, tmp_path, count):
     source = tmp_path / "a.conllu"
     source.write_text(GOOD * 3 + row(1, "-" * 7, 0) + "\n\n" + GOOD * 3)
-    with pytest.raises(InputError, match=r"a.conllu:10: a word of 7 pieces, longer than the 6 of a sequence"):
+    with pytest.raises(InputError, match=r"a.conllu:10: a word longer than a sequence \(7 pieces; 6 fit\)"):
         run(source, vocab_file, "conllu", tmp_path / "out", seq_length=8, workers=count)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.conllu", "vocab.txt"]
-    header = run(source, vocab_file, "conllu", tmp_path / "out", seq_length=8, workers=count, on_error="skip")
+    header = run(
+        source, vocab_file, "conllu", tmp_path / "out", seq_length=8, workers=count, on_error="skip", max_loss=0.2
+    )
     assert header["counts"]["skipped"] == 1 and header["counts"]["pieces"] == 18
-    assert header["skipped_examples"][0]["where"] == f"{source}:10"
+    assert header["report"]["a word longer than a sequence"]["examples"][0]["where"] == f"{source}:10"
+    with pytest.raises(InputError, match=r"1 of 7 records left out, mostly for 'a word longer"):
+        run(source, vocab_file, "conllu", tmp_path / "more", seq_length=8, workers=count, on_error="skip")
 
 
 @pytest.mark.parametrize(
@@ -287,6 +292,86 @@ def test_existing_output(vocab_file, tmp_path):
     assert PackedData(tmp_path / "out").seq_length == 16
 
 
+class _Delicate(NoParser):
+    """A parser that cannot bear some texts."""
+
+    def parse(self, contents, encodings, names):
+        if any("dog" in content for content in contents):
+            raise RuntimeError("no dogs\nplease")
+        return super().parse(contents, encodings, names)
+
+
+def test_a_text_that_the_parser_cannot_bear(vocab_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "make_parser", lambda _: _Delicate())
+    source = tmp_path / "a.txt"
+    source.write_text("the cat sat\n" * 9 + "a dog\n" + "the cat ran\n" * 9)
+    with pytest.raises(InputError, match=r"a.txt:10: the parser fails \(RuntimeError: no dogs\)"):
+        run(source, vocab_file, "none", tmp_path / "out", seq_length=8)
+    header = run(source, vocab_file, "none", tmp_path / "out", seq_length=8, on_error="skip", max_loss=0.1)
+    assert header["report"]["the parser fails"]["count"] == 1
+    assert header["counts"]["words"] == 54
+
+
+def test_everything_bad_at_once(data_dir, tmp_path):
+    """One file with all of it: what is good is packed, what is not is counted by kind, whatever the workers."""
+    good = [json.dumps({"id": number % 3, "text": f"The cat number {number} sat."}) for number in range(40)]
+    lines = [
+        *good,
+        json.dumps({"text": "The  words " * 300_000}),  # 3 MB on one line
+        json.dumps({"text": "x" * 1_000_000}),
+        json.dumps({"text": "Stop."}),
+        json.dumps({"text": "a\x00b \x07 c\u2028d \ufeff"}),
+        json.dumps({"text": "\n \n"}),
+    ]
+    broken = [
+        "Süß".encode("latin-1"),
+        '{"text": "zwei"}'.encode("utf-16"),  # holds no line end
+        b'{"text": "cut off',
+        b"[1]",
+        b'{"text": null}',
+    ]
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(b"\n".join([line.encode() for line in lines] + broken))
+    vocab = data_dir / "bert_vocab" / "vocab.txt"
+    for number in (1, 2):
+        header = run(source, vocab, "none", tmp_path / f"out{number}", on_error="skip", max_loss=0.1, workers=number)
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
+    kinds = {kind: entry["count"] for kind, entry in header["report"].items()}
+    assert kinds == {
+        "invalid UTF-8": 2,
+        "invalid JSON": 1,
+        "no field": 1,
+        "not a string": 1,
+        "foreign to the tokenizer": 50,
+    }
+    counts = header["counts"]
+    assert (counts["documents"], counts["empty_documents"], counts["skipped"]) == (45, 1, 5)
+    assert counts["paragraphs_with_controls"] == 1
+    assert counts["paragraphs_cut"] > 3_000_000 // 20_000 + 1_000_000 // 20_000
+    with pytest.raises(InputError, match=r"a.jsonl: 5 of 50 records left out, mostly for 'invalid UTF-8'; more than"):
+        run(source, vocab, "none", tmp_path / "out", on_error="skip", max_loss=0.09)
+
+
+def test_foreign_text(data_dir, tmp_path):
+    text = {
+        "en": "The quick brown fox jumps over the lazy dog, as it has always done.",
+        "de": "Der schnelle braune Fuchs springt über den faulen Hund, wie er es immer getan hat.",
+        "ru": "Быстрая коричневая лиса перепрыгивает через ленивую собаку, как всегда.",
+        "zh": "敏捷的棕色狐狸像往常一样跳过了那只懒惰的狗，然后又跳了回来，再也没有人看见过它。敏捷的棕色狐狸。",
+    }
+    source = tmp_path / "a.txt"
+    source.write_text("\n\n".join(text.values()) + "\n\nДа.\n")
+    vocab = data_dir / "bert_vocab" / "vocab.txt"
+    header = run(source, vocab, "none", tmp_path / "all", seq_length=16)
+    found = header["report"]["foreign to the tokenizer"]
+    assert header["counts"]["paragraphs_foreign"] == found["count"] == 2
+    assert [example["text"][:2] for example in found["examples"]] == ["Бы", "敏捷"]
+    dropped = run(source, vocab, "none", tmp_path / "english", seq_length=16, drop_foreign=True)
+    words = sum(len(load_tokenizer(vocab).tokenize(text[name])) for name in ("en", "de"))
+    assert words < dropped["counts"]["pieces"] < words + 6 < header["counts"]["pieces"]
+    assert dropped["counts"]["skipped"] == 0
+
+
 def command(*arguments):
     return [sys.executable, str(TOOL), *map(str, arguments)]
 
@@ -300,9 +385,10 @@ def test_command_line(vocab_file, tmp_path):
     assert failed.stderr == (
         f"error: {source}:2: invalid UTF-8 at byte 1; correct it, or pass --on-error skip to leave such input out\n"
     )
-    done = subprocess.run(command(*arguments, tmp_path / "out", "--on-error", "skip"), capture_output=True, text=True)
+    skip = ("--on-error", "skip", "--max-loss", "0.97")
+    done = subprocess.run(command(*arguments, tmp_path / "out", *skip), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "words/s" in done.stdout and done.stderr.count("skipped:") == 21
+    assert "words/s" in done.stdout and done.stderr.count("skipped:") == 6
     assert json.loads((tmp_path / "out.json").read_text())["counts"]["skipped"] == 25
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
+import random
 
 import pytest
 
 from megatron_sas.cli import InputError
 from megatron_sas.data import sources
+from megatron_sas.data.losses import Losses
 from megatron_sas.data.sources import Reading, input_format, read_units
 
 
@@ -59,9 +62,11 @@ def test_broken_json(tmp_path, line, reason):
     with pytest.raises(InputError) as error:
         units(str(path))
     assert str(error.value).startswith(f"{path}:2: ") and reason in str(error.value)
-    reports = []
-    assert [u[0] for u in units(str(path), on_error="skip", report=lambda *r: reports.append(r))] == ["good", "last"]
-    assert len(reports) == 1 and reports[0][0] == f"{path}:2" and reason in reports[0][1]
+    losses = Losses()
+    assert [u[0] for u in units(str(path), on_error="skip", losses=losses)] == ["good", "last"]
+    (kind,) = losses.report().values()
+    assert kind["count"] == losses.count == 1
+    assert kind["examples"][0]["where"] == f"{path}:2" and reason in kind["examples"][0]["reason"]
 
 
 def test_broken_text(tmp_path):
@@ -118,3 +123,60 @@ def test_input_names(tmp_path):
     ]:
         with pytest.raises(InputError, match=message):
             input_format(name)
+
+
+def test_control_characters_are_taken_out(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "a\x00b\x0bc\r\n\ufeffd\te\x85f \x1b[1mg"}) + "\n")
+    reading = Reading()
+    assert [unit.content for unit in read_units([str(path)], reading)] == ["ab c", "d\te f [1mg"]
+    assert reading.paragraphs_with_controls == 2
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+def test_damaged_archives(tmp_path, suffix):
+    """What comes before the damage is used when as much may be lost; a file that is cut off may lack anything."""
+    rng = random.Random(0)
+    lines = [json.dumps({"text": " ".join(str(rng.random()) for _ in range(50))}) for _ in range(2000)]
+    whole = {".gz": gzip, ".xz": lzma}[suffix].compress("\n".join(lines).encode())
+    path = tmp_path / f"a.jsonl{suffix}"
+    middle = len(whole) // 2
+    cases = {1.0: whole[:middle]}
+    if suffix == ".xz":  # in a .gz, damage turns into other text until a checksum at its end
+        cases[0.6] = whole[:middle] + bytes(1000) + whole[middle + 1000 :]
+    for loss, content in cases.items():
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="damaged compressed file"):
+            units(str(path))
+        with pytest.raises(InputError, match=r"1 of \d+ records left out and .* of the file unread, mostly for 'dam"):
+            units(str(path), on_error="skip", losses=Losses(max_loss=0.3))
+        found = units(str(path), on_error="skip", losses=Losses(max_loss=loss))
+        assert [unit[0] for unit in found] == [json.loads(line)["text"] for line in lines[: len(found)]]
+        assert 800 < len(found) < 1100
+
+
+def test_too_much_is_lost(tmp_path):
+    (tmp_path / "good.txt").write_text("one\n" * 90)
+    (tmp_path / "bad.txt").write_bytes(b"one\n\n" * 9 + b"\xff\n" * 1)
+    names = [str(tmp_path / "good.txt"), str(tmp_path / "bad.txt")]
+    assert len(units(*names, on_error="skip", losses=Losses(max_loss=0.1))) == 99
+    with pytest.raises(InputError) as error:  # a share of one input, not of all
+        units(*names, on_error="skip", losses=Losses(max_loss=0.09))
+    assert str(error.value) == (
+        f"{names[1]}: 1 of 10 records left out, mostly for 'invalid UTF-8'; more than --max-loss 0.09 allows: "
+        "mend the file or raise it"
+    )
+
+
+def test_parts_of_a_hub_dataset(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"text": f"row {number}", "id": number} for number in range(10)]
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for name in (folder, tmp_path / "saved"):
+        parts = [[unit[0] for unit in units(f"hf:{name}:train@{part}/3")] for part in range(3)]
+        assert parts == [[row["text"] for row in rows[part::3]] for part in range(3)]
+    with pytest.raises(InputError, match="parts are numbered from 0 to 2"):
+        units(f"hf:{folder}:train@3/3")

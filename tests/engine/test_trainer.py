@@ -243,3 +243,17 @@ def test_a_run_is_a_model_for_the_tools(whole):
     model, tokenizer = load_model(whole)
     assert model.config.num_layers == 2
     assert len(tokenizer) == 65
+
+
+def test_a_mixture_resumes_exactly(config, tmp_path):
+    """Weighted parts, one of them parsed: the run in two halves is the run in one."""
+    parts = [write_packed(tmp_path, seed=seed, sequences=10) for seed in (4, 5)]
+    mixture = [{"prefix": parts[0], "weight": 3}, {"prefix": parts[1], "weight": 1}]
+    overrides = {"data.train": mixture}
+    train(config, tmp_path / "whole", overrides)
+    train(config, tmp_path / "run", {**overrides, "train.steps": 3})
+    train(config, tmp_path / "run", overrides)
+    assert largest_difference(weights(tmp_path / "run", 6), weights(tmp_path / "whole", 6)) == 0.0
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+    mixture[1]["weight"] = 2
+    assert "other values of data.train" in refusal(config, tmp_path / "run", {"data.train": mixture})

@@ -1,0 +1,89 @@
+"""Several packed data sets of one tokenizer and sequence length → one, in the order given."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sas.cli import InputError, progress
+from megatron_sas.data.packed import PackedData, read_header
+from megatron_sas.data.packed_writer import PackedWriter, relation_number
+from megatron_sas.data.parses import RelationNames
+
+_BLOCK = 4096  # sequences read at a time
+_EXAMPLES = 5
+
+
+def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str, Any]:
+    """Concatenate packed data and return the header of the result. Every file is compared with its header first.
+
+    Data without a sequence (shards of too little text) add their counts only. Relations get common numbers.
+
+    Raises:
+        InputError: a part is damaged, or has another tokenizer or sequence length than the first.
+    """
+    headers = [read_header(f"{prefix}.json", "give prefixes of packed data") for prefix in prefixes]
+    used = [(p, h) for p, h in zip(prefixes, headers, strict=True) if h.get("num_sequences") != 0]
+    if not used:
+        raise InputError(f"{', '.join(prefixes)}: hold no sequence; there is nothing to merge")
+    first = PackedData(used[0][0])
+    names, parts = RelationNames(), []
+    total = sum(header["num_sequences"] for _, header in used)
+    with (
+        PackedWriter(output, first.seq_length, first.tokenizer, overwrite) as writer,
+        progress(total=total, unit=" sequences", unit_scale=True, desc="merging") as bar,
+    ):
+        for prefix, _ in used:
+            part = PackedData(prefix)
+            _check_fits(part, first)
+            part.verify()
+            numbers = _renumbering(part, names)
+            for start in range(0, len(part), _BLOCK):
+                rows = slice(start, start + _BLOCK)
+                writer.add(part.tokens[rows], part.heads[rows], part.marks[rows], numbers[part.relns[rows]])
+                bar.update(len(part.tokens[rows]))
+            parts.append({"name": Path(prefix).name, "num_sequences": len(part), "fingerprint": part.fingerprint})
+        return writer.finish(names.names, **_joined(headers), parts=parts)
+
+
+def _check_fits(part: PackedData, first: PackedData) -> None:
+    if part.seq_length != first.seq_length:
+        raise InputError(
+            f"{part.prefix}: sequences of {part.seq_length} tokens, those of {first.prefix} have {first.seq_length}; "
+            "preprocess with one --seq-length"
+        )
+    if part.tokenizer.hash != first.tokenizer.hash:
+        raise InputError(
+            f"{part.prefix}: was made with another tokenizer than {first.prefix}; preprocess with one --tokenizer"
+        )
+
+
+def _renumbering(part: PackedData, names: RelationNames) -> np.ndarray:
+    """(256,) uint8: the common number of each of the part's relations."""
+    numbers = np.zeros(256, dtype=np.uint8)
+    numbers[: len(part.relations)] = [relation_number(names, name) for name in part.relations]
+    return numbers
+
+
+def _joined(headers: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the headers say of the data's origin and content, together."""
+    parsers = [header.get("parser") or {"name": "unknown"} for header in headers]
+    same = all(parser == parsers[0] for parser in parsers)
+    counts, files, report = Counter(), {}, {}
+    for header in headers:
+        counts.update(header.get("counts", {}))
+        files |= header.get("input_files", {})
+        for kind, entry in header.get("report", {}).items():
+            known = report.setdefault(kind, {"count": 0, "examples": []})
+            known["count"] += entry["count"]
+            known["examples"] = (known["examples"] + entry["examples"])[:_EXAMPLES]
+    return {
+        "parser": parsers[0] if same else {"name": " + ".join(dict.fromkeys(parser["name"] for parser in parsers))},
+        "inputs": [name for header in headers for name in header.get("inputs", [])],
+        "input_files": files,
+        "counts": dict(counts),
+        "report": report,
+    }

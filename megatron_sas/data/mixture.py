@@ -1,0 +1,116 @@
+"""Several packed data sets as one training stream: all of their sequences shuffled together, or mixed by weights.
+
+Parsed and unparsed text stand side by side this way: sequences without edges have heads of -1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_sas.cli import InputError
+from megatron_sas.data.packed import PackedData
+from megatron_sas.data.sampler import block_shares, global_samples, mixture_samples
+
+
+class MixedData:
+    """Packed data sets behind one numbering: sequence `offsets[k] + i` is sequence i of part k.
+
+    It has the attributes of `PackedData` that training uses; `tokens[rows]` and `heads[rows]` gather rows (k, S).
+    `shares` is None (every sequence once an epoch) or (K,) int64 from `block_shares`.
+
+    Raises:
+        InputError: the parts differ in tokenizer or sequence length, or only some have weights.
+    """
+
+    def __init__(self, parts: Sequence[PackedData], weights: Sequence[float | None]) -> None:
+        first = parts[0]
+        for part in parts:
+            if part.tokenizer.hash != first.tokenizer.hash:
+                raise InputError(f"data.train: {part.prefix} and {first.prefix} were made with different tokenizers")
+            if part.seq_length != first.seq_length:
+                raise InputError(
+                    f"data.train: {part.prefix} has sequences of {part.seq_length} tokens, {first.prefix} of "
+                    f"{first.seq_length}; preprocess one of them again"
+                )
+        self.parts = list(parts)
+        self.sizes = [part.num_sequences for part in parts]
+        self.offsets = np.append(0, np.cumsum(self.sizes))
+        self.shares = None if None in weights else block_shares(weights)
+        self.seq_length, self.tokenizer = first.seq_length, first.tokenizer
+        self.num_sequences = int(self.offsets[-1])
+        self.heads_name = first.heads_name
+        self.prefix = ", ".join(part.prefix for part in parts)
+        self.tokens, self.heads = _Rows(self, "tokens"), _Rows(self, "heads")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the parts' fingerprints and shares: what decides which sequences a run sees."""
+        shares = None if self.shares is None else self.shares.tolist()
+        return hashlib.sha256(json.dumps([[part.fingerprint for part in self.parts], shares]).encode()).hexdigest()
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What the parts' headers say of their origin, together."""
+        headers, counts = [part.header for part in self.parts], Counter()
+        for header in headers:
+            counts.update(header.get("counts", {}))
+        parsers = dict.fromkeys(header.get("parser", {}).get("name", "unknown") for header in headers)
+        inputs = [name for header in headers for name in header.get("inputs", [])]
+        return {"inputs": inputs, "parser": {"name": " + ".join(parsers)}, "counts": dict(counts)}
+
+    def verify(self) -> None:
+        """Compare every file with its checksum (reads it all); `InputError` at the first mismatch."""
+        for part in self.parts:
+            part.verify()
+
+    def locate(self, row: int) -> tuple[PackedData, int]:
+        """The part that sequence `row` lies in, and its number there."""
+        number = int(np.searchsorted(self.offsets, row, side="right")) - 1
+        return self.parts[number], int(row - self.offsets[number])
+
+    def __len__(self) -> int:
+        return self.num_sequences
+
+
+class _Rows:
+    """Rows of one stream of all parts."""
+
+    def __init__(self, data: MixedData, stream: str) -> None:
+        self._data, self._stream = data, stream
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """`rows` (k,) integers → (k, S)."""
+        numbers = np.searchsorted(self._data.offsets, rows, side="right") - 1
+        streams = [getattr(part, self._stream) for part in self._data.parts]
+        result = np.empty((len(rows), self._data.seq_length), dtype=streams[0].dtype)
+        for number in np.unique(numbers):
+            here = numbers == number
+            result[here] = streams[number][rows[here] - self._data.offsets[number]]
+        return result
+
+
+def open_training_data(
+    parts: Sequence[tuple[str, float | None]], heads_name: str | None = None
+) -> PackedData | MixedData:
+    """Open (prefix, weight) pairs: one is `PackedData`, several are `MixedData`; weights for all of them or for none.
+
+    Raises:
+        InputError: see `PackedData` and `MixedData`.
+    """
+    opened = [PackedData(prefix, heads_name=heads_name) for prefix, _ in parts]
+    return opened[0] if len(opened) == 1 else MixedData(opened, [weight for _, weight in parts])
+
+
+def stream_samples(
+    data: PackedData | MixedData, step: int, global_batch_size: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sequence numbers (G,) and epochs (G,) of global batch `step`: a function of the arguments alone."""
+    if isinstance(data, MixedData) and data.shares is not None:
+        return mixture_samples(step, global_batch_size, data.sizes, data.shares, seed)
+    return global_samples(step, global_batch_size, data.num_sequences, seed)

@@ -1,0 +1,127 @@
+"""Which documents are used: the split by hash, the survey's duplicates and contaminated documents, exclusion."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_sas.cli import InputError
+from megatron_sas.data import documents
+from megatron_sas.data.documents import Exclusions, Selection
+from megatron_sas.data.preprocess import PreprocessSettings, preprocess
+from megatron_sas.data.sources import Reading, read_units
+from megatron_sas.data.survey import SentenceIndex, SurveySettings, survey
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "survey_corpus.py"
+
+
+def write(path, texts):
+    path.write_text("".join(json.dumps({"text": text, "id": identity}) + "\n" for identity, text in texts))
+    return str(path)
+
+
+def selected(inputs, **options):
+    selection = Selection(**options)
+    found = []
+    for unit in selection.apply(read_units(inputs, Reading())):
+        if unit.starts_document:
+            found.append("")
+        found[-1] += f"{unit.content or ''}\n"
+    return found, selection.counts
+
+
+def test_split_by_hash(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "KEY_CHARACTERS", 30)
+    rng = random.Random(0)
+    texts = ["\n".join(f"{rng.random()}" for _ in range(rng.randrange(5))) for _ in range(2000)]
+    path = write(tmp_path / "a.jsonl", enumerate(texts + texts[:500]))
+    whole, _ = selected([path])
+    train, counts = selected([path], split="train", validation_share=0.2)
+    validation, other = selected([path], split="validation", validation_share=0.2)
+    assert sorted(train + validation) == sorted(whole) and len(whole) == 2500
+    assert not set(train) & set(validation)  # equal texts are on one side
+    assert counts["other_split"] == len(validation) and other["other_split"] == len(train)
+    assert 0.15 < len({*validation}) / len({*whole}) < 0.25
+    more, _ = selected([path], split="validation", validation_share=0.3)
+    assert set(validation) < set(more)
+    assert selected([path], split="validation", validation_share=0.0)[0] == []
+    assert selected([path], split="validation", validation_share=1.0)[0] == whole
+
+
+def test_sentences_are_found_word_for_word():
+    index = SentenceIndex(["The cat sat on the mat.", "It isn't so, he said!", "Too short.", "The cat sat on a"], 4)
+    assert len(index) == 3
+    for text, expected in (
+        ('"the cat sat -- ON the mat"', [0]),
+        ("The cat sat on the matter", []),
+        ("The cat sat on a mat. It isn’t so he said", [1, 3]),
+        ("xthe cat sat on the mat", []),
+        ("the the cat sat on the mat it isn t so he said", [0, 1]),
+        ("cat", []),
+        ("", []),
+    ):
+        words = [word.strip("\"'.,!-") for word in text.lower().replace("’", " ").split()]
+        assert index.find([word for word in words if word]) == expected
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Two inputs: b repeats texts of a (in another case) and an id; both hold the evaluation sentence."""
+    sentence = "A sentence that models are evaluated on."
+    a = [(1, "one\ntwo"), (2, "three"), (3, ""), (4, f"Before. {sentence} After."), (5, "three ")]
+    b = [(6, "ONE  two"), (7, "other"), (7, "more"), (8, ""), (9, f"{sentence[:-1]}, they say")]
+    return [write(tmp_path / "a.jsonl", a), write(tmp_path / "b.jsonl", b)], sentence
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_survey(corpus, workers):
+    inputs, sentence = corpus
+    sets = {"one": ["Nothing of this kind occurs here", sentence], "two": ["Short one", sentence]}
+    report = survey(SurveySettings(inputs, sets, workers=workers))
+    a, b = (f"{name}: document" for name in inputs)
+    assert report["documents"] == 10
+    assert report["duplicates"] == {"count": 2, "examples": [f"{a} 4 repeats {a} 1", f"{b} 0 repeats {a} 0"]}
+    assert report["duplicate_ids"] == {"count": 1, "examples": [f"{b} 2"]}
+    found = {"looked_for": 1, "found": 1, "examples": [{"sentence": sentence, "where": f"{a} 3"}]}
+    assert report["contamination"] == {
+        "one": {"sentences": 2, **found, "looked_for": 2},
+        "two": {"sentences": 2, **found},
+    }
+    assert [entry["exclude"] for entry in report["inputs"]] == [[3, 4], [0, 4]]
+    assert survey(SurveySettings(inputs, sets, exclude=()))["inputs"][0]["exclude"] == []
+
+
+def test_excluded_documents_are_left_out(corpus, tmp_path, vocab_file):
+    inputs, sentence = corpus
+    command = [sys.executable, str(TOOL), "--input", *inputs, "--output", str(tmp_path / "survey.json")]
+    (tmp_path / "bank.jsonl").write_text(
+        json.dumps({"words": sentence[:-1].split(), "heads": [0, *[1] * 6], "relns": ["r"] * 7})
+    )
+    done = subprocess.run([*command, "--treebank", str(tmp_path / "bank.jsonl")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "bank.jsonl: 1 of 1 sentences found" in done.stdout and "lists 4 documents to exclude" in done.stdout
+    path = str(tmp_path / "survey.json")
+    texts, counts = selected(inputs, exclusions=Exclusions.read(path, inputs))
+    assert texts == ["one\ntwo\n", "three\n", "\n", "other\n", "more\n", "\n"] and counts["excluded"] == 4
+    settings = PreprocessSettings(inputs, str(vocab_file), "none", str(tmp_path / "out"), 8, exclude=path)
+    header, _ = preprocess(settings)
+    assert header["counts"]["documents_excluded"] == 4 and header["counts"]["documents"] == 6
+    # One shard at a time, and in another folder
+    assert selected(inputs[1:], exclusions=Exclusions.read(path, inputs[1:]))[1]["excluded"] == 2
+    write(Path(inputs[1]), [(1, "changed")])
+    with pytest.raises(InputError, match=r"b.jsonl: 1 documents, but 5 when it was surveyed; run tools/"):
+        selected(inputs, exclusions=Exclusions.read(path, inputs))
+
+
+def test_not_a_survey(tmp_path):
+    for content, message in (("{", "not a survey"), ('{"format": "x"}', "another format"), ("[]", "not a survey")):
+        (tmp_path / "s.json").write_text(content)
+        with pytest.raises(InputError, match=message):
+            Exclusions.read(str(tmp_path / "s.json"), [])
+    with pytest.raises(InputError, match="no such file; make it with"):
+        Exclusions.read(str(tmp_path / "t.json"), [])

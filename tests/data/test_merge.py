@@ -1,0 +1,86 @@
+"""Merging packed data: the rows one after another, relations renumbered, damage and misfits refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_sas.cli import InputError
+from megatron_sas.data.merge import merge
+from megatron_sas.data.packed import PackedData
+from megatron_sas.data.preprocess import PreprocessSettings, preprocess
+from megatron_sas.data.shards import preprocess_shards
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "merge_data.py"
+
+
+def conllu(*relations):
+    rows = [f"{n}\tdog\t_\t_\t_\t_\t{n - 1}\t{relation}\t_\t_" for n, relation in enumerate(relations, 1)]
+    return "\n".join(rows) + "\n\n"
+
+
+@pytest.fixture
+def parts(tmp_path, vocab_file):
+    """Two parsed shards whose relations have different numbers, an empty one, and an unparsed one."""
+    (tmp_path / "a.conllu").write_text(conllu("root", "nsubj", "det") * 9)
+    (tmp_path / "b.conllu").write_text(conllu("root", "det", "punct") * 7)
+    (tmp_path / "c.conllu").write_text("")
+    settings = PreprocessSettings([], str(vocab_file), "conllu", str(tmp_path / "out"), seq_length=8)
+    settings.inputs = [str(tmp_path / f"{name}.conllu") for name in "abc"]
+    preprocess_shards(settings, say=lambda _: None)
+    (tmp_path / "d.txt").write_text("the cat sat\n" * 10)
+    preprocess(PreprocessSettings([str(tmp_path / "d.txt")], str(vocab_file), "none", f"{tmp_path}/out/d", 8))
+    return [str(tmp_path / "out" / name) for name in "abcd"]
+
+
+def test_merge(parts, tmp_path):
+    header = merge(parts, str(tmp_path / "all"))
+    merged, sources = PackedData(tmp_path / "all"), [PackedData(parts[number]) for number in (0, 1, 3)]
+    merged.verify()
+    for stream in ("tokens", "heads", "marks"):
+        assert np.array_equal(getattr(merged, stream), np.concatenate([getattr(s, stream) for s in sources]))
+    names = [np.array(source.relations)[source.relns] for source in sources]
+    assert np.array_equal(np.array(merged.relations)[merged.relns], np.concatenate(names))
+    assert merged.relations == ["", "root", "nsubj", "det", "punct"]
+    assert header["parser"] == {"name": "conllu + none"}
+    assert header["inputs"] == ["a.conllu", "b.conllu", "c.conllu", "d.txt"]
+    for name in ("words", "edges", "sequences", "unparsed_documents"):
+        assert header["counts"][name] == sum(source.header["counts"][name] for source in sources)
+    assert [part["fingerprint"] for part in header["parts"]] == [source.fingerprint for source in sources]
+
+
+def test_misfits_and_damage(parts, tmp_path, vocab_file):
+    (tmp_path / "e.txt").write_text("the cat sat\n" * 10)
+    preprocess(PreprocessSettings([str(tmp_path / "e.txt")], str(vocab_file), "none", str(tmp_path / "long"), 10))
+    vocab_file.write_text(vocab_file.read_text() + "more\n")
+    preprocess(PreprocessSettings([str(tmp_path / "e.txt")], str(vocab_file), "none", str(tmp_path / "other"), 8))
+    for wrong, message in (
+        ("long", "sequences of 10 tokens, those of .*/a have 8"),
+        ("other", "was made with another tokenizer than"),
+    ):
+        with pytest.raises(InputError, match=message):
+            merge([parts[0], str(tmp_path / wrong)], str(tmp_path / "all"))
+    with pytest.raises(InputError, match="hold no sequence"):
+        merge([parts[2]], str(tmp_path / "all"))
+    with pytest.raises(InputError, match="no such file"):
+        merge([parts[0], str(tmp_path / "nothing")], str(tmp_path / "all"))
+    content = bytearray(Path(f"{parts[1]}.marks.bin").read_bytes())
+    content[3] ^= 1
+    Path(f"{parts[1]}.marks.bin").write_bytes(content)
+    with pytest.raises(InputError, match=r"b.marks.bin: content does not match its checksum"):
+        merge(parts, str(tmp_path / "all"))
+    assert not list(tmp_path.glob("*all*"))
+
+
+def test_command_line(parts, tmp_path):
+    command = [sys.executable, str(TOOL), "--inputs", *(f"{part}.json" for part in parts), "--output", tmp_path / "all"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    total = len(PackedData(tmp_path / "all"))
+    assert f"{tmp_path}/all: {total} sequences of 8 from 3 parts" in done.stdout
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2 and "exists already" in again.stderr

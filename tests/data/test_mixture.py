@@ -1,0 +1,131 @@
+"""Mixtures: exact shares, every part in whole epochs, the same stream whatever the batches and ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from megatron_sas.cli import InputError
+from megatron_sas.data.mixture import MixedData, open_training_data, stream_samples
+from megatron_sas.data.mlm_dataset import MLMDataset
+from megatron_sas.data.packed import PackedData
+from megatron_sas.data.sampler import MIXTURE_BLOCK, block_shares, mixture_samples
+
+SEED = 5
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ([1.0], [65536]),
+        ([1.0, 1.0, 2.0], [16384, 16384, 32768]),
+        ([0.7, 0.3], [45875, 19661]),
+        ([1.0, 1.0, 1.0], [21846, 21845, 21845]),
+        ([1e-9, 1.0, 1e-9], [1, 65534, 1]),
+    ],
+)
+def test_shares_of_a_block(weights, expected):
+    assert block_shares(weights).tolist() == expected
+    assert block_shares([3 * weight for weight in weights]).tolist() == expected
+
+
+def test_every_block_has_the_exact_shares_and_every_part_whole_epochs():
+    sizes, shares = [11, 7_000, 300_000], block_shares([1, 2, 5])
+    ids, epochs = mixture_samples(0, 3 * MIXTURE_BLOCK, sizes, shares, SEED)
+    parts = np.searchsorted(np.cumsum(sizes), ids, side="right")
+    for block in range(3):
+        here = parts[block * MIXTURE_BLOCK : (block + 1) * MIXTURE_BLOCK]
+        assert np.bincount(here).tolist() == shares.tolist()
+    offset = 0
+    for part, size in enumerate(sizes):
+        mine, when = ids[parts == part] - offset, epochs[parts == part]
+        offset += size
+        seen = Counter(zip(when.tolist(), mine.tolist(), strict=True))
+        assert max(seen.values()) == 1  # never twice in an epoch
+        per_epoch = np.bincount(when)
+        assert (per_epoch[:-1] == size).all()
+        assert len(per_epoch) == -(-3 * int(shares[part]) // size)
+    # Shares also hold for parts of a block, within chance: no long runs of one part.
+    for start in range(0, 3 * MIXTURE_BLOCK, 4096):
+        count = np.bincount(parts[start : start + 4096], minlength=3)
+        assert (abs(count - shares / 16) < 6 * np.sqrt(shares / 16)).all()
+
+
+def test_any_step_at_once():
+    sizes, shares = [100, 5], block_shares([9, 1])
+    ids, epochs = mixture_samples(0, 200_000, sizes, shares, SEED)
+    for batch, step in ((8, 24_999), (64, 1_024), (1_000, 65)):  # within, at the border of and across blocks
+        some, when = mixture_samples(step, batch, sizes, shares, SEED)
+        here = slice(step * batch, (step + 1) * batch)
+        assert np.array_equal(some, ids[here]) and np.array_equal(when, epochs[here])
+    far, _ = mixture_samples(10**12, 64, sizes, shares, SEED)
+    assert len(far) == 64 and far.max() < 105
+    assert not np.array_equal(mixture_samples(0, 1000, sizes, shares, 6)[0], ids[:1000])
+
+
+def open_parts(make_packed, weights):
+    prefixes = [str(make_packed(n=n, seed=n, name=f"part{n}")) for n in (11, 5)]
+    return prefixes, open_training_data(list(zip(prefixes, weights, strict=True)))
+
+
+def windows(data, steps, world_size=1):
+    """Per step, micro-batches in global order."""
+    options = {"seed": SEED, "mask_prob": 0.3, "global_batch_size": 16, "micro_batch_size": 2}
+    for step in steps:
+        ranks = [MLMDataset(data, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+        batches = [batch for rank in ranks for batch in rank.window(step).micro_batches]
+        yield sorted(batches, key=lambda batch: batch.index)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 3.0), (None, None)])
+def test_rows_come_from_their_parts_for_any_number_of_ranks(make_packed, weights):
+    prefixes, data = open_parts(make_packed, weights)
+    parts = [PackedData(prefix) for prefix in prefixes]
+    steps = (0, 1, 4096, 9999)
+    for one, two, step in zip(windows(data, steps), windows(data, steps, 2), steps, strict=True):
+        samples, _ = stream_samples(data, step, 16, SEED)
+        assert np.concatenate([batch.sample_ids for batch in one]).tolist() == samples.tolist()
+        for a, b in zip(one, two, strict=True):
+            for name in ("sample_ids", "input_ids", "masked_positions", "labels", "heads"):
+                assert np.array_equal(getattr(a, name), getattr(b, name))
+            for row, sample in enumerate(a.sample_ids.tolist()):
+                part, number = (parts[0], sample) if sample < 11 else (parts[1], sample - 11)
+                original = part.tokens[number].astype(np.int64)
+                masked = a.masked_positions[a.masked_positions // 16 == row].numpy() % 16
+                assert np.array_equal(a.labels[a.masked_positions // 16 == row], original[masked])
+                kept = np.setdiff1d(np.arange(16), masked)
+                assert np.array_equal(a.input_ids[row][kept], original[kept])
+                assert np.array_equal(a.heads[row], part.heads[number])
+
+
+def test_without_weights_every_sequence_comes_once_an_epoch(make_packed):
+    _, data = open_parts(make_packed, (None, None))
+    ids = [sample for step in range(3) for sample in stream_samples(data, step, 16, SEED)[0]]
+    assert sorted(ids) == sorted([*range(16)] * 3)
+
+
+def test_one_part_is_the_plain_data(make_packed):
+    prefix = str(make_packed())
+    assert isinstance(open_training_data([(prefix, None)]), PackedData)
+    assert isinstance(open_training_data([(prefix, 2.0)]), PackedData)
+
+
+def test_fingerprint_tells_parts_order_and_shares_apart(make_packed):
+    prefixes, data = open_parts(make_packed, (1.0, 3.0))
+    same = open_training_data(list(zip(prefixes, (2.0, 6.0), strict=True)))
+    others = [
+        open_training_data(list(zip(prefixes, (1.0, 2.0), strict=True))),
+        open_training_data(list(zip(prefixes, (None, None), strict=True))),
+        open_training_data(list(zip(prefixes[::-1], (3.0, 1.0), strict=True))),
+    ]
+    assert data.fingerprint == same.fingerprint
+    assert len({data.fingerprint, *(other.fingerprint for other in others)}) == 4
+    data.verify()
+
+
+def test_parts_that_do_not_fit_together(make_packed):
+    parts = [PackedData(make_packed(s=16, name="a")), PackedData(make_packed(s=8, name="b"))]
+    with pytest.raises(InputError, match=r"b has sequences of 8 tokens, .*a of 16"):
+        MixedData(parts, [None, None])

@@ -1,0 +1,188 @@
+"""Shards in, shards out: whole or absent, left alone when done, the same bytes after a kill."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_sas.cli import InputError
+from megatron_sas.data.packed import FILES, PackedData
+from megatron_sas.data.packed_writer import remove_leftovers
+from megatron_sas.data.preprocess import PreprocessSettings
+from megatron_sas.data.shards import output_name, parse_shard, preprocess_shards
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Four inputs; the second holds nothing."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(4):
+        text = "" if number == 1 else f"the cat sat. {'q ' * number}running dogs can't run, café!\n" * 20
+        (folder / f"part-{number}.txt").write_text(text)
+    return sorted(folder.iterdir())
+
+
+def run(sources, vocab_file, output, shard=(0, 1), **options):
+    said = []
+    settings = PreprocessSettings([str(s) for s in sources], str(vocab_file), "none", str(output), seq_length=16)
+    for name, value in options.items():
+        setattr(settings, name, value)
+    return preprocess_shards(settings, shard, said.append), said
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_each_job_of_an_array_makes_its_shards(sources, vocab_file, tmp_path):
+    whole, array = tmp_path / "whole", tmp_path / "array"
+    headers, said = run(sources, vocab_file, whole)
+    assert [header["num_sequences"] > 0 for header in headers] == [True, False, True, True]
+    assert sum("done before" in line for line in said) == 0
+    for job in range(3):
+        headers, _ = run(sources, vocab_file, array, (job, 3))
+        assert len(headers) == (2 if job == 0 else 1)
+    assert contents(array) == contents(whole)
+    assert sorted(contents(whole)) == sorted(f"part-{n}.{name}" for n in range(4) for name in (*FILES, "json"))
+    assert run(sources, vocab_file, array, (7, 8)) == ([], [])
+    before = times(whole)
+    _, said = run(sources, vocab_file, whole)
+    assert sum("done before" in line for line in said) == 4
+    assert times(whole) == before
+    with pytest.raises(InputError, match="sequence counts out of range"):
+        PackedData(whole / "part-1")
+
+
+def test_damaged_and_unfinished_outputs_are_made_again(sources, vocab_file, tmp_path):
+    output = tmp_path / "out"
+    run(sources, vocab_file, output)
+    expected, before = contents(output), times(output)
+    damaged = bytearray((output / "part-0.heads.bin").read_bytes())
+    damaged[5] ^= 1
+    (output / "part-0.heads.bin").write_bytes(damaged)
+    (output / "part-3.json").unlink()  # as if killed between the last rename and the header
+    _, said = run(sources, vocab_file, output)
+    assert contents(output) == expected
+    assert [line.endswith("done before") for line in said] == [False, False, True, True, False]
+    assert "part-0.heads.bin: content does not match its checksum" in said[0] and "made again" in said[0]
+    assert times(output)["part-2.bin"] == before["part-2.bin"]
+
+
+def test_other_settings_are_refused(sources, vocab_file, tmp_path):
+    output = tmp_path / "out"
+    run(sources, vocab_file, output)
+    expected = contents(output)
+    with pytest.raises(
+        InputError, match=r"4 of 4 shards failed: .*part-0.json: was made with other values of settings"
+    ):
+        run(sources, vocab_file, output, split="train")
+    sources[2].write_text("another text " * 50)
+    with pytest.raises(
+        InputError, match=r"1 of 4 shards failed: .*part-2.json: was made with other values of input_files"
+    ):
+        run(sources, vocab_file, output)
+    assert contents(output) == expected
+    run(sources[2:3], vocab_file, output, overwrite=True)
+    changed = {name for name, content in contents(output).items() if content != expected[name]}
+    assert changed == {f"part-2.{name}" for name in ("bin", "idx", "json", "heads.bin", "marks.bin", "relns.bin")}
+
+
+def test_a_bad_shard_does_not_stop_the_others(sources, vocab_file, tmp_path):
+    sources[0].write_bytes(b"the cat\n\xff\n" * 20)
+    with pytest.raises(InputError, match=r"1 of 4 shards failed: .*part-0.txt.* 20 of 40 records left out"):
+        run(sources, vocab_file, tmp_path / "out", on_error="skip")
+    assert len(list((tmp_path / "out").glob("*.json"))) == 3
+    assert not list((tmp_path / "out").glob("*part-0*"))
+
+
+def test_names():
+    assert output_name("a/enwiki-00.jsonl.xz") == "enwiki-00" and output_name("b.txt") == "b"
+    assert output_name("hf:wikimedia/wikipedia:20231101.en:train@3/16") == "wikimedia-wikipedia-20231101.en-train-3-16"
+    assert parse_shard("2/3") == (2, 3)
+    for text in ("3/3", "1", "-1/3", "0/0", "a/b"):
+        with pytest.raises(InputError, match="must be i/n"):
+            parse_shard(text)
+
+
+def test_what_is_wrong_for_all_is_said_once(sources, vocab_file, tmp_path):
+    with pytest.raises(InputError, match=r"^[^;]*nothing.txt: no such vocabulary file"):
+        run(sources, tmp_path / "nothing.txt", tmp_path / "out")
+    with pytest.raises(InputError, match=r"^--parser spacy:nothing: no such spaCy model"):
+        run(sources, vocab_file, tmp_path / "out", parser="spacy:nothing")
+
+
+def test_two_inputs_of_one_name(vocab_file, tmp_path):
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(InputError, match="two inputs would both be written to a;"):
+        run([tmp_path / "a.txt", tmp_path / "a.jsonl"], vocab_file, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(vocab_file, tmp_path):
+    """kill -9 in the second shard: then the same command ends with the bytes of an undisturbed run."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number, lines in enumerate((100, 60_000, 100)):
+        (folder / f"part-{number}.txt").write_text(f"the cat sat. {number} running dogs can't run, café!\n" * lines)
+
+    def command(output):
+        arguments = ["--input", *sorted(folder.iterdir()), "--tokenizer", vocab_file, "--parser", "none"]
+        more = ["--output-dir", output, "--seq-length", 64, "--workers", 2]
+        return [sys.executable, str(TOOL), *map(str, arguments + more)]
+
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    output = tmp_path / "out"
+    process = subprocess.Popen(command(output), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.time() + 60
+    while not any(path.stat().st_size > 100_000 for path in output.glob(".part-1.*/data.marks.bin")):
+        assert process.poll() is None and time.time() < deadline, process.stderr.read()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not list(output.glob("part-1*")) and len(list(output.glob(".part-1.*"))) == 1
+    first = times(output)["part-0.bin"]
+    done = subprocess.run(command(output), check=True, capture_output=True, text=True)
+    assert done.stdout.count("done before") == 1
+    assert times(output)["part-0.bin"] == first
+    assert contents(output) == contents(tmp_path / "whole")  # the hidden folder is gone, too
+
+
+def test_hidden_folders_of_others(tmp_path):
+    """A folder stays while its owner lives; those of killed owners go, those of other hosts after a day."""
+
+    def folder(name, host, age=0.0):
+        path = tmp_path / name
+        path.mkdir()
+        (path / "owner").write_text(host)
+        for entry in (path / "owner", path):
+            os.utime(entry, (time.time() - age, time.time() - age))
+        return path
+
+    here, day = socket.gethostname(), 25 * 3600
+    dead = folder(".out.aaaaaaaa.tmp", here)
+    alive = folder(".out.bbbbbbbb.tmp", here, day)
+    remote = folder(".out.cccccccc.tmp", "elsewhere")
+    remote_old = folder(".out.dddddddd.tmp", "elsewhere", day)
+    other = folder(".out.more.eeeeeeee.tmp", here)  # of another output
+    with open(alive / "owner") as owner:
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        assert sorted(remove_leftovers(tmp_path / "out")) == [dead, remote_old]
+    assert sorted(path for path in tmp_path.iterdir()) == [alive, remote, other]
+    shutil.rmtree(other)

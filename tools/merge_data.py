@@ -1,0 +1,37 @@
+"""Packed shards → one packed data set.
+
+    python tools/merge_data.py --inputs data/shards/*.json --output data/train
+
+Takes the prefixes that tools/preprocess_data.py wrote, or their headers (PREFIX.json), of one tokenizer and sequence
+length. Every file is compared with its checksum before it is used. Training can also take the shards as they are:
+`data.train` may be a list of prefixes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+from megatron_sas.cli import run_main
+from megatron_sas.data.merge import merge
+
+
+def main() -> None:
+    """Merge and print what was made."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", nargs="+", required=True, metavar="PREFIX", help="packed data, in this order")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the files to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing output")
+    given = parser.parse_args()
+    header = merge([name.removesuffix(".json") for name in given.inputs], given.output, given.overwrite)
+    for name, value in header["counts"].items():
+        print(f"{name.replace('_', ' '):>28} {value:>14,}")
+    shape = f"{header['num_sequences']:,} sequences of {header['seq_length']}"
+    print(f"{given.output}: {shape} from {len(header['parts'])} parts")
+
+
+if __name__ == "__main__":
+    run_main(main)
