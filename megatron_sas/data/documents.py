@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_sas.cli import InputError
-from megatron_sas.data.sources import Unit
+from megatron_sas.data.sources import Unit, source_name
 
 SURVEY_FORMAT = "megatron_sas corpus survey"
 KEY_CHARACTERS = 1 << 20  # what a document's split depends on, and so what of it is held in memory
@@ -44,7 +44,7 @@ class Exclusions:
 
     @staticmethod
     def read(path: str, inputs: list[str]) -> Exclusions:
-        """The part of a survey that concerns `inputs`; they are matched by their names without folders.
+        """The part of a survey that concerns `inputs`; they are matched by `source_name`.
 
         Raises:
             InputError: no survey, or one that does not contain all inputs.
@@ -53,11 +53,11 @@ class Exclusions:
             survey = json.loads(Path(path).read_text(encoding="utf-8"))
             if survey["format"] != SURVEY_FORMAT:
                 raise ValueError("another format")
-            entries = {Path(entry["name"]).name: entry for entry in survey["inputs"]}
-            missing = [name for name in inputs if Path(name).name not in entries]
+            entries = {source_name(entry["name"]): entry for entry in survey["inputs"]}
+            missing = [name for name in inputs if source_name(name) not in entries]
             if missing:
                 raise InputError(f"{path}: does not contain {missing[0]}; survey all inputs in one go")
-            found = {name: entries[Path(name).name] for name in inputs}
+            found = {name: entries[source_name(name)] for name in inputs}
             return Exclusions(
                 {name: int(entry["documents"]) for name, entry in found.items()},
                 {name: frozenset(map(int, entry["exclude"])) for name, entry in found.items()},

@@ -55,13 +55,16 @@ def open_dataset(name: str) -> Any:
 
 def read_rows(name: str) -> Iterator[dict[str, Any]]:
     """The rows of a dataset in order; what fails on the way becomes an `InputError` with the number of the row."""
-    number = 0
-    try:
-        for row in open_dataset(name):
-            number += 1
-            yield row
-    except (InputError, GeneratorExit):
-        raise
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{name}: fails after row {number} ({type(error).__name__}: {reason}); try again") from error
+    rows, number = iter(open_dataset(name)), 0
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(
+                f"{name}: fails after row {number} ({type(error).__name__}: {reason}); try again"
+            ) from error
+        number += 1
+        yield row

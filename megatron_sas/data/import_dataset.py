@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from megatron_sas.cli import InputError, progress
-from megatron_sas.data.hub import open_dataset
+from megatron_sas.data.hub import read_rows
 from megatron_sas.data.packed import SENTENCE_START, WORD_START
 from megatron_sas.data.packed_writer import PackedWriter, check_seq_length, relation_number
 from megatron_sas.data.packing import Packer
 from megatron_sas.data.parses import RelationNames
+from megatron_sas.data.sources import source_name
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_info
 
 COLUMNS = ("input_ids", "heads", "relns")
-_BATCH = 256  # rows read at a time
 
 
 @dataclass
@@ -91,7 +91,7 @@ def import_dataset(settings: ImportSettings) -> dict[str, Any]:
         return writer.finish(
             reader.names.names,
             parser={"name": "imported"},
-            inputs=[settings.input if settings.input.startswith("hf:") else Path(settings.input).name],
+            inputs=[source_name(settings.input)],
             counts={name: counts[name] for name in COUNTS},
             report=reader.report(),
         )
@@ -101,7 +101,7 @@ COUNTS = {
     "rows": "rows of the dataset",
     "rows_as_they_are": "rows that are whole sequences",
     "rows_packed_anew": "rows of another length or with padding: their pieces are packed anew",
-    "rows_left_out": "rows whose columns differ in length, are empty, or hold ids outside the vocabulary",
+    "rows_left_out": "rows whose columns differ in length, are empty, or hold ids that are not in the vocabulary",
     "rows_without_edges": "rows without any edge (text that was not parsed)",
     "sequences": "sequences written",
     "edges": "edges written",
@@ -130,19 +130,15 @@ def _continuations(tokenizer: Any, vocab_size: int) -> np.ndarray:
 
 
 def _rows(name: str, counts: Counter[str]) -> Iterator[tuple[Any, Any, Any]]:
-    dataset = open_dataset(name)
-    with progress(unit=" rows", unit_scale=True, desc="importing") as bar:
-        for batch in dataset.iter(batch_size=_BATCH):
-            missing = [column for column in COLUMNS if column not in batch]
-            if missing:
-                raise InputError(
-                    f"{name}: has no column {', '.join(missing)}; needed are {', '.join(COLUMNS)}, there are "
-                    f"{', '.join(batch)}"
-                )
-            rows = list(zip(*(batch[column] for column in COLUMNS), strict=True))
-            counts["rows"] += len(rows)
-            bar.update(len(rows))
-            yield from rows
+    for row in progress(read_rows(name), unit=" rows", unit_scale=True, desc="importing"):
+        missing = [column for column in COLUMNS if column not in row]
+        if missing:
+            raise InputError(
+                f"{name}: has no column {', '.join(missing)}; needed are {', '.join(COLUMNS)}, there are "
+                f"{', '.join(row)}"
+            )
+        counts["rows"] += 1
+        yield tuple(row[column] for column in COLUMNS)
 
 
 class _Reader:
@@ -160,24 +156,27 @@ class _Reader:
     def __call__(self, tokens: Any, heads: Any, relations: Any, counts: Counter[str]) -> _Row | None:
         """The row, or None when it cannot be used."""
         self._row += 1
-        reason, row = None, None
-        if not (len(tokens) == len(heads) == len(relations)):
-            reason = "columns of different lengths"
-        elif not len(tokens):
-            reason = "an empty row"
-        else:
-            ids = np.asarray(tokens, dtype=np.int64)
-            if ids.min() < 0 or ids.max() >= self._vocab_size:
-                reason = "ids outside the vocabulary"
-            else:
-                row = self._read(ids, np.asarray(heads, dtype=np.int64), relations, counts)
-        if reason is not None:
-            counts["rows_left_out"] += 1
-            entry = self._reasons.setdefault(reason, {"count": 0, "examples": []})
-            entry["count"] += 1
-            if entry["count"] <= 5:
-                entry["examples"].append({"where": f"row {self._row}", "reason": reason})
-        return row
+        reason = self._fault(tokens, heads, relations)
+        if reason is None:
+            return self._read(np.array(tokens, np.int64), np.array(heads, np.int64), relations, counts)
+        counts["rows_left_out"] += 1
+        entry = self._reasons.setdefault(reason, {"count": 0, "examples": []})
+        entry["count"] += 1
+        if entry["count"] <= 5:
+            entry["examples"].append({"where": f"row {self._row}", "reason": reason})
+        return None
+
+    def _fault(self, tokens: Any, heads: Any, relations: Any) -> str | None:
+        """Why a row cannot be used."""
+        if not all(isinstance(column, list) and None not in column for column in (tokens, heads, relations)):
+            return "values missing"
+        if not len(tokens) == len(heads) == len(relations):
+            return "columns of different lengths"
+        if not tokens:
+            return "an empty row"
+        if not all(isinstance(value, int) for value in (*tokens, *heads)):
+            return "ids or heads that are no whole numbers"
+        return "ids outside the vocabulary" if min(tokens) < 0 or max(tokens) >= self._vocab_size else None
 
     def report(self) -> dict[str, Any]:
         """Counts and examples of rows left out, by reason."""

@@ -22,10 +22,10 @@ class MixedData:
     """Packed data sets behind one numbering: sequence `offsets[k] + i` is sequence i of part k.
 
     It has the attributes of `PackedData` that training uses; `tokens[rows]` and `heads[rows]` gather rows (k, S).
-    `shares` is None (every sequence once an epoch) or (K,) int64 from `block_shares`.
+    `shares` is (K,) int64 from `block_shares`, or None without weights (every sequence once an epoch).
 
     Raises:
-        InputError: the parts differ in tokenizer or sequence length, or only some have weights.
+        InputError: the parts differ in tokenizer or sequence length.
     """
 
     def __init__(self, parts: Sequence[PackedData], weights: Sequence[float | None]) -> None:

@@ -18,7 +18,7 @@ from megatron_sas.data.losses import Losses
 from megatron_sas.data.packed_writer import PackedWriter, check_seq_length, relation_number
 from megatron_sas.data.packing import Packer
 from megatron_sas.data.parses import RelationNames, describe_parser
-from megatron_sas.data.sources import Reading, Unit, input_format, read_units
+from megatron_sas.data.sources import Reading, Unit, input_format, read_units, source_name
 from megatron_sas.data.text_lines import OnError
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_info
 from megatron_sas.data.workers import ChunkResult, WorkerSettings, chunks, process_chunks
@@ -105,9 +105,9 @@ def provenance_of(settings: PreprocessSettings) -> dict[str, Any]:
     """
     return {
         "parser": describe_parser(settings.parser),
-        "inputs": [_input_name(name) for name in settings.inputs],
+        "inputs": [source_name(name) for name in settings.inputs],
         "input_files": {
-            _input_name(name): {"size": Path(name).stat().st_size, "sha256": sha256_file(name)}
+            source_name(name): {"size": Path(name).stat().st_size, "sha256": sha256_file(name)}
             for name in settings.inputs
             if not name.startswith("hf:")
         },
@@ -120,10 +120,6 @@ def provenance_of(settings: PreprocessSettings) -> dict[str, Any]:
             "validation_share": settings.split and settings.validation_share,
         },
     }
-
-
-def _input_name(name: str) -> str:
-    return name if name.startswith("hf:") else Path(name).name
 
 
 def _pack_inputs(

@@ -68,6 +68,11 @@ def input_format(name: str) -> str:
     return suffix[1:]
 
 
+def source_name(name: str) -> str:
+    """What an input is called in headers and reports: a file without its folder, a dataset in full."""
+    return name if name.startswith("hf:") else Path(name).name
+
+
 def read_units(inputs: list[str], reading: Reading) -> Iterator[Unit]:
     """Yield the units of all inputs in order; every input begins a new document.
 

@@ -19,7 +19,7 @@ import numpy as np
 from megatron_sas.cli import InputError, progress
 from megatron_sas.data.documents import SURVEY_FORMAT, unit_text
 from megatron_sas.data.losses import Losses
-from megatron_sas.data.sources import Reading, input_format, read_units
+from megatron_sas.data.sources import Reading, input_format, read_units, source_name
 from megatron_sas.data.text_lines import OnError
 
 _WORD = re.compile(r"\w+")
@@ -92,8 +92,8 @@ def survey(settings: SurveySettings) -> dict[str, Any]:
     """
     for name in settings.inputs:
         input_format(name)
-    if len(set(settings.inputs)) != len(settings.inputs):
-        raise InputError("--input: names an input twice")
+    if len({source_name(name) for name in settings.inputs}) != len(settings.inputs):
+        raise InputError("--input: two inputs have one name (folders do not count); rename one")
     if settings.min_words < 2:
         raise InputError(f"--min-words {settings.min_words}: must be at least 2")
     found = list(_all_inputs(settings))

@@ -79,6 +79,8 @@ def test_rows_by_hand(vocab_file, tmp_path):
         row([5, 6, 33], [-1] * 3, [""] * 3),
         row([5, 6], [-1], [""]),
         row([], [], []),
+        row([5, None], [-1, -1], ["", ""]),
+        row(None, [-1], [""]),
     ]
     header = run(write(tmp_path / "set", rows), vocab_file, tmp_path / "out", seq_length=8)
     packed = PackedData(tmp_path / "out")
@@ -98,10 +100,10 @@ def test_rows_by_hand(vocab_file, tmp_path):
         [0, 3, 1, 0, 0, 3, 0, 0],
     ]
     expected = {
-        "rows": 8,
+        "rows": 10,
         "rows_as_they_are": 3,
         "rows_packed_anew": 2,
-        "rows_left_out": 3,
+        "rows_left_out": 5,
         "rows_without_edges": 2,
         "sequences": 4,
         "edges": 7,
@@ -118,6 +120,7 @@ def test_rows_by_hand(vocab_file, tmp_path):
         "ids outside the vocabulary": 1,
         "columns of different lengths": 1,
         "an empty row": 1,
+        "values missing": 2,
     }
 
 
