@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ from megatron_sas.model.pretrained import (
     write_model_config,
     write_weights,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -62,7 +66,7 @@ def to_hf(source: str | Path, output: str | Path, dtype: str = "fp32", overwrite
 
 
 def write_hf(
-    directory: Path, config: BertConfig, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerFast, dtype: str
+    directory: Path, config: BertConfig, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, dtype: str
 ) -> None:
     """Write config.json, model.safetensors and the tokenizer's files of a `BertForMaskedLM` into `directory`.
 

@@ -123,7 +123,7 @@ def test_edges_join_the_first_pieces_of_words(kind, trained, tmp_path):
     """Offsets of every piece, without and with the space before the word, lead to the word that the eye sees."""
     (tmp_path / "s.conllu").write_text(CONLLU)
     sentences = list(read_conllu(tmp_path / "s.conllu"))
-    result = Worker(WorkerSettings(trained.backend_tokenizer.to_str(), "conllu", 100))(sentences)
+    result = Worker(WorkerSettings(trained.backend_tokenizer.to_str(), "conllu", 100, trained.unk_token_id))(sentences)
     assert result.counts["words"] == 7
     for sentence, start, end in zip(sentences, result.cuts[:-1], result.cuts[1:], strict=True):
         encoding = trained.backend_tokenizer.encode(sentence.text, add_special_tokens=False)
