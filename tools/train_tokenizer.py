@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_sas.cli import InputError, progress, run_main
+from megatron_sas.data.losses import Losses
 from megatron_sas.data.masking import bernoulli, hash_u64
 from megatron_sas.data.sources import Reading, read_units
 from megatron_sas.data.text_lines import OnError
@@ -29,16 +30,16 @@ from megatron_sas.files import atomic_directory, refuse_existing
 class Paragraphs:
     """The paragraphs of the inputs, each with probability `share` by a hash of its number.
 
-    `used` counts what the last pass has yielded; `skipped` says where it met broken input.
+    `used` counts what the last pass has yielded; `losses` says what broken input it met.
     """
 
     def __init__(self, inputs: list[str], text_field: str, on_error: OnError, share: float) -> None:
         self.inputs, self.text_field, self.on_error, self.share = inputs, text_field, on_error, share
-        self.used, self.skipped = 0, []
+        self.used, self.losses = 0, Losses()
 
     def __iter__(self) -> Iterator[str]:
-        self.used, self.skipped = 0, []
-        reading = Reading(self.text_field, self.on_error, lambda where, reason: self.skipped.append(where))
+        self.used, self.losses = 0, Losses()
+        reading = Reading(self.text_field, self.on_error, self.losses)
         with progress(unit=" paragraphs", unit_scale=True, desc="reading") as bar:
             for number, unit in enumerate(read_units(self.inputs, reading)):
                 content = unit.content
@@ -68,8 +69,8 @@ def main() -> None:
     )
     if size < arguments.vocab_size:
         print(f"note: fewer than the {arguments.vocab_size:,} asked for; the text has no more parts that occur twice")
-    if paragraphs.skipped:
-        print(f"skipped: {len(paragraphs.skipped):,} pieces of broken input, the first at {paragraphs.skipped[0]}")
+    for reason, entry in paragraphs.losses.report().items():
+        print(f"skipped: {reason}: {entry['count']:,}, the first at {entry['examples'][0]['where']}")
 
 
 def parse_arguments() -> argparse.Namespace:
