@@ -65,4 +65,7 @@ def train() -> int:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    sys.exit(code)
+    sys.stderr.flush()
+    if code:
+        # The process group still has threads; taking them down with the interpreter aborts the process now and then.
+        os._exit(code)

@@ -110,7 +110,7 @@ def test_gradcheck_with_a_fixed_mask():
     assert torch.autograd.gradcheck(lambda *qkv: seeded(qkv, case.heads, 3, "chunked", 0.4), qkv)
 
 
-@pytest.mark.parametrize("backend", WITH_DROPOUT)
+@pytest.mark.parametrize("backend", ["chunked", "reference"])  # the others draw the same masks (above)
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5])
 def test_fraction_scale_and_mean(backend, dropout_p):
     case = make_case(2, batch=1, num_heads=2, seq=64, dim=64, dtype=torch.float32)
