@@ -66,7 +66,8 @@ def edge_limit(SEQLENS, b, seq, HAS_SEQLENS: tl.constexpr):
 def load_heads(HEADS, tokens, limit):
     """int32 heads of `tokens`, -1 where there is no edge."""
     heads = tl.load(HEADS + tokens, mask=tokens < limit, other=-1).to(tl.int32)
-    return tl.where((heads >= 0) & (heads < limit), heads, -1)
+    # Unsigned heads turn the -1 into a token, hence the comparison of `tokens` once more.
+    return tl.where((tokens < limit) & (heads >= 0) & (heads < limit), heads, -1)
 
 
 @triton.jit

@@ -28,8 +28,9 @@ FLOAT32_POINTERS = ("LSE", "DELTA", "TO_HEAD", "TO_DEPENDENT", "GRAD_TO_HEAD", "
 # A launch with one map of one token: Triton makes integers that are 1 part of the program.
 ONES = {"num_maps": 1, "num_heads": 1, "seq": 1, "SEQ_CLASS": 1, "EVEN": False}
 UNEVEN = {"EVEN": False, "HAS_SEQLENS": True}
-PLAIN = {"HAS_HEADS": False, "HAS_TO_HEAD": False, "HAS_TO_DEPENDENT": False, "THRESHOLD": 0}
-CASES = {"ones": ONES, "uneven": UNEVEN, "plain": PLAIN}
+DROPOUT = {"HAS_HEADS": False, "HAS_TO_HEAD": False, "HAS_TO_DEPENDENT": False}
+PLAIN = {**DROPOUT, "THRESHOLD": 0}
+CASES = {"step": {}, "ones": ONES, "uneven": UNEVEN, "dropout": DROPOUT, "plain": PLAIN}
 
 
 def compile_kernel(
@@ -64,7 +65,8 @@ def compile_kernel(
 
 
 def machine_code_facts(cubin: bytes) -> dict:
-    """Registers, bytes spilled by a thread, and matrix instructions and waits for them (Hopper)."""
+    """Registers, bytes spilled by a thread, instructions of the longest loop (all its branches), and of all of the
+    kernel's, matrix instructions and waits for them (Hopper)."""
     tools = Path(nvidia.__file__).parent / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -75,16 +77,32 @@ def machine_code_facts(cubin: bytes) -> dict:
     return {
         "registers": int(re.search(r"REG:(\d+)", text)[1]),
         "spilled_bytes": int(re.search(r"STACK:(\d+)", text)[1]),
+        "loop_instructions": longest_loop(text),
         "matrix_instructions": len(re.findall(r"\bHGMMA", text)),
         "matrix_waits": len(re.findall(r"\bWARPGROUP", text)),
     }
 
 
+def longest_loop(sass: str) -> int:
+    """Instructions between the target of a backward branch and the branch."""
+    places, lengths = {}, [0]
+    for line in sass.splitlines():
+        match = re.match(r"\s+/\*([0-9a-f]+)\*/\s+(.*?);", line)
+        if match is None:
+            continue
+        place = int(match[1], 16)
+        places[place] = len(places)
+        branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", match[2])
+        if branch and (target := int(branch[1], 16)) < place and target in places:
+            lengths.append(len(places) - places[target])
+    return max(lengths)
+
+
 if __name__ == "__main__":
-    for case in sys.argv[1:]:  # dtype:dim:capability[:all or a name of CASES]
-        dtype, dim, capability, *more = case.split(":")
+    for argument in sys.argv[1:]:  # dtype:dim:capability[:one of CASES[:all]]
+        dtype, dim, capability, *more = argument.split(":")
+        case, searched = more[0] if more else "step", more[1:]
         for kernel, configs in (SINGLE_CONFIGS if dtype == "fp32" else HALF_CONFIGS).items():
-            for config in configs if more == ["all"] else configs[:1]:
-                changes = CASES.get(more[0], {}) if more else {}
-                facts = compile_kernel(kernel, dtype, int(dim), int(capability), config, changes)
+            for config in configs if searched else configs[:1]:
+                facts = compile_kernel(kernel, dtype, int(dim), int(capability), config, CASES[case])
                 print(json.dumps(facts), flush=True)

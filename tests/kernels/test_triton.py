@@ -64,6 +64,19 @@ def test_equal_inputs_give_equal_bits():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("integer", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_integer_types_of_heads(integer):
+    """-1 for "beyond the valid part" is 255 to an unsigned type, and token 255 exists here."""
+    torch.manual_seed(0)
+    q = torch.randn(1, 1, 300, 16, device=DEVICE)
+    heads = torch.randint(0, 120, (1, 300), device=DEVICE)
+    seqlens = torch.tensor([270], device=DEVICE)
+    expected = dependency_attention(q, q, q, heads, seqlens=seqlens, backend="triton")
+    found = dependency_attention(q, q, q, heads.to(integer), seqlens=seqlens, backend="triton")
+    assert (expected[1][..., 270:] == 0).all()
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
 @pytest.mark.parametrize("kind", HEAD_KINDS)
 @pytest.mark.parametrize("which", ["both", "head", "dependent"])
 def test_sparse_gradient_for_other_kernels(kind, which):
