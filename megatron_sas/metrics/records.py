@@ -137,6 +137,17 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def last_records(path: str | Path, size: int = 1 << 16) -> list[dict[str, Any]]:
+    """The records in the last `size` bytes of a `metrics.jsonl` that may be growing; [] when there is no file."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    return [record for record in map(_parse, lines) if record is not None]
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     """The record on a line, or None when the line is not one."""
     try:

@@ -1,0 +1,278 @@
+"""Run a sweep: the conditions of an experiment × seeds, here or as a Slurm array, restartable."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from megatron_sas.cli import InputError, progress, run_main
+from megatron_sas.engine.signals import STOP
+from megatron_sas.metrics.records import FILE_NAME, read_records
+from megatron_sas.sweep import PlannedRun, Sweep, plan_sweep
+
+ROOT = Path(__file__).resolve().parents[1]
+
+DESCRIPTION = """\
+Train every condition of SWEEP.yaml with every seed. The run of a condition lives in DIR/CONDITION/seed-N, its output in
+DIR/logs. Started again, the same command continues what is unfinished and leaves alone what is finished; conditions and
+seeds may be added to the file. Fields given as --section.field value hold for all runs. At the end a table is printed;
+`tools/analyze_trajectory.py DIR --output REPORT` makes the report."""
+
+EPILOG = """\
+on a cluster:
+  %(prog)s SWEEP.yaml --output DIR --slurm examples/slurm/sweep.sbatch
+submits one array for the unfinished runs, and a second one that waits for it where runs branch from others. The batch
+script asks for the arguments of its run with --arguments INDEX."""
+
+COLUMNS = {"validation_mlm_loss": "MLM loss", "uas": "UAS", "blimp": "BLiMP"}
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+POLL_SECONDS = 1.0
+
+
+def main() -> int:
+    arguments, overrides = parse_arguments()
+    directory: Path = arguments.output
+    sweep = plan_sweep(arguments.sweep, directory, overrides)
+    if arguments.arguments is not None:
+        print("\n".join(trainer_arguments(sweep, _indexed(sweep, arguments.arguments))))
+        return 0
+    if arguments.list:
+        for index, run in enumerate(sweep.runs):
+            state = "finished" if run.finished else f"{run.steps_done} of {run.config.train.steps} updates"
+            print(f"{index:4}  {run.name:32} {state}")
+        return 0
+    sweep.write(directory)
+    if arguments.slurm is not None:
+        return submit(sweep, arguments, overrides)
+    failed = run_here(sweep, directory, arguments.jobs, arguments.processes)
+    print(table(sweep.runs))
+    return 1 if failed else 0
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="see examples/experiments")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="directory of all runs")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="runs at a time (default: as many as GPUs suffice for, or 1)"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="processes, and GPUs, of each run (default: 1)"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="only list the runs, with their numbers and how far they are"
+    )
+    parser.add_argument("--arguments", type=int, metavar="INDEX", help="only print the trainer's arguments for one run")
+    parser.add_argument(
+        "--slurm", type=Path, metavar="SCRIPT", help="submit a Slurm array of this batch script instead"
+    )
+    arguments, overrides = parser.parse_known_args()
+    for name in ("jobs", "processes"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    return arguments, overrides
+
+
+def trainer_arguments(sweep: Sweep, run: PlannedRun) -> list[str]:
+    """The command line of `pretrain_mlm.py`."""
+    return ["--config", str(sweep.config_path), *run.arguments]
+
+
+def run_here(sweep: Sweep, directory: Path, jobs: int | None, processes: int) -> list[PlannedRun]:
+    """Make all unfinished runs on this machine; returns those that failed.
+
+    A SIGTERM or SIGINT has the running ones save a checkpoint and end.
+    """
+    devices = _devices()
+    jobs = jobs or max(1, len(devices) // processes)
+    if devices and jobs * processes > len(devices):
+        raise InputError(f"--jobs {jobs} × --processes {processes}: there are {len(devices)} GPUs; lower one of them")
+    free = [devices[i * processes : (i + 1) * processes] for i in range(jobs)]
+    waiting = [run for run in sweep.runs if not run.finished]
+    running: dict[subprocess.Popen, tuple[PlannedRun, list[str]]] = {}
+    failed: list[PlannedRun] = []
+    (directory / "logs").mkdir(parents=True, exist_ok=True)
+    total = sum(run.config.train.steps for run in sweep.runs)
+    with _listening() as asked, progress(total=total, unit="step", desc="sweep") as bar:
+        while running or (waiting and not asked):
+            while free and not asked and (run := _next(waiting, running)):
+                gpus = free.pop()
+                running[_start(sweep, run, directory, gpus, jobs, processes)] = (run, gpus)
+            if asked:
+                _stop(running)
+            time.sleep(POLL_SECONDS)
+            for process in [p for p in running if p.poll() is not None]:
+                run, gpus = running.pop(process)
+                free.append(gpus)
+                _report(run, process.returncode, directory, bar, stopped=bool(asked))
+                if not run.finished and not asked:
+                    failed += _give_up(run, waiting)
+            bar.n = sum(run.steps_done for run in sweep.runs)
+            bar.refresh()
+    if asked:
+        print("stopped; the same command continues", file=sys.stderr)
+        return [run for run in sweep.runs if not run.finished]
+    return failed
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[list[int]]:
+    """The signals that asked to stop, as they arrive."""
+    asked: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in STOP_SIGNALS}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _devices() -> list[str]:
+    """GPUs as CUDA_VISIBLE_DEVICES names them; [] on a machine without any."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def _give_up(run: PlannedRun, waiting: list[PlannedRun]) -> list[PlannedRun]:
+    """A run that failed, and those taken out of `waiting` that would branch from it."""
+    branches = [other for other in waiting if other.parent == run.directory]
+    for branch in branches:
+        waiting.remove(branch)
+    return [run, *(lost for branch in branches for lost in _give_up(branch, waiting))]
+
+
+def _next(
+    waiting: list[PlannedRun], running: dict[subprocess.Popen, tuple[PlannedRun, list[str]]]
+) -> PlannedRun | None:
+    """Take the first run out of `waiting` that need not wait for another."""
+    busy = {run.directory for run in waiting} | {run.directory for run, _ in running.values()}
+    for run in waiting:
+        if run.parent not in busy:
+            waiting.remove(run)
+            return run
+    return None
+
+
+def _start(
+    sweep: Sweep, run: PlannedRun, directory: Path, gpus: list[str], jobs: int, processes: int
+) -> subprocess.Popen:
+    environment = dict(os.environ)
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    threads = max(1, len(os.sched_getaffinity(0)) // (jobs * processes))
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    launcher = [sys.executable]
+    if processes > 1:  # --standalone finds a free port, so that several runs do not meet
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    with _log(run, directory).open("a") as log:
+        return subprocess.Popen(
+            [*launcher, str(ROOT / "pretrain_mlm.py"), *trainer_arguments(sweep, run)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches this program, which then stops the runs in order
+        )
+
+
+def _stop(running: dict[subprocess.Popen, tuple[PlannedRun, list[str]]]) -> None:
+    """Ask all running trainers to save and end: by the stop file, which works under every launcher."""
+    for process, (run, _) in running.items():
+        if (run.directory / FILE_NAME).exists():
+            (run.directory / STOP).touch()
+        else:  # nothing is trained yet
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _log(run: PlannedRun, directory: Path) -> Path:
+    return directory / "logs" / f"{run.condition}-{run.directory.name}.log"
+
+
+def _report(run: PlannedRun, code: int, directory: Path, bar: progress, stopped: bool) -> None:
+    """Say how a run ended."""
+    if run.finished:
+        line = f"{run.name}: finished"
+    elif stopped:
+        line = f"{run.name}: stopped after {run.steps_done} updates"
+    else:
+        lines = _log(run, directory).read_text(errors="replace").strip().splitlines()
+        last = next((text for text in reversed(lines) if "error" in text.lower()), lines[-1] if lines else "no output")
+        line = f"{run.name}: failed with exit code {code} ({last}); see {_log(run, directory)}"
+    bar.write(line, file=sys.stderr) if not bar.disable else print(line, flush=True)
+
+
+def _indexed(sweep: Sweep, index: int) -> PlannedRun:
+    if not 0 <= index < len(sweep.runs):
+        raise InputError(f"--arguments {index}: the sweep has runs 0 to {len(sweep.runs) - 1}")
+    return sweep.runs[index]
+
+
+def submit(sweep: Sweep, arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Submit the unfinished runs as Slurm arrays: those that branch wait for the others."""
+    (arguments.output / "logs").mkdir(parents=True, exist_ok=True)
+    groups: list[list[int]] = []
+    depth: dict[Path, int] = {}
+    for index, run in enumerate(sweep.runs):
+        level = 0 if run.parent is None or run.parent not in depth else depth[run.parent] + 1
+        if not run.finished:
+            depth[run.directory] = level
+            groups += [[] for _ in range(level + 1 - len(groups))]
+            groups[level].append(index)
+    job = None
+    for group in groups:
+        command = ["sbatch", "--parsable", f"--array={','.join(map(str, group))}"]
+        command += [f"--dependency=afterok:{job}"] if job else []
+        command += [str(arguments.slurm), str(arguments.sweep), str(arguments.output), *overrides]
+        try:
+            job = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout.strip().split(";")[0]
+        except FileNotFoundError:
+            raise InputError("sbatch: not found; --slurm works where Slurm is") from None
+        except subprocess.CalledProcessError as error:
+            raise InputError(
+                f"sbatch refused the array (exit code {error.returncode}); see its message above"
+            ) from None
+        print(f"submitted job {job}: {len(group)} runs")
+    return 0
+
+
+def table(runs: Sequence[PlannedRun]) -> str:
+    """The last evaluation of the finished runs: mean and standard error by condition."""
+    conditions: dict[str, list[PlannedRun]] = {}
+    for run in runs:
+        conditions.setdefault(run.condition, []).append(run)
+    width = max(len("condition"), *map(len, conditions))
+    lines = [f"{'condition':{width}}  runs  " + "  ".join(f"{title:>16}" for title in COLUMNS.values())]
+    for condition, group in conditions.items():
+        finished = [read_records(run.directory / FILE_NAME) for run in group if run.finished]
+        last = [[r for r in records if r["kind"] == "evaluation"][-1:] for records in finished]
+        cells = []
+        for key in COLUMNS:
+            values = [r[key] for records in last for r in records if r.get(key) is not None]
+            error = f" ± {np.std(values, ddof=1) / np.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.3f}{error}" if values else "-")
+        lines.append(
+            f"{condition:{width}}  {len(finished)}/{len(group)}  " + "  ".join(f"{cell:>16}" for cell in cells)
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)
