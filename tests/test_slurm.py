@@ -95,7 +95,7 @@ def expected(config, tmp_path_factory):
 
 @pytest.mark.skipif(not SHELLCHECK.exists(), reason="shellcheck is not beside this Python")
 def test_shellcheck_finds_nothing():
-    scripts = [*SCRIPTS.iterdir(), *STAND_INS.iterdir(), *ROOT.glob("examples/*.sh"), ROOT / ".ci" / "run"]
+    scripts = [*SCRIPTS.iterdir(), *STAND_INS.iterdir(), *ROOT.glob("examples/**/*.sh"), ROOT / ".ci" / "run"]
     assert len(scripts) > 9
     done = subprocess.run([SHELLCHECK, "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
@@ -153,21 +153,34 @@ def test_a_failure_is_not_requeued(tmp_path, script):
     assert all(len(path.read_text().splitlines()) == 1 for path in started)
 
 
-def test_array_of_seeds_and_lambdas(tmp_path):
-    runs = set()
-    for index in range(9):
-        environment = {"SLURM_ARRAY_TASK_ID": str(index), "TRAINER_FAILS": "4"}
-        code, _ = trainer_job(tmp_path, "array.sbatch", "c.yaml", tmp_path / "runs", tasks=1, **environment)
-        assert code == 4
-    for path in (tmp_path / "runs").iterdir():
-        _, weight, _, seed = path.name.replace("--", "-~").split("-")
-        line = (path / "started-0").read_text()
-        assert f"--run.seed {seed} --sas.schedule={weight.replace('~', '-')}\n" in line
-        runs.add((weight, seed))
-    assert len(runs) == 9
-    code, output = trainer_job(tmp_path, "array.sbatch", "c.yaml", tmp_path / "runs", SLURM_ARRAY_TASK_ID="9")
-    assert code == 2
-    assert "error: --array goes to 9, but there are 3 seeds × 3 λ" in output
+@pytest.mark.slow
+def test_a_sweep_is_an_array_of_runs(config, tmp_path):
+    sweep, runs = tmp_path / "sweep.yaml", tmp_path / "runs"
+    sweep.write_text(
+        f"config: {config}\nseeds: [1]\nconditions:\n  base: {{sas.schedule: 0}}\n  minus: {{sas.schedule: 0.1}}\n"
+    )
+    script = ["--slurm", "examples/slurm/sweep.sbatch"]
+    environment = {
+        **{name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES},
+        "PATH": f"{STAND_INS}:{os.environ['PATH']}",
+        "STAND_IN": str(tmp_path),
+        "JOB_ID": str(free_job_id()),
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "SBATCH_OPTIONS": "--ntasks-per-node=1",
+    }
+
+    def run_sweep(*options: str) -> str:
+        command = [sys.executable, "tools/run_sweep.py", sweep, "--output", runs, *options, "--train.steps=2"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "2 runs" in run_sweep(*script)
+    assert run_sweep("--list").count("finished") == 2
+    for condition, weight in (("base", 0.0), ("minus", 0.1)):
+        assert records(runs / condition / "seed-1")[2]["sas_weight"] == weight
+    assert run_sweep(*script) == ""  # nothing is left to do
 
 
 def test_array_of_shards(tmp_path):
