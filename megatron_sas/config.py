@@ -62,6 +62,9 @@ class RunSection(Section):
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: continue from the newest checkpoint in output_dir; never: output_dir must be new"
     )
+    branch_from: str | None = Field(
+        None, description="checkpoint of another run, or a run (its newest): begin there and share its past exactly"
+    )
     timeout_minutes: float = Field(
         30.0, description="a run that makes no progress for so long ends, naming the process it waits for", gt=0
     )

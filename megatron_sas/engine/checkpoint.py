@@ -141,7 +141,7 @@ def remove_old_checkpoints(run_dir: str | Path, step: int, keep_last: int, keep_
 
     Later ones, which a run that fell back to an earlier checkpoint has not reached again, stay.
     """
-    steps = [s for s in map(_step_of, checkpoints_directory(run_dir).glob("step_*")) if s is not None and s < step]
+    steps = [s for s in map(step_of, checkpoints_directory(run_dir).glob("step_*")) if s is not None and s < step]
     for old in sorted(steps, reverse=True)[keep_last - 1 :]:
         if keep_every is None or old % keep_every:
             remove_checkpoint(checkpoints_directory(run_dir) / checkpoint_name(old))
@@ -164,7 +164,8 @@ def remove_leftovers(run_dir: str | Path) -> None:
             remove(path)
 
 
-def _step_of(path: Path) -> int | None:
+def step_of(path: Path) -> int | None:
+    """The step in the name of a checkpoint's or snapshot's directory; None for another name."""
     digits = path.name.removeprefix("step_")
     return int(digits) if digits.isdecimal() and checkpoint_name(int(digits)) == path.name else None
 
@@ -178,7 +179,7 @@ def newest_checkpoint(run_dir: str | Path, say: Callable[[str], None]) -> Path |
         InputError: there are checkpoints but all of them are damaged.
     """
     parent = checkpoints_directory(run_dir)
-    names = sorted((path.name for path in parent.glob("step_*") if _step_of(path) is not None), reverse=True)
+    names = sorted((path.name for path in parent.glob("step_*") if step_of(path) is not None), reverse=True)
     with contextlib.suppress(OSError):  # first the one that was published last
         latest = (parent / LATEST).read_text(encoding="utf-8").strip()
         names.sort(key=lambda name: name != latest)
@@ -196,7 +197,7 @@ def newest_checkpoint(run_dir: str | Path, say: Callable[[str], None]) -> Path |
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The counters that `save_checkpoint` stored, with `step`."""
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    if state.get("step") != _step_of(checkpoint):
+    if state.get("step") != step_of(checkpoint):
         raise InputError(f"{checkpoint / STATE}: is of step {state.get('step')!r}; use another checkpoint")
     return state
 

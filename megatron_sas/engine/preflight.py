@@ -22,13 +22,13 @@ from megatron_sas.config import Config, load_config
 from megatron_sas.data.mixture import MixedData, open_training_data
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer
-from megatron_sas.engine.checkpoint import load_moments
+from megatron_sas.engine.branching import Branch
 from megatron_sas.engine.deepspeed_config import deepspeed_config
 from megatron_sas.engine.engine import Engine
 from megatron_sas.engine.environment import initialize_distributed
 from megatron_sas.engine.environment_checks import CHECKS, check_compiler
 from megatron_sas.engine.memory import MemoryEstimate, PeakMemory, count_parameters, estimate_memory, show_bytes
-from megatron_sas.engine.setup import build_parts, check_tokenizer
+from megatron_sas.engine.setup import build_parts, check_tokenizer, where_to_start
 from megatron_sas.evaluation.blimp import load_blimp
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.model.config import BertConfig
@@ -110,9 +110,12 @@ def _check_configured(config: Config, report: Report) -> None:
     if section.blimp is not None:
         report.check("minimal pairs", lambda: load_blimp(section.blimp), lambda found: f"{len(found)} sets")
     report.check("output directory", lambda: check_output_directory(Path(config.run.output_dir)))
+    branch = None
+    if config.run.branch_from is not None:  # which the run's own checkpoint replaces once there is one
+        _, branch = report.check("branch", lambda: where_to_start(config, print), _describe_start) or (None, None)
     if packed is not None:
         shape = config.bert_config(packed.tokenizer.vocab_size, packed.tokenizer.pad_id)
-        report.check("disk space", lambda: check_disk_space(config, count_parameters(shape)))
+        report.check("disk space", lambda: check_disk_space(config, count_parameters(shape), branch))
         if deepspeed is not None:
             estimate = _estimate(config, shape, packed.seq_length, world_size, deepspeed)
             report.check("memory per device (estimate)", lambda: check_memory(estimate))
@@ -138,6 +141,13 @@ def _describe_data(packed: PackedData | MixedData) -> str:
     return f"{packed.num_sequences:,} sequences of {packed.seq_length}, tokenizer and checksums match"
 
 
+def _describe_start(start: tuple[Path | None, Branch | None]) -> str:
+    checkpoint, branch = start
+    if branch is None:
+        return f"already begun, continues from {checkpoint}"
+    return f"from {checkpoint}, changes {', '.join(branch.lineage['changed']) or 'nothing'}"
+
+
 def existing_ancestor(path: Path) -> Path:
     """`path`, or the nearest directory above it that exists."""
     path = path.absolute()
@@ -159,11 +169,11 @@ def check_output_directory(path: Path) -> str:
     return f"{path} can be written"
 
 
-def check_disk_space(config: Config, parameters: int) -> str:
-    """Whether all checkpoints and snapshots that the schedule still asks for fit."""
+def check_disk_space(config: Config, parameters: int, branch: Branch | None = None) -> str:
+    """Whether all checkpoints and snapshots that the schedule still asks for fit; a branch begins after its parent."""
     run_dir, section, last = Path(config.run.output_dir), config.checkpoint, config.train.steps
     names = (path.name[5:] for path in checkpoints_directory(run_dir).glob("step_*"))
-    done = max((int(name) for name in names if name.isdigit()), default=-1)
+    done = max((int(name) for name in names if name.isdigit()), default=branch.step if branch else -1)
     due = [step for step in range(done + 1, last + 1) if section.due(step, last)]
     count = len(due)
     if section.keep_last is not None:  # and one more while the oldest is not yet removed
@@ -228,8 +238,7 @@ def _try_one_step(config: Config, report: Report) -> None:
             parts = build_parts(config, lambda _: None, dry_run=True)
             module = MaskedLMWithSas(parts.bert, config.sas_objective())
             engine = Engine(module, config.train, config.run.seed, device)
-            if parts.checkpoint is not None:
-                load_moments(engine, parts.checkpoint, parts.start_step)
+            parts.load_optimizer(engine)
             engine.set_learning_rate(0.0)
             weight = sas_weight(config.sas.schedule, parts.start_step)
             result = engine.update(parts.dataset.window(parts.start_step), weight, measure_sas=True)
@@ -238,8 +247,7 @@ def _try_one_step(config: Config, report: Report) -> None:
         if not math.isfinite(float(sums.sum())):
             raise InputError(f"loss {loss:g} or its gradient is not finite; lower train.learning_rate, check the data")
         peak = max(distributed.gather_objects(memory.peak))
-        where = "a new run" if parts.checkpoint is None else f"continuing from {parts.checkpoint}"
-        return f"{where}, masked-LM loss {loss:.4f}, {time.perf_counter() - started:.1f} s with start-up", peak
+        return f"{parts.origin}, masked-LM loss {loss:.4f}, {time.perf_counter() - started:.1f} s with start-up", peak
 
     def step_within_memory() -> tuple[str, int]:
         try:

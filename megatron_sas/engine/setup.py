@@ -16,7 +16,9 @@ from megatron_sas.data.mixture import MixedData, open_training_data
 from megatron_sas.data.mlm_dataset import MLMDataset
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
-from megatron_sas.engine.checkpoint import CONFIG, newest_checkpoint, read_state
+from megatron_sas.engine.branching import Branch, begin_branch, find_branch
+from megatron_sas.engine.checkpoint import CONFIG, load_moments, newest_checkpoint, read_state
+from megatron_sas.engine.engine import Engine
 from megatron_sas.engine.kernel_cache import build_attention_kernels
 from megatron_sas.evaluation.live import LiveEvaluation
 from megatron_sas.files import write_text_atomic
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-MAY_CHANGE = ("run", "checkpoint", "snapshots", "evaluation", "logging")
+MAY_CHANGE = ("run", "checkpoint", "snapshots", "evaluation", "logging", "watch")
 MAY_CHANGE_IN_TRAIN = ("steps", "zero_stage", "deepspeed_config", "max_nonfinite_updates")
 
 
@@ -42,13 +44,27 @@ class Parts:
     dataset: MLMDataset
     bert: Bert
     evaluation: LiveEvaluation
-    checkpoint: Path | None  # that the run continues from
+    checkpoint: Path | None  # that the run continues from, its own or its parent's
     state: dict[str, Any]  # its counters
+    branch: Branch | None = None  # when the checkpoint is the parent's
 
     @property
     def start_step(self) -> int:
         """Updates that are already done."""
         return self.state["step"]
+
+    @property
+    def origin(self) -> str:
+        """What the run does with its checkpoint, in words."""
+        if self.checkpoint is None:
+            return "a new run"
+        return f"{'continuing' if self.branch is None else 'branching'} from {self.checkpoint}"
+
+    def load_optimizer(self, engine: Engine) -> None:
+        """Give `engine`, built with the checkpoint's weights, its moments; AdamW has none before its first update."""
+        if self.checkpoint is not None and self.start_step > 0:
+            skipped = self.state.get("skipped", {}).get("total", 0)
+            load_moments(engine, self.checkpoint, self.start_step - skipped)
 
 
 def agreed(action: Callable[[], Result]) -> Result:
@@ -74,24 +90,31 @@ def build_parts(config: Config, say: Callable[[str], None], *, dry_run: bool = F
     Raises:
         InputError: anything that the user must mend, the same on every rank.
     """
-    run_dir = Path(config.run.output_dir)
-    checkpoint = agreed(lambda: _where_to_continue(config, run_dir, say) if distributed.is_main() else None)
-    checkpoint = distributed.broadcast_object(checkpoint)
+    start = agreed(lambda: where_to_start(config, say) if distributed.is_main() else None)
+    checkpoint, branch = distributed.broadcast_object(start)
     parts = agreed(lambda: _build(config, checkpoint))
+    if branch is not None:
+        parts.branch = branch
+        parts.state["lineage"] = [*parts.state.get("lineage", []), branch.link]
     if torch.cuda.is_available():
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         device = torch.device("cuda", distributed.local_rank())
         shape = (config.train.micro_batch_size, parts.dataset.packed.seq_length)
         build_attention_kernels(parts.bert.config, *shape, dtype, device)
     if not dry_run:  # last, so that a run which is refused leaves no directory behind
-        agreed(lambda: write_text_atomic(run_dir / CONFIG, config.to_yaml()) if distributed.is_main() else None)
+        agreed(lambda: _begin(config, branch) if distributed.is_main() else None)
     return parts
 
 
-def _where_to_continue(config: Config, run_dir: Path, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint that the run continues from, None for a new run; refuses a directory that is something else."""
+def where_to_start(config: Config, say: Callable[[str], None]) -> tuple[Path | None, Branch | None]:
+    """The checkpoint that the run continues from, or the branch that it begins, or neither for a new run.
+
+    Raises:
+        InputError: the directory is something else, or the checkpoint belongs to something else.
+    """
+    run_dir = Path(config.run.output_dir)
     saved = run_dir / CONFIG
-    occupied = run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))
+    occupied = run_dir.exists() and (not run_dir.is_dir() or any(not _half_begun(path) for path in run_dir.iterdir()))
     if occupied and config.run.resume == "never":
         raise InputError(f"run.output_dir: {run_dir} exists and is not empty; choose another or set run.resume: auto")
     if occupied and not saved.is_file():
@@ -99,7 +122,23 @@ def _where_to_continue(config: Config, run_dir: Path, say: Callable[[str], None]
     checkpoint = newest_checkpoint(run_dir, say) if occupied else None
     if checkpoint is not None:
         _refuse_other_experiment(load_config(saved), config, saved)
-    return checkpoint
+        return checkpoint, None
+    if config.run.branch_from is not None:
+        branch = find_branch(config, say)
+        return branch.checkpoint, branch
+    return None, None
+
+
+def _half_begun(path: Path) -> bool:
+    """Whether this is all that is left of a run that was killed while it wrote its configuration for the first time."""
+    return path.name.startswith(f".{CONFIG}.")
+
+
+def _begin(config: Config, branch: Branch | None) -> None:
+    run_dir = Path(config.run.output_dir)
+    write_text_atomic(run_dir / CONFIG, config.to_yaml())  # first: it makes the directory a run
+    if branch is not None:
+        begin_branch(run_dir, branch)
 
 
 def _refuse_other_experiment(old: Config, new: Config, saved: Path) -> None:
@@ -112,8 +151,7 @@ def _refuse_other_experiment(old: Config, new: Config, saved: Path) -> None:
         for field in before[section]
         if before[section][field] != after[section][field] and not (section == "train" and field in MAY_CHANGE_IN_TRAIN)
     ]
-    if before["run"]["seed"] != after["run"]["seed"]:
-        changed.append("run.seed")
+    changed += [f"run.{field}" for field in ("seed", "branch_from") if before["run"][field] != after["run"][field]]
     if changed:
         raise InputError(
             f"{saved}: the run there was started with other values of {', '.join(changed)}; "

@@ -14,7 +14,7 @@ from megatron_sas.cli import progress
 from megatron_sas.config import Config
 from megatron_sas.data.mixture import stream_samples
 from megatron_sas.data.mlm_dataset import PrefetchLoader, Window
-from megatron_sas.engine.checkpoint import CONFIG, load_moments
+from megatron_sas.engine.checkpoint import CONFIG
 from megatron_sas.engine.engine import Engine
 from megatron_sas.engine.environment import initialize_distributed, use_deterministic_algorithms
 from megatron_sas.engine.guard import SkippedUpdates
@@ -65,9 +65,8 @@ class Trainer:
         self.skipped = SkippedUpdates(config.train.max_nonfinite_updates, **parts.state.get("skipped", {}))
         self.engine = Engine(MaskedLMWithSas(parts.bert, config.sas_objective()), config.train, config.run.seed, device)
         if parts.checkpoint is not None:
-            if parts.start_step > 0:  # AdamW has no moments before its first update
-                load_moments(self.engine, parts.checkpoint, parts.start_step - self.skipped.total)
-            self.say(f"continuing from {parts.checkpoint}")
+            parts.load_optimizer(self.engine)
+            self.say(parts.origin)
         self.saver = Saver(config, self.engine, parts.bert.config, parts.tokenizer)
         self.watchdog = Watchdog(config.run.timeout_minutes)
         self.last_step = config.train.steps
@@ -76,6 +75,8 @@ class Trainer:
         if distributed.is_main():
             resume_step = parts.start_step if parts.checkpoint is not None else -1
             self.records = Records(config.run.output_dir, resume_step, config.logging.tensorboard)
+            if parts.branch is not None:
+                self.records.show_past()
         self.gpu = GpuMonitor()
         self.pending: list[PendingUpdate] = []
         self.evaluation_seconds = 0.0  # of the last evaluation
@@ -99,6 +100,8 @@ class Trainer:
             OSError: a checkpoint could not be written, on every rank; or data could not be read, maybe on one.
         """
         start = self.parts.start_step
+        if self.parts.branch is not None:
+            self._event(start, event="branched", parent=self.parts.branch.lineage["parent_run"])
         self._introduce()
         quiet = not distributed.is_main() or not sys.stderr.isatty()
         with self.watchdog:
@@ -235,6 +238,7 @@ class Trainer:
                 "skipped": self.skipped.state(),
                 "versions": VERSIONS,
                 "data": data_facts(self.dataset.packed),
+                "lineage": self.parts.state.get("lineage", []),
             }
             self.saver.begin(step, state, checkpoint=checkpoint, snapshot=snapshot)
 

@@ -65,14 +65,15 @@ class Records:
         line = {"kind": kind, "step": int(step), "time": round(now, 3), **_plain(values)}
         self._append(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
         self._written.add((kind, int(step)))
-        if self._board is not None:
-            for tag, value in _tags(kind, values):
-                if isinstance(value, str):
-                    self._board.add_text(tag, value, step, now)
-                else:
-                    self._board.add_scalar(tag, value, step, walltime=now)
-            if kind != "train":  # rare and slow to produce: show them at once
-                self._board.flush()
+        self._show(kind, step, now, values)
+        if self._board is not None and kind != "train":  # rare and slow to produce: show them at once
+            self._board.flush()
+
+    def show_past(self) -> None:
+        """Give TensorBoard, which has nothing yet, all lines that the file began with."""
+        for line in read_records(self.path) if self._board is not None else []:
+            kind, step, when = line.pop("kind"), line.pop("step"), line.pop("time", None)
+            self._show(kind, step, when, line)
 
     def has(self, kind: str, step: int) -> bool:
         """Whether a line of this kind exists for `step`: a resumed run asks whether that evaluation is done."""
@@ -93,6 +94,15 @@ class Records:
             os.close(self._descriptor)
             self._descriptor = -1
 
+    def _show(self, kind: str, step: int, when: float | None, values: dict[str, Any]) -> None:
+        if self._board is None:
+            return
+        for tag, value in _tags(kind, values):
+            if isinstance(value, str):
+                self._board.add_text(tag, value, step, when)
+            else:
+                self._board.add_scalar(tag, value, step, walltime=when)
+
     def _append(self, line: bytes) -> None:
         size = os.fstat(self._descriptor).st_size
         written = os.write(self._descriptor, line)
@@ -101,20 +111,26 @@ class Records:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def _cut_back(self, step: int) -> None:
-        kept, broken = [], 0
-        raw = self.path.read_bytes()
-        lines = raw.split(b"\n")
-        for number, line in enumerate(lines, start=1):
-            record = _parse(line)
-            if record is None:
-                broken += bool(line.strip()) and number < len(lines)  # a torn last line is what a kill leaves
-            elif record["step"] <= step:
-                kept.append(line + b"\n")
-                self._written.add((record["kind"], record["step"]))
-        if broken:
-            print(f"{self.path}: dropped {broken} unreadable line(s) on resume", file=sys.stderr)
-        if b"".join(kept) != raw:
-            write_bytes_atomic(self.path, b"".join(kept))
+        kept = lines_until(self.path, step)
+        for record in map(_parse, kept.split(b"\n")[:-1]):
+            self._written.add((record["kind"], record["step"]))
+        if kept != self.path.read_bytes():
+            write_bytes_atomic(self.path, kept)
+
+
+def lines_until(path: Path, step: int) -> bytes:
+    """The lines of a `metrics.jsonl` that are records with a step of at most `step`, as they are."""
+    kept, broken = [], 0
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        record = _parse(line)
+        if record is None:
+            broken += bool(line.strip()) and number < len(lines)  # a torn last line is what a kill leaves
+        elif record["step"] <= step:
+            kept.append(line + b"\n")
+    if broken:
+        print(f"{path}: dropped {broken} unreadable line(s)", file=sys.stderr)
+    return b"".join(kept)
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:

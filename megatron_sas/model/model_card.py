@@ -78,6 +78,8 @@ def _table(rows: dict[str, Any]) -> list[str]:
 
 def _training(state: dict[str, Any], run: dict[str, Any] | None, config: BertConfig) -> dict[str, Any]:
     rows: dict[str, Any] = {"updates": f"{state['step']:,}", "tokens": f"{state['tokens']:,}"}
+    if state.get("lineage"):
+        rows["branched from"] = "; then ".join(_describe_link(link) for link in state["lineage"])
     if "converted_from" in state:
         rows["initial weights"] = f"converted from {state['converted_from']}"
     if run is not None:
@@ -104,6 +106,11 @@ def _training(state: dict[str, Any], run: dict[str, Any] | None, config: BertCon
         rows["trained with"] = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
     rows["exported with"] = f"megatron_sas {__version__}"
     return rows
+
+
+def _describe_link(link: dict[str, Any]) -> str:
+    changed = ", ".join(link["changed"]) or "nothing"
+    return f"`{link['parent_run']}` at update {link['step']:,}, where {changed} changed"
 
 
 def describe_schedule(stages: list[dict[str, Any]]) -> str:

@@ -55,6 +55,8 @@ def two(config, one, tmp_path_factory):
         runs.append({"name": f"micro-{micro}", "overrides": overrides})
     runs.append({"name": "sum", "overrides": {"sas.reduction": "sum"}})
     runs.append({"name": "elastic", "overrides": {"train.steps": 4, "train.zero_stage": 3}})
+    source = {"run.branch_from": str(checkpoint(one / "whole", 3)), "train.zero_stage": 3}
+    runs.append({"name": "branch", "overrides": source})
     runs.append({"name": "full-disk", "overrides": {"train.zero_stage": 1}, "fail_write_on_rank": 1})
     runs.append({"name": "indivisible", "overrides": {"train.micro_batch_size": 8}})
     train_two_processes(config, path, runs)
@@ -122,6 +124,14 @@ def test_a_run_may_change_its_number_of_processes_and_zero_stage(config, one, tw
     for step, line in records(run).items():
         assert line == pytest.approx(lines[step], rel=1e-5)
     assert largest_difference(weights(run, 6), weights(one / "whole", 6)) < 1e-5
+
+
+def test_a_branch_may_have_another_number_of_processes_and_zero_stage(one, two):
+    lines = records(one / "whole")
+    assert sorted(records(two / "branch")) == [1, 2, 3, 4, 5, 6]
+    for step, line in records(two / "branch").items():
+        assert line == pytest.approx(lines[step], rel=1e-5)
+    assert largest_difference(weights(two / "branch", 6), weights(one / "whole", 6)) < 1e-5
 
 
 def test_a_full_disk_under_one_process_stops_all(two):
