@@ -1,0 +1,116 @@
+"""The plan of a sweep: which runs, with which configuration, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from engine_runs import ROOT, write_inputs
+
+from megatron_sas.cli import InputError
+from megatron_sas.sweep import SWEEP, describe, plan_sweep
+
+CONDITIONS = """
+  base: {sas.schedule: 0}
+  minus: {sas.schedule: 0.1}
+  plus: {sas.schedule: -0.1}
+  release: {sas.schedule: [{start: 0, end: 2, value: 0.1}], run.branch_from: minus@2}
+  control: {sas.schedule: 0.1, data.heads: permuted}
+  ramp: {sas.schedule: [{start: 0, end: 4, value: 0.0, end_value: 0.1}]}
+  whole: {sas.schedule: [{start: 0, end: 6, value: 0.1}]}
+  empty:
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def write_sweep(config, tmp_path):
+    def write(conditions: str = CONDITIONS, seeds: str = "[7, 8]", more: str = ""):
+        path = tmp_path / "sweep.yaml"
+        path.write_text(f"config: {config}\nseeds: {seeds}\n{more}conditions:{conditions}\n")
+        return path
+
+    return write
+
+
+def test_runs_and_their_configurations(write_sweep, tmp_path):
+    sweep = plan_sweep(write_sweep(), tmp_path / "runs", ["--checkpoint.every=2", "--train.steps", "6"])
+    assert len(sweep.runs) == 16
+    assert [run.seed for run in sweep.runs] == [7] * 8 + [8] * 8  # whole seeds first: a sweep cut short can be read
+    run = sweep.runs[1]
+    assert (run.name, run.config.run.seed, run.config.run.output_dir) == ("minus/seed-7", 7, str(run.directory))
+    assert run.directory == tmp_path / "runs" / "minus" / "seed-7"
+    assert run.config.sas.schedule[0].value == 0.1 and run.config.checkpoint.every == 2
+    branch = sweep.runs[3]
+    assert branch.parent == run.directory
+    assert branch.config.run.branch_from == str(run.directory / "checkpoints" / "step_00000002")
+    assert not run.finished and run.steps_done == 0
+
+
+def test_what_a_run_is_to_the_analysis(write_sweep, tmp_path):
+    sweep = plan_sweep(write_sweep(seeds="[7]"), tmp_path, ["--checkpoint.every=2"])
+    sweep.write(tmp_path)
+    written = json.loads((tmp_path / SWEEP).read_text())
+    assert written["title"] == "sweep"
+    found = {entry["condition"]: (entry["role"], entry["release_step"]) for entry in written["runs"]}
+    assert found == {
+        "base": ("base", None),
+        "minus": ("suppress", None),
+        "plus": ("promote", None),
+        "release": ("release", 2),
+        "control": ("control", None),
+        "ramp": ("other", None),
+        "whole": ("suppress", None),  # its stage ends with the run
+        "empty": ("release", 4),  # the configuration's own schedule
+    }
+    assert written["runs"][3]["description"] == "λ = 0.1 in updates 0 to 2"
+    assert written["runs"][4]["description"] == "λ = 0.1, heads: permuted"
+    assert written["runs"][3]["directory"] == "release/seed-7"
+
+
+@pytest.mark.parametrize("name", ["toy", "mini", "paper"])
+def test_examples(name, tmp_path):
+    sweep = plan_sweep(ROOT / "examples" / "experiments" / f"{name}.yaml", tmp_path)
+    roles = [describe(run.config)["role"] for run in sweep.runs if run.seed == 1]
+    assert {*roles} == {"base", "suppress", "promote", "release", "control"}
+    assert roles.count("control") == 3
+    assert len(sweep.runs) == 3 * len(roles)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"conditions": " {}"}, "conditions: must be a mapping"),
+        ({"seeds": "[1, 1]"}, "seeds: must be a list of different whole numbers"),
+        ({"seeds": "3"}, "seeds: must be a list"),
+        ({"more": "jobs: 2\n"}, "jobs: unknown field; known: conditions, config, seeds, title"),
+        ({"conditions": " {../x: {}}"}, "conditions.../x: the name becomes a directory"),
+        ({"conditions": " {a: 3}"}, "conditions.a: must be a mapping"),
+        ({"conditions": " {a: {sas.lambda: 3}}"}, "sas.lambda: unknown field"),
+        ({"conditions": " {a: {run.seed: 3}}"}, "conditions.a: run.seed: the sweep sets this itself"),
+        (
+            {"conditions": " {a: {run.branch_from: b@3}, b: {}}"},
+            "'b@3' is not CONDITION@STEP with a condition that stands",
+        ),
+        ({"conditions": " {b: {}, a: {run.branch_from: b@2}}"}, "b writes no checkpoint at step 2; add it to"),
+        (
+            {"conditions": " {b: {checkpoint.keep_last: 1}, a: {run.branch_from: b@3}}"},
+            "b may have removed that checkpoint",
+        ),
+    ],
+)
+def test_faults(write_sweep, tmp_path, arguments, message):
+    with pytest.raises(InputError) as caught:
+        plan_sweep(write_sweep(**arguments), tmp_path / "runs")
+    assert message in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_all_faults_at_once(write_sweep, tmp_path):
+    with pytest.raises(InputError, match="2 faults") as caught:
+        plan_sweep(write_sweep(" {a: {sas.mode: 3}, b: {train.step: 3}}"), tmp_path)
+    assert "conditions.a" in str(caught.value) and "conditions.b" in str(caught.value)
