@@ -1,7 +1,7 @@
 """Dependency attention by our Triton kernels, as operators that `torch.compile` takes without a graph break.
 
-Imported only where Triton is (CUDA builds of torch bring it); with `TRITON_INTERPRET=1` it runs on CPU tensors, slowly,
-for tests.
+Imported only where Triton is (CUDA builds of torch bring it). Under Triton's interpreter it runs on CPU tensors,
+slowly, for tests (tests/interpreter.py).
 """
 
 from __future__ import annotations

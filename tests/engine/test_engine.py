@@ -6,15 +6,14 @@ import functools
 
 import pytest
 import torch
+from bert_pairs import hf_model
 from engine_runs import largest_difference, override_arguments, records, train, weights
-from transformers import BertConfig as HFConfig
-from transformers import BertForMaskedLM
 
 from megatron_sas.config import load_config
 from megatron_sas.data.mlm_dataset import MLMDataset
 from megatron_sas.data.packed import PackedData
 from megatron_sas.model.bert import Embeddings
-from megatron_sas.model.huggingface import from_hf_state, to_hf_config, to_hf_state
+from megatron_sas.model.huggingface import from_hf_state
 from megatron_sas.model.pretrained import read_model_config
 
 NO_DROPOUT = {"model.hidden_dropout": 0.0}
@@ -40,8 +39,7 @@ def reference_term(attentions, heads, mode, directions):
 
 def reference_run(config, start, bert_config):
     """What the trainer should do, written with Hugging Face's model and torch's optimizer; weights and records."""
-    model = BertForMaskedLM(HFConfig(**to_hf_config(bert_config), attn_implementation="eager"))
-    model.load_state_dict(to_hf_state(start, bert_config), strict=False)
+    model = hf_model(start, bert_config)
     section, size = config.train, config.train.global_batch_size
     decayed = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
@@ -146,8 +144,7 @@ def test_the_loss_is_a_mean_over_masked_tokens_of_the_global_batch(config, tmp_p
     train(config, tmp_path / "run", {**NO_DROPOUT, "train.steps": 1})
     loaded = load_config(config, override_arguments(NO_DROPOUT))
     bert_config = read_model_config(tmp_path / "run/checkpoints/step_00000000/model.json")
-    model = BertForMaskedLM(HFConfig(**to_hf_config(bert_config))).eval()
-    model.load_state_dict(to_hf_state(weights(tmp_path / "run", 0), bert_config), strict=False)
+    model = hf_model(weights(tmp_path / "run", 0), bert_config).eval()
     data = MLMDataset(
         PackedData(loaded.data.train),
         seed=loaded.run.seed,

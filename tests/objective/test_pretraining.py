@@ -8,12 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from bert_pairs import hf_gradients, hf_twin
 from torch import Tensor
-from transformers import BertConfig as HFConfig
 from transformers import BertForMaskedLM
 
 from megatron_sas.model import Bert, BertConfig
-from megatron_sas.model.huggingface import from_hf_state, to_hf_config, to_hf_state
 from megatron_sas.objective.pretraining import MaskedLMWithSas, SasObjective, mlm_loss_sum
 
 CONFIG = BertConfig(
@@ -80,14 +79,13 @@ def paper_loss(twin: BertForMaskedLM, batch: dict[str, Tensor], sas_weight: floa
 @pytest.mark.parametrize("mode", ["max", "uniform"])
 def test_loss_and_gradients_equal_the_papers_way(batch_size, seq, mode):
     module, batch = make_model(mode=mode, reduction="sum"), make_batch(batch_size, seq)
-    twin = BertForMaskedLM(HFConfig(**to_hf_config(CONFIG), attn_implementation="eager"))
-    twin.load_state_dict(to_hf_state(module.bert.state_dict(), CONFIG), strict=False)
+    twin = hf_twin(module.bert)
     parts = module(**batch, mlm_scale=1 / len(batch["labels"]), sas_scale=0.01)
     parts.loss.backward()
     expected = paper_loss(twin, batch, 0.01, mode)
     expected.backward()
     torch.testing.assert_close(parts.loss, expected, rtol=1e-5, atol=1e-5)
-    theirs = from_hf_state({name: p.grad for name, p in twin.named_parameters()}, CONFIG)
+    theirs = hf_gradients(twin, module.bert)
     for name, ours in gradients(module).items():
         assert (ours - theirs[name]).norm() <= 1e-4 * theirs[name].norm() + 1e-8, name
 

@@ -36,8 +36,13 @@ def perturbed_bert(config: BertConfig, seed: int = 0) -> Bert:
 
 def hf_twin(model: Bert, attention: str = "eager") -> BertForMaskedLM:
     """transformers' model with the weights of ours."""
-    twin = BertForMaskedLM(HFConfig(**to_hf_config(model.config), attn_implementation=attention))
-    missing, unexpected = twin.load_state_dict(to_hf_state(model.state_dict(), model.config), strict=False)
+    return hf_model(model.state_dict(), model.config, attention)
+
+
+def hf_model(state: dict[str, Tensor], config: BertConfig, attention: str = "eager") -> BertForMaskedLM:
+    """transformers' model with the weights `state` of ours."""
+    twin = BertForMaskedLM(HFConfig(**to_hf_config(config), attn_implementation=attention))
+    missing, unexpected = twin.load_state_dict(to_hf_state(state, config), strict=False)
     assert not unexpected
     assert set(missing) <= {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
     twin.tie_weights()
