@@ -272,6 +272,53 @@ class SnapshotSection(When):
         return wanted and super().due(step, last_step)
 
 
+class WatchSection(Section):
+    """Detection of onsets while they happen, with dense snapshots around them (docs/branching.md); default: off."""
+
+    metrics: tuple[Literal["uas", "loss"], ...] = Field(
+        (), description="curves to watch: uas (live evaluation), loss (masked-LM loss in training)"
+    )
+    delta: int | None = Field(None, description="Δ, steps over which an onset is a bend", ge=4)
+    start: int = Field(0, description="step from which the curves count: after the loss's first fall", ge=0)
+    every: int | None = Field(None, description="steps between snapshots; default: a quarter of delta", ge=1)
+    keep: int = Field(12, description="snapshots in the ring, kept when an onset is detected", ge=1)
+    after: int | None = Field(None, description="steps of snapshots after the detection; default: 4 delta", ge=0)
+
+    @property
+    def interval(self) -> int:
+        """Steps between snapshots."""
+        return self.every or self.delta // 4
+
+    @property
+    def reach_after(self) -> int:
+        """Steps after a detection whose snapshots are kept."""
+        return 4 * self.delta if self.after is None else self.after
+
+    @property
+    def most_snapshots(self) -> int:
+        """How many there can be at most: two rings (now, and for a restart) and those that are kept."""
+        if not self.metrics:
+            return 0
+        return 2 * self.keep + len(self.metrics) * (self.keep + self.reach_after // self.interval + 1)
+
+    def due(self, step: int) -> bool:
+        """Whether the ring takes a snapshot after `step` updates."""
+        return bool(self.metrics) and step >= self.start and step % self.interval == 0
+
+    def faults(self) -> list[str]:
+        """A watch needs its Δ, and a ring that reaches back over both windows of the bend."""
+        if not self.metrics:
+            return []
+        if self.delta is None:
+            return ["delta: is required when metrics are watched"]
+        if self.keep * self.interval < 2 * self.delta:
+            return [
+                f"keep: {self.keep} snapshots, one every {self.interval} steps, reach back less than twice delta "
+                f"{self.delta}, where an onset is seen; keep more"
+            ]
+        return []
+
+
 class EvaluationSection(When):
     """When and on what the model is evaluated while it trains."""
 
@@ -302,14 +349,20 @@ class Config(Section):
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
     snapshots: SnapshotSection = SnapshotSection()
+    watch: WatchSection = WatchSection()
     evaluation: EvaluationSection = EvaluationSection()
     logging: LoggingSection = LoggingSection()
 
     def faults(self) -> list[str]:
-        """A snapshot is a Hugging Face model, which only post-LN models can be."""
-        if self.snapshots.due(0, 0) and self.model.norm_placement != "post":
-            return ["snapshots: a model with norm_placement pre has no Hugging Face form; remove the section"]
-        return []
+        """A snapshot is a Hugging Face model, which only post-LN models can be; UAS is watched where it is measured."""
+        faults, evaluation, watch = [], self.evaluation, self.watch
+        for name, wanted in (("snapshots", self.snapshots.due(0, 0)), ("watch", bool(watch.metrics))):
+            if wanted and self.model.norm_placement != "post":
+                faults.append(f"{name}: a model with norm_placement pre has no Hugging Face form; remove the section")
+        often = evaluation.treebank is not None and (evaluation.every or watch.delta or 0) <= (watch.delta or 0)
+        if "uas" in watch.metrics and (not often or evaluation.every is None):
+            faults.append("watch.metrics: uas needs evaluation.treebank, and evaluation.every of at most watch.delta")
+        return faults
 
     def bert_config(self, vocab_size: int, pad_token_id: int) -> BertConfig:
         """The architecture, for a vocabulary."""

@@ -129,7 +129,7 @@ def publish(run_dir: str | Path, step: int) -> None:
         if path.is_dir():
             fsync_directory(path)
     if os.path.lexists(final):  # a run that was resumed from before this step writes it again
-        remove_checkpoint(final)
+        remove_directory(final)
     os.replace(partial, final)
     fsync_directory(final.parent)
     write_text_atomic(final.parent / LATEST, final.name + "\n")
@@ -144,11 +144,11 @@ def remove_old_checkpoints(run_dir: str | Path, step: int, keep_last: int, keep_
     steps = [s for s in map(step_of, checkpoints_directory(run_dir).glob("step_*")) if s is not None and s < step]
     for old in sorted(steps, reverse=True)[keep_last - 1 :]:
         if keep_every is None or old % keep_every:
-            remove_checkpoint(checkpoints_directory(run_dir) / checkpoint_name(old))
+            remove_directory(checkpoints_directory(run_dir) / checkpoint_name(old))
 
 
-def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint so that it is whole or absent at any moment: rename it away, then delete the files."""
+def remove_directory(path: Path) -> None:
+    """Remove a checkpoint or snapshot so that it is whole or absent at any moment: rename it, then delete its files."""
     hidden = path.with_name(f".{path.name}.old")
     remove(hidden)
     os.replace(path, hidden)
@@ -156,12 +156,12 @@ def remove_checkpoint(path: Path) -> None:
     remove(hidden)
 
 
-def remove_leftovers(run_dir: str | Path) -> None:
-    """Remove what a killed run left: half-written checkpoints and half-deleted ones."""
-    parent = checkpoints_directory(run_dir)
-    for pattern in (".step_*.tmp", ".step_*.old", f".{LATEST}.*.tmp"):
-        for path in parent.glob(pattern):
-            remove(path)
+def remove_leftovers(*directories: Path) -> None:
+    """Remove what a killed run left there: half-written checkpoints and snapshots, and half-deleted ones."""
+    for parent in directories:
+        for pattern in (".step_*.tmp", ".step_*.old", f".{LATEST}.*.tmp"):
+            for path in parent.glob(pattern):
+                remove(path)
 
 
 def step_of(path: Path) -> int | None:

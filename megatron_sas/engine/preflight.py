@@ -180,6 +180,7 @@ def check_disk_space(config: Config, parameters: int, branch: Branch | None = No
         forever = sum(step % section.keep_every == 0 for step in due) if section.keep_every else 0
         count = min(count, section.keep_last + 1 + forever)
     snapshots = sum(config.snapshots.due(step, last) for step in range(done + 1, last + 1))
+    snapshots += config.watch.most_snapshots
     needed = count * parameters * CHECKPOINT_BYTES
     text = f"{count} checkpoints of {show_bytes(parameters * CHECKPOINT_BYTES)}"
     if snapshots:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SNAPSHOTS = "snapshots"
+RING = "ring"
 
 
 class Saver:
@@ -50,16 +51,19 @@ class Saver:
         self.config, self.engine, self.bert_config, self.tokenizer = config, engine, bert_config, tokenizer
         self.run_dir = Path(config.run.output_dir)
         self.step: int | None = None  # of the newest checkpoint that was begun
+        self.published = -1  # step of the newest that is whole; rank 0
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._where = self.run_dir  # for messages
         self._unpublished: int | None = None  # step of a checkpoint that is being written
         self._writing: Future | None = None
         self._publishing: Future | None = None  # rank 0
         if distributed.is_main():
-            remove_leftovers(self.run_dir)
+            remove_leftovers(checkpoints_directory(self.run_dir), self.run_dir / SNAPSHOTS, self.run_dir / RING)
 
-    def begin(self, step: int, state: dict[str, Any], *, checkpoint: bool, snapshot: bool) -> None:
+    def begin(self, step: int, state: dict[str, Any], *, checkpoint: bool, snapshot: str | None) -> None:
         """Gather what is to be saved and start writing it. A collective.
+
+        `snapshot` is the directory, in the run's, for the model alone; None: no snapshot.
 
         Raises:
             OSError: on every rank, when the save before this one failed on any.
@@ -67,9 +71,10 @@ class Saver:
         self.finish()
         share = gather_share(self.engine, step, with_moments=checkpoint)
         jobs: list[Callable[[], None]] = []
-        if snapshot and distributed.is_main():
-            jobs.append(partial(self._write_snapshot, step, share))
-        self._where = self.run_dir / SNAPSHOTS / checkpoint_name(step)
+        if snapshot is not None:
+            self._where = self.run_dir / snapshot / checkpoint_name(step)
+            if distributed.is_main():
+                jobs.append(partial(self._write_snapshot, self._where, share))
         if checkpoint:
             directory = partial_directory(self.run_dir, step)
             self._where = checkpoints_directory(self.run_dir) / checkpoint_name(step)
@@ -116,19 +121,26 @@ class Saver:
         finally:
             self._writing = self._publishing = self._unpublished = None
 
+    def wait_for_thread(self) -> None:
+        """Wait for this rank's thread; whether it failed, the others learn as always."""
+        for work in (self._writing, self._publishing):
+            if work is not None:
+                work.exception()
+
     def _start_publishing(self) -> None:
         if distributed.is_main() and self._unpublished is not None and self._publishing is None:
             self._publishing = self._executor.submit(self._publish, self._unpublished)
 
     def _publish(self, step: int) -> None:
         publish(self.run_dir, step)
+        self.published = step
         section = self.config.checkpoint
         if section.keep_last is not None:
             remove_old_checkpoints(self.run_dir, step, section.keep_last, section.keep_every)
 
-    def _write_snapshot(self, step: int, share: Share) -> None:
+    def _write_snapshot(self, path: Path, share: Share) -> None:
         tokenizer = copy.deepcopy(self.tokenizer)  # writing it for other programs changes it
-        with atomic_directory(self.run_dir / SNAPSHOTS / checkpoint_name(step), overwrite=True) as directory:
+        with atomic_directory(path, overwrite=True) as directory:
             write_hf(directory, self.bert_config, share.weights, tokenizer, self.config.snapshots.dtype)
 
     def _together(self, work: Future | None) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from megatron_sas import distributed
+from megatron_sas import __version__, distributed
 from megatron_sas.cli import InputError
 from megatron_sas.config import Config, load_config
 from megatron_sas.data.mixture import MixedData, open_training_data
@@ -218,6 +218,24 @@ def data_facts(packed: PackedData | MixedData) -> dict[str, Any]:
         "heads": packed.heads_name,
         **{name: header[name] for name in ("inputs", "parser", "counts") if name in header},
     }
+
+
+def introduction(config: Config, parts: Parts, engine: Engine) -> tuple[dict[str, Any], str]:
+    """What a run is made of: for its record, and as a line for the user."""
+    train, packed, world_size = config.train, parts.dataset.packed, distributed.world_size()
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.bert.parameters())
+    device = engine.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    attention, compiled = engine.attention_backend(packed.seq_length), train.compiles(device.type)
+    facts = {"world_size": world_size, "device": name, "parameters": parameters}
+    facts |= {"attention": attention, "compiled": compiled}
+    line = (
+        f"megatron_sas {__version__}: {parameters:,} parameters, {packed.num_sequences:,} sequences of "
+        f"{packed.seq_length}, {world_size} × {name}, ZeRO-{train.zero_stage}, {train.precision}, attention by "
+        f"{attention}{', compiled' if compiled else ''}, "
+        f"batch {train.global_batch_size} = {world_size} × {train.micro_batch_size} × {parts.dataset.accumulation}"
+    )
+    return facts, line
 
 
 def measure_throughput(config: Config, parts: Parts, device: torch.device) -> Throughput:

@@ -20,9 +20,10 @@ from megatron_sas.engine.environment import initialize_distributed, use_determin
 from megatron_sas.engine.guard import SkippedUpdates
 from megatron_sas.engine.learning_rate import learning_rate
 from megatron_sas.engine.pending import PendingUpdate, read_pending
-from megatron_sas.engine.saving import Saver
-from megatron_sas.engine.setup import agreed, build_parts, data_facts, measure_throughput
+from megatron_sas.engine.saving import SNAPSHOTS, Saver
+from megatron_sas.engine.setup import agreed, build_parts, data_facts, introduction, measure_throughput
 from megatron_sas.engine.signals import StopRequest, mark_for_requeue
+from megatron_sas.engine.watch import Watch
 from megatron_sas.engine.watchdog import Watchdog
 from megatron_sas.evaluation.live import evaluation_stride
 from megatron_sas.metrics.nvml import GpuMonitor
@@ -77,6 +78,10 @@ class Trainer:
             self.records = Records(config.run.output_dir, resume_step, config.logging.tensorboard)
             if parts.branch is not None:
                 self.records.show_past()
+        self.watch: Watch | None = None
+        if self.records is not None and config.watch.metrics:
+            own_step = parts.start_step if parts.checkpoint is not None and parts.branch is None else -1
+            self.watch = Watch(config, own_step, self.records, self.saver, self.say)
         self.gpu = GpuMonitor()
         self.pending: list[PendingUpdate] = []
         self.evaluation_seconds = 0.0  # of the last evaluation
@@ -102,7 +107,9 @@ class Trainer:
         start = self.parts.start_step
         if self.parts.branch is not None:
             self._event(start, event="branched", parent=self.parts.branch.lineage["parent_run"])
-        self._introduce()
+        facts, line = introduction(self.config, self.parts, self.engine)
+        self._event(start, event="start", versions=VERSIONS, **facts)
+        self.say(line)
         quiet = not distributed.is_main() or not sys.stderr.isatty()
         with self.watchdog:
             self._after_update(start, resumed=self.parts.checkpoint is not None)
@@ -181,9 +188,8 @@ class Trainer:
             return
         lines = read_pending(self.pending, self.config, self.engine.device)
         lines[-1] |= self.throughput.window() | memory() | self.gpu.read()
-        if self.records is not None:
-            for entry, values in zip(self.pending, lines, strict=True):
-                self.records.write("train", entry.step, values)
+        for entry, values in zip(self.pending, lines, strict=True):
+            self._record("train", entry.step, values)
         self._show(self.pending[-1].step, lines[-1])
         self._look_for_skipped(lines)
         self.pending.clear()
@@ -216,9 +222,10 @@ class Trainer:
         )
         if self.config.evaluation.due(step, self.last_step) and not evaluated and self._time_for_evaluation(step):
             self._evaluate(step)
-        checkpoint, snapshot = self.config.checkpoint, self.config.snapshots
-        if not resumed and (checkpoint.due(step, self.last_step) or snapshot.due(step, self.last_step)):
-            self._save(step, checkpoint.due(step, self.last_step), snapshot.due(step, self.last_step))
+        checkpoint = self.config.checkpoint.due(step, self.last_step)
+        snapshot = self.config.snapshots.due(step, self.last_step) or self.config.watch.due(step)
+        if not resumed and (checkpoint or snapshot):
+            self._save(step, checkpoint, snapshot)
 
     def _save(self, step: int, checkpoint: bool, snapshot: bool) -> None:
         """Begin to write what is due.
@@ -240,7 +247,10 @@ class Trainer:
                 "data": data_facts(self.dataset.packed),
                 "lineage": self.parts.state.get("lineage", []),
             }
-            self.saver.begin(step, state, checkpoint=checkpoint, snapshot=snapshot)
+            directory = SNAPSHOTS
+            if snapshot and self.watch is not None:
+                directory = self.watch.place(step)
+            self.saver.begin(step, state, checkpoint=checkpoint, snapshot=directory if snapshot else None)
 
     def _time_for_evaluation(self, step: int) -> bool:
         """Whether to evaluate now, given the share of time that evaluations may take; rank 0 decides for all."""
@@ -274,8 +284,7 @@ class Trainer:
             self.stopping = self.owes_evaluation = True
             return
         self.evaluation_seconds = values["seconds"]
-        if self.records is not None:
-            self.records.write("evaluation", step, values)
+        self._record("evaluation", step, values)
         names = {"validation_mlm_loss": "validation mlm", "uas": "uas", "blimp": "blimp"}
         shown = "  ".join(f"{label} {values[name]:.4f}" for name, label in names.items() if name in values)
         if shown:
@@ -283,21 +292,10 @@ class Trainer:
             self.say(f"step {step:>{width}}/{self.last_step}  evaluation: {shown}  ({seconds:.1f} s)")
 
     def _event(self, step: int, **values: Any) -> None:
-        if self.records is not None:
-            self.records.write("event", step, values)
+        self._record("event", step, values)
 
-    def _introduce(self) -> None:
-        train, packed, world_size = self.config.train, self.dataset.packed, distributed.world_size()
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.bert.parameters())
-        device = self.engine.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        attention = self.engine.attention_backend(packed.seq_length)
-        facts = {"world_size": world_size, "device": name, "parameters": parameters, "versions": VERSIONS}
-        facts |= {"attention": attention, "compiled": train.compiles(device.type)}
-        self._event(self.parts.start_step, event="start", **facts)
-        self.say(
-            f"megatron_sas {__version__}: {parameters:,} parameters, {packed.num_sequences:,} sequences of "
-            f"{packed.seq_length}, {world_size} × {name}, ZeRO-{train.zero_stage}, {train.precision}, attention by "
-            f"{attention}{', compiled' if train.compiles(device.type) else ''}, "
-            f"batch {train.global_batch_size} = {world_size} × {train.micro_batch_size} × {self.dataset.accumulation}"
-        )
+    def _record(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if self.records is not None:
+            self.records.write(kind, step, values)
+        if self.watch is not None:
+            self.watch.observe(kind, step, values)

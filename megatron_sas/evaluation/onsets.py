@@ -68,7 +68,7 @@ def break_point(steps: Sequence[float], values: Sequence[float], delta: float, s
     grid = np.unique(np.concatenate([s, s - delta, s + delta]))
     grid = grid[(grid >= s[0] + delta) & (grid <= s[-1] - delta)]
     bend = np.interp(grid + delta, s, f) - 2 * np.interp(grid, s, f) + np.interp(grid - delta, s, f)
-    noise = _noise(s, f)
+    noise = noise_level(s, f)
     strength = bend.max()
     tolerance = 1e-9 * np.abs(f).max()
     if strength <= tolerance:
@@ -163,7 +163,7 @@ def _clean(steps: Sequence[float], values: Sequence[float], sign: int) -> tuple[
     return s, sign * f[finite][::-1][last]
 
 
-def _noise(s: np.ndarray, f: np.ndarray) -> float:
+def noise_level(s: np.ndarray, f: np.ndarray) -> float:
     """Robust standard deviation of one value: median distance from the line between its neighbours, scaled."""
     weight = (s[1:-1] - s[:-2]) / (s[2:] - s[:-2])
     residual = f[1:-1] - (1 - weight) * f[:-2] - weight * f[2:]
