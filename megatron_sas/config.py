@@ -278,6 +278,9 @@ class EvaluationSection(When):
     blimp_pairs_per_set: int | None = Field(None, description="use the first so many pairs of each set", ge=1)
     blimp_metric: Literal["pll", "within_word_l2r"] = Field("pll", description="how a sentence is scored")
     validation_sequences: int = Field(256, description="sequences of data.validation for the MLM loss", ge=1)
+    complexity_sequences: int | None = Field(
+        None, description="sequences of data.validation for TwoNN intrinsic dimension; none: not measured", ge=10
+    )
     batch_tokens: int = Field(16_384, description="tokens per evaluation forward", ge=1)
     max_time_share: float = Field(0.25, description="evaluations are thinned out beyond this share of time", gt=0, lt=1)
 
@@ -303,10 +306,13 @@ class Config(Section):
     logging: LoggingSection = LoggingSection()
 
     def faults(self) -> list[str]:
-        """A snapshot is a Hugging Face model, which only post-LN models can be."""
+        """A snapshot is a Hugging Face model, which only post-LN models can be; complexity is that on held-out text."""
+        faults = []
         if self.snapshots.due(0, 0) and self.model.norm_placement != "post":
-            return ["snapshots: a model with norm_placement pre has no Hugging Face form; remove the section"]
-        return []
+            faults.append("snapshots: a model with norm_placement pre has no Hugging Face form; remove the section")
+        if self.evaluation.complexity_sequences is not None and self.data.validation is None:
+            faults.append("evaluation: complexity_sequences are taken from data.validation, which is not given")
+        return faults
 
     def bert_config(self, vocab_size: int, pad_token_id: int) -> BertConfig:
         """The architecture, for a vocabulary."""
