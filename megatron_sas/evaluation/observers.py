@@ -105,9 +105,16 @@ class SasObserver:
         """See `MapObserver`."""
         if not batch.counts:
             return
-        self.add(self._best.sum(dim=1, dtype=torch.float64), self._total / self._num_heads, self._best.shape[1])
+        self._add(self._best.sum(dim=1, dtype=torch.float64), self._total / self._num_heads, self._best.shape[1])
 
-    def add(self, best: Tensor, mean: Tensor, edges: int) -> None:
+    def add_output(self, heads: Tensor, to_head: Sequence[Tensor], to_dependent: Sequence[Tensor]) -> None:
+        """Add a batch from what the model returns for `heads` (B, S), (B, H, S) per layer, 0 without an edge."""
+        along = torch.stack([torch.cat(tuple(to_head), dim=1), torch.cat(tuple(to_dependent), dim=1)])  # (2, B, L·H, S)
+        best = along.amax(dim=2).sum(dim=(1, 2), dtype=torch.float64)
+        mean = along.sum(dim=(1, 2, 3), dtype=torch.float64) / along.shape[2]
+        self._add(best, mean, int((heads >= 0).sum()))
+
+    def _add(self, best: Tensor, mean: Tensor, edges: int) -> None:
         """Add a batch: sums over its edges of the maxima and of the means, float64 (2,) each, to head first."""
         sums = torch.cat([best, mean])
         self._sums = sums if self._sums is None else self._sums + sums

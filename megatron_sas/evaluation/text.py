@@ -38,6 +38,23 @@ class TextBatch:
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
+def open_packed_text(prefix: str, tokenizer_hash: str, max_length: int) -> PackedData:
+    """Packed data for models with this tokenizer and maximum length.
+
+    Raises:
+        InputError: it is broken or does not fit such models.
+    """
+    packed = PackedData(prefix)
+    if packed.tokenizer.hash != tokenizer_hash:
+        raise InputError(f"{prefix}.json: its tokenizer is not that of the model; pack the text with the model's")
+    if packed.seq_length > max_length:
+        raise InputError(
+            f"{prefix}.json: sequences of {packed.seq_length} tokens, but the model takes at most {max_length}; "
+            f"pack the text with --seq-length {max_length}"
+        )
+    return packed
+
+
 def packed_text(packed: PackedData, *, num_sequences: int, batch_tokens: int) -> Iterator[TextBatch]:
     """This rank's share of the first `num_sequences` sequences; every rank yields `packed_forwards` batches."""
     for batch in validation_batches(

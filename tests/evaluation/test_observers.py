@@ -115,3 +115,14 @@ def test_without_edges_there_is_no_sas(adapter, tokenizer, task):
     sas.observe(Batch, 0, torch.full((2, 3, 5, 5), 0.2))
     sas.end_batch(Batch)
     assert sas.result() is None
+
+
+def test_sas_of_maps_and_of_the_models_output_agree(model_directory, task):
+    model, _ = load_model(model_directory)
+    maps, output = SasObserver(), SasObserver()
+    observe_treebank(model, task, deal(task.batches(500)), [maps])
+    for ids, heads in zip((s.ids for s in task.sentences), task.heads, strict=True):
+        with torch.no_grad():
+            result = model(torch.from_numpy(ids)[None], heads=torch.from_numpy(heads)[None])
+        output.add_output(torch.from_numpy(heads)[None], result.to_head, result.to_dependent)
+    assert output.result() == pytest.approx(maps.result(), rel=1e-5)
