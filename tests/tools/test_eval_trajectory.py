@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -244,10 +244,6 @@ def command(folder, source, output, *options):
     return [sys.executable, *map(str, [ROOT / "tools" / "eval_trajectory.py", source, *arguments])]
 
 
-def run(arguments):
-    return subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True)
-
-
 ENVIRONMENT = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
 
 
@@ -270,16 +266,35 @@ def test_killed_with_two_workers_it_leaves_whole_points_and_continues(folder, me
     assert all(is_whole(output, int(path.name[5:])) for path in output.glob("points/step_*"))
     assert not (output / "summary.csv").exists()
 
-    second = run(command(folder, folder / "run", output, "--workers", 2, "--steps", 0, "3-5", 6))
-    assert (second.returncode, second.stderr) == (0, "")
-    assert second.stdout == f"{output}: 4 models measured, 0 skipped\n"
-    assert {0, 3, 4, 6} <= {point["step"] for point in read_points(output)}
-    measure(folder / "run", inputs, output)
+    measure(folder / "run", inputs, output, workers=2)
     assert without_clock(output) == without_clock(measured)
 
 
-def test_wrong_input_is_refused_in_one_line(folder):
-    refused = run(command(folder, folder / "run", folder / "none", "--steps", "7-9"))
-    assert refused.returncode == 2
-    assert refused.stderr == f"error: --steps: none of the models in {folder / 'run'} has such a step\n"
-    assert not (folder / "none").exists()
+def call_tool(monkeypatch, arguments):
+    """`main` of the command in this process."""
+    monkeypatch.setattr(sys, "argv", arguments[1:])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    runpy.run_path(arguments[1])["main"]()
+
+
+def test_the_command_measures_the_chosen_steps(folder, measured, monkeypatch, capsys):
+    output = folder / "chosen"
+    call_tool(monkeypatch, command(folder, folder / "run", output, "--steps", 0, "3-5"))
+    assert capsys.readouterr().out == f"{output}: 3 models measured, 0 skipped\n"
+    points = {name: content for name, content in without_clock(output).items() if name.startswith("points")}
+    assert sorted({name.split("/")[1] for name in points}) == [f"step_{step:08d}" for step in (0, 3, 4)]
+    assert points.items() <= without_clock(measured).items()
+
+
+def test_wrong_input_is_refused_and_leaves_nothing(folder, monkeypatch):
+    output = folder / "none"
+    for source, options, message in [
+        (folder / "run", ["--steps", "7-9"], "--steps: none of the models"),
+        (folder / "blimp", [], "blimp: no models in it"),
+        (folder / "run", ["--workers", 0], "--workers: 0 is below 1"),
+        (folder / "run", ["--text", folder / "absent"], "absent.json: no such file"),
+        (folder / "run", ["--treebank", folder / "absent.conllu"], "absent.conllu: no such file"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            call_tool(monkeypatch, command(folder, source, output, *options))
+        assert not output.exists()
