@@ -50,7 +50,7 @@ def measure_models(
 
     Raises:
         InputError: an input is wrong, a model cannot be read (unless these are skipped), `output` is something else or
-            was measured on other inputs.
+            was measured on other inputs, or memory does not suffice.
     """
     choose_device(device)
     bad: set[int] = set()
@@ -104,10 +104,10 @@ def _make_task(inputs: Inputs, reference: Path) -> TrajectoryTask:
 def _measure(task: TrajectoryTask, step: int, path: Path, output: Path, device: str | None) -> str | None:
     """Measure one model and write its point; returns what is wrong with the model, if anything."""
     try:
-        model = task.load(path, choose_device(device))
-    except (InputError, OSError) as error:
-        return _line(error)
-    try:
+        try:
+            model = task.load(path, choose_device(device))
+        except (InputError, OSError) as error:  # not around `measure`: damaged inputs are no fault of the model
+            return _line(error)
         values, items = task.measure(model)
     except torch.OutOfMemoryError:
         raise InputError(
