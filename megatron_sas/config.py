@@ -328,6 +328,9 @@ class EvaluationSection(When):
     blimp_pairs_per_set: int | None = Field(None, description="use the first so many pairs of each set", ge=1)
     blimp_metric: Literal["pll", "within_word_l2r"] = Field("pll", description="how a sentence is scored")
     validation_sequences: int = Field(256, description="sequences of data.validation for the MLM loss", ge=1)
+    complexity_sequences: int | None = Field(
+        None, description="sequences of data.validation for TwoNN intrinsic dimension; none: not measured", ge=10
+    )
     batch_tokens: int = Field(16_384, description="tokens per evaluation forward", ge=1)
     max_time_share: float = Field(0.25, description="evaluations are thinned out beyond this share of time", gt=0, lt=1)
 
@@ -354,7 +357,7 @@ class Config(Section):
     logging: LoggingSection = LoggingSection()
 
     def faults(self) -> list[str]:
-        """A snapshot is a Hugging Face model, which only post-LN models can be; UAS is watched where it is measured."""
+        """A snapshot is a Hugging Face model, which only post-LN models can be; what is measured needs its data."""
         faults, evaluation, watch = [], self.evaluation, self.watch
         for name, wanted in (("snapshots", self.snapshots.due(0, 0)), ("watch", bool(watch.metrics))):
             if wanted and self.model.norm_placement != "post":
@@ -362,6 +365,8 @@ class Config(Section):
         often = evaluation.treebank is not None and (evaluation.every or watch.delta or 0) <= (watch.delta or 0)
         if "uas" in watch.metrics and (not often or evaluation.every is None):
             faults.append("watch.metrics: uas needs evaluation.treebank, and evaluation.every of at most watch.delta")
+        if evaluation.complexity_sequences is not None and self.data.validation is None:
+            faults.append("evaluation: complexity_sequences are taken from data.validation, which is not given")
         return faults
 
     def bert_config(self, vocab_size: int, pad_token_id: int) -> BertConfig:

@@ -4,18 +4,17 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_sas.cli import progress, run_main
-from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
+from megatron_sas.evaluation.blimp import BlimpTask, load_blimp, sha256_folder
 from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, precision
 from megatron_sas.evaluation.pll import METRICS
 from megatron_sas.evaluation.provenance import provenance
-from megatron_sas.files import sha256_file, write_json_atomic
+from megatron_sas.files import write_json_atomic
 from megatron_sas.model import load_model
 
 DESCRIPTION = """\
@@ -43,12 +42,6 @@ def main() -> None:
     }
     write_json_atomic(arguments.output, record)
     print(f"wrote {arguments.output}")
-
-
-def sha256_folder(directory: Path) -> str:
-    """One hash over names and contents of the .jsonl files."""
-    lines = "".join(f"{sha256_file(path)}  {path.name}\n" for path in sorted(directory.glob("*.jsonl")))
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def table(result: dict) -> list[str]:

@@ -6,15 +6,13 @@ be seen in the output.
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from megatron_sas.data.alignment import Parse, align
 from megatron_sas.data.parses import RelationNames, make_parser
 from megatron_sas.data.sources import Unit
 from megatron_sas.data.tokenizer import plain_text_tokenizer
+from megatron_sas.processes import end_with_parent
 
 # A quarter second of parsing: worth a message between processes. Larger chunks are slower, since the memory of each of
 # the parser's matrices is then mapped afresh.
@@ -204,15 +203,9 @@ _worker: Worker | None = None
 def _start_worker(settings: WorkerSettings) -> None:
     """Runs once in every worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the main process stops the workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     global _worker
     _worker = Worker(settings)
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    parent_process().join()
-    os._exit(1)
 
 
 def _run_worker(contents: list[Any]) -> ChunkResult:

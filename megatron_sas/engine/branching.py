@@ -21,11 +21,9 @@ from megatron_sas.files import remove, sha256_file, write_bytes_atomic, write_js
 from megatron_sas.manifest import MANIFEST
 from megatron_sas.metrics.records import FILE_NAME, lines_until
 from megatron_sas.model.pretrained import checkpoints_directory, is_checkpoint, verify_checkpoint
+from megatron_sas.model.trajectory import LINEAGE, LINEAGE_FORMAT, LINEAGE_VERSION, SNAPSHOTS
 from megatron_sas.objective.schedule import sas_weight
 
-LINEAGE = "lineage.json"
-FORMAT = "megatron_sas lineage"
-VERSION = 1
 
 MAY_CHANGE = ("sas", "run", "checkpoint", "snapshots", "evaluation", "logging", "watch")
 """Sections that a branch may change; `run.seed` is excepted."""
@@ -82,8 +80,8 @@ def find_branch(config: Config, say: Callable[[str], None]) -> Branch:
     _refuse_another_past(old, config, step, checkpoint)
     run_dir = Path(config.run.output_dir).resolve()
     lineage = {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": LINEAGE_FORMAT,
+        "version": LINEAGE_VERSION,
         "parent_run": _path_between(run_dir, parent),
         "checkpoint": checkpoint.resolve().name,
         "step": step,
@@ -99,7 +97,7 @@ def begin_branch(run_dir: Path, branch: Branch) -> None:
     Whenever this is interrupted, the run still has no checkpoint, and so begins here again.
     """
     remove(run_dir / "tensorboard")
-    for old in (run_dir / "snapshots").glob("step_*"):  # of an attempt that began at an earlier step of the parent
+    for old in (run_dir / SNAPSHOTS).glob("step_*"):  # of an attempt that began at an earlier step of the parent
         if (number := step_of(old)) is not None and number <= branch.step:
             remove(old)
     write_json_atomic(run_dir / LINEAGE, branch.lineage)

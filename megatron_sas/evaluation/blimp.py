@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import torch
 from megatron_sas.cli import InputError
 from megatron_sas.evaluation.batching import AfterBatch
 from megatron_sas.evaluation.pll import PllTask
+from megatron_sas.files import sha256_file
 
 _FIELDS = ("sentence_good", "sentence_bad", "field", "linguistics_term", "UID")
 
@@ -50,6 +52,12 @@ def load_blimp(directory: str | Path) -> list[PairSet]:
     if not sets:
         raise InputError(f"{directory}: no .jsonl files in it; give the folder that holds BLiMP's .jsonl files")
     return list(sets.values())
+
+
+def sha256_folder(directory: Path) -> str:
+    """One hash over names and contents of the .jsonl files that `load_blimp` reads."""
+    lines = "".join(f"{sha256_file(path)}  {path.name}\n" for path in sorted(directory.glob("*.jsonl")))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 class BlimpTask:
@@ -95,9 +103,17 @@ class BlimpTask:
         scores = self.pll.score(model, batch_tokens=batch_tokens, after_batch=after_batch)
         return self.summarize(scores, time.perf_counter() - started)
 
+    def correct_pairs(self, scores: np.ndarray) -> np.ndarray:
+        """Whether the good sentence of each pair scores strictly higher: bool (pairs,), set after set."""
+        return scores[0::2] > scores[1::2]
+
+    def sets_of_pairs(self) -> np.ndarray:
+        """The number in `sets` of each pair's set: int16 (pairs,)."""
+        return np.repeat(np.arange(len(self.sets), dtype=np.int16), [len(s.pairs) for s in self.sets])
+
     def summarize(self, scores: np.ndarray, seconds: float) -> dict:
         """The result of `evaluate` from sentence scores, float64 (2 · pairs,): good, bad, good, bad, …"""
-        good_wins = scores[0::2] > scores[1::2]
+        good_wins = self.correct_pairs(scores)
         sets, first = {}, 0
         for pair_set in self.sets:
             correct, total = int(good_wins[first : first + len(pair_set.pairs)].sum()), len(pair_set.pairs)

@@ -10,6 +10,8 @@ from megatron_sas.config import Config
 from megatron_sas.data.packed import PackedData
 from megatron_sas.evaluation.batching import AfterBatch
 from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
+from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension
+from megatron_sas.evaluation.text import packed_text
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
 from megatron_sas.evaluation.validation import evaluate_validation
@@ -62,6 +64,12 @@ class LiveEvaluation:
                 mask_prob=self.mask_prob,
                 after_batch=after_batch,
             )
+            if self.section.complexity_sequences is not None:
+                total = min(self.section.complexity_sequences, self.validation.num_sequences)
+                batches = packed_text(self.validation, num_sequences=total, batch_tokens=batch_tokens)
+                vectors = cls_vectors(model, batches, total, after_batch=after_batch)
+                dimension = intrinsic_dimension(vectors)
+                values |= {"twonn": dimension["twonn"], "twonn_standard_error": dimension["standard_error"]}
         if self.treebank is not None:
             result = self.treebank.evaluate(model, batch_tokens=batch_tokens, after_batch=after_batch)
             values |= {name: result[name] for name in ("uas", "uas_baseline", "uas_single_head")}

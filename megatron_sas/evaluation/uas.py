@@ -20,6 +20,7 @@ import torch
 from megatron_sas.cli import InputError
 from megatron_sas.distributed import all_reduce_sum_
 from megatron_sas.evaluation.batching import AfterBatch, deal, evaluating
+from megatron_sas.evaluation.observers import MapObserver, share_pass
 from megatron_sas.evaluation.treebank import Sentence, TokenizedSentence, tokenize_words
 
 DIRECTIONS = ("dep->head", "head->dep")
@@ -32,9 +33,11 @@ class TreebankTask:
     """A treebank tokenised for one tokenizer and ready to be evaluated many times.
 
     `sentences` are the `TokenizedSentence`s that fit `max_length` tokens with [CLS] and [SEP], the others are counted
-    in `num_skipped`. Edge e of sentence n: word `edges[n][0, e]` depends on word `edges[n][1, e]` by
-    `relations[edges[n][2, e]]`. `edge_counts` (R,) and `baseline_counts` (R, 6) are int64: edges of each relation, and
-    how many of them each of `OFFSETS` (the head is the word that many places further right) gets right.
+    in `num_skipped`; sentence n is number `numbers[n]` of those given. `heads[n]` int64 (S,) holds all its dependencies
+    from first piece to first piece (-1 = none). Those that count for UAS are `edges[n]`: word `edges[n][0, e]` depends
+    on word `edges[n][1, e]` by `relations[edges[n][2, e]]`. `edge_counts` (R,) and `baseline_counts` (R, 6) are int64:
+    edges of each relation, and how many of them each of `OFFSETS` (the head is the word that many places further right)
+    gets right.
 
     Raises `InputError` when no sentence fits or none has an edge that counts.
     """
@@ -46,7 +49,9 @@ class TreebankTask:
             raise InputError(
                 f"treebank: no sentence fits the model's maximum of {max_length} tokens; use shorter sentences"
             )
+        self.numbers = kept
         self.sentences: list[TokenizedSentence] = [tokenized[index] for index in kept]
+        self.heads = [_heads_of_pieces(sentences[index], tokenized[index]) for index in kept]
         self.num_skipped = len(sentences) - len(kept)
         self.pad_token_id: int = tokenizer.pad_token_id
         counted = [_counted_edges(sentences[index]) for index in kept]
@@ -62,6 +67,7 @@ class TreebankTask:
             .T
             for edges in counted
         ]
+        self.first_edges = np.cumsum([0] + [edges.shape[1] for edges in self.edges])  # number of each sentence's first
         dependents, heads, relations = np.concatenate(self.edges, axis=1)
         self.edge_counts = np.bincount(relations, minlength=len(self.relations))
         # A head lies inside its sentence, so an offset that leaves the sentence can never equal it: it counts as wrong.
@@ -69,6 +75,11 @@ class TreebankTask:
             [np.bincount(relations[heads - dependents == offset], minlength=len(self.relations)) for offset in OFFSETS],
             axis=1,
         )
+
+    def edge_list(self) -> np.ndarray:
+        """Number of the sentence among those given, and relation, of every edge that counts: int32 (E, 2)."""
+        sentences = np.repeat(self.numbers, np.diff(self.first_edges))
+        return np.stack([sentences, np.concatenate(self.edges, axis=1)[2]], axis=1).astype(np.int32)
 
     def batches(self, batch_tokens: int) -> list[np.ndarray]:
         """Indices into `sentences`, longest first, batches of at most `batch_tokens` tokens with padding (or one)."""
@@ -119,15 +130,24 @@ def count_correct(
     after_batch: AfterBatch | None = None,
 ) -> torch.Tensor:
     """Edges that each head gets right in `batches`, int64 (R, 2, L, H) on the model's device."""
-    per_layer: dict[int, torch.Tensor] = {}
+    observer = UasObserver(task)
+    observe_treebank(model, task, batches, [observer], after_batch)
+    return observer.counts()
+
+
+def observe_treebank(
+    model: torch.nn.Module,
+    task: TreebankTask,
+    batches: Sequence[tuple[np.ndarray, bool]],
+    observers: Sequence[MapObserver],
+    after_batch: AfterBatch | None = None,
+) -> None:
+    """Show the attention maps of `batches` to all observers, in one forward pass a batch."""
     with evaluating(model) as device:
         for indices, counts in batches:
-            batch = _Batch(task, indices, counts, device)
-            observe = _observer(batch, len(task.relations), per_layer)
-            model(batch.input_ids, seqlens=batch.seqlens, attention_observer=observe)
+            share_pass(model, TreebankBatch(task, indices, counts, device), observers)
             if after_batch is not None:
                 after_batch()
-    return torch.stack([per_layer[layer] for layer in sorted(per_layer)]).permute(2, 1, 0, 3).contiguous()
 
 
 def word_attention(probs: torch.Tensor, owner: torch.Tensor, num_words: int) -> torch.Tensor:
@@ -149,8 +169,8 @@ def word_attention(probs: torch.Tensor, owner: torch.Tensor, num_words: int) -> 
     return (words / pieces[:, None, :, None])[:, :, :-1, :-1]
 
 
-class _Batch:
-    """Tensors of one batch of sentences on the model's device."""
+class TreebankBatch:
+    """Tensors of one batch of sentences on the model's device. Without `counts` it has no edges."""
 
     def __init__(self, task: TreebankTask, indices: np.ndarray, counts: bool, device: torch.device) -> None:
         sentences = [task.sentences[index] for index in indices]
@@ -159,39 +179,65 @@ class _Batch:
         seq, words = int(lengths.max()), int(num_words.max())
         ids = np.full((len(sentences), seq), task.pad_token_id, np.int64)
         owner = np.full((len(sentences), seq), words, np.int64)
-        for row, sentence in enumerate(sentences):
+        heads = np.full((len(sentences), seq), -1, np.int64)
+        for row, (index, sentence) in enumerate(zip(indices, sentences, strict=True)):
             ids[row, : len(sentence.ids)] = sentence.ids
+            heads[row, : len(sentence.ids)] = task.heads[index]
             owner[row, : len(sentence.ids)] = np.where(sentence.words < 0, words, sentence.words)
         edges = [task.edges[index] + np.array([[row * words], [0], [0]]) for row, index in enumerate(indices)]
         rows, gold, relation = np.concatenate(edges, axis=1)[:, : None if counts else 0]
+        numbers = np.concatenate([np.arange(task.first_edges[i], task.first_edges[i + 1]) for i in indices])
 
         def to_device(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-        self.input_ids = to_device(ids)
+        self.counts = counts
+        self.input_ids, self.heads = to_device(ids), to_device(heads)
         self.seqlens = None if (lengths == seq).all() else to_device(lengths)
         self.owner, self.num_words = to_device(owner), words
         absent = np.arange(words) >= num_words[:, None]
         itself = np.eye(words, dtype=bool)
         self.excluded = to_device(itself | absent[:, None, :] | absent[:, :, None])[:, None]  # (B, 1, W, W)
         self.rows, self.gold, self.relation = to_device(rows), to_device(gold), to_device(relation)  # each (edges,)
+        self.edge_numbers = torch.from_numpy(numbers[: None if counts else 0])  # int64 (edges,) on the CPU
 
 
-def _observer(batch: _Batch, num_relations: int, per_layer: dict[int, torch.Tensor]) -> Any:
-    """An attention observer that adds a batch's correct predictions to `per_layer[layer]`, int64 (2, R, H)."""
+class UasObserver:
+    """Adds up the edges that each head gets right, and with `keep_edges` remembers which these are."""
 
-    def observe(layer: int, probs: torch.Tensor) -> None:
+    def __init__(self, task: TreebankTask, keep_edges: bool = False) -> None:
+        self._task, self._keep_edges = task, keep_edges
+        self._counts: dict[int, torch.Tensor] = {}  # int64 (2, R, H) by layer
+        self._edges: dict[int, torch.Tensor] = {}  # bool (E, 2, H) by layer, on the CPU
+
+    def observe(self, batch: TreebankBatch, layer: int, probs: torch.Tensor) -> None:
+        """See `MapObserver`."""
         num_heads = probs.shape[1]
         words = word_attention(probs, batch.owner, batch.num_words).masked_fill(batch.excluded, -1.0)
-        if layer not in per_layer:
-            per_layer[layer] = torch.zeros(2, num_relations, num_heads, dtype=torch.int64, device=probs.device)
+        if layer not in self._counts:
+            shape = (2, len(self._task.relations), num_heads)
+            self._counts[layer] = torch.zeros(shape, dtype=torch.int64, device=probs.device)
+            if self._keep_edges:
+                self._edges[layer] = torch.zeros(int(self._task.edge_counts.sum()), 2, num_heads, dtype=torch.bool)
         for direction, attention in enumerate((words, words.transpose(-1, -2))):
             predicted = attention.argmax(dim=-1)  # (B, H, W); of equal values torch documents the first
             predicted = predicted.transpose(1, 2).reshape(-1, num_heads)[batch.rows]  # (edges, H)
-            correct = (predicted == batch.gold.unsqueeze(1)).long()
-            per_layer[layer][direction].index_add_(0, batch.relation, correct)
+            correct = predicted == batch.gold.unsqueeze(1)
+            self._counts[layer][direction].index_add_(0, batch.relation, correct.long())
+            if self._keep_edges:
+                self._edges[layer][batch.edge_numbers, direction] = correct.cpu()
 
-    return observe
+    def end_batch(self, batch: TreebankBatch) -> None:
+        """Nothing is left to do after the last layer."""
+
+    def counts(self) -> torch.Tensor:
+        """Right edges by relation, int64 (R, 2, L, H) on the model's device."""
+        layers = [self._counts[layer] for layer in sorted(self._counts)]
+        return torch.stack(layers).permute(2, 1, 0, 3).contiguous()
+
+    def edges(self) -> np.ndarray:
+        """Whether each edge is right, bool (E, 2, L, H) in the order of `TreebankTask.edge_list`."""
+        return torch.stack([self._edges[layer] for layer in sorted(self._edges)], dim=2).numpy()
 
 
 def summarize(task: TreebankTask, correct: np.ndarray) -> dict:
@@ -232,6 +278,16 @@ def _best(correct: np.ndarray) -> tuple[int, dict]:
     layer, head, direction = np.unravel_index(correct.transpose(1, 2, 0).argmax(), correct.transpose(1, 2, 0).shape)
     place = {"layer": int(layer), "head": int(head), "direction": DIRECTIONS[direction]}
     return int(correct[direction, layer, head]), place
+
+
+def _heads_of_pieces(sentence: Sentence, tokenized: TokenizedSentence) -> np.ndarray:
+    """int64 (S,): where the first piece of a word has a head, that word's first piece; elsewhere -1."""
+    first = np.array([np.argmax(tokenized.words == word) for word in range(tokenized.num_words)])
+    heads = np.full(len(tokenized.ids), -1, np.int64)
+    for word, head in enumerate(sentence.heads):
+        if head >= 0:
+            heads[first[word]] = first[head]
+    return heads
 
 
 def _counted_edges(sentence: Sentence) -> list[tuple[int, int, str]]:

@@ -19,6 +19,7 @@ METRICS = {
     "uas_baseline": "UAS of the best fixed offsets",
     "uas_single_head": "UAS of the best single head",
     "blimp": "minimal pairs",
+    "twonn": "intrinsic dimension of the [CLS] vectors (TwoNN)",
     "weight_norm": "norm of the weights",
 }
 

@@ -13,8 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_sas.cli import InputError
 from megatron_sas.config import EvaluationSection, load_config
+from megatron_sas.data.packed import PackedData
 from megatron_sas.engine.setup import build_parts
+from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
 from megatron_sas.evaluation.live import GRACE_SECONDS, evaluation_stride
+from megatron_sas.evaluation.text import packed_text
 from megatron_sas.metrics.records import read_records
 from megatron_sas.model import load_model
 from megatron_sas.model.conversion import to_hf
@@ -86,7 +89,17 @@ def test_evaluations_and_checkpoints_come_when_they_are_due(config, tmp_path):
     when = {"every": 4, "dense_every": 1, "dense_until": 2, "at": [7]}
     overrides = {f"evaluation.{name}": value for name, value in when.items()}
     overrides |= {f"checkpoint.{name}": value for name, value in when.items()}
-    train(config, run, {**overrides, "train.steps": 10, "logging.every": 4, "logging.tensorboard": True})
+    train(
+        config,
+        run,
+        {
+            **overrides,
+            "train.steps": 10,
+            "logging.every": 4,
+            "logging.tensorboard": True,
+            "evaluation.complexity_sequences": 10,
+        },
+    )
     due = [0, 1, 2, 4, 7, 8, 10]
     evaluations = records(run, "evaluation")
     assert sorted(evaluations) == due
@@ -101,7 +114,13 @@ def test_evaluations_and_checkpoints_come_when_they_are_due(config, tmp_path):
     points = board.Scalars("train/mlm_loss")
     assert [point.step for point in points] == list(range(1, 11))
     assert [point.value for point in points] == pytest.approx([line["mlm_loss"] for line in lines])
-    assert [point.step for point in board.Scalars("evaluation/validation_mlm_loss")] == due
+    for name in ("validation_mlm_loss", "twonn", "weight_norm"):
+        assert [point.step for point in board.Scalars(f"evaluation/{name}")] == due
+    live = {line["step"]: line for line in read_records(run / "metrics.jsonl") if line["kind"] == "evaluation"}[8]
+    model, _ = load_model(checkpoint(run, 8))
+    batches = packed_text(PackedData(load_config(config).data.validation), num_sequences=10, batch_tokens=320)
+    assert live["twonn"] == pytest.approx(intrinsic_dimension(cls_vectors(model, batches, 10))["twonn"], rel=1e-3)
+    assert live["weight_norm"] == pytest.approx(weight_norm(model), rel=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Both evaluations in a real process group: equal results, and no rank is left waiting in a forward pass."""
+"""Evaluations in a real process group: equal results, and no rank is left waiting in a forward pass."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from synthetic_data import write_packed
 
+from megatron_sas.data.packed import PackedData
 from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
+from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension
+from megatron_sas.evaluation.text import packed_forwards, packed_text
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
 from megatron_sas.model import load_model
@@ -22,12 +26,15 @@ BATCH_TOKENS = 400
 WORKER = """
 import json, sys
 import torch, torch.distributed as dist
+from megatron_sas.data.packed import PackedData
 from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
+from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension
+from megatron_sas.evaluation.text import packed_text
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
 from megatron_sas.model import load_model
 
-rank, ranks, batch_tokens, store, model_path, treebank, blimp, output = sys.argv[1:]
+rank, ranks, batch_tokens, store, model_path, treebank, blimp, packed, output = sys.argv[1:]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(ranks))
 model, tokenizer = load_model(model_path)
@@ -40,8 +47,10 @@ def count(module, arguments):
 model.register_forward_pre_hook(count)
 syntax = TreebankTask(load_treebank(treebank)[:25], tokenizer, 160).evaluate(model, batch_tokens=int(batch_tokens))
 pairs = BlimpTask(load_blimp(blimp)[:3], tokenizer, pairs_per_set=2).evaluate(model, batch_tokens=int(batch_tokens))
+text = packed_text(PackedData(packed), num_sequences=27, batch_tokens=int(batch_tokens))
+dimension = intrinsic_dimension(cls_vectors(model, text, 27))
 with open(f"{output}-{rank}.json", "w") as file:
-    json.dump({"syntax": syntax, "sets": pairs["sets"], "forwards": len(forwards)}, file)
+    json.dump({"syntax": syntax, "sets": pairs["sets"], "dimension": dimension, "forwards": len(forwards)}, file)
 dist.destroy_process_group()
 """
 
@@ -49,7 +58,8 @@ dist.destroy_process_group()
 @pytest.mark.slow
 def test_two_processes_give_the_results_of_one(data_dir, model_directory, tmp_path):
     treebank, blimp = data_dir / "ud_ewt" / "en_ewt-ud-test.conllu", data_dir / "blimp"
-    arguments = [BATCH_TOKENS, tmp_path / "store", model_directory, treebank, blimp, tmp_path / "result"]
+    packed = write_packed(tmp_path / "packed", sequences=28)
+    arguments = [BATCH_TOKENS, tmp_path / "store", model_directory, treebank, blimp, packed, tmp_path / "result"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     workers = [
         subprocess.Popen([sys.executable, "-c", WORKER, *map(str, [rank, 2, *arguments])], env=environment)
@@ -66,8 +76,13 @@ def test_two_processes_give_the_results_of_one(data_dir, model_directory, tmp_pa
     model, tokenizer = load_model(model_directory)
     syntax = TreebankTask(load_treebank(treebank)[:25], tokenizer, 160)
     pairs = BlimpTask(load_blimp(blimp)[:3], tokenizer, pairs_per_set=2)
-    batches = [len(syntax.batches(BATCH_TOKENS)), len(pairs.pll.batches(BATCH_TOKENS))]
-    assert any(number % 2 for number in batches), "one of the two should leave a rank without a batch"
+    text = list(packed_text(PackedData(packed), num_sequences=27, batch_tokens=BATCH_TOKENS))
+    batches = [len(syntax.batches(BATCH_TOKENS)), len(pairs.pll.batches(BATCH_TOKENS)), len(text)]
+    forwards = packed_forwards(PackedData(packed), num_sequences=27, batch_tokens=BATCH_TOKENS)
+    assert len(text) == forwards and forwards % 2, "the text should leave a rank without a batch"
+    alone = intrinsic_dimension(cls_vectors(model, text, 27))
+    assert alone["num_points"] + alone["duplicates"] == 27 and alone["twonn"] is not None
+    assert results[0]["dimension"] == pytest.approx(alone, rel=1e-4)
     assert results[0]["forwards"] == sum(-(-number // 2) for number in batches)
     assert results[0]["sets"] == pairs.evaluate(model, batch_tokens=BATCH_TOKENS)["sets"]
     ours, alone = (

@@ -1,0 +1,111 @@
+"""How complex a model is: the intrinsic dimension of its [CLS] vectors, and the norm of its weights.
+
+TwoNN (Facco et al. 2017): with r₁ and r₂ a point's distances to its nearest and second nearest neighbour, μ = r₂/r₁
+follows F(μ) = 1 - μ^-d wherever the density is constant up to the second neighbour; d is the slope of -log(1 - F)
+against log μ through the origin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_sas import distributed
+from megatron_sas.evaluation.batching import AfterBatch, evaluating
+from megatron_sas.evaluation.text import TextBatch
+from megatron_sas.model.bert import Bert, BertOutput
+
+DISCARDED = 0.1  # share of the points, those with the largest μ, left out of the fit (Facco et al.)
+MIN_POINTS = 10
+BLOCK_ELEMENTS = 2**24  # distances in memory at once, and as many coordinates: 128 MiB each
+RESAMPLES = 200
+
+
+def intrinsic_dimension(vectors: Tensor) -> dict[str, Any]:
+    """TwoNN of `vectors` (N, C), computed in float64 on their device.
+
+    Keys: `twonn` (None for fewer than `MIN_POINTS` distinct points, points that are not finite, or neighbours that are
+    all equally far), `standard_error` (spread over bootstrap samples of the μ, which takes them for independent),
+    `num_points` (distinct points), `duplicates` (points equal to another one, which are left out) and `discarded`
+    (points left out of the fit).
+    """
+    points = torch.unique(vectors.double(), dim=0)  # sorted, so the order in which vectors came does not matter
+    count = len(points)
+    result = {"num_points": count, "duplicates": len(vectors) - count, "discarded": count - _num_fitted(count)}
+    twonn = error = None
+    if count >= MIN_POINTS and bool(torch.isfinite(points).all()):
+        nearest = two_nearest(points)
+        log_mu = np.sort(torch.log(nearest[:, 1] / nearest[:, 0]).cpu().numpy())
+        if log_mu[_num_fitted(count) - 1] > 0:
+            twonn = _slope(log_mu)
+            draws = np.random.default_rng(0).integers(0, count, (RESAMPLES, count), dtype=np.int32)
+            error = float(np.std([_slope(np.sort(log_mu[draw])) for draw in draws], ddof=1))
+    return {"twonn": twonn, "standard_error": error, **result}
+
+
+def two_nearest(points: Tensor) -> Tensor:
+    """Distances of each of N distinct points (N, C) to the two nearest others, ascending: float64 (N, 2).
+
+    Neighbours are found from |a|² + |b|² - 2ab in blocks of rows, and their distances computed anew from the
+    differences, which do not cancel.
+    """
+    points = points.double()
+    points = points - points.mean(dim=0)
+    norms = points.square().sum(dim=1)
+    rows = max(1, BLOCK_ELEMENTS // max(len(points), 2 * points.shape[1]))
+    result = points.new_empty(len(points), 2)
+    for start in range(0, len(points), rows):
+        block = points[start : start + rows]
+        squared = torch.addmm(norms[None], block, points.T, alpha=-2.0)  # without |a|², the same for a whole row
+        own = torch.arange(len(block), device=points.device)
+        squared[own, start + own] = float("inf")
+        neighbours = squared.topk(2, dim=1, largest=False).indices
+        distances = (points[neighbours] - block[:, None]).norm(dim=2)
+        result[start : start + rows] = distances.sort(dim=1).values
+    return result
+
+
+def weight_norm(model: torch.nn.Module) -> float:
+    """Euclidean norm of all weights: what the trainer records under this name."""
+    return float(sum(parameter.detach().double().square().sum() for parameter in model.parameters()).sqrt())
+
+
+def cls_vectors(
+    model: Bert,
+    batches: Iterable[TextBatch],
+    num_texts: int,
+    *,
+    run: Callable[[Bert, TextBatch], BertOutput] = lambda model, batch: model(batch.input_ids),
+    after_batch: AfterBatch | None = None,
+) -> Tensor:
+    """Last hidden layer at [CLS] of every text: float32 (`num_texts`, C) on the model's device.
+
+    Under a process group `batches` are this rank's, equally many on every rank, and every rank returns all vectors.
+    `run` makes the forward pass; `after_batch` is called after each.
+    """
+    with evaluating(model) as device:
+        result = torch.zeros(num_texts, model.config.hidden_size, dtype=torch.float32, device=device)
+        for batch in batches:
+            batch = batch.to(device)
+            hidden = run(model, batch).hidden
+            if batch.counts:
+                result[batch.numbers] = hidden[:, 0].float()
+            if after_batch is not None:
+                after_batch()
+    return distributed.all_reduce_sum_(result)
+
+
+def _num_fitted(count: int) -> int:
+    return int(count * (1 - DISCARDED))
+
+
+def _slope(log_mu: np.ndarray) -> float:
+    """Least squares through the origin of -log(1 - i/N) against the i-th smallest log μ, without the largest."""
+    count = len(log_mu)
+    x = log_mu[: _num_fitted(count)]
+    y = -np.log1p(-np.arange(1, len(x) + 1) / count)
+    return float(x @ y / (x @ x))

@@ -1,0 +1,115 @@
+"""Held-out text, unmasked, as batches for a forward pass: packed sequences, or a file packed the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_sas import distributed
+from megatron_sas.cli import InputError
+from megatron_sas.data.mlm_dataset import validation_batches
+from megatron_sas.data.packed import PackedData
+from megatron_sas.data.packing import Packer
+from megatron_sas.data.sources import Reading, read_units
+from megatron_sas.data.tokenizer import plain_text_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """B texts of S tokens; all tensors int64. Without `counts` it is for a rank that has no text left."""
+
+    numbers: Tensor  # (B,), which texts these are
+    input_ids: Tensor  # (B, S)
+    heads: Tensor  # (B, S), -1 where no dependency is known
+    counts: bool = True
+    seqlens: None = None  # no padding
+
+    def to(self, device: torch.device) -> TextBatch:
+        """A copy on `device`."""
+        names = ("numbers", "input_ids", "heads")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+
+def open_packed_text(prefix: str, tokenizer_hash: str, max_length: int) -> PackedData:
+    """Packed data for models with this tokenizer and maximum length.
+
+    Raises:
+        InputError: it is broken or does not fit such models.
+    """
+    packed = PackedData(prefix)
+    if packed.tokenizer.hash != tokenizer_hash:
+        raise InputError(f"{prefix}.json: its tokenizer is not that of the model; pack the text with the model's")
+    if packed.seq_length > max_length:
+        raise InputError(
+            f"{prefix}.json: sequences of {packed.seq_length} tokens, but the model takes at most {max_length}; "
+            f"pack the text with --seq-length {max_length}"
+        )
+    return packed
+
+
+def packed_text(packed: PackedData, *, num_sequences: int, batch_tokens: int) -> Iterator[TextBatch]:
+    """This rank's share of the first `num_sequences` sequences; every rank yields `packed_forwards` batches."""
+    for batch in validation_batches(
+        packed,
+        micro_batch_size=max(1, batch_tokens // packed.seq_length),
+        num_sequences=num_sequences,
+        seed=0,
+        mask_prob=0.0,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    ):
+        counts = bool((batch.sample_ids >= 0).any())
+        rows = batch.sample_ids >= 0 if counts else slice(0, 1)
+        yield TextBatch(batch.sample_ids[rows], batch.input_ids[rows], batch.heads[rows], counts)
+
+
+def packed_forwards(packed: PackedData, *, num_sequences: int, batch_tokens: int) -> int:
+    """How many batches `packed_text` yields on every rank."""
+    per_round = max(1, batch_tokens // packed.seq_length) * distributed.world_size()
+    return -(-min(num_sequences, packed.num_sequences) // per_round)
+
+
+def pack_file(
+    path: str, tokenizer: PreTrainedTokenizerBase, *, seq_length: int, num_sequences: int, text_field: str = "text"
+) -> np.ndarray:
+    """The first `num_sequences` sequences that tools/preprocess_data.py would make of a file: int64 (N, `seq_length`).
+
+    Raises:
+        InputError: no such file, broken input, or too little text for one sequence.
+    """
+    rows: list[np.ndarray] = []
+    packer = Packer(
+        seq_length,
+        tokenizer.cls_token_id,
+        tokenizer.sep_token_id,
+        lambda tokens, *_: rows.append(tokens.astype(np.int64)),
+    )
+    encode = plain_text_tokenizer(tokenizer.backend_tokenizer.to_str()).encode
+    for unit in read_units([path], Reading(text_field=text_field)):
+        if unit.starts_document:
+            packer.start_document()
+        if unit.content is not None:
+            text = unit.content if isinstance(unit.content, str) else unit.content.text
+            ids = np.array(encode(text, add_special_tokens=False).ids, np.int32)
+            nothing = np.zeros(len(ids), np.int64)
+            packer.add(ids, nothing, nothing, nothing)
+        if len(rows) >= num_sequences:
+            break
+    if not rows:
+        raise InputError(f"{path}: too little text for one sequence of {seq_length} tokens; give more, or --seq-length")
+    return np.stack(rows[:num_sequences])
+
+
+def plain_text(rows: np.ndarray, batch_tokens: int) -> list[TextBatch]:
+    """Sequences (N, S) of token ids as batches, all on every rank."""
+    ids = torch.from_numpy(rows)
+    numbers = torch.arange(len(ids)).split(max(1, batch_tokens // ids.shape[1]))
+    return [TextBatch(part, ids[part], torch.full_like(ids[part], -1)) for part in numbers]

@@ -1,0 +1,128 @@
+"""Entropy and SAS against an obvious float64 computation from transformers' eager maps, sharing a pass with UAS."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_sas.evaluation.batching import deal
+from megatron_sas.evaluation.observers import EntropyObserver, SasObserver
+from megatron_sas.evaluation.treebank import Sentence, load_treebank
+from megatron_sas.evaluation.uas import TreebankTask, UasObserver, evaluate_uas, observe_treebank
+from megatron_sas.model import load_model
+from megatron_sas.objective.sas import sas_term
+
+
+@pytest.fixture(scope="module")
+def task(data_dir, tokenizer):
+    return TreebankTask(load_treebank(data_dir / "ud_ewt" / "en_ewt-ud-test.conllu")[:60], tokenizer, 40)
+
+
+def naive(hf_model, tokenizer, data_dir):
+    """Entropy (L, H), and per edge the maximum and the mean over heads in both directions, sentence by sentence."""
+    entropies, tokens, maxima, means = 0.0, 0, [], []
+    for sentence in load_treebank(data_dir / "ud_ewt" / "en_ewt-ud-test.conllu")[:60]:
+        pieces, first = ["[CLS]"], []
+        for word in sentence.words:
+            first.append(len(pieces))
+            pieces += tokenizer.tokenize(word) or ["[UNK]"]
+        ids = tokenizer.convert_tokens_to_ids([*pieces, "[SEP]"])
+        if len(ids) > 40:
+            continue
+        with torch.no_grad():
+            maps = torch.stack(hf_model.bert(torch.tensor([ids]), output_attentions=True).attentions)[:, 0].double()
+        entropies = entropies - (maps * maps.clamp(min=1e-300).log()).sum(dim=(2, 3))
+        tokens += len(ids)
+        for word, head in enumerate(sentence.heads):
+            if head >= 0:
+                both = [maps[:, :, first[word], first[head]], maps[:, :, first[head], first[word]]]
+                maxima.append([float(values.max()) for values in both])
+                means.append([float(values.mean()) for values in both])
+    return entropies / tokens, np.mean(maxima, axis=0), np.mean(means, axis=0), len(maxima)
+
+
+def test_one_pass_gives_entropy_sas_and_uas(adapter, hf_model, tokenizer, task, data_dir):
+    entropy, sas, uas = EntropyObserver(), SasObserver(), UasObserver(task, keep_edges=True)
+    batches = deal(task.batches(500))
+    assert sum(task.sentences[i].ids.size for i in batches[0][0]) < 500, "some batch should have padding"
+    observe_treebank(adapter, task, batches, [entropy, sas, uas])
+    assert adapter.forwards == len(batches)
+
+    entropies, maxima, means, edges = naive(hf_model, tokenizer, data_dir)
+    result = entropy.result()
+    assert np.allclose(result["per_head"], entropies, rtol=1e-5)
+    assert result["mean"] == pytest.approx(float(entropies.mean()), rel=1e-5)
+    along = sas.result()
+    assert along["num_edges"] == edges > task.edge_counts.sum()  # punctuation has edges too
+    assert [along["to_head"], along["to_dependent"]] == pytest.approx(maxima, rel=1e-5)
+    assert [along["uniform_to_head"], along["uniform_to_dependent"]] == pytest.approx(means, rel=1e-5)
+
+    expected = evaluate_uas(adapter, task, batch_tokens=500)["counts"]["correct"]
+    assert uas.counts().tolist() == expected
+    bits, listed = uas.edges(), task.edge_list()
+    assert bits.shape == (len(listed), 2, *np.shape(expected)[2:])
+    for number in range(len(task.relations)):
+        assert bits[listed[:, 1] == number].sum(axis=0).tolist() == expected[number]
+
+
+def test_edges_are_listed_by_sentence_of_the_treebank(tokenizer):
+    sentences = [
+        Sentence(["dog"] * 30, [1] + [0] * 29, ["dep"] * 30),  # too long
+        Sentence(["a", "dog", "barks"], [1, 2, -1], ["det", "nsubj", "root"]),
+        Sentence(["dogs", "bark", "!"], [1, -1, 1], ["nsubj", "root", "punct"]),
+    ]
+    task = TreebankTask(sentences, tokenizer, 20)
+    assert task.relations == ["det", "nsubj"]
+    assert task.edge_list().tolist() == [[1, 0], [1, 1], [2, 1]]
+    assert task.heads[1].tolist() == [-1, 2, -1, 2, -1]
+
+
+def test_sas_is_the_regularizers_own_term(model_directory, task):
+    """Read off whole maps here, off the kernel's edge probabilities there."""
+    model, _ = load_model(model_directory)
+    sas = SasObserver()
+    observe_treebank(model, task, deal(task.batches(500)), [sas])
+    result, totals = sas.result(), {}
+    for direction in ("to_head", "to_dependent"):
+        for mode in ("max", "uniform"):
+            total = 0.0
+            for ids, heads in zip((s.ids for s in task.sentences), task.heads, strict=True):
+                with torch.no_grad():
+                    output = model(torch.from_numpy(ids)[None], heads=torch.from_numpy(heads)[None])
+                term = sas_term(output.to_head, output.to_dependent, mode=mode, directions=direction)
+                total += float(term) / (1 if mode == "max" else 8)  # layers × heads
+            totals[direction if mode == "max" else f"uniform_{direction}"] = total / result["num_edges"]
+    assert {name: result[name] for name in totals} == pytest.approx(totals, rel=1e-5)
+
+
+def test_a_rank_without_sentences_adds_nothing(adapter, task):
+    batches = task.batches(500)
+    results = []
+    for dealt in (deal(batches), [*deal(batches), (batches[0], False)]):
+        observers = [EntropyObserver(), SasObserver(), UasObserver(task)]
+        observe_treebank(adapter, task, dealt, observers)
+        results.append((observers[0].result(), observers[1].result(), observers[2].counts().tolist()))
+    assert results[0] == results[1]
+
+
+def test_without_edges_there_is_no_sas(adapter, tokenizer, task):
+    class Batch:
+        seqlens, counts = None, True
+        heads = torch.full((2, 5), -1)
+
+    sas = SasObserver()
+    sas.observe(Batch, 0, torch.full((2, 3, 5, 5), 0.2))
+    sas.end_batch(Batch)
+    assert sas.result() is None
+
+
+def test_sas_of_maps_and_of_the_models_output_agree(model_directory, task):
+    model, _ = load_model(model_directory)
+    maps, output = SasObserver(), SasObserver()
+    observe_treebank(model, task, deal(task.batches(500)), [maps])
+    for ids, heads in zip((s.ids for s in task.sentences), task.heads, strict=True):
+        with torch.no_grad():
+            result = model(torch.from_numpy(ids)[None], heads=torch.from_numpy(heads)[None])
+        output.add_output(torch.from_numpy(heads)[None], result.to_head, result.to_dependent)
+    assert output.result() == pytest.approx(maps.result(), rel=1e-5)

@@ -1,0 +1,309 @@
+"""tools/eval_trajectory.py: on a run and on a folder of models, restarted, killed, and with models that are broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from engine_runs import train, write_inputs
+
+from megatron_sas.cli import InputError
+from megatron_sas.data.packed import PackedData
+from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
+from megatron_sas.evaluation.complexity import weight_norm
+from megatron_sas.evaluation.measuring import measure_models
+from megatron_sas.evaluation.points import is_whole, point_directory, read_items, read_point, read_points, read_settings
+from megatron_sas.evaluation.summary import heads_over_time
+from megatron_sas.evaluation.trajectory import Inputs
+from megatron_sas.evaluation.treebank import load_treebank
+from megatron_sas.evaluation.uas import TreebankTask
+from megatron_sas.metrics.records import read_records
+from megatron_sas.model import load_model
+from megatron_sas.model.trajectory import list_models
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = [0, 2, 3, 4, 6]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """The last bits of a sum depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run of 6 updates with its data, a treebank and minimal pairs over its vocabulary."""
+    path = tmp_path_factory.mktemp("trajectory")
+    train(write_inputs(path), path / "run", {"snapshots.every": 2, "snapshots.dtype": "fp32"})
+    rng = np.random.default_rng(0)
+    sentences = []
+    for _ in range(40):
+        size = int(rng.integers(3, 9))
+        heads = [0] + [int(rng.integers(1, word)) for word in range(2, size + 1)]
+        relations = ["root"] + rng.choice(["det", "nsubj", "punct"], size - 1).tolist()
+        words = [f"w{word}" for word in rng.integers(0, 60, size)]
+        sentences.append({"words": words, "heads": heads, "relns": relations})
+    sentences.insert(3, {"words": ["w1"] * 40, "heads": [0] + [1] * 39, "relns": ["det"] * 40})  # too long
+    (path / "treebank.jsonl").write_text("".join(json.dumps(sentence) + "\n" for sentence in sentences))
+    (path / "blimp").mkdir()
+    for name, pairs in (("b_set", 50), ("a_set", 80)):
+        labels = {"UID": name, "field": f"field of {name}", "linguistics_term": "term"}
+        lines = []
+        for _ in range(pairs):
+            good, bad = (" ".join(f"w{word}" for word in rng.integers(0, 60, 4)) for _ in range(2))
+            lines.append(json.dumps({**labels, "sentence_good": good, "sentence_bad": bad}) + "\n")
+        (path / "blimp" / f"{name}.jsonl").write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def inputs(folder):
+    return Inputs(folder / "treebank.jsonl", blimp=folder / "blimp", text=str(folder / "data1"), batch_tokens=200)
+
+
+def measure(source, inputs, output, **options):
+    """`measure_models` on this machine's CPU."""
+    return measure_models(source, list_models(source), inputs, output, device="cpu", **options)
+
+
+@pytest.fixture(scope="module")
+def measured(folder, inputs):
+    """The run measured as a whole."""
+    assert measure(folder / "run", inputs, folder / "measured") == 0
+    return folder / "measured"
+
+
+def without_clock(directory):
+    """Content of every file of a trajectory but for durations."""
+    files = {}
+    for path in sorted(directory.rglob("*")):
+        if path.name == "point.json":
+            point = json.loads(path.read_text())
+            del point["seconds"]
+            for name in ("seconds", "sentences_per_second"):
+                del point["blimp"][name]
+            files[str(path.relative_to(directory))] = json.dumps(point)
+        elif path.is_file():
+            files[str(path.relative_to(directory))] = path.read_bytes()
+    return files
+
+
+def test_points_hold_what_the_single_evaluations_say(folder, measured):
+    points = read_points(measured)
+    assert [point["step"] for point in points] == STEPS
+    live = {
+        line["step"]: line for line in read_records(folder / "run" / "metrics.jsonl") if line["kind"] == "evaluation"
+    }
+    for point, (step, path) in zip(points, list_models(folder / "run"), strict=True):
+        model, tokenizer = load_model(path)
+        task = TreebankTask(load_treebank(folder / "treebank.jsonl"), tokenizer, 32)
+        expected = json.loads(json.dumps(task.evaluate(model, batch_tokens=200)))
+        assert (point["model"], point["uas"]) == (str(path), expected)
+        assert point["uas"]["num_skipped"] == 1
+        blimp = BlimpTask(load_blimp(folder / "blimp"), tokenizer, max_length=32).evaluate(model, batch_tokens=200)
+        assert {name: point["blimp"][name] for name in ("blimp", "fields", "sets")} == {
+            name: blimp[name] for name in ("blimp", "fields", "sets")
+        }
+        assert point["weight_norm"] == weight_norm(model)
+        assert point["intrinsic_dimension"]["num_points"] == 10
+        assert np.shape(point["attention_entropy"]["per_head"]) == (2, 2)
+        if step in live:
+            assert point["mlm_loss"] == pytest.approx(live[step]["validation_mlm_loss"], rel=1e-5)
+            assert point["weight_norm"] == pytest.approx(live[step]["weight_norm"], rel=1e-7)
+
+
+def test_sas_of_the_text_is_that_of_the_regularizer(folder, measured):
+    packed = PackedData(folder / "data1")
+    model, _ = load_model(dict(list_models(folder / "run"))[4])
+    heads = torch.from_numpy(np.asarray(packed.heads[:10]).astype(np.int64))
+    with torch.no_grad():
+        output = model(torch.from_numpy(np.asarray(packed.tokens[:10]).astype(np.int64)), heads=heads)
+    along = torch.cat(output.to_head, dim=1).amax(dim=1)[heads >= 0]
+    point = read_point(measured, 4)["text_sas"]
+    assert point["num_edges"] == len(along) > 0
+    assert point["to_head"] == pytest.approx(float(along.double().mean()), rel=1e-5)
+
+
+def test_items_add_up_to_the_numbers_and_are_alike_in_all_points(measured):
+    first = read_items(measured, 0)
+    for step in STEPS:
+        point, items = read_point(measured, step), read_items(measured, step)
+        relations, edges = point["uas"]["counts"]["relations"], items.uas.edges
+        correct = np.stack([items.uas.correct[edges[:, 1] == r].sum(axis=0) for r in range(len(relations))])
+        assert correct.tolist() == point["uas"]["counts"]["correct"]
+        assert correct.reshape(len(relations), -1).max(axis=1).sum() / len(edges) == point["uas"]["uas"]
+        accuracy = {name: items.blimp.correct[items.blimp.sets == n].mean() for n, name in enumerate(items.blimp.names)}
+        assert accuracy == {name: row["accuracy"] for name, row in point["blimp"]["sets"].items()}
+        assert np.mean(list(accuracy.values())) == pytest.approx(point["blimp"]["blimp"], rel=1e-12)
+        assert np.array_equal(edges, first.uas.edges)
+        assert np.array_equal(items.blimp.sets, first.blimp.sets)
+    assert 3 not in first.uas.edges[:, 0]  # the sentence that is too long
+    assert first.uas.edges[:, 0].max() == 40
+
+
+def test_a_second_call_measures_what_is_missing_or_damaged_to_the_same_bytes(folder, inputs, measured, tmp_path):
+    again = folder / "again"  # beside `measured`: the settings hold the way to the run
+    shutil.copytree(measured, again)
+    shutil.rmtree(point_directory(again, 2))
+    (point_directory(again, 4) / "items.npz").write_bytes(b"PK")
+    (again / "summary.csv").unlink()
+    kept = (point_directory(again, 3) / "point.json").stat()
+    calls = []
+    measure(folder / "run", inputs, again, after_model=lambda: calls.append(1))
+    assert len(calls) == len(STEPS)
+    found = (point_directory(again, 3) / "point.json").stat()
+    assert (found.st_ino, found.st_mtime_ns) == (kept.st_ino, kept.st_mtime_ns)
+    assert without_clock(again) == without_clock(measured)
+    with pytest.raises(InputError, match=r"settings.json: was measured with another treebank .* another --output"):
+        measure(folder / "run", replace(inputs, treebank_sentences=9), again)
+
+
+def test_summary_and_heads_are_written_from_all_points(measured):
+    lines = [line.split(",") for line in (measured / "summary.csv").read_text().splitlines()]
+    points = {point["step"]: point for point in read_points(measured)}
+    assert [int(line[0]) for line in lines[1:]] == STEPS
+    row = dict(zip(lines[0], lines[-1], strict=True))
+    assert float(row["uas"]) == points[6]["uas"]["uas"]
+    assert float(row["sas_to_dependent"]) == points[6]["sas"]["to_dependent"]
+    assert float(row["blimp_field of a_set"]) == points[6]["blimp"]["fields"]["field of a_set"]
+    heads = json.loads((measured / "heads.json").read_text())
+    assert heads["steps"] == STEPS
+    for name, relation in heads["relations"].items():
+        last = points[6]["uas"]["relations"][name]
+        assert relation["accuracy"][-1] == last["accuracy"]
+        assert [b[3] for b in relation["best"]] == [points[s]["uas"]["relations"][name]["accuracy"] for s in STEPS]
+
+
+def test_a_head_serves_its_relation_since_it_stays_above_the_baseline():
+    hits = {0: [[3, 1], [1, 0]], 10: [[1, 7], [1, 0]], 20: [[9, 3], [2, 0]], 30: [[2, 8], [1, 0]], 40: [[2, 9], [2, 0]]}
+    points = []
+    for step, (first, second) in hits.items():  # relation obj: heads 0 and 1 of one layer; relation det never above
+        correct = [[[second], [[0, 0]]], [[first], [[0, 0]]]]
+        rows = {
+            name: {"count": 10, "baseline": 0.5, "baseline_offset": -1, "layer": 0, "direction": "dep->head"}
+            | {"head": int(np.argmax(values)), "accuracy": max(values) / 10}
+            for name, values in (("obj", first), ("det", second))
+        }
+        counts = {"relations": ["det", "obj"], "directions": ["dep->head", "head->dep"], "correct": correct}
+        points.append({"step": step, "uas": {"relations": rows, "counts": counts}})
+    relations = heads_over_time(points)["relations"]
+    assert list(relations) == ["obj", "det"]
+    assert (relations["obj"]["head"], relations["obj"]["since"]) == (1, 30)  # above at 10, but not at 20
+    assert relations["obj"]["accuracy"] == [0.1, 0.7, 0.3, 0.8, 0.9]
+    assert [entry[1] for entry in relations["obj"]["best"]] == [0, 1, 0, 1, 1]
+    assert relations["det"]["since"] is None
+
+
+@pytest.fixture
+def models(folder, tmp_path):
+    """A folder of Hugging Face models, one of them broken."""
+    path = tmp_path / "models"
+    path.mkdir()
+    for name, step in (("seed_3-step_0k", 0), ("seed_3-step_1k", 4), ("seed_3-step_20k", 6)):
+        shutil.copytree(folder / "run" / "snapshots" / f"step_{step:08d}", path / name)
+    weights = path / "seed_3-step_1k" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    return path
+
+
+def test_a_model_that_cannot_be_read_is_refused_or_skipped(models, inputs, tmp_path):
+    output, lines = tmp_path / "out", []
+    with pytest.raises(InputError, match=r"seed_3-step_1k/model.safetensors: is damaged .*--on-error skip"):
+        measure(models, inputs, output)
+    assert [is_whole(output, step) for step in (0, 1000, 20_000)] == [True, False, False]
+    assert measure(models, inputs, output, on_error="skip", report=lines.append) == 1
+    assert len(lines) == 1
+    assert lines[0].startswith("skipped step 1000: ")
+    assert [point["step"] for point in read_points(output)] == [0, 20_000]
+    assert not point_directory(output, 1000).exists()
+    assert read_settings(output)["source"] == "../models"
+
+
+def test_a_broken_first_model_or_another_architecture_is_skipped_too(models, inputs, folder, tmp_path):
+    shutil.move(models / "seed_3-step_1k", models / "seed_3-step_0")
+    shutil.rmtree(models / "seed_3-step_0k")
+    config = json.loads((models / "seed_3-step_20k" / "config.json").read_text())
+    other = models / "seed_3-step_30k"
+    shutil.copytree(models / "seed_3-step_20k", other)
+    (other / "config.json").write_text(json.dumps({**config, "num_attention_heads": 4}))
+    lines = []
+    assert measure(models, inputs, tmp_path / "out", on_error="skip", report=lines.append) == 2
+    assert [line.partition(":")[0] for line in lines] == ["skipped step 0", "skipped step 30000"]
+    assert "differs from the other models in num_heads" in lines[1]
+    assert [point["step"] for point in read_points(tmp_path / "out")] == [20_000]
+
+
+def command(folder, source, output, *options):
+    arguments = ["--treebank", folder / "treebank.jsonl", "--blimp", folder / "blimp", "--text", folder / "data1"]
+    arguments += ["--output", output, "--batch-tokens", 200, "--device", "cpu", *options]
+    return [sys.executable, *map(str, [ROOT / "tools" / "eval_trajectory.py", source, *arguments])]
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_killed_with_two_workers_it_leaves_whole_points_and_continues(folder, measured, inputs):
+    output = folder / "killed"
+    first = psutil.Popen(command(folder, folder / "run", output, "--workers", 2), env=ENVIRONMENT)
+    try:
+        deadline, workers = time.monotonic() + 90, []
+        while not list(output.glob("points/step_*")):
+            assert time.monotonic() < deadline and first.poll() is None
+            if len(workers) < 3:  # two workers and the tracker of their resources
+                workers = first.children()
+            time.sleep(0.002)
+    finally:
+        first.kill()
+        first.wait()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert len(workers) == 3 and not alive, "a worker outlives its parent"
+    assert all(is_whole(output, int(path.name[5:])) for path in output.glob("points/step_*"))
+    assert not (output / "summary.csv").exists()
+
+    measure(folder / "run", inputs, output, workers=2)
+    assert without_clock(output) == without_clock(measured)
+
+
+def call_tool(monkeypatch, arguments):
+    """`main` of the command in this process."""
+    monkeypatch.setattr(sys, "argv", arguments[1:])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    runpy.run_path(arguments[1])["main"]()
+
+
+def test_the_command_measures_the_chosen_steps(folder, measured, monkeypatch, capsys):
+    output = folder / "chosen"
+    call_tool(monkeypatch, command(folder, folder / "run", output, "--steps", 0, "3-5"))
+    assert capsys.readouterr().out == f"{output}: 3 models measured, 0 skipped\n"
+    points = {name: content for name, content in without_clock(output).items() if name.startswith("points")}
+    assert sorted({name.split("/")[1] for name in points}) == [f"step_{step:08d}" for step in (0, 3, 4)]
+    assert points.items() <= without_clock(measured).items()
+
+
+def test_wrong_input_is_refused_and_leaves_nothing(folder, monkeypatch):
+    output = folder / "none"
+    for source, options, message in [
+        (folder / "run", ["--steps", "7-9"], "--steps: none of the models"),
+        (folder / "blimp", [], "blimp: no models in it"),
+        (folder / "run", ["--workers", 0], "--workers: 0 is below 1"),
+        (folder / "run", ["--text", folder / "absent"], "absent.json: no such file"),
+        (folder / "run", ["--treebank", folder / "absent.conllu"], "absent.conllu: no such file"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            call_tool(monkeypatch, command(folder, source, output, *options))
+        assert not output.exists()

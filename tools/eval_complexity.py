@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""How complex a model is: TwoNN intrinsic dimension of its [CLS] vectors on held-out text, and its weight norm."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_sas.cli import InputError, progress, run_main
+from megatron_sas.data.tokenizer import tokenizer_hash
+from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, precision
+from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
+from megatron_sas.evaluation.provenance import provenance
+from megatron_sas.evaluation.text import open_packed_text, pack_file, packed_forwards, packed_text, plain_text
+from megatron_sas.files import sha256_file, write_json_atomic
+from megatron_sas.model import load_model
+
+DESCRIPTION = """\
+Read the vector of [CLS] in the last hidden layer of many sequences of text (nothing is masked) and estimate on how many
+dimensions these vectors lie, by TwoNN (Facco et al. 2017): the ratio of the distances to the second and to the first
+neighbour, fitted without its largest 10 %. Equal vectors count once. The standard error is that of drawing the points;
+the estimate also depends on how many there are and how long they are, so compare models on the same text only.
+
+--text is a file as for tools/preprocess_data.py (.txt, .jsonl, .conllu, also compressed), which is packed as there into
+sequences of --seq-length, or the prefix of packed data. Beside it stands the Euclidean norm of all weights."""
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    device = check_arguments(arguments)
+    if arguments.num_texts < 10:
+        raise InputError(f"--num-texts: {arguments.num_texts} is below 10; the estimate needs some hundred")
+    model, tokenizer = load_model(arguments.model, device)
+    longest = model.config.max_position_embeddings
+    if Path(f"{arguments.text}.json").is_file():
+        if arguments.seq_length is not None:
+            raise InputError("--seq-length: packed data has its own sequence length; leave it out")
+        packed = open_packed_text(arguments.text, tokenizer_hash(tokenizer), longest)
+        total, seq_length = min(arguments.num_texts, packed.num_sequences), packed.seq_length
+        sizes = {"num_sequences": total, "batch_tokens": arguments.batch_tokens}
+        batches, forwards = packed_text(packed, **sizes), packed_forwards(packed, **sizes)
+        text = {"prefix": str(Path(arguments.text).resolve()), "fingerprint": packed.fingerprint}
+    else:
+        seq_length = min(128, longest) if arguments.seq_length is None else arguments.seq_length
+        if not 4 <= seq_length <= longest:
+            raise InputError(f"--seq-length: {seq_length} is not between 4 and the model's maximum of {longest}")
+        rows = pack_file(
+            arguments.text,
+            tokenizer,
+            seq_length=seq_length,
+            num_sequences=arguments.num_texts,
+            text_field=arguments.text_field,
+        )
+        total, batches = len(rows), plain_text(rows, arguments.batch_tokens)
+        forwards = len(batches)
+        text = {"path": str(Path(arguments.text).resolve()), "sha256": sha256_file(arguments.text)}
+    with precision(arguments, device), progress(total=forwards, unit="batch", desc="complexity") as bar:
+        vectors = cls_vectors(model, batches, total, after_batch=bar.update)
+    result = intrinsic_dimension(vectors)
+    norm = weight_norm(model)
+    print("\n".join(lines(result, norm, total, seq_length)))
+    record = {
+        **provenance(arguments.model, model, tokenizer),
+        "precision": arguments.precision,
+        "text": {**text, "sequences": total, "seq_length": seq_length},
+        "intrinsic_dimension": result,
+        "weight_norm": norm,
+    }
+    write_json_atomic(arguments.output, record)
+    print(f"wrote {arguments.output}")
+
+
+def lines(result: dict, norm: float, total: int, seq_length: int) -> list[str]:
+    """What is printed."""
+    if result["twonn"] is None:
+        dimension = "none: too few different vectors, or vectors that are not finite"
+    else:
+        dimension = f"{result['twonn']:.3f} ± {result['standard_error']:.3f}"
+    return [
+        f"intrinsic dimension  {dimension}",
+        f"weight norm          {norm:.4f}",
+        f"{total} sequences of {seq_length} tokens: {result['num_points']} different vectors, "
+        f"{result['duplicates']} repeated",
+    ]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = evaluation_parser(DESCRIPTION, batch_tokens=8192)
+    parser.add_argument("--text", required=True, metavar="FILE|PREFIX", help="a text file, or prefix of packed data")
+    parser.add_argument("--num-texts", type=int, default=2000, metavar="N", help="the first N sequences (2000)")
+    parser.add_argument(
+        "--seq-length", type=int, metavar="S", help="tokens a sequence of a text file, with [CLS] and [SEP] (128)"
+    )
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="of JSON lines (text)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""Everything that can be measured offline, on all models of a run or of a folder, one point a model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_sas.cli import InputError, progress, run_main
+from megatron_sas.device import DEVICE_HELP
+from megatron_sas.evaluation.measuring import measure_models
+from megatron_sas.evaluation.pll import METRICS
+from megatron_sas.evaluation.trajectory import Inputs
+from megatron_sas.model.trajectory import list_models
+
+DESCRIPTION = """\
+Measure every snapshot and checkpoint of a run (those of the runs that it branched from, up to the branch, included), or
+every model in a folder of Hugging Face directories, whose step is the last number in the name (seed_0-step_20k).
+
+  --treebank  UAS overall, by relation and by head; attention entropy; SAS by the regularizer's own measure
+  --blimp     minimal pairs by set, term and field
+  --text      packed held-out data: TwoNN intrinsic dimension of the [CLS] vectors, masked-LM loss, SAS on its edges
+  always      the norm of the weights
+
+Each model is one directory points/step_N in the output, written as a whole: started again, the command measures what is
+missing. Every edge and pair that was right is in items.npz there. At the end heads.json says which head serves which
+relation and since when, and summary.csv has a line a model. docs/trajectories.md explains the files."""
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    inputs = check_inputs(arguments)
+    models = list_models(arguments.models)
+    if arguments.steps:
+        models = [(step, path) for step, path in models if any(low <= step <= high for low, high in arguments.steps)]
+        if not models:
+            raise InputError(f"--steps: none of the models in {arguments.models} has such a step")
+    output = arguments.output or arguments.models / "trajectory"
+    with progress(total=len(models), unit="model", desc="trajectory") as bar:
+
+        def report(line: str) -> None:
+            bar.clear()
+            print(line, file=sys.stderr)
+
+        left_out = measure_models(
+            arguments.models,
+            models,
+            inputs,
+            output,
+            workers=arguments.workers,
+            device=arguments.device,
+            on_error=arguments.on_error,
+            report=report,
+            after_model=bar.update,
+        )
+    print(f"{output}: {len(models) - left_out} models measured, {left_out} skipped")
+
+
+def check_inputs(arguments: argparse.Namespace) -> Inputs:
+    """What to measure on; refuses numbers out of range."""
+    if arguments.treebank is None and arguments.blimp is None and arguments.text is None:
+        raise InputError("nothing to measure on; give --treebank, --blimp or --text")
+    least = {"workers": 1, "batch_tokens": 1, "treebank_sentences": 1, "pairs_per_set": 1, "text_sequences": 10}
+    for name, low in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < low:
+            raise InputError(f"--{name.replace('_', '-')}: {value} is below {low}")
+    return Inputs(
+        treebank=arguments.treebank,
+        treebank_sentences=arguments.treebank_sentences,
+        blimp=arguments.blimp,
+        blimp_metric=arguments.metric,
+        pairs_per_set=arguments.pairs_per_set,
+        text=arguments.text,
+        text_sequences=arguments.text_sequences,
+        precision=arguments.precision,
+        batch_tokens=arguments.batch_tokens,
+    )
+
+
+def steps(text: str) -> tuple[int, int]:
+    """`N` or `FIRST-LAST`."""
+    first, dash, last = text.partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a step nor FIRST-LAST")
+    return int(first), int(last or first)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("models", type=Path, metavar="RUN_OR_FOLDER", help="a run, or a folder of model directories")
+    parser.add_argument("--treebank", type=Path, metavar="FILE", help="as for tools/eval_syntax.py")
+    parser.add_argument("--treebank-sentences", type=int, metavar="N", help="only the first N sentences (all)")
+    parser.add_argument("--blimp", type=Path, metavar="DIR", help="as for tools/eval_blimp.py")
+    parser.add_argument("--pairs-per-set", type=int, metavar="N", help="only the first N pairs of each set (all)")
+    parser.add_argument("--metric", choices=METRICS, default=METRICS[0], help="as for tools/eval_blimp.py (pll)")
+    parser.add_argument("--text", metavar="PREFIX", help="packed data, made with the models' tokenizer")
+    parser.add_argument(
+        "--text-sequences", type=int, default=1000, metavar="N", help="only the first N sequences (1000)"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (RUN_OR_FOLDER/trajectory)")
+    parser.add_argument(
+        "--steps", nargs="+", type=steps, metavar="N|FIRST-LAST", help="only models of these steps (all)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="models measured at once, a process each (1)"
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="at a model that cannot be read, or differs from the others: stop, or pass over it with one line (refuse)",
+    )
+    parser.add_argument("--batch-tokens", type=int, default=4096, metavar="N", help="tokens a batch (4096)")
+    parser.add_argument("--device", help=DEVICE_HELP)
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="as for tools/eval_syntax.py (fp32)"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_main(main)
