@@ -34,11 +34,10 @@ from megatron_sas.files import atomic_directory, remove
 from megatron_sas.model.config import BertConfig
 from megatron_sas.model.conversion import write_hf
 from megatron_sas.model.pretrained import checkpoints_directory
+from megatron_sas.model.trajectory import SNAPSHOTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-SNAPSHOTS = "snapshots"
 
 
 class Saver:

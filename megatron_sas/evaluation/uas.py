@@ -149,6 +149,17 @@ def word_attention(probs: torch.Tensor, owner: torch.Tensor, num_words: int) -> 
     return (words / pieces[:, None, :, None])[:, :, :-1, :-1]
 
 
+def predicted_heads(words: torch.Tensor, excluded: torch.Tensor) -> torch.Tensor:
+    """The word that each head takes for the head of each word, int64 (2, B, H, W), by `DIRECTIONS`.
+
+    `words` (B, H, W, W) is what `word_attention` returns; `excluded`, bool and broadcast to it, is true where word w
+    may not be given word v: itself and padding.
+    """
+    words = words.masked_fill(excluded, -1.0)
+    # Of equal values torch documents the first.
+    return torch.stack([attention.argmax(dim=-1) for attention in (words, words.transpose(-1, -2))])
+
+
 class _Batch:
     """Tensors of one batch of sentences on the model's device."""
 
@@ -182,11 +193,10 @@ def _observer(batch: _Batch, num_relations: int, per_layer: dict[int, torch.Tens
 
     def observe(layer: int, probs: torch.Tensor) -> None:
         num_heads = probs.shape[1]
-        words = word_attention(probs, batch.owner, batch.num_words).masked_fill(batch.excluded, -1.0)
+        words = word_attention(probs, batch.owner, batch.num_words)
         if layer not in per_layer:
             per_layer[layer] = torch.zeros(2, num_relations, num_heads, dtype=torch.int64, device=probs.device)
-        for direction, attention in enumerate((words, words.transpose(-1, -2))):
-            predicted = attention.argmax(dim=-1)  # (B, H, W); of equal values torch documents the first
+        for direction, predicted in enumerate(predicted_heads(words, batch.excluded)):  # (B, H, W)
             predicted = predicted.transpose(1, 2).reshape(-1, num_heads)[batch.rows]  # (edges, H)
             correct = (predicted == batch.gold.unsqueeze(1)).long()
             per_layer[layer][direction].index_add_(0, batch.relation, correct)
