@@ -20,7 +20,7 @@ from megatron_sas.evaluation.uas import TreebankTask
 from megatron_sas.files import refuse_existing, write_text_atomic
 from megatron_sas.model import load_model
 from megatron_sas.model.trajectory import list_models
-from megatron_sas.visualization.attention import ModelView, Place, check_size, fitting, view
+from megatron_sas.visualization.attention import ModelView, Place, check_size, choose_sentences, view
 from megatron_sas.visualization.page import find_run, page_data, render
 from megatron_sas.visualization.sentences import load_sentences
 
@@ -41,9 +41,11 @@ examples:
 def main() -> None:
     arguments = parse_arguments()
     refuse_existing(arguments.output, arguments.overwrite)
-    for option in ("max_models", "max_heads", "treebank_sentences", "batch_tokens"):
+    for option in ("limit", "max_models", "max_heads", "treebank_sentences", "batch_tokens"):
         if getattr(arguments, option) < 1:
             raise InputError(f"--{option.replace('_', '-')}: {getattr(arguments, option)} is below 1")
+    if arguments.max_models < 2:
+        raise InputError("--max-models: 1 leaves no course to look at; give one model with --model instead")
     device = choose_device(arguments.device)
     models = list_models(arguments.model)
     total_models = len(models)
@@ -52,11 +54,8 @@ def main() -> None:
         models = [models[index] for index in dict.fromkeys(chosen.tolist())]
         print(f"{len(models)} of {total_models} models (--max-models)")
     run = find_run(arguments.model)
-    sentences, total_sentences = load_sentences(arguments.sentences, arguments.parser, arguments.limit)
-    given = len(sentences)
-    sentences, treebank, views, heads = look(arguments, models, sentences, device)
-    if len(sentences) < given:
-        print(f"{given - len(sentences)} of {given} sentences are too long for the model and left out")
+    given = load_sentences(arguments.sentences, arguments.parser)
+    sentences, treebank, views, heads = look(arguments, models, given, device)
     data = page_data(
         title=arguments.title or f"Attention of {arguments.model.resolve().name}",
         steps=[step for step, _ in models],
@@ -66,7 +65,7 @@ def main() -> None:
         sentences=sentences,
         sources={
             "models": f"{len(models)} of {total_models} models" if len(models) < total_models else "all models",
-            "sentences": f"{arguments.sentences.name}, {len(sentences)} of {total_sentences} sentences",
+            "sentences": f"{arguments.sentences.name}, {len(sentences)} of {len(given)} sentences",
             "trees": f"parsed by {arguments.parser}" if arguments.parser else "trees of the treebank",
         },
         treebank=treebank,
@@ -74,7 +73,10 @@ def main() -> None:
     )
     page = render(data)
     write_text_atomic(arguments.output, page)
-    print(f"UAS {views[0].uas:.3f} at step {models[0][0]}, {views[-1].uas:.3f} at step {models[-1][0]}")
+    ends = list(dict.fromkeys((0, len(models) - 1)))
+    print("UAS " + ", ".join(f"{views[end].uas:.3f} at step {models[end][0]}" for end in ends))
+    if data["missing"]:
+        print(f"no best head for {', '.join(data['missing'])}: {treebank['name']} has no such edges")
     print(f"wrote {arguments.output} ({len(page.encode()) / 2**20:.1f} MiB)")
 
 
@@ -83,11 +85,11 @@ def look(
 ) -> tuple[list[Sentence], dict, list[ModelView], list[Place]]:
     """Run all models, the last one first because its best heads are shown throughout.
 
-    Returns the sentences that fit, the description of the treebank, and what `view` returns.
+    Returns the sentences to show, the description of the treebank, and what `view` returns.
     """
     first, tokenizer = load_model(models[-1][1], device)
     length = first.config.max_position_embeddings
-    sentences, pieces = fitting(sentences, tokenizer, length)
+    sentences, pieces = choose_sentences(sentences, tokenizer, length, arguments.limit)
     own = arguments.treebank is None
     edges = sentences if own else load_treebank(arguments.treebank)[: arguments.treebank_sentences]
     try:
@@ -142,7 +144,7 @@ def parse_arguments() -> argparse.Namespace:
         help="what to show: .conllu, .jsonl or .json with trees, or .txt with --parser",
     )
     parser.add_argument("--parser", metavar="NAME", help="spacy:MODEL or stanza:LANGUAGE, for .txt")
-    parser.add_argument("--limit", type=int, default=12, metavar="N", help="show the first N sentences (12)")
+    parser.add_argument("--limit", type=int, default=12, metavar="N", help="show the first N sentences that fit (12)")
     parser.add_argument(
         "--treebank", type=Path, metavar="FILE", help="choose best heads on this treebank (default: on --sentences)"
     )

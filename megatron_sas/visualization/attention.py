@@ -19,7 +19,14 @@ from megatron_sas.cli import InputError
 from megatron_sas.data.drawing import levels
 from megatron_sas.evaluation.batching import evaluating
 from megatron_sas.evaluation.treebank import Sentence, TokenizedSentence, tokenize_words
-from megatron_sas.evaluation.uas import DIRECTIONS, TreebankTask, evaluate_uas, predicted_heads, word_attention
+from megatron_sas.evaluation.uas import (
+    DIRECTIONS,
+    UNCOUNTED_RELATIONS,
+    TreebankTask,
+    evaluate_uas,
+    predicted_heads,
+    word_attention,
+)
 from megatron_sas.model import Bert
 
 MAX_ATTENTION_BYTES = 24 * 2**20  # of a page, in base64: a browser opens that at once, and mail programs still take it
@@ -38,18 +45,34 @@ class ModelView:
     attention: list[str]
 
 
-def fitting(
-    sentences: Sequence[Sentence], tokenizer: PreTrainedTokenizerBase, max_length: int
+def choose_sentences(
+    sentences: Sequence[Sentence], tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int
 ) -> tuple[list[Sentence], list[TokenizedSentence]]:
-    """The sentences of at most `max_length` tokens with [CLS] and [SEP], and the same cut into pieces.
+    """The first `limit` sentences that can be shown, and the same cut into pieces.
 
-    Raises `InputError` when there is none.
+    They have an edge that counts and at most `max_length` tokens with [CLS] and [SEP]. Raises `InputError` when there
+    is none.
     """
-    pairs = list(zip(sentences, tokenize_words(sentences, tokenizer), strict=True))
-    kept = [(sentence, pieces) for sentence, pieces in pairs if len(pieces.ids) <= max_length]
-    if not kept:
-        raise InputError(f"--sentences: none fits the model's maximum of {max_length} tokens; give shorter ones")
-    return [sentence for sentence, _ in kept], [pieces for _, pieces in kept]
+    kept = [sentence for sentence in sentences if any(counts(sentence))]
+    pairs = [
+        (sentence, pieces)
+        for sentence, pieces in zip(kept, tokenize_words(kept, tokenizer), strict=True)
+        if len(pieces.ids) <= max_length
+    ][:limit]
+    if not pairs:
+        raise InputError(
+            f"--sentences: none of {len(sentences)} has an edge (root and punct do not count) and fits the model's "
+            f"maximum of {max_length} tokens; give others"
+        )
+    return [sentence for sentence, _ in pairs], [pieces for _, pieces in pairs]
+
+
+def counts(sentence: Sentence) -> list[bool]:
+    """Whether each word has a head, by a relation that best heads are chosen for."""
+    return [
+        head >= 0 and base_relation(relation).lower() not in UNCOUNTED_RELATIONS
+        for head, relation in zip(sentence.heads, sentence.relns, strict=True)
+    ]
 
 
 def base_relation(relation: str) -> str:
@@ -57,15 +80,20 @@ def base_relation(relation: str) -> str:
     return relation.split(":")[0]
 
 
-def serving_heads(sentences: Sequence[Sentence], relations: dict[str, dict[str, Any]], most: int) -> list[Place]:
-    """The best heads for the relations that occur in `sentences`, the relation with most edges there first."""
-    counts = Counter(
+def shown_relations(sentences: Sequence[Sentence]) -> Counter[str]:
+    """How many edges that count the sentences have by each relation."""
+    return Counter(
         base_relation(relation)
         for sentence in sentences
-        for head, relation in zip(sentence.heads, sentence.relns, strict=True)
-        if head >= 0
+        for relation, is_counted in zip(sentence.relns, counts(sentence), strict=True)
+        if is_counted
     )
-    served = [relations[name] for name, _ in counts.most_common() if name in relations]
+
+
+def serving_heads(sentences: Sequence[Sentence], relations: dict[str, dict[str, Any]], most: int) -> list[Place]:
+    """The best heads for the relations that occur in `sentences`, the relation with most edges there first."""
+    edges = shown_relations(sentences)
+    served = [relations[name] for name, _ in edges.most_common() if name in relations]
     return list(dict.fromkeys((row["layer"], row["head"]) for row in served))[:most]
 
 
@@ -74,9 +102,9 @@ def check_size(num_models: int, num_heads: int, sentences: Sequence[Sentence]) -
     size = num_models * num_heads * sum(len(s.words) * (len(s.words) + 1) for s in sentences) * 4 // 3
     if size > MAX_ATTENTION_BYTES:
         raise InputError(
-            f"--sentences: attention of {num_heads} heads in {len(sentences)} sentences over {num_models} models takes up "
-            f"to {size / 2**20:.0f} MiB, a page may take {MAX_ATTENTION_BYTES // 2**20}; lower --limit, --max-models or "
-            "--max-heads, or give shorter sentences"
+            f"--sentences: attention of {num_heads} heads in {len(sentences)} sentences over {num_models} models takes "
+            f"up to {size / 2**20:.0f} MiB, a page may take {MAX_ATTENTION_BYTES // 2**20}; lower --limit, "
+            "--max-models or --max-heads, or give shorter sentences"
         )
 
 
@@ -123,9 +151,9 @@ def predict(sentence: Sentence, maps: torch.Tensor, relations: dict[str, dict[st
     num_words = len(sentence.words)
     predicted = predicted_heads(maps, torch.eye(num_words, dtype=torch.bool))
     head, weight = [-1] * num_words, [0] * num_words
-    for word, (gold, relation) in enumerate(zip(sentence.heads, sentence.relns, strict=True)):
-        best = relations.get(base_relation(relation))
-        if gold < 0 or best is None:
+    for word, is_counted in enumerate(counts(sentence)):
+        best = relations.get(base_relation(sentence.relns[word]))
+        if not is_counted or best is None:
             continue
         direction = DIRECTIONS.index(best["direction"])
         layer, number = best["layer"], best["head"]
@@ -136,7 +164,7 @@ def predict(sentence: Sentence, maps: torch.Tensor, relations: dict[str, dict[st
 
 
 def word_levels(heads: Iterable[int]) -> list[int]:
-    """Heights at which the arcs from `heads` (-1: none) to their words do not hide each other; 0 where there is none."""
+    """Heights at which arcs from `heads` (-1: none) to their words do not hide each other; 0 where there is none."""
     heads = list(heads)
     edges = [(word, head, "") for word, head in enumerate(heads) if head >= 0]
     result = [0] * len(heads)

@@ -82,7 +82,7 @@ function arc(kind, shape, label, tip, owners) {
 }
 
 function drawSentence() {
-  const { words, heads, relns, level, uncounted } = sentence();
+  const { words, heads, relns, level, counts } = sentence();
   const { middle, widths, width } = layout();
   const above = LEVEL * (Math.max(1, ...level) + 0.6);
   // The same room below at every step, or the page would jump; where many arcs need it they lie closer.
@@ -94,9 +94,9 @@ function drawSentence() {
   picture.replaceChildren();
   heads.forEach((head, word) => {
     if (head < 0) return;
-    const tip = `${relns[word]}: ${words[head]} → ${words[word]}${uncounted[word] ? "\n(does not count)" : ""}`;
+    const tip = `${relns[word]}: ${words[head]} → ${words[word]}${counts[word] ? "" : "\n(does not count)"}`;
     const shape = bracket(middle[head], middle[word], above, LEVEL * level[word], -1);
-    picture.append(arc(`gold${uncounted[word] ? " uncounted" : ""}`, shape, relns[word], tip, [word]));
+    picture.append(arc(`gold${counts[word] ? "" : " uncounted"}`, shape, relns[word], tip, [word]));
   });
   if (state.below === "best") drawFindings(picture, middle, above + ROW, below);
   else drawShares(picture, middle, above + ROW, below);
@@ -439,13 +439,17 @@ function begin() {
   element("step").max = last;
   element("stepper").hidden = last === 0;
   if (last === 0) element("stepper").style.display = "none";
-  element("caution").hidden = !treebank.own;
-  element("caution").textContent = `The best heads were chosen on these ${plural(treebank.sentences, "sentence")} ` +
+  const cautions = [];
+  if (treebank.own) cautions.push(`The best heads were chosen on these ${plural(treebank.sentences, "sentence")} ` +
     `themselves, with ${plural(treebank.edges, "edge")}: with so few, some head is always right by chance. Choose them ` +
-    "on a treebank (--treebank) before concluding anything.";
+    "on a treebank (--treebank) before concluding anything.");
+  if (data.missing.length) cautions.push(`No best head for ${data.missing.join(", ")}: ${treebank.name} has no such ` +
+    "edges. Does it follow another scheme than these trees?");
+  element("caution").hidden = cautions.length === 0;
+  element("caution").textContent = cautions.join(" ");
   const on = treebank.own ? "the sentences shown" : `${plural(treebank.sentences, "sentence")} of ${treebank.name}`;
-  element("relations-note").textContent = `Chosen on ${on} at each step. Bold: the head that is best at the last step ` +
-    "too. Line across the bar: the best fixed offset. Shaded: relations of this sentence.";
+  element("relations-note").textContent = `Chosen on ${on}${last > 0 ? " at each step. Bold: the head that is best at the " +
+    "last step too" : ""}. Line across the bar: the best fixed offset. Shaded: relations of this sentence.`;
   element("training").hidden = panels().length === 0;
   element("training").parentElement.classList.toggle("alone", panels().length === 0);
   element("curves-note").textContent = data.curves.uas.length ?

@@ -11,9 +11,8 @@ from typing import Any
 
 from megatron_sas.analysis.trajectories import METRICS, Run, load_run
 from megatron_sas.evaluation.treebank import Sentence
-from megatron_sas.evaluation.uas import UNCOUNTED_RELATIONS
 from megatron_sas.metrics.records import FILE_NAME, read_records
-from megatron_sas.visualization.attention import ModelView, Place, base_relation, word_levels
+from megatron_sas.visualization.attention import ModelView, Place, base_relation, counts, shown_relations, word_levels
 
 
 def page_data(
@@ -34,7 +33,7 @@ def page_data(
     sentences, edges, and whether these are the shown sentences themselves (`own`); `sources` says in words where models
     and sentences come from; `run` adds the curves that were recorded while training.
     """
-    shown = {base_relation(r) for s in sentences for r, head in zip(s.relns, s.heads, strict=True) if head >= 0}
+    shown = shown_relations(sentences)
     relations = [name for name in views[-1].relations if name in shown]
     return {
         "title": title,
@@ -60,6 +59,7 @@ def page_data(
             }
             for name in relations
         ],
+        "missing": sorted(name for name in shown if name not in views[-1].relations),
         "heads": [list(place) for place in heads],
         "predictions": [view.predictions for view in views],
         "attention": [view.attention for view in views],
@@ -67,17 +67,17 @@ def page_data(
 
 
 def _sentence(sentence: Sentence, relations: Sequence[str]) -> dict[str, Any]:
-    """`relation[i]`: the number of the relation that word i's best head is chosen for, -1 where none counts."""
+    """`relation[i]`: the number of the relation that word i's best head is chosen for, -1 where there is none."""
     numbers = {name: number for number, name in enumerate(relations)}
     return {
         "words": list(sentence.words),
         "heads": list(sentence.heads),
         "relns": list(sentence.relns),
         "relation": [
-            numbers.get(base_relation(relation), -1) if head >= 0 else -1
-            for head, relation in zip(sentence.heads, sentence.relns, strict=True)
+            numbers.get(base_relation(relation), -1) if is_counted else -1
+            for relation, is_counted in zip(sentence.relns, counts(sentence), strict=True)
         ],
-        "uncounted": [base_relation(relation).lower() in UNCOUNTED_RELATIONS for relation in sentence.relns],
+        "counts": counts(sentence),
         "level": word_levels(sentence.heads),
     }
 

@@ -16,33 +16,26 @@ from megatron_sas.evaluation.treebank import Sentence, load_treebank
 TREEBANK_SUFFIXES = (".conllu", ".jsonl", ".json")
 
 
-def load_sentences(path: str | Path, parser: str | None, limit: int) -> tuple[list[Sentence], int]:
-    """The first `limit` sentences of a file, and how many it has.
+def load_sentences(path: str | Path, parser: str | None) -> list[Sentence]:
+    """The sentences of a file, with trees.
 
     Args:
         path: a treebank (`load_treebank`), or a .txt file with any number of sentences a line.
         parser: `spacy:MODEL` or `stanza:LANGUAGE` for text; None for treebanks, whose own trees are taken.
-        limit: at least 1.
 
     Raises:
-        InputError: an unreadable file, a file without sentences, text without a parser or a treebank with one.
+        InputError: an unreadable file, text without a parser or a treebank with one.
     """
     path = Path(path)
-    if limit < 1:
-        raise InputError(f"--limit: {limit} is below 1")
     if path.suffix in TREEBANK_SUFFIXES:
         if parser is not None:
             raise InputError(f"--parser {parser}: {path} has trees of its own; leave --parser out")
-        sentences = load_treebank(path)
-    elif parser is None:
+        return load_treebank(path)
+    if parser is None:
         raise InputError(
             f"{path}: is text without trees; give --parser spacy:MODEL, or a .conllu, .jsonl or .json file"
         )
-    else:
-        sentences = parse_text(path, parser)
-        if not sentences:
-            raise InputError(f"{path}: no sentences in it; write at least one")
-    return sentences[:limit], len(sentences)
+    return parse_text(path, parser)
 
 
 def parse_text(path: Path, parser: str) -> list[Sentence]:
