@@ -410,14 +410,15 @@ function listen() {
     else hideTip();
   });
   element("arcs").addEventListener("pointerleave", () => setWord(-1));
-  element("arcs").addEventListener("focusin", (event) => {
+  const around = element("arcs").parentElement; // Chromium lets an SVG with listeners for the focus take the focus itself
+  around.addEventListener("focusin", (event) => {
     const target = event.target.closest("[data-word]");
     if (!target?.matches(":focus-visible")) return;
     setWord(Number(target.dataset.word));
     const now = element("arcs").querySelector(`[data-word="${state.word}"]`), box = now.getBoundingClientRect();
     showTip(now, box.left, box.top);
   });
-  element("arcs").addEventListener("focusout", (event) => {
+  around.addEventListener("focusout", (event) => {
     if (event.relatedTarget && !event.relatedTarget.closest("#arcs")) { hideTip(); setWord(-1); }
   });
   addEventListener("hashchange", () => { readFragment(); draw(); });
