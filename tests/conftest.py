@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from browser import browser  # noqa: F401 (a fixture)
 from interpreter import interpret_kernels
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -24,7 +24,6 @@ from megatron_sas.model.pretrained import checkpoints_directory, is_checkpoint, 
 from megatron_sas.model.trajectory import LINEAGE, LINEAGE_FORMAT, LINEAGE_VERSION, SNAPSHOTS
 from megatron_sas.objective.schedule import sas_weight
 
-
 MAY_CHANGE = ("sas", "run", "checkpoint", "snapshots", "evaluation", "logging", "watch")
 """Sections that a branch may change; `run.seed` is excepted."""
 MAY_CHANGE_TOO = (

@@ -64,7 +64,9 @@ def tokenize_words(sentences: Sequence[Sentence], tokenizer: Any) -> list[Tokeni
     """
     vocabulary = list(dict.fromkeys(word for sentence in sentences for word in sentence.words))
     encoded = (
-        tokenizer(vocabulary, add_special_tokens=False, return_attention_mask=False)["input_ids"] if vocabulary else []
+        tokenizer(vocabulary, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        if vocabulary
+        else []
     )
     pieces = dict(zip(vocabulary, encoded, strict=True))
     return [_join(sentence, pieces, tokenizer) for sentence in sentences]

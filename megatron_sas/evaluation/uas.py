@@ -169,6 +169,17 @@ def word_attention(probs: torch.Tensor, owner: torch.Tensor, num_words: int) -> 
     return (words / pieces[:, None, :, None])[:, :, :-1, :-1]
 
 
+def predicted_heads(words: torch.Tensor, excluded: torch.Tensor) -> torch.Tensor:
+    """The word that each head takes for the head of each word, int64 (2, B, H, W), by `DIRECTIONS`.
+
+    `words` (B, H, W, W) is what `word_attention` returns; `excluded`, bool and broadcast to it, is true where word w
+    may not be given word v: itself and padding.
+    """
+    words = words.masked_fill(excluded, -1.0)
+    # Of equal values torch documents the first.
+    return torch.stack([attention.argmax(dim=-1) for attention in (words, words.transpose(-1, -2))])
+
+
 class TreebankBatch:
     """Tensors of one batch of sentences on the model's device. Without `counts` it has no edges."""
 
@@ -213,14 +224,13 @@ class UasObserver:
     def observe(self, batch: TreebankBatch, layer: int, probs: torch.Tensor) -> None:
         """See `MapObserver`."""
         num_heads = probs.shape[1]
-        words = word_attention(probs, batch.owner, batch.num_words).masked_fill(batch.excluded, -1.0)
+        words = word_attention(probs, batch.owner, batch.num_words)
         if layer not in self._counts:
             shape = (2, len(self._task.relations), num_heads)
             self._counts[layer] = torch.zeros(shape, dtype=torch.int64, device=probs.device)
             if self._keep_edges:
                 self._edges[layer] = torch.zeros(int(self._task.edge_counts.sum()), 2, num_heads, dtype=torch.bool)
-        for direction, attention in enumerate((words, words.transpose(-1, -2))):
-            predicted = attention.argmax(dim=-1)  # (B, H, W); of equal values torch documents the first
+        for direction, predicted in enumerate(predicted_heads(words, batch.excluded)):  # (B, H, W)
             predicted = predicted.transpose(1, 2).reshape(-1, num_heads)[batch.rows]  # (edges, H)
             correct = predicted == batch.gold.unsqueeze(1)
             self._counts[layer][direction].index_add_(0, batch.relation, correct.long())

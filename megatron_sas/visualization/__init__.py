@@ -1,0 +1,1 @@
+"""Pages to look at a model's attention with."""

@@ -1,0 +1,184 @@
+"""What a page shows of a model: best heads per relation, what they find in some sentences, attention of a few heads.
+
+L layers, H heads, W words. All that a page holds is plain JSON; attention is quantised to bytes and written in base64.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from megatron_sas.cli import InputError
+from megatron_sas.data.drawing import levels
+from megatron_sas.evaluation.batching import evaluating
+from megatron_sas.evaluation.treebank import Sentence, TokenizedSentence, tokenize_words
+from megatron_sas.evaluation.uas import (
+    DIRECTIONS,
+    UNCOUNTED_RELATIONS,
+    TreebankTask,
+    evaluate_uas,
+    predicted_heads,
+    word_attention,
+)
+from megatron_sas.model import Bert
+
+MAX_ATTENTION_BYTES = 24 * 2**20  # of a page, in base64: a browser opens that at once, and mail programs still take it
+Place = tuple[int, int]  # (layer, head), both from 0
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """One model's part of a page. `relations[name]` is `evaluate_uas`'s row; `predictions` and `attention` have one
+    entry per sentence, see `predict` and `quantise`."""
+
+    uas: float
+    uas_baseline: float
+    relations: dict[str, dict[str, Any]]
+    predictions: list[dict[str, list[int]]]
+    attention: list[str]
+
+
+def choose_sentences(
+    sentences: Sequence[Sentence], tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int
+) -> tuple[list[Sentence], list[TokenizedSentence]]:
+    """The first `limit` sentences that can be shown, and the same cut into pieces.
+
+    They have an edge that counts and at most `max_length` tokens with [CLS] and [SEP]. Raises `InputError` when there
+    is none.
+    """
+    kept = [sentence for sentence in sentences if any(counts(sentence))]
+    pairs = [
+        (sentence, pieces)
+        for sentence, pieces in zip(kept, tokenize_words(kept, tokenizer), strict=True)
+        if len(pieces.ids) <= max_length
+    ][:limit]
+    if not pairs:
+        raise InputError(
+            f"--sentences: none of {len(sentences)} has an edge (root and punct do not count) and fits the model's "
+            f"maximum of {max_length} tokens; give others"
+        )
+    return [sentence for sentence, _ in pairs], [pieces for _, pieces in pairs]
+
+
+def counts(sentence: Sentence) -> list[bool]:
+    """Whether each word has a head, by a relation that best heads are chosen for."""
+    return [
+        head >= 0 and base_relation(relation).lower() not in UNCOUNTED_RELATIONS
+        for head, relation in zip(sentence.heads, sentence.relns, strict=True)
+    ]
+
+
+def base_relation(relation: str) -> str:
+    """A relation without its subtype, as best heads are chosen for it."""
+    return relation.split(":")[0]
+
+
+def shown_relations(sentences: Sequence[Sentence]) -> Counter[str]:
+    """How many edges that count the sentences have by each relation."""
+    return Counter(
+        base_relation(relation)
+        for sentence in sentences
+        for relation, is_counted in zip(sentence.relns, counts(sentence), strict=True)
+        if is_counted
+    )
+
+
+def serving_heads(sentences: Sequence[Sentence], relations: dict[str, dict[str, Any]], most: int) -> list[Place]:
+    """The best heads for the relations that occur in `sentences`, the relation with most edges there first."""
+    edges = shown_relations(sentences)
+    served = [relations[name] for name, _ in edges.most_common() if name in relations]
+    return list(dict.fromkeys((row["layer"], row["head"]) for row in served))[:most]
+
+
+def check_size(num_models: int, num_heads: int, sentences: Sequence[Sentence]) -> None:
+    """Refuse a page whose attention takes more than `MAX_ATTENTION_BYTES`, before any of it is computed."""
+    size = num_models * num_heads * sum(len(s.words) * (len(s.words) + 1) for s in sentences) * 4 // 3
+    if size > MAX_ATTENTION_BYTES:
+        raise InputError(
+            f"--sentences: attention of {num_heads} heads in {len(sentences)} sentences over {num_models} models takes "
+            f"up to {size / 2**20:.0f} MiB, a page may take {MAX_ATTENTION_BYTES // 2**20}; lower --limit, "
+            "--max-models or --max-heads, or give shorter sentences"
+        )
+
+
+def view(
+    model: Bert,
+    task: TreebankTask,
+    sentences: Sequence[Sentence],
+    pieces: Sequence[TokenizedSentence],
+    heads: Sequence[Place] | None,
+    max_heads: int,
+    batch_tokens: int,
+) -> tuple[ModelView, list[Place]]:
+    """One model's part of a page, and the heads whose attention it holds: `heads`, or those that serve this model."""
+    result = evaluate_uas(model, task, batch_tokens=batch_tokens)
+    relations = result["relations"]
+    if heads is None:
+        heads = serving_heads(sentences, relations, max_heads)
+    predictions, attention = [], []
+    for sentence, tokenized in zip(sentences, pieces, strict=True):
+        maps = word_maps(model, tokenized)
+        predictions.append(predict(sentence, maps, relations))
+        attention.append(quantise(maps, heads))
+    return ModelView(result["uas"], result["uas_baseline"], relations, predictions, attention), list(heads)
+
+
+def word_maps(model: Bert, sentence: TokenizedSentence) -> torch.Tensor:
+    """Attention between the words of one sentence, float32 (L, H, W, W) on the CPU; see `word_attention`."""
+    layers: list[torch.Tensor] = []
+    with evaluating(model) as device:
+        owner = np.where(sentence.words < 0, sentence.num_words, sentence.words)
+        ids, owner = (torch.from_numpy(array)[None].to(device) for array in (sentence.ids, owner))
+        model(
+            ids, attention_observer=lambda _, probs: layers.append(word_attention(probs, owner, sentence.num_words)[0])
+        )
+    return torch.stack(layers).cpu()
+
+
+def predict(sentence: Sentence, maps: torch.Tensor, relations: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
+    """What the best head of each word's relation takes for its head: lists over words.
+
+    `head`: the word, -1 where the relation has no best head (root, punct, or absent from the treebank); `weight`: its
+    attention in thousandths; `level`: the height at which to draw the arc, from 1 (0 for none).
+    """
+    num_words = len(sentence.words)
+    predicted = predicted_heads(maps, torch.eye(num_words, dtype=torch.bool))
+    head, weight = [-1] * num_words, [0] * num_words
+    for word, is_counted in enumerate(counts(sentence)):
+        best = relations.get(base_relation(sentence.relns[word]))
+        if not is_counted or best is None:
+            continue
+        direction = DIRECTIONS.index(best["direction"])
+        layer, number = best["layer"], best["head"]
+        head[word] = int(predicted[direction, layer, number, word])
+        attending, attended = (word, head[word]) if direction == 0 else (head[word], word)
+        weight[word] = round(1000 * float(maps[layer, number, attending, attended]))
+    return {"head": head, "weight": weight, "level": word_levels(head)}
+
+
+def word_levels(heads: Iterable[int]) -> list[int]:
+    """Heights at which arcs from `heads` (-1: none) to their words do not hide each other; 0 where there is none."""
+    heads = list(heads)
+    edges = [(word, head, "") for word, head in enumerate(heads) if head >= 0]
+    result = [0] * len(heads)
+    for (word, _, _), level in zip(edges, levels(edges), strict=True):
+        result[word] = level
+    return result
+
+
+def quantise(maps: torch.Tensor, heads: Sequence[Place]) -> str:
+    """Attention of some heads as base64 of uint8 (heads, W, W + 1), in 255ths.
+
+    Row i is what word i attends to; the last column what it gives to [CLS] and [SEP].
+    """
+    chosen = torch.stack([maps[place] for place in heads]) if heads else maps[0, :0]
+    special = (1 - chosen.sum(dim=-1, keepdim=True)).clamp(min=0)
+    quantised = (torch.cat([chosen, special], dim=-1) * 255).round().clamp(max=255).to(torch.uint8)
+    return base64.b64encode(quantised.numpy().tobytes()).decode("ascii")
