@@ -1,4 +1,4 @@
-"""What the curves say: onsets per run, final values per condition, and both in plain sentences."""
+"""What happened in plain sentences: onsets, their order, final values, and what a reader must know besides."""
 
 from __future__ import annotations
 
@@ -7,45 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sas.analysis.trajectories import METRICS, Metric, Run, conditions
-from megatron_sas.evaluation.onsets import ChangePoint, Onset, break_point, change_point
-
-
-@dataclass(frozen=True)
-class RunOnset:
-    """Both answers to when one curve of one run breaks."""
-
-    bend: Onset
-    change: ChangePoint
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """The change point's interval, where there is one."""
-        return None if self.change.low is None or self.change.high is None else (self.change.low, self.change.high)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Mean over runs and its standard error (None for a single run)."""
-
-    mean: float
-    error: float | None
-    count: int
-
-
-@dataclass(frozen=True)
-class Condition:
-    """Runs of one label: final values by metric name, and how they differ from the base."""
-
-    label: str
-    runs: list[Run]
-    final: dict[str, Estimate]
-    difference: dict[str, Estimate]
-
-    @property
-    def is_base(self) -> bool:
-        """Whether λ is 0 throughout."""
-        return self.runs[0].is_base
+from megatron_sas.analysis.comparisons import WHOLE, Condition, runs_of, whole_runs
+from megatron_sas.analysis.run_onsets import Onsets, Order, RunOnset, order_of
+from megatron_sas.analysis.statistics import estimate
+from megatron_sas.analysis.trajectories import METRICS, TABLE_METRICS, Metric
 
 
 @dataclass(frozen=True)
@@ -54,56 +19,6 @@ class Finding:
 
     label: str
     text: str
-
-
-Onsets = dict[str, dict[str, RunOnset]]  # run path -> metric name -> onset; metrics without a curve are absent
-
-
-def default_delta(runs: Sequence[Run]) -> float:
-    """A tenth of the shortest run, but no less than the widest usual gap between evaluations of any run."""
-    gaps = [
-        np.median(np.diff(run.curve(metric.key).steps)) for run in runs for metric in METRICS if _enough(run, metric)
-    ]
-    return float(max([min(run.final_step for run in runs) / 10, 1, *gaps]))
-
-
-def find_onsets(runs: Sequence[Run], delta: float) -> Onsets:
-    """Onsets of every curve of every run."""
-    found: Onsets = {}
-    for run in runs:
-        curves = {metric: run.metric(metric) for metric in METRICS}
-        found[str(run.path)] = {
-            metric.name: RunOnset(
-                break_point(curve.steps, curve.values, delta, metric.sign),
-                change_point(curve.steps, curve.values, metric.sign),
-            )
-            for metric, curve in curves.items()
-            if len(curve)
-        }
-    return found
-
-
-def summarize(runs: Sequence[Run]) -> list[Condition]:
-    """Final values per condition, base first; differences are to all runs with λ = 0 together."""
-    base = [run for run in runs if run.is_base]
-    result = []
-    for label, group in conditions(runs).items():
-        final, difference = {}, {}
-        for metric in METRICS:
-            values, reference = _final_values(group, metric), _final_values(base, metric)
-            if values:
-                final[metric.name] = estimate(values)
-            if values and reference and not group[0].is_base:
-                difference[metric.name] = _subtract(estimate(values), estimate(reference))
-        result.append(Condition(label, group, final, difference))
-    return result
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and standard error of independent values."""
-    count = len(values)
-    error = float(np.std(values, ddof=1) / np.sqrt(count)) if count > 1 else None
-    return Estimate(float(np.mean(values)), error, count)
 
 
 def narrate(found: Sequence[Condition], onsets: Onsets) -> list[Finding]:
@@ -127,12 +42,22 @@ def caveats(found: Sequence[Condition]) -> list[str]:
         notes.append(
             f"There is a single run of {which}: differences may be chance between seeds, which one run cannot show."
         )
-    last = sorted({run.final_step for condition in found for run in condition.runs})
-    if len(last) > 1:
+    runs = runs_of(found)
+    unfinished = [run for run in runs if run.planned_steps and run.final_step < run.planned_steps]
+    if unfinished:
+        names = ", ".join(f"{run.label}/{run.name} ({run.final_step} of {run.planned_steps})" for run in unfinished[:6])
+        more = f" and {len(unfinished) - 6} more" if len(unfinished) > 6 else ""
+        notes.append(f"Not finished: {names}{more}.")
+    last = sorted({run.final_step for run in runs})
+    shorter = {m: {str(r.path) for r in runs if r.final(m) is not None} - whole_runs(runs, m) for m in METRICS}
+    if len(last) > 1 and any(shorter.values()):
         notes.append(
-            f"The runs do not end at the same step (they end at {last[0]} to {last[-1]}); "
-            "final values are compared as they are."
+            f"The runs do not end at the same step (they end at {last[0]} to {last[-1]}). Means of final values are of "
+            f"all runs; differences leave out runs that end before {WHOLE:.0%} of the longest."
         )
+    for condition in found:
+        if len(schedules := {run.describe_schedule() for run in condition.runs}) > 1:
+            notes.append(f"Runs of {condition.label} differ in λ: {'; '.join(sorted(schedules))}.")
     missing = [m.title for m in METRICS if not any(m.name in condition.final for condition in found)]
     if missing:
         notes.append(f"Not evaluated in these runs: {', '.join(missing)}.")
@@ -156,13 +81,14 @@ def _describe(metric: Metric, group: Sequence[RunOnset]) -> str:
     steps = estimate([onset.bend.step for onset in clear]) if clear else None
     if len(group) == 1 and steps:
         interval = group[0].interval
-        where = f" (change-point interval {interval[0]:g} to {interval[1]:g})" if interval else ""
+        where = f" ({group[0].interval_kind} {interval[0]:g} to {interval[1]:g})" if interval else ""
         return f"{metric.title} breaks {way} at step {steps.mean:.0f}{where}"
     if len(group) == 1:
         bend = group[0].bend
         if bend.step is None:
             return f"{metric.title} shows no break: {bend.reason}"
-        interval = group[0].interval
+        change = group[0].change
+        interval = None if change.low is None else (change.low, change.high)
         fit = f"; a fit of straight pieces breaks between steps {interval[0]:g} and {interval[1]:g}" if interval else ""
         return (
             f"{metric.title} shows no clear break (its largest bend, {bend.strength:.3f} at step {bend.step:.0f}, "
@@ -177,34 +103,36 @@ def _describe(metric: Metric, group: Sequence[RunOnset]) -> str:
 
 def _order_sentence(condition: Condition, onsets: Onsets) -> list[str]:
     """Whether structure came before capability, where both onsets are clear."""
-    pairs = []
-    for run in condition.runs:
-        uas, blimp = (onsets[str(run.path)].get(name) for name in ("uas", "blimp"))
-        if uas and blimp and uas.bend.clear and blimp.bend.clear:
-            pairs.append((run, uas, blimp))
-    if not pairs:
+    order = order_of(condition.runs, onsets)
+    if order is None:
         return []
-    lag = estimate([blimp.bend.step - uas.bend.step for _, uas, blimp in pairs])
-    order = "before" if lag.mean > 0 else "after"
-    if lag.error is not None:
-        sure = (
-            ""
-            if abs(lag.mean) > 2 * lag.error
-            else ", which is within twice its standard error: no order is established"
-        )
-        return [f"Structure (UAS) breaks {abs(lag.mean):.0f} ± {lag.error:.0f} steps {order} capability (BLiMP){sure}."]
-    run, uas, blimp = pairs[0]
-    spacing = max(np.median(np.diff(run.curve(key).steps)) for key in ("uas", "blimp"))
-    if abs(lag.mean) < spacing:
+    way = "before" if order.lag.mean > 0 else "after"
+    if len(order.runs) > 1:
+        low, high = order.lag.interval(0.95)
+        over = f"95 % interval over seeds {low:.0f} to {high:.0f}".replace("-", "−")
+        doubt = "" if order.established else ", so no order is established"
         return [
-            f"Structure (UAS) and capability (BLiMP) break within one evaluation interval "
-            f"({spacing:g} steps), so their order cannot be told."
+            f"Structure (UAS) breaks {abs(order.lag.mean):.0f} ± {order.lag.error:.0f} steps {way} capability (BLiMP): "
+            f"first in {order.first} and last in {order.last} of {len(order.runs)} runs ({over}){doubt}."
         ]
-    overlap = (
-        uas.interval and blimp.interval and uas.interval[0] < blimp.interval[1] and blimp.interval[0] < uas.interval[1]
-    )
-    doubt = "; their intervals overlap, so the order is uncertain" if overlap else ""
-    return [f"Structure (UAS) breaks {abs(lag.mean):.0f} steps {order} capability (BLiMP){doubt}."]
+    return [_order_of_one(order, onsets, way)]
+
+
+def _order_of_one(order: Order, onsets: Onsets, way: str) -> str:
+    """The order in a single run, with what its items or its change points say about it."""
+    (found,) = order.runs
+    if abs(found.lag) < order.spacing:
+        return (
+            f"Structure (UAS) and capability (BLiMP) break within one evaluation interval ({order.spacing:g} steps), "
+            "so their order cannot be told."
+        )
+    text = f"Structure (UAS) breaks {abs(found.lag):.0f} steps {way} capability (BLiMP)"
+    share = found.share(1 if found.lag > 0 else -1)
+    if share is not None:
+        return f"{text}; so it does in {share:.0%} of the resamplings of sentences and pairs."
+    uas, blimp = (onsets[str(found.run.path)][name].interval for name in ("uas", "blimp"))
+    overlap = uas and blimp and uas[0] < blimp[1] and blimp[0] < uas[1]
+    return f"{text}{'; their intervals overlap, so the order is uncertain' if overlap else ''}."
 
 
 def _uas_sentence(condition: Condition) -> list[str]:
@@ -224,37 +152,19 @@ def _uas_sentence(condition: Condition) -> list[str]:
 
 def _difference_sentence(condition: Condition) -> str:
     parts = []
-    for metric in METRICS:
-        difference = condition.difference.get(metric.name)
-        if difference is None:
+    for metric in TABLE_METRICS:
+        comparison = condition.difference.get(metric.name)
+        if comparison is None:
             continue
-        spread = "" if difference.error is None else f" ± {difference.error:.3f}"
-        if round(abs(difference.mean), 3) == 0:
+        value = comparison.value
+        spread = "" if value.error is None else f" ± {value.error:.3f}"
+        if round(abs(value.mean), 3) == 0:
             parts.append(f"{metric.title} equal{spread and f' ({spread.strip()})'}")
             continue
-        doubt = ""
-        if difference.error is not None and abs(difference.mean) <= 2 * difference.error:
-            doubt = " (within twice its standard error)"
-        way = "lower" if difference.mean < 0 else "higher"
-        parts.append(f"{metric.title} {abs(difference.mean):.3f}{spread} {way}{doubt}")
+        doubt = " (could be chance)" if value.p is not None and not comparison.sign_shown() else ""
+        way = "lower" if value.mean < 0 else "higher"
+        parts.append(f"{metric.title} {abs(value.mean):.3f}{spread} {way}{doubt}")
     return f"Compared with the base (λ = 0), {condition.label} ends with {_join(parts)}."
-
-
-def _subtract(left: Estimate, right: Estimate) -> Estimate:
-    """Difference of independent means; its error is known only when both are."""
-    error = None
-    if left.error is not None and right.error is not None:
-        error = float(np.hypot(left.error, right.error))
-    return Estimate(left.mean - right.mean, error, min(left.count, right.count))
-
-
-def _final_values(runs: Sequence[Run], metric: Metric) -> list[float]:
-    curves = [run.metric(metric) for run in runs]
-    return [float(curve.values[-1]) for curve in curves if len(curve)]
-
-
-def _enough(run: Run, metric: Metric) -> bool:
-    return len(run.curve(metric.key)) > 1
 
 
 def _join(parts: Sequence[str]) -> str:

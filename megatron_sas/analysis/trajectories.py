@@ -1,27 +1,27 @@
-"""Runs as curves over training steps, read from their directories."""
+"""Runs as curves over training steps, and conditions as groups of runs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from megatron_sas.cli import InputError
-from megatron_sas.metrics.records import FILE_NAME, read_records
 from megatron_sas.objective.schedule import Stage, sas_weight
 
 CONFIG_NAME = "config.yaml"
+ROLES = ("base", "suppress", "promote", "release", "control", "other")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A curve that the analysis knows: `sign` is the direction of its onset and of improvement."""
+    """A measure that the analysis knows: `sign` is the direction of improvement, and of its onset if it has one."""
 
     name: str  # in the outputs
     key: str  # in the evaluation lines
@@ -34,6 +34,8 @@ METRICS = (
     Metric("uas", "uas", "UAS", 1),
     Metric("blimp", "blimp", "BLiMP", 1),
 )
+GLUE = Metric("glue", "", "GLUE", 1)  # of final models only: no curve, no key
+TABLE_METRICS = (METRICS[0], GLUE, METRICS[2], METRICS[1])  # in the paper's order
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,29 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What was measured after training: of a run's snapshots (trajectory) and of its final model (GLUE).
+
+    `records` are shaped like evaluation lines. `head_counts` are per step int64 (R, 2, L, H), the edges that each head
+    got right, of `relations`, with `edge_counts` (R,). `items` are per step the files with results per edge and pair.
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    relations: tuple[str, ...] = ()
+    edge_counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    head_counts: dict[int, np.ndarray] = field(default_factory=dict)
+    items: dict[int, Path] = field(default_factory=dict)
+    settings: dict[str, Any] | None = None
+    glue: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Run:
-    """One training run: its configuration and its records by kind, in order of steps."""
+    """One training run: its configuration and its records by kind, in order of steps.
+
+    `assigned_role`, `assigned_seed` and `assigned_release` are a sweep's, None where the configuration has to tell.
+    `item_metrics` names the metrics whose curves were measured item by item, so that items can be resampled.
+    """
 
     path: Path
     label: str
@@ -57,6 +80,11 @@ class Run:
     train: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     events: list[dict[str, Any]]
+    assigned_role: str | None = None
+    assigned_seed: int | None = None
+    assigned_release: int | None = None
+    measured: Measured = field(default_factory=Measured)
+    item_metrics: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -66,7 +94,7 @@ class Run:
     @property
     def final_step(self) -> int:
         """The last step of which anything was recorded."""
-        return max(record["step"] for record in self.train + self.evaluations)
+        return max(record["step"] for record in self.train + self.evaluations + self.measured.records)
 
     def curve(self, key: str, kind: str = "evaluation") -> Curve:
         """Values of `key` over the steps that have one (the last line of a step counts); empty when none has."""
@@ -97,9 +125,67 @@ class Run:
             ) from None
 
     @property
+    def planned_steps(self) -> int | None:
+        """The length that the configuration asks for."""
+        steps = self.setting("train.steps")
+        return steps if isinstance(steps, int) else None
+
+    @property
+    def seed(self) -> int | None:
+        """The seed, by which runs of different conditions are paired."""
+        return self.setting("run.seed") if self.assigned_seed is None else self.assigned_seed
+
+    def final(self, metric: Metric) -> float | None:
+        """The last value of a metric; of GLUE the mean over its tasks."""
+        if metric is GLUE:
+            return float(np.mean(list(self.measured.glue.values()))) if self.measured.glue else None
+        values = self.metric(metric).values
+        return float(values[-1]) if len(values) else None
+
+    @property
+    def constant_weight(self) -> float | None:
+        """λ where it is the same at every step, else None."""
+        values = {stage.value for stage in self.schedule} | {s.end_value for s in self.schedule} - {None}
+        if not values or values == {0.0}:
+            return 0.0
+        stages = sorted(self.schedule, key=lambda stage: stage.start)
+        joined = all(a.end == b.start for a, b in pairwise(stages))
+        whole = stages[0].start == 0 and joined and stages[-1].end is None
+        return float(values.pop()) if whole and len(values) == 1 else None
+
+    @property
+    def released(self) -> tuple[float, int] | None:
+        """(λ, step) of a run whose λ is constant from the start until that step and 0 from then on, else None."""
+        stages = sorted((s for s in self.schedule if s.value or s.end_value), key=lambda stage: stage.start)
+        if len(stages) != 1 or stages[0].start != 0 or stages[0].end is None:
+            return None
+        stage = stages[0]
+        return None if stage.end_value not in (None, stage.value) else (float(stage.value), stage.end)
+
+    @property
+    def role(self) -> str:
+        """One of `ROLES`: the sweep's, or what the configuration amounts to."""
+        if self.assigned_role is not None:
+            return self.assigned_role
+        if self.constant_weight == 0:
+            return "base"
+        if self.setting("data.heads"):
+            return "control"
+        if self.constant_weight is not None:
+            return "suppress" if self.constant_weight > 0 else "promote"
+        return "release" if self.released and self.released[0] > 0 else "other"
+
+    @property
+    def release_step(self) -> int | None:
+        """When a run of role "release" lets λ go."""
+        if self.assigned_release is not None or not self.released:
+            return self.assigned_release
+        return self.released[1]
+
+    @property
     def is_base(self) -> bool:
-        """Whether λ is 0 throughout."""
-        return not any(stage.value or stage.end_value for stage in self.schedule)
+        """Whether this is what others are compared with: λ is 0 throughout, unless a sweep gives it another role."""
+        return self.role == "base"
 
     @property
     def weight(self) -> Curve:
@@ -148,36 +234,6 @@ class Run:
         return values.get(field) if isinstance(values, dict) else None
 
 
-def load_runs(paths: Sequence[str | Path], labels: Sequence[str] | None = None) -> list[Run]:
-    """Read run directories. A label stands for a condition: runs that share one are repetitions of it.
-
-    Labels default to the directories' names. Raises `InputError` for a path that is not a run directory, a broken file,
-    a run without evaluations, a path given twice, or labels that do not match the runs in number.
-    """
-    if labels is not None and len(labels) != len(paths):
-        raise InputError(
-            f"--labels: {len(labels)} label(s) for {len(paths)} run(s); give one per run, in the same order"
-        )
-    resolved = [Path(path).resolve() for path in paths]
-    for path in resolved:
-        if resolved.count(path) > 1:
-            raise InputError(f"{path}: given more than once; name each run once")
-    labels = labels or [path.name for path in resolved]
-    return [load_run(path, label) for path, label in zip(resolved, labels, strict=True)]
-
-
-def load_run(path: Path, label: str) -> Run:
-    """Read one run directory; errors as `load_runs`."""
-    if not path.is_dir():
-        raise InputError(f"{path}: not a directory; give a run directory that contains {FILE_NAME} and {CONFIG_NAME}")
-    records = sorted(read_records(path / FILE_NAME), key=lambda record: record["step"])
-    by_kind = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "evaluation", "event")}
-    if not by_kind["evaluation"]:
-        raise InputError(f"{path / FILE_NAME}: no evaluations; train with live evaluation switched on")
-    config = _read_config(path / CONFIG_NAME)
-    return Run(path, label, config, by_kind["train"], by_kind["evaluation"], by_kind["event"])
-
-
 def conditions(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs by label, conditions of the base (λ = 0) first, otherwise in the order given."""
     groups: dict[str, list[Run]] = {}
@@ -189,19 +245,6 @@ def conditions(runs: Sequence[Run]) -> dict[str, list[Run]]:
             f"--labels: {mixed[0]!r} stands for runs with and without a SAS term; give them different labels"
         )
     return groups
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """The configuration as plain values: not validated, so that runs of other versions can be compared too."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give a run directory as the trainer left it")
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        config = None
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: not a YAML configuration; restore the file that the trainer wrote")
-    return config
 
 
 def _is_finite_number(value: Any) -> bool:

@@ -65,8 +65,7 @@ def break_point(steps: Sequence[float], values: Sequence[float], delta: float, s
         return Onset(None, reason=f"only {len(s)} evaluation(s); at least 3 are needed")
     if s[-1] - s[0] < 2 * delta:
         return Onset(None, reason=f"the curve spans {s[-1] - s[0]:g} steps, less than two windows of {delta:g}")
-    grid = np.unique(np.concatenate([s, s - delta, s + delta]))
-    grid = grid[(grid >= s[0] + delta) & (grid <= s[-1] - delta)]
+    grid = _bend_grid(s, delta)
     bend = np.interp(grid + delta, s, f) - 2 * np.interp(grid, s, f) + np.interp(grid - delta, s, f)
     noise = noise_level(s, f)
     strength = bend.max()
@@ -77,6 +76,23 @@ def break_point(steps: Sequence[float], values: Sequence[float], delta: float, s
     # Pure noise bends by σ√6; the largest of n such values grows with √(2 ln n). Of simulated noise 1 to 5 % passes.
     largest_by_chance = noise * np.sqrt(6) * (np.sqrt(2 * np.log(len(s))) + 1)
     return Onset(float(grid[best]), float(strength), noise, bool(strength > largest_by_chance))
+
+
+def strongest_bends(steps: Sequence[float], curves: np.ndarray, delta: float, sign: int = 1) -> np.ndarray:
+    """The `step` of `break_point` for many curves at once, float64 (B,); NaN where there is none.
+
+    `steps` (T,) must rise and `curves` (B, T) be finite; the steps are common to all curves.
+    """
+    s, f = np.asarray(steps, np.float64), sign * np.asarray(curves, np.float64)
+    grid = _bend_grid(s, delta) if len(s) > 2 and s[-1] - s[0] >= 2 * delta else np.zeros(0)
+    if not len(grid):
+        return np.full(len(f), np.nan)
+    hats = np.eye(len(s))  # interpolation is linear in the values: one matrix serves all curves
+    weights = np.array([[1.0, -2.0, 1.0] @ np.interp(grid + np.array([[delta], [0], [-delta]]), s, h) for h in hats])
+    bend = f @ weights
+    strength, tolerance = bend.max(axis=1), 1e-9 * np.abs(f).max(axis=1)
+    first = np.argmax(bend >= (strength - tolerance)[:, None], axis=1)
+    return np.where(strength > tolerance, grid[first], np.nan)
 
 
 def change_point(steps: Sequence[float], values: Sequence[float], sign: int = 1) -> ChangePoint:
@@ -161,6 +177,12 @@ def _clean(steps: Sequence[float], values: Sequence[float], sign: int) -> tuple[
     finite = np.isfinite(s) & np.isfinite(f)
     s, last = np.unique(s[finite][::-1], return_index=True)
     return s, sign * f[finite][::-1][last]
+
+
+def _bend_grid(s: np.ndarray, delta: float) -> np.ndarray:
+    """Where the bend at scale Δ can be largest: knots, and knots ± Δ, with a window on either side."""
+    grid = np.unique(np.concatenate([s, s - delta, s + delta]))
+    return grid[(grid >= s[0] + delta) & (grid <= s[-1] - delta)]
 
 
 def noise_level(s: np.ndarray, f: np.ndarray) -> float:

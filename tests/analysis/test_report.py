@@ -10,10 +10,15 @@ from html.parser import HTMLParser
 import pytest
 from synthetic_runs import FIELDS, RELATIONS, write_run
 
-from megatron_sas.analysis.figures import draw, label_styles
-from megatron_sas.analysis.findings import find_onsets, summarize
-from megatron_sas.analysis.report import breakdown_rows, relation_rows, show, write_analysis
-from megatron_sas.analysis.trajectories import METRICS, load_runs
+from megatron_sas.analysis.analyse import analyse
+from megatron_sas.analysis.comparisons import summarize
+from megatron_sas.analysis.figures.style import label_styles
+from megatron_sas.analysis.figures.trajectories import draw
+from megatron_sas.analysis.loading import load_runs
+from megatron_sas.analysis.report import write_analysis
+from megatron_sas.analysis.run_onsets import find_onsets
+from megatron_sas.analysis.tables import breakdown_rows, relation_rows, show
+from megatron_sas.analysis.trajectories import METRICS
 
 VOID = {"meta", "img", "br"}
 
@@ -51,15 +56,19 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def output(runs, tmp_path_factory):
     directory = tmp_path_factory.mktemp("out")
-    write_analysis(runs, directory, 90, "linear")
+    write_analysis(analyse(runs, 90), directory)
     return directory
 
 
 def test_files(output):
-    names = {"figure.png", "figure.svg", "onsets.json", "report.html", "table.csv", "table.md"}
+    names = {"claims.json", "differences.csv", "figures", "onsets.json", "report.html", "table.csv", "table.md"}
     assert {path.name for path in output.iterdir()} == names
-    assert (output / "figure.png").read_bytes().startswith(b"\x89PNG")
-    assert b"<svg" in (output / "figure.svg").read_bytes()
+    figures = {"trajectories", "relations", "fields", "fields_over_steps", "lambda", "complexity"}
+    expected = {f"{name}.{suffix}" for name in figures for suffix in ("png", "svg")}
+    assert {path.name for path in (output / "figures").iterdir()} == expected
+    for name in figures:
+        assert (output / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert b"<svg" in (output / "figures" / f"{name}.svg").read_bytes()
 
 
 def test_onsets_json(runs, output):
@@ -82,7 +91,11 @@ def test_tables(runs, output):
     assert float(base["uas"]) == found[0].final["uas"].mean
     assert float(base["uas_se"]) == found[0].final["uas"].error
     assert base["uas_difference"] == "" and minus["uas_se"] == ""
-    assert float(minus["blimp_difference"]) == found[1].difference["blimp"].mean
+    assert float(minus["blimp_difference"]) == found[1].difference["blimp"].value.mean
+    assert minus["role"] == "suppress" and minus["blimp_holm"] == ""  # one run has no spread to test with
+    differences = list(csv.DictReader(io.StringIO((output / "differences.csv").read_text())))
+    assert [row["metric"] for row in differences] == ["loss", "blimp", "uas"]
+    assert {(row["condition"], row["compared_with"]) for row in differences} == {("SAS-", "base")}
     lines = (output / "table.md").read_text().splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert show(found[0].final["uas"]) in lines[2] and "| 2 | 900 |" in lines[2]
@@ -91,7 +104,8 @@ def test_tables(runs, output):
 def test_page_is_whole_and_self_contained(runs, output):
     html = (output / "report.html").read_text()
     page = Page(html)
-    assert len(page.addresses) == 1 and page.addresses[0].startswith("data:image/svg+xml;base64,")
+    assert len(page.addresses) == 6
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
     assert not page.tags & {"script", "link", "iframe"}
     assert not re.search(r"url\(|@import|https?://", html)
     for expected in ("base", "SAS-", "minus", *RELATIONS, FIELDS[0], "untrained", "What happened"):
@@ -102,17 +116,18 @@ def test_page_is_whole_and_self_contained(runs, output):
 def test_names_cannot_break_the_page_or_the_figure(tmp_path, runs):
     labels = ["_hidden <b>$x^", "_hidden <b>$x^", "a|b & {{ 1 }}"]
     renamed = load_runs([run.path for run in runs], labels)
-    write_analysis(renamed, tmp_path, 90, "log")
+    write_analysis(analyse(renamed, 90), tmp_path, "log")
     page = Page((tmp_path / "report.html").read_text())
     assert "_hidden <b>$x^" in page.text and "a|b & {{ 1 }}" in page.text
     assert "a\\|b" in (tmp_path / "table.md").read_text()
 
 
 def test_same_runs_give_the_same_bytes(tmp_path, runs, output):
-    write_analysis(runs, tmp_path, 90, "linear")
-    for name in ("figure.png", "onsets.json", "table.csv", "table.md"):  # matplotlib's SVG holds arbitrary names
-        path = output / name
-        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
+    write_analysis(analyse(runs, 90), tmp_path)
+    files = [path.relative_to(output) for path in output.rglob("*.*") if path.suffix not in (".svg", ".html")]
+    assert len(files) == 11  # matplotlib's SVG, which the page contains, holds arbitrary names
+    for path in files:
+        assert (output / path).read_bytes() == (tmp_path / path).read_bytes(), path
 
 
 @pytest.mark.parametrize("case", ["no blimp", "one evaluation", "step 0 only", "bare"])
@@ -125,7 +140,7 @@ def test_what_is_missing_is_left_out(tmp_path, case):
         (run / "config.yaml").write_text("run: {}\n")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        write_analysis(load_runs([run]), tmp_path, 30, "linear")
+        write_analysis(analyse(load_runs([run]), 30), tmp_path)
     page = Page((tmp_path / "report.html").read_text())
     assert ("Grammar by field" in page.text) == (case in ("one evaluation", "step 0 only"))
     assert ("Syntax by relation" in page.text) == (case != "bare")
@@ -138,8 +153,11 @@ def test_figure_panels_and_marks(runs):
     weight, loss, uas, blimp = figure.axes
     assert [axis.get_ylabel() for axis in figure.axes] == ["λ", "MLM loss", "UAS", "BLiMP"]
     base_steps = [onsets[str(run.path)]["uas"].bend.step for run in runs[:2]]
-    vertical = [line for line in uas.lines if len(set(line.get_xdata())) == 1]
-    assert [line.get_xdata()[0] for line in vertical] == [sum(base_steps) / 2]  # the suppressed run has no clear break
+    dashed = [line for line in uas.lines if len(line.get_xdata()) == 2 and line.get_xdata()[0] == line.get_xdata()[1]]
+    assert [line.get_xdata()[0] for line in dashed] == [sum(base_steps) / 2]  # the suppressed run has no clear break
+    drawn = [list(line.get_xdata()) for line in uas.lines]
+    for run, step in zip(runs, base_steps, strict=False):  # each run's onset with its interval
+        assert [step] in drawn and list(onsets[str(run.path)]["uas"].interval) in drawn
     assert len(draw(runs[:1], onsets).axes) == 3
     assert draw(runs, onsets, "log").axes[-1].get_xscale() == "symlog"
     assert loss.get_xlim() == weight.get_xlim() == blimp.get_xlim() == (0, 900)

@@ -8,7 +8,8 @@ import pytest
 import yaml
 from synthetic_runs import write_run
 
-from megatron_sas.analysis.trajectories import METRICS, conditions, load_runs
+from megatron_sas.analysis.loading import load_runs
+from megatron_sas.analysis.trajectories import METRICS, conditions
 from megatron_sas.cli import InputError
 
 LOSS, UAS, BLIMP = METRICS

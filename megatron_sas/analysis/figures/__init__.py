@@ -1,0 +1,1 @@
+"""The figures of a report: each function returns a matplotlib figure, or None where the runs lack what it shows."""

@@ -1,0 +1,94 @@
+"""Final results against λ and against the length of the suppression."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megatron_sas.analysis.comparisons import Condition
+from megatron_sas.analysis.figures.style import GREY, PALETTE, STYLE, new_figure, plain
+from megatron_sas.analysis.responses import ResponsePoint, StageResponse
+from megatron_sas.analysis.statistics import Estimate
+from megatron_sas.analysis.trajectories import METRICS, Metric
+
+
+def draw_weight_response(points: Sequence[ResponsePoint], controls: Sequence[ResponsePoint]) -> Figure | None:
+    """Final loss, UAS and BLiMP of conditions with constant λ, over λ; None for fewer than two λ."""
+    weights = {point.x for point in points}
+    metrics = _measured([*points, *controls])
+    if len(weights) < 2 or not metrics:
+        return None
+    with mpl.rc_context(STYLE):
+        figure = new_figure(9.5, 3.1)
+        axes = figure.subplots(1, len(metrics), squeeze=False)[0]
+        smallest = min(abs(weight) for weight in weights if weight)
+        for axis, metric in zip(axes, metrics, strict=True):
+            _draw_points(axis, points, metric, PALETTE[0], "o-", "final")
+            _draw_points(axis, controls, metric, PALETTE[1], "s", "control, final")
+            areas = [(p.x, p.area[metric.name]) for p in points if metric.name in p.area]
+            _draw_errors(axis, areas, PALETTE[2], "^:", "mean over training")
+            axis.axvline(0, color=GREY, linewidth=0.9, linestyle=":")
+            axis.set_xscale("symlog", linthresh=smallest)
+            axis.set_xticks(sorted(weights), [f"{weight:g}".replace("-", "−") for weight in sorted(weights)])
+            axis.tick_params(axis="x", labelrotation=45 if len(weights) > 4 else 0)
+            axis.minorticks_off()
+            axis.set_xlabel("λ")
+            axis.set_title(metric.title, fontsize=10)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9.5)
+    return figure
+
+
+def draw_stage_response(response: StageResponse, base: Condition | None) -> Figure | None:
+    """Final loss, UAS and BLiMP over the step of release, with the base and the run never released as lines."""
+    metrics = _measured(response.points)
+    if not metrics:
+        return None
+    with mpl.rc_context(STYLE):
+        figure = new_figure(9.5, 3.1)
+        axes = figure.subplots(1, len(metrics), squeeze=False)[0]
+        for axis, metric in zip(axes, metrics, strict=True):
+            _draw_points(axis, response.points, metric, PALETTE[0], "o-", f"λ = {response.weight:g} until the step")
+            for condition, colour, dash in ((base, "#000000", "--"), (response.never_released, PALETTE[1], ":")):
+                _draw_level(axis, condition, metric, colour, dash)
+            axis.set_xlabel("step of release")
+            axis.set_title(metric.title, fontsize=10)
+            axis.set_xlim(left=0)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9.5)
+    return figure
+
+
+def _measured(points: Sequence[ResponsePoint]) -> list[Metric]:
+    return [metric for metric in METRICS if any(metric.name in point.final for point in points)]
+
+
+def _draw_points(
+    axis: Axes, points: Sequence[ResponsePoint], metric: Metric, colour: str, form: str, label: str
+) -> None:
+    known = [point for point in points if metric.name in point.final]
+    for point in known:
+        values = point.values[metric.name]
+        axis.plot([point.x] * len(values), values, ".", color=colour, alpha=0.35, markersize=5)
+    _draw_errors(axis, [(point.x, point.final[metric.name]) for point in known], colour, form, label)
+
+
+def _draw_errors(axis: Axes, points: Sequence[tuple[float, Estimate]], colour: str, form: str, label: str) -> None:
+    if points:
+        x, values = [x for x, _ in points], [value for _, value in points]
+        errors = [value.error or 0 for value in values]
+        means = [value.mean for value in values]
+        axis.errorbar(x, means, errors, fmt=form, color=colour, capsize=3, markersize=5, linewidth=1.6, label=label)
+
+
+def _draw_level(axis: Axes, condition: Condition | None, metric: Metric, colour: str, dash: str) -> None:
+    """A condition's final value as a horizontal line, its standard error as a band."""
+    if condition is None or metric.name not in condition.final:
+        return
+    value = condition.final[metric.name]
+    axis.axhline(value.mean, color=colour, linestyle=dash, linewidth=1.4, label=plain(condition.label))
+    if value.error:
+        axis.axhspan(value.mean - value.error, value.mean + value.error, color=colour, alpha=0.1, linewidth=0)

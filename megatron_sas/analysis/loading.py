@@ -1,0 +1,261 @@
+"""Reading runs and sweeps from their directories, with what was measured of their models afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from megatron_sas.analysis.trajectories import CONFIG_NAME, ROLES, Measured, Run
+from megatron_sas.cli import InputError
+from megatron_sas.metrics.records import FILE_NAME, read_records
+
+SWEEP_NAME = "sweep.json"
+MIN_POINTS = 3  # a curve with fewer has no break
+REACHES = 0.9  # measured snapshots must cover this share of a run to stand for its curve
+# Keys of evaluation lines that belong together: one curve, and what is told about its last point.
+KEYS = {
+    "loss": ("validation_mlm_loss",),
+    "uas": ("uas", "uas_baseline", "uas_single_head", "uas_relations"),
+    "blimp": ("blimp", "blimp_fields", "blimp_terms", "blimp_sets"),
+}
+
+
+def read_inputs(paths: Sequence[str | Path], labels: Sequence[str] | None = None) -> tuple[list[Run], list[str]]:
+    """Runs of run directories and sweep directories (which hold sweep.json), and notes about what was left out.
+
+    A label stands for a condition: runs that share one are repetitions of it. Labels default to the directories'
+    names; runs of a sweep are labelled with its conditions, and those that have not been evaluated yet are left out.
+    Raises `InputError` as `load_runs`, for labels together with a sweep, and for a sweep without any begun run.
+    """
+    runs, notes, plain = [], [], []
+    for path in map(Path, paths):
+        if (path / SWEEP_NAME).is_file():
+            if labels is not None:
+                raise InputError(f"--labels: {path} is a sweep, which names its conditions itself; leave --labels out")
+            more, left_out = read_sweep(path)
+            runs += more
+            notes += left_out
+        else:
+            plain.append(path)
+    runs += load_runs(plain, labels)
+    _refuse_repetition([run.path for run in runs])
+    return choose_sources(runs, notes), notes
+
+
+def load_runs(paths: Sequence[str | Path], labels: Sequence[str] | None = None) -> list[Run]:
+    """Read run directories, with live evaluations as their curves (`read_inputs` also looks at measured ones).
+
+    Raises `InputError` for a path that is not a run directory, a broken file, a run without evaluations, a path given
+    twice, or labels that do not match the runs in number.
+    """
+    if labels is not None and len(labels) != len(paths):
+        raise InputError(
+            f"--labels: {len(labels)} label(s) for {len(paths)} run(s); give one per run, in the same order"
+        )
+    resolved = [Path(path).resolve() for path in paths]
+    _refuse_repetition(resolved)
+    labels = labels or [path.name for path in resolved]
+    return [load_run(path, label) for path, label in zip(resolved, labels, strict=True)]
+
+
+def load_run(path: Path, label: str) -> Run:
+    """Read one run directory; errors as `load_runs`."""
+    if not path.is_dir():
+        raise InputError(f"{path}: not a directory; give a run directory that contains {FILE_NAME} and {CONFIG_NAME}")
+    records = sorted(read_records(path / FILE_NAME), key=lambda record: record["step"])
+    by_kind = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "evaluation", "event")}
+    measured = read_measured(path)
+    if not by_kind["evaluation"] and not measured.records:
+        raise InputError(f"{path / FILE_NAME}: no evaluations; train with live evaluation switched on")
+    config = _read_config(path / CONFIG_NAME)
+    return Run(path, label, config, by_kind["train"], by_kind["evaluation"], by_kind["event"], measured=measured)
+
+
+def read_sweep(directory: Path) -> tuple[list[Run], list[str]]:
+    """The runs of a sweep that have been evaluated, and a note on the others; `InputError` for a broken sweep.json."""
+    path = directory / SWEEP_NAME
+    content = _read_json(path)
+    if content.get("format") != "megatron_sas sweep" or content.get("version") != 1:
+        raise InputError(f"{path}: not a sweep of version 1; give the directory that tools/run_sweep.py wrote")
+    runs, missing = [], []
+    for entry in content.get("runs", []):
+        try:
+            where, condition, seed = directory / entry["directory"], str(entry["condition"]), int(entry["seed"])
+            role, release = entry.get("role"), entry.get("release_step")
+        except (TypeError, KeyError, ValueError):
+            raise InputError(f"{path}: a run without directory, condition or seed; write the file again") from None
+        if role not in (None, *ROLES):
+            raise InputError(f"{path}: role {role!r} of {entry['directory']}; use one of {', '.join(ROLES)}")
+        if not _has_begun(where):
+            missing.append(entry["directory"])
+            continue
+        run = load_run(where.resolve(), condition)
+        runs.append(replace(run, assigned_role=role, assigned_seed=seed, assigned_release=release))
+    if not runs:
+        raise InputError(f"{path}: none of its {len(missing)} run(s) has been evaluated yet; run the sweep first")
+    if not missing:
+        return runs, []
+    shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
+    return runs, [
+        f"{len(missing)} of {len(missing) + len(runs)} runs have no evaluation yet, so are left out: {shown}."
+    ]
+
+
+def read_measured(run: Path) -> Measured:
+    """What lies in a run's `trajectory/points` and `glue`; empty where there is nothing."""
+    records, counts, items = [], {}, {}
+    relations, edge_counts = (), np.zeros(0, np.int64)
+    for path in sorted(run.glob("trajectory/points/step_*/point.json")):
+        point = _read_json(path)
+        if type(point.get("step")) is not int:
+            raise InputError(f"{path}: no step in it; remove the point's directory and measure it again")
+        records.append(_as_record(point))
+        table = point.get("uas", {}).get("counts")
+        if table:
+            names = tuple(table["relations"])
+            if relations and names != relations:
+                raise InputError(f"{path}: other relations than in the points before it; measure the run again")
+            relations = names
+            edge_counts = np.array([point["uas"]["relations"][name]["count"] for name in names], np.int64)
+            counts[point["step"]] = np.array(table["correct"], np.int64)
+        if (path.parent / "items.npz").is_file():
+            items[point["step"]] = path.parent / "items.npz"
+    settings = run / "trajectory" / "settings.json"
+    glue = {}
+    for path in sorted(run.glob("glue/*.json")):
+        result = _read_json(path)
+        if result.get("format") != "megatron_sas glue" or not isinstance(result.get("mean"), (int, float)):
+            raise InputError(f"{path}: not a result of tools/finetune_glue.py; move it elsewhere")
+        glue[str(result.get("task", path.stem))] = float(result["mean"])
+    return Measured(
+        sorted(records, key=lambda record: record["step"]),
+        relations,
+        edge_counts,
+        counts,
+        items,
+        _read_json(settings) if settings.is_file() else None,
+        glue,
+    )
+
+
+def choose_sources(runs: Sequence[Run], notes: list[str]) -> list[Run]:
+    """Runs whose curves come from one source per metric: measured snapshots where all runs have them, else live.
+
+    The two are never mixed within a metric, since they rest on different sentences. Adds to `notes` what was decided
+    against measurements that exist.
+    """
+    measured = {name for name in KEYS if _can_be_measured(runs, name)}
+    for name in KEYS.keys() - measured:
+        having = sum(any(KEYS[name][0] in record for record in run.measured.records) for run in runs)
+        if having:
+            notes.append(
+                f"{having} of {len(runs)} runs have measured snapshots with {KEYS[name][0]}, but not all of them with "
+                f"the same settings from beginning to end: live evaluations are used instead."
+            )
+    tasks = [set(run.measured.glue) for run in runs if run.measured.glue]
+    common = set.intersection(*tasks) if tasks else set()
+    if any(task != common for task in tasks):
+        notes.append(
+            f"GLUE is the mean over the tasks that all runs with GLUE have: {', '.join(sorted(common)) or '–'}."
+        )
+    return [_with_sources(run, measured, common) for run in runs]
+
+
+def _with_sources(run: Run, measured: set[str], glue_tasks: set[str]) -> Run:
+    """The run with evaluations merged from live and measured records, by step."""
+    measured_keys = {key for name in measured for key in KEYS[name]}
+    unused_keys = {key for name in KEYS.keys() - measured for key in KEYS[name]}
+    merged: dict[int, dict[str, Any]] = {}
+    for record in run.evaluations:
+        kept = {key: value for key, value in record.items() if key not in measured_keys}
+        merged.setdefault(record["step"], {}).update(kept)
+    for record in run.measured.records:
+        merged.setdefault(record["step"], {}).update({k: v for k, v in record.items() if k not in unused_keys})
+    glue = {task: value for task, value in run.measured.glue.items() if task in glue_tasks}
+    with_items = run.measured.items.keys() >= {record["step"] for record in run.measured.records}
+    return replace(
+        run,
+        evaluations=[merged[step] for step in sorted(merged)],
+        measured=replace(run.measured, glue=glue),
+        item_metrics=frozenset(measured & {"uas", "blimp"} if with_items else ()),
+    )
+
+
+def _can_be_measured(runs: Sequence[Run], name: str) -> bool:
+    """Whether every run has enough snapshots measured in the same way, or none has anything else."""
+    key = KEYS[name][0]
+    live = any(key in record for run in runs for record in run.evaluations)
+    steps = [[r["step"] for r in run.measured.records if key in r] for run in runs]
+    if not live:
+        return any(steps)
+    parts = {"loss": "text", "uas": "treebank", "blimp": "blimp"}
+    settings = [(run.measured.settings or {}).get(parts[name]) for run in runs]
+    # Where the input lies may differ between machines; what it is may not.
+    content = [{k: v for k, v in (s or {}).items() if k not in ("path", "prefix")} for s in settings]
+    return all(
+        len(has) >= MIN_POINTS and has[-1] >= REACHES * run.final_step and content[0] == mine
+        for run, has, mine in zip(runs, steps, content, strict=True)
+    )
+
+
+def _as_record(point: dict[str, Any]) -> dict[str, Any]:
+    """A point in the shape of an evaluation line; parts that were not measured are absent."""
+    record = {"kind": "evaluation", "step": point["step"]}
+    for name, key in (("weight_norm", "weight_norm"), ("mlm_loss", "validation_mlm_loss")):
+        if name in point:
+            record[key] = point[name]
+    if uas := point.get("uas"):
+        record |= {name: uas.get(name) for name in KEYS["uas"][:3]} | {"uas_relations": uas.get("relations")}
+    if blimp := point.get("blimp"):
+        record |= {"blimp": blimp["blimp"]}
+        record |= {f"blimp_{part}": blimp.get(part) for part in ("fields", "terms", "sets")}
+    if dimension := point.get("intrinsic_dimension"):
+        record |= {"twonn": dimension.get("twonn"), "twonn_error": dimension.get("standard_error")}
+    if entropy := point.get("attention_entropy"):
+        record["attention_entropy"] = entropy.get("mean")
+    if sas := point.get("sas"):
+        record |= {"sas_to_head": sas.get("to_head"), "sas_to_dependent": sas.get("to_dependent")}
+    return record
+
+
+def _has_begun(run: Path) -> bool:
+    """Whether there is anything to draw: an evaluation, live or of a snapshot."""
+    if not (run / FILE_NAME).is_file() or not (run / CONFIG_NAME).is_file():
+        return False
+    has_points = any(run.glob("trajectory/points/step_*/point.json"))
+    return has_points or any(record["kind"] == "evaluation" for record in read_records(run / FILE_NAME))
+
+
+def _refuse_repetition(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if paths.count(path) > 1:
+            raise InputError(f"{path}: given more than once; name each run once")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # includes UnicodeDecodeError
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object; write it again, or remove it")
+    return content
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The configuration as plain values: not validated, so that runs of other versions can be compared too."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give a run directory as the trainer left it")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        config = None
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: not a YAML configuration; restore the file that the trainer wrote")
+    return config

@@ -1,0 +1,158 @@
+"""When the curves of every run break, how sure that is, and which of structure and capabilities comes first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import stats
+
+from megatron_sas.analysis.bootstrap import ItemOnset, onset_interval, resample_curves
+from megatron_sas.analysis.statistics import Estimate, estimate
+from megatron_sas.analysis.trajectories import METRICS, Metric, Run
+from megatron_sas.cli import progress
+from megatron_sas.evaluation.onsets import ChangePoint, Onset, break_point, change_point
+
+LOSS, UAS, BLIMP = METRICS
+
+
+@dataclass(frozen=True)
+class RunOnset:
+    """When one curve of one run breaks: strongest bend, change-point fit, and the bend's replicates over items."""
+
+    bend: Onset
+    change: ChangePoint
+    items: ItemOnset | None = None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval: over resampled items where there are any, else the change point's, else None."""
+        source = self.change if self.items is None else self.items
+        return None if source.low is None or source.high is None else (source.low, source.high)
+
+    @property
+    def interval_kind(self) -> str:
+        """Where `interval` comes from, in words."""
+        return "change-point interval" if self.items is None else "bootstrap interval over items"
+
+
+@dataclass(frozen=True)
+class RunOrder:
+    """BLiMP's onset minus UAS's of one run, both clear, and its replicates over items (None without items)."""
+
+    run: Run
+    lag: float
+    replicates: np.ndarray | None
+
+    def share(self, sign: int) -> float | None:
+        """Share of replicates with UAS strictly first (1), at the same step (0), or strictly last (-1)."""
+        if self.replicates is None:
+            return None
+        known = self.replicates[np.isfinite(self.replicates)]
+        return float(np.mean(np.sign(known) == sign)) if len(known) else None
+
+
+@dataclass(frozen=True)
+class Order:
+    """Structure against capabilities over the runs of a condition in which both break clearly.
+
+    `lag` is BLiMP's onset minus UAS's; `first` and `last` count runs with UAS strictly first and last; `sign_p` is the
+    two-sided sign test over these. `items` is the 95 % percentile interval of the mean lag over resampled items, None
+    unless every run has items. `spacing` is the widest usual distance of evaluations: nothing shorter can be told.
+    """
+
+    runs: tuple[RunOrder, ...]
+    num_runs: int
+    lag: Estimate
+    first: int
+    last: int
+    sign_p: float | None
+    items: tuple[float, float] | None
+    spacing: float
+
+    @property
+    def established(self) -> bool:
+        """Whether the intervals over seeds and over items leave 0 out, and the mean is at least one evaluation away."""
+        seeds = self.lag.interval(0.95)
+        intervals = [seeds, self.items] if self.items else [seeds]
+        leaves_out = all(i is not None and not i[0] <= 0 <= i[1] for i in intervals)
+        return leaves_out and abs(self.lag.mean) >= self.spacing
+
+
+Onsets = dict[str, dict[str, RunOnset]]  # run path -> metric name -> onset; metrics without a curve are absent
+
+
+def default_delta(runs: Sequence[Run]) -> float:
+    """A tenth of the median run's length, but no less than the widest usual gap between evaluations of any run.
+
+    Of two middle lengths the lower counts; the median, so that one run that has just begun does not decide.
+    """
+    length = sorted(run.final_step for run in runs)[(len(runs) - 1) // 2]
+    return float(max([length / 10, 1, *(spacing(run, metric) or 0 for run in runs for metric in METRICS)]))
+
+
+def spacing(run: Run, metric: Metric) -> float | None:
+    """The usual distance between evaluations of a metric, in steps; None for fewer than two."""
+    steps = run.curve(metric.key).steps
+    return float(np.median(np.diff(steps))) if len(steps) > 1 else None
+
+
+def find_onsets(runs: Sequence[Run], delta: float, replicates: int = 0, seed: int = 0) -> Onsets:
+    """Onsets of every curve of every run; `replicates` over items where a run has them (0: none)."""
+    found: Onsets = {}
+    for run in progress(runs, desc="onsets", unit="run"):
+        onsets = {}
+        for metric in METRICS:
+            curve = run.metric(metric)
+            if len(curve):
+                bend = break_point(curve.steps, curve.values, delta, metric.sign)
+                onsets[metric.name] = RunOnset(bend, change_point(curve.steps, curve.values, metric.sign))
+        if replicates:
+            for name, curves in resample_curves(run, replicates, seed).items():
+                if name in onsets and onsets[name].bend.step is not None:
+                    onsets[name] = replace(onsets[name], items=onset_interval(curves, delta))
+        found[str(run.path)] = onsets
+    return found
+
+
+def clear_step(onsets: Onsets, run: Run, metric: Metric) -> float | None:
+    """The step of a run's onset where it is clear, else None."""
+    onset = onsets[str(run.path)].get(metric.name)
+    return onset.bend.step if onset and onset.bend.clear else None
+
+
+def order_of(runs: Sequence[Run], onsets: Onsets) -> Order | None:
+    """Which comes first in a condition, structure (UAS) or capabilities (BLiMP); None where no run shows both."""
+    each = []
+    for run in runs:
+        uas, blimp = clear_step(onsets, run, UAS), clear_step(onsets, run, BLIMP)
+        if uas is None or blimp is None:
+            continue
+        items = [onsets[str(run.path)][metric.name].items for metric in (UAS, BLIMP)]
+        each.append(RunOrder(run, blimp - uas, items[1].steps - items[0].steps if all(items) else None))
+    if not each:
+        return None
+    first, last = sum(e.lag > 0 for e in each), sum(e.lag < 0 for e in each)
+    return Order(
+        runs=tuple(each),
+        num_runs=len(runs),
+        lag=estimate([e.lag for e in each]),
+        first=first,
+        last=last,
+        sign_p=float(stats.binomtest(first, first + last).pvalue) if first + last else None,
+        items=_interval_over_items([e.replicates for e in each]),
+        spacing=max(spacing(e.run, metric) or 0 for e in each for metric in (UAS, BLIMP)),
+    )
+
+
+def _interval_over_items(replicates: Sequence[np.ndarray | None]) -> tuple[float, float] | None:
+    """95 % percentile interval of the mean over runs; replicate b draws the same items in every run."""
+    if any(r is None for r in replicates):
+        return None
+    means = np.mean(replicates, axis=0)
+    means = means[np.isfinite(means)]
+    if len(means) < len(replicates[0]) / 2:
+        return None
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
