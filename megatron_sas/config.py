@@ -306,12 +306,12 @@ class Config(Section):
     logging: LoggingSection = LoggingSection()
 
     def faults(self) -> list[str]:
-        """A snapshot is a Hugging Face model, which only post-LN models can be; complexity is that on held-out text."""
+        """Snapshots are Hugging Face models, which only post-LN models can be; complexity needs held-out text."""
         faults = []
         if self.snapshots.due(0, 0) and self.model.norm_placement != "post":
             faults.append("snapshots: a model with norm_placement pre has no Hugging Face form; remove the section")
         if self.evaluation.complexity_sequences is not None and self.data.validation is None:
-            faults.append("evaluation: complexity_sequences are taken from data.validation, which is not given")
+            faults.append("evaluation.complexity_sequences: needs data.validation, which is not given")
         return faults
 
     def bert_config(self, vocab_size: int, pad_token_id: int) -> BertConfig:
