@@ -366,7 +366,7 @@ class Config(Section):
         if "uas" in watch.metrics and (not often or evaluation.every is None):
             faults.append("watch.metrics: uas needs evaluation.treebank, and evaluation.every of at most watch.delta")
         if evaluation.complexity_sequences is not None and self.data.validation is None:
-            faults.append("evaluation: complexity_sequences are taken from data.validation, which is not given")
+            faults.append("evaluation.complexity_sequences: needs data.validation, which is not given")
         return faults
 
     def bert_config(self, vocab_size: int, pad_token_id: int) -> BertConfig:

@@ -99,6 +99,7 @@ checkpoint: {dense_every: 5}
             "sas: {schedule: [{start: 0, value: 1, end: 5}, {start: 3, value: 2}]}",
             "sas.schedule: stages 0 and 1 overlap: stage 0 lasts until 5, stage 1 starts at 3",
         ),
+        ("evaluation: {complexity_sequences: 50}", "evaluation.complexity_sequences: needs data.validation"),
     ],
 )
 def test_one_fault_is_one_line(tmp_path, section, message):

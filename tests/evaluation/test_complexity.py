@@ -115,5 +115,5 @@ def test_too_little_text_is_one_line(tmp_path, model_directory):
 
 def test_weight_norm_counts_every_weight_once(hf_model, model_directory):
     model, _ = load_model(model_directory)
-    expected = sum(float(p.double().square().sum()) for p in hf_model.parameters()) ** 0.5
+    expected = sum(float(p.detach().double().square().sum()) for p in hf_model.parameters()) ** 0.5
     assert weight_norm(model) == pytest.approx(expected, rel=1e-12)

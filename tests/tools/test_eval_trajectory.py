@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from engine_runs import train, write_inputs
+from transformers import BertForMaskedLM
 
 from megatron_sas.cli import InputError
 from megatron_sas.data.packed import PackedData
@@ -307,3 +308,19 @@ def test_wrong_input_is_refused_and_leaves_nothing(folder, monkeypatch):
         with pytest.raises(InputError, match=message):
             call_tool(monkeypatch, command(folder, source, output, *options))
         assert not output.exists()
+
+
+def test_text_alone_gives_entropy_and_no_heads(folder, tmp_path):
+    measure(folder / "run", Inputs(text=str(folder / "data1")), tmp_path / "out")
+    point = read_point(tmp_path / "out", 6)
+    assert point.keys() == {
+        "step", "model", "seconds", "weight_norm", "attention_entropy", "text_sas", "intrinsic_dimension", "mlm_loss",
+    }  # fmt: skip
+    assert not (tmp_path / "out" / "heads.json").exists()
+    assert read_items(tmp_path / "out", 6).uas is None
+    eager = BertForMaskedLM.from_pretrained(folder / "run" / "snapshots" / "step_00000006", attn_implementation="eager")
+    tokens = torch.from_numpy(np.asarray(PackedData(folder / "data1").tokens[:10]).astype(np.int64))
+    with torch.no_grad():
+        maps = torch.stack(eager(tokens, output_attentions=True).attentions).double()
+    expected = -(maps * maps.log()).sum(dim=-1).mean(dim=(1, 3))
+    assert np.allclose(point["attention_entropy"]["per_head"], expected, rtol=1e-6)
