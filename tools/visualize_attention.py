@@ -64,7 +64,9 @@ def main() -> None:
         heads=heads,
         sentences=sentences,
         sources={
-            "models": f"{len(models)} of {total_models} models" if len(models) < total_models else "all models",
+            "models": f"{len(models)} of {total_models} models"
+            if len(models) < total_models
+            else f"{total_models} models",
             "sentences": f"{arguments.sentences.name}, {len(sentences)} of {len(given)} sentences",
             "trees": f"parsed by {arguments.parser}" if arguments.parser else "trees of the treebank",
         },
@@ -108,6 +110,8 @@ def look(
             shape = (model.config.num_layers, model.config.num_heads)
             if shape != (first.config.num_layers, first.config.num_heads):
                 raise InputError(f"{path}: has other layers or heads than {models[-1][1]}; give models of one run")
+            if not all(parameter.isfinite().all() for parameter in model.parameters()):
+                raise InputError(f"{path}: has weights that are not finite; leave this model out")
             views[number], heads = view(
                 model, task, sentences, pieces, heads, arguments.max_heads, arguments.batch_tokens
             )

@@ -53,6 +53,7 @@ thead th { border-bottom: 0; }
 thead tr:last-child th { border-bottom: 2px solid var(--line); }
 table.even { table-layout: fixed; min-width: 560px; }
 table.runs td { white-space: nowrap; }
+table.even .key { white-space: normal; overflow-wrap: anywhere; }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
 tr:last-child td { border-bottom: 0; }
 td small { color: var(--soft); display: block; font-size: 12.5px; }

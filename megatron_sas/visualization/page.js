@@ -427,7 +427,7 @@ function listen() {
 
 function begin() {
   const { treebank, sources } = data;
-  const models = last > 0 ? `${plural(last + 1, "model")}, steps ${data.steps[0].toLocaleString("en")} to ${
+  const models = last > 0 ? `${sources.models}, steps ${data.steps[0].toLocaleString("en")} to ${
     data.steps[last].toLocaleString("en")}` : data.names[0];
   element("lead").textContent = `${models}${data.schedule ? `; λ = ${data.schedule}` : ""}. Sentences: ${
     sources.sentences}, ${sources.trees}.`;
@@ -441,8 +441,8 @@ function begin() {
   element("stepper").hidden = last === 0;
   if (last === 0) element("stepper").style.display = "none";
   const cautions = [];
-  if (treebank.own) cautions.push(`The best heads were chosen on these ${plural(treebank.sentences, "sentence")} ` +
-    `themselves, with ${plural(treebank.edges, "edge")}: with so few, some head is always right by chance. Choose them ` +
+  if (treebank.own) cautions.push("The best heads were chosen on the sentences shown themselves " +
+    `(${plural(treebank.sentences, "sentence")}, ${plural(treebank.edges, "edge")}): with so few, some head is always right by chance. Choose them ` +
     "on a treebank (--treebank) before concluding anything.");
   if (data.missing.length) cautions.push(`No best head for ${data.missing.join(", ")}: ${treebank.name} has no such ` +
     "edges. Does it follow another scheme than these trees?");

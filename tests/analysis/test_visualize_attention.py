@@ -233,7 +233,7 @@ def test_address_holds_what_is_shown(browser, page_and_data):
         page.evaluate("location.hash = '#step=0&sentence=1&below=best'")
         page.wait_for_function("document.querySelector('#place').textContent === 'step 0'")
         assert shown_arcs(page) == expected_arcs(data, 0, 0)
-    for nonsense in ("#step=7&sentence=99&below=9-9", "#step=x&sentence=-1", "#%%", "#&&=="):
+    for nonsense in ("#step=7&sentence=99&below=9-9", "#%%&step=x&sentence=-1&&=="):
         with open_page(browser, path, nonsense) as page:
             assert marker(page) == 900 and page.input_value("#sentence") == "0"
 
@@ -272,24 +272,24 @@ def test_one_head_and_tooltips(browser, page_and_data):
 @pytest.mark.parametrize(("width", "colours"), [(1280, "light"), (400, "dark")])
 def test_everything_fits_and_can_be_told_apart(browser, page_and_data, width, colours):
     path, data = page_and_data
-    fragments = [
-        "#step=900&sentence=4",
-        "#step=0&sentence=3",
-        "#step=0&sentence=4&below={}-{}".format(*data["heads"][0]),
-    ]
-    for fragment in fragments:
-        with open_page(browser, path, fragment, width=width, color_scheme=colours) as page:
-            for summary in page.locator("summary").all():
-                summary.click()
+    one_head = "{}-{}".format(*data["heads"][0])
+    with open_page(browser, path, width=width, color_scheme=colours) as page:
+        for summary in page.locator("summary").all():
+            summary.click()
+        for step, fragment in [
+            (300, "sentence=4&below=best"),
+            (0, "sentence=3"),
+            (900, f"sentence=4&below={one_head}"),
+        ]:
+            page.evaluate(f"location.hash = '#step={step}&{fragment}'")
+            page.wait_for_function(f"document.querySelector('#place').textContent === 'step {step}'")
             assert overflow(page) == []
             background = page.evaluate("getComputedStyle(document.querySelector('section')).backgroundColor")
             dark = sum(map(int, re.findall(r"\d+", background)[:3])) < 3 * 128
             assert dark == (colours == "dark")
+            lines = "kind => getComputedStyle(document.querySelector(`#key .${kind} path`))"
             styles = {
-                kind: page.evaluate(
-                    f"""(node => node && [getComputedStyle(node).strokeDasharray, getComputedStyle(node).stroke])(
-                        document.querySelector('#key .{kind} path'))"""
-                )
+                kind: page.evaluate(f"kind => (s => [s.strokeDasharray, s.stroke])(({lines})(kind))", kind)
                 for kind in ("right", "wrong")
             }
             assert styles["right"][0] == "none" and styles["wrong"][0] != "none"  # by line style, not colour alone
@@ -325,7 +325,7 @@ def test_one_model_without_treebank(browser, inputs, tmp_path):
     assert (data["steps"], len(data["sentences"]), data["curves"]["loss"]) == ([300], 1, [])
     with open_page(browser, output) as page:
         assert page.is_hidden("#stepper") and page.is_hidden("#training")
-        assert "chosen on these 1 sentence themselves" in page.inner_text("#caution")
+        assert "chosen on the sentences shown themselves (1 sentence, 5 edges)" in page.inner_text("#caution")
         assert shown_arcs(page) == expected_arcs(data, 0, 0)
 
 
@@ -335,6 +335,7 @@ def test_relations_that_the_treebank_lacks(inputs, tmp_path, capsys):
     data = make_page(inputs, tmp_path / "page.html", *options)
     assert data["missing"] == ["amod", "case", "nmod", "nsubj", "obj"]
     assert data["steps"] == [0, 900] and len(data["heads"]) == 1
+    assert data["sources"]["models"] == "2 of 3 models"
     out = capsys.readouterr().out
     assert "2 of 3 models (--max-models)" in out and "no best head for amod, case, nmod, nsubj, obj" in out
 

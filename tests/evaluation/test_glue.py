@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 from megatron_sas.cli import InputError
 from megatron_sas.data.tokenizer import load_tokenizer, vocab_size
 from megatron_sas.evaluation.glue import Pretrained, Settings, encode, finetune
-from megatron_sas.evaluation.glue_data import Columns, read_file, task_files
+from megatron_sas.evaluation.glue_data import Columns, read_file, read_hub, task_files
 from megatron_sas.evaluation.glue_tasks import TASKS
 from megatron_sas.manifest import write_manifest
 from megatron_sas.model import Bert
@@ -221,7 +221,7 @@ def test_learns_and_says_so(result, cola_like):
     assert (found["format"], found["version"], found["task"]) == ("megatron_sas glue", 1, "cola")
     assert (found["metric"], found["train_examples"], found["validation_examples"]) == (
         "matthews_correlation",
-        1200,
+        700,
         400,
     )
     assert found["model"] == str(cola_like / "model") and found["settings"]["max_length"] == 32
@@ -384,6 +384,20 @@ def test_bad_arguments_are_one_line(cola_like, tmp_path):
         with pytest.raises(InputError, match=re.escape(message)) as caught:
             run_tool("--model", cola_like / "model", "--output", output, "--device", "cpu", *options)
         assert "\n" not in str(caught.value) and not output.exists()
+
+
+def test_data_of_the_hub(tmp_path, monkeypatch):
+    """A data set of the hub's columns and splits, from a folder instead of the network."""
+    import datasets
+
+    texts, labels = EXPECTED["mrpc"]
+    columns = {"sentence1": [a for a, _ in texts], "sentence2": [b for _, b in texts], "label": labels, "idx": [0, 1]}
+    for split in ("train", "validation"):
+        datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / split)
+    monkeypatch.setattr("megatron_sas.evaluation.glue_data.HUB", str(tmp_path))
+    examples = read_hub(TASKS["mrpc"], "validation")
+    assert (examples.texts, examples.labels.tolist()) == EXPECTED["mrpc"]
+    assert examples.source == {"hub": str(tmp_path), "split": "validation"}
 
 
 def test_no_network_is_one_line(cola_like, tmp_path, monkeypatch):
