@@ -102,8 +102,8 @@ def complexity_phases(base: Sequence[Run], onsets: Onsets, delta: float) -> Clai
     """Claim 5: the intrinsic dimension breaks where structure or capabilities do."""
     rule = (
         f"in {MOST}, the intrinsic dimension (TwoNN) breaks clearly, up or down, and the 95 % t-interval of the mean "
-        f"distance of this break to structure onset, or to capabilities onset, lies within ±Δ = {delta:g} steps; both "
-        "intervals wholly outside: opposite"
+        f"distance of its first break to structure onset, or to capabilities onset, lies within ±Δ = {delta:g} steps; "
+        "both intervals wholly outside: opposite"
     )
     name = "The intrinsic dimension breaks where structure or capabilities do."
     statement = "Model complexity (intrinsic dimension by TwoNN) moves through the same phases."
@@ -111,7 +111,7 @@ def complexity_phases(base: Sequence[Run], onsets: Onsets, delta: float) -> Clai
     if len(usable) < MIN_RUNS:
         missing = _missing("UAS and the intrinsic dimension") + " (tools/eval_trajectory.py with --text)"
         return Claim(5, statement, [Part(name, rule, NOT_TESTABLE, missing=missing)])
-    bends = {str(run.path): either_break(run.curve("twonn"), delta) for run in usable}
+    bends = {str(run.path): first_break(run.curve("twonn"), delta) for run in usable}
     clear = [run for run in usable if bends[str(run.path)][0].clear]
     upward = sum(bends[str(run.path)][1] > 0 for run in clear)
     evidence = [
@@ -143,10 +143,16 @@ def steepest_share(curve: Curve, window: float = SHORT_WINDOW) -> float:
     return float(rises.max() / np.ptp(curve.values))
 
 
-def either_break(curve: Curve, delta: float) -> tuple[Onset, int]:
-    """The stronger of a curve's upward and downward breaks (a clear one before an unclear one), and its direction."""
+def first_break(curve: Curve, delta: float) -> tuple[Onset, int]:
+    """Of a curve's strongest upward and downward bends the earlier clear one, and its direction; else the stronger.
+
+    A curve that moves from one level to another bends twice, as strongly: the first bend is where its phase begins.
+    """
     both = [(break_point(curve.steps, curve.values, delta, sign), sign) for sign in (1, -1)]
-    return max(both, key=lambda found: (found[0].clear, found[0].strength or 0))
+    clear = [found for found in both if found[0].clear]
+    if clear:
+        return min(clear, key=lambda found: found[0].step)
+    return max(both, key=lambda found: found[0].strength or 0)
 
 
 def _loss_drop(base: Sequence[Run], onsets: Onsets, delta: float) -> Part:
