@@ -17,8 +17,7 @@ from megatron_sas.analysis.claims import (
     Part,
     enough,
 )
-from megatron_sas.analysis.run_onsets import BLIMP, LOSS, UAS, Onsets, clear_step, order_of
-from megatron_sas.analysis.statistics import estimate
+from megatron_sas.analysis.run_onsets import BLIMP, LOSS, UAS, Onsets, clear_step, mean_distance, order_of, spacing
 from megatron_sas.analysis.trajectories import Curve, Metric, Run
 from megatron_sas.evaluation.onsets import Onset, break_point
 
@@ -125,7 +124,7 @@ def complexity_phases(base: Sequence[Run], onsets: Onsets, delta: float) -> Clai
             evidence.append(f"Both it and {title} break clearly in {len(distances)} of {len(usable)} runs.")
             verdicts.append(NOT_SHOWN)
             continue
-        verdict, text = _coincide(distances, delta, 0.95)
+        verdict, text = _coincide(distances, delta, 0.95, _widest(usable, metric.key, "twonn"))
         verdicts.append(verdict)
         evidence.append(f"Distance to {title} onset: {text}.")
     verdict = SHOWN if SHOWN in verdicts else OPPOSITE if set(verdicts) == {OPPOSITE} else NOT_SHOWN
@@ -169,13 +168,13 @@ def _loss_drop(base: Sequence[Run], onsets: Onsets, delta: float) -> Part:
     evidence = [f"Both break clearly in {len(distances)} of {len(usable)} runs."]
     if not enough(len(distances), len(usable)):
         return Part(statement, rule, NOT_SHOWN, evidence)
-    verdict, text = _coincide(distances, delta, 0.9)
+    verdict, text = _coincide(distances, delta, 0.9, _widest(usable, LOSS.key, UAS.key))
     return Part(statement, rule, verdict, [*evidence, f"The loss breaks at UAS's onset {text}."])
 
 
-def _coincide(distances: Sequence[float], delta: float, confidence: float) -> tuple[str, str]:
+def _coincide(distances: Sequence[float], delta: float, confidence: float, spacing: float) -> tuple[str, str]:
     """Whether a mean distance is within ±Δ (`confidence`) or outside (95 %), as a verdict and in words."""
-    found = estimate(distances)
+    found = mean_distance(distances, spacing)
     low, high = found.interval(confidence)
     wide_low, wide_high = found.interval(0.95)
     verdict = (
@@ -192,6 +191,11 @@ def _can_break(run: Run, metric: Metric, delta: float) -> bool:
 def _spans(curve: Curve, delta: float) -> bool:
     """Whether a curve is long enough for a break at scale Δ to exist."""
     return len(curve) >= 3 and curve.steps[-1] - curve.steps[0] >= 2 * delta
+
+
+def _widest(runs: Sequence[Run], *keys: str) -> float:
+    """The widest usual distance of evaluations of these curves."""
+    return max(spacing(run, key) or 0 for run in runs for key in keys)
 
 
 def _missing(what: str) -> str:
