@@ -148,7 +148,7 @@ def _early_break(found: Sequence[Condition], onsets: Onsets) -> Part:
     if not tests:
         missing = f"{MIN_RUNS} runs each of the base and of a condition with λ > 0 throughout whose loss breaks clearly"
         return Part(name, rule, NOT_TESTABLE, missing=missing, core=False)
-    resolution = max(spacing(run, LOSS) or 0 for run in runs_of(found))
+    resolution = max(spacing(run, LOSS.key) or 0 for run in runs_of(found))
     signs = [test.sign_shown() if abs(test.value.mean) >= resolution else 0 for test in tests.values()]
     verdict = SHOWN if -1 in signs else OPPOSITE if 1 in signs else NOT_SHOWN
     evidence = [

@@ -17,8 +17,7 @@ from megatron_sas.analysis.claims import (
     Part,
     enough,
 )
-from megatron_sas.analysis.run_onsets import BLIMP, LOSS, UAS, Onsets, clear_step, order_of
-from megatron_sas.analysis.statistics import estimate
+from megatron_sas.analysis.run_onsets import BLIMP, LOSS, UAS, Onsets, clear_step, mean_distance, order_of, spacing
 from megatron_sas.analysis.trajectories import Curve, Metric, Run
 from megatron_sas.evaluation.onsets import Onset, break_point
 
@@ -102,8 +101,8 @@ def complexity_phases(base: Sequence[Run], onsets: Onsets, delta: float) -> Clai
     """Claim 5: the intrinsic dimension breaks where structure or capabilities do."""
     rule = (
         f"in {MOST}, the intrinsic dimension (TwoNN) breaks clearly, up or down, and the 95 % t-interval of the mean "
-        f"distance of this break to structure onset, or to capabilities onset, lies within ±Δ = {delta:g} steps; both "
-        "intervals wholly outside: opposite"
+        f"distance of its first break to structure onset, or to capabilities onset, lies within ±Δ = {delta:g} steps; "
+        "both intervals wholly outside: opposite"
     )
     name = "The intrinsic dimension breaks where structure or capabilities do."
     statement = "Model complexity (intrinsic dimension by TwoNN) moves through the same phases."
@@ -111,7 +110,7 @@ def complexity_phases(base: Sequence[Run], onsets: Onsets, delta: float) -> Clai
     if len(usable) < MIN_RUNS:
         missing = _missing("UAS and the intrinsic dimension") + " (tools/eval_trajectory.py with --text)"
         return Claim(5, statement, [Part(name, rule, NOT_TESTABLE, missing=missing)])
-    bends = {str(run.path): either_break(run.curve("twonn"), delta) for run in usable}
+    bends = {str(run.path): first_break(run.curve("twonn"), delta) for run in usable}
     clear = [run for run in usable if bends[str(run.path)][0].clear]
     upward = sum(bends[str(run.path)][1] > 0 for run in clear)
     evidence = [
@@ -125,7 +124,7 @@ def complexity_phases(base: Sequence[Run], onsets: Onsets, delta: float) -> Clai
             evidence.append(f"Both it and {title} break clearly in {len(distances)} of {len(usable)} runs.")
             verdicts.append(NOT_SHOWN)
             continue
-        verdict, text = _coincide(distances, delta, 0.95)
+        verdict, text = _coincide(distances, delta, 0.95, _widest(usable, metric.key, "twonn"))
         verdicts.append(verdict)
         evidence.append(f"Distance to {title} onset: {text}.")
     verdict = SHOWN if SHOWN in verdicts else OPPOSITE if set(verdicts) == {OPPOSITE} else NOT_SHOWN
@@ -143,10 +142,16 @@ def steepest_share(curve: Curve, window: float = SHORT_WINDOW) -> float:
     return float(rises.max() / np.ptp(curve.values))
 
 
-def either_break(curve: Curve, delta: float) -> tuple[Onset, int]:
-    """The stronger of a curve's upward and downward breaks (a clear one before an unclear one), and its direction."""
+def first_break(curve: Curve, delta: float) -> tuple[Onset, int]:
+    """Of a curve's strongest upward and downward bends the earlier clear one, and its direction; else the stronger.
+
+    A curve that moves from one level to another bends twice, as strongly: the first bend is where its phase begins.
+    """
     both = [(break_point(curve.steps, curve.values, delta, sign), sign) for sign in (1, -1)]
-    return max(both, key=lambda found: (found[0].clear, found[0].strength or 0))
+    clear = [found for found in both if found[0].clear]
+    if clear:
+        return min(clear, key=lambda found: found[0].step)
+    return max(both, key=lambda found: found[0].strength or 0)
 
 
 def _loss_drop(base: Sequence[Run], onsets: Onsets, delta: float) -> Part:
@@ -163,13 +168,13 @@ def _loss_drop(base: Sequence[Run], onsets: Onsets, delta: float) -> Part:
     evidence = [f"Both break clearly in {len(distances)} of {len(usable)} runs."]
     if not enough(len(distances), len(usable)):
         return Part(statement, rule, NOT_SHOWN, evidence)
-    verdict, text = _coincide(distances, delta, 0.9)
+    verdict, text = _coincide(distances, delta, 0.9, _widest(usable, LOSS.key, UAS.key))
     return Part(statement, rule, verdict, [*evidence, f"The loss breaks at UAS's onset {text}."])
 
 
-def _coincide(distances: Sequence[float], delta: float, confidence: float) -> tuple[str, str]:
+def _coincide(distances: Sequence[float], delta: float, confidence: float, spacing: float) -> tuple[str, str]:
     """Whether a mean distance is within ±Δ (`confidence`) or outside (95 %), as a verdict and in words."""
-    found = estimate(distances)
+    found = mean_distance(distances, spacing)
     low, high = found.interval(confidence)
     wide_low, wide_high = found.interval(0.95)
     verdict = (
@@ -186,6 +191,11 @@ def _can_break(run: Run, metric: Metric, delta: float) -> bool:
 def _spans(curve: Curve, delta: float) -> bool:
     """Whether a curve is long enough for a break at scale Δ to exist."""
     return len(curve) >= 3 and curve.steps[-1] - curve.steps[0] >= 2 * delta
+
+
+def _widest(runs: Sequence[Run], *keys: str) -> float:
+    """The widest usual distance of evaluations of these curves."""
+    return max(spacing(run, key) or 0 for run in runs for key in keys)
 
 
 def _missing(what: str) -> str:

@@ -57,9 +57,10 @@ class RunOrder:
 class Order:
     """Structure against capabilities over the runs of a condition in which both break clearly.
 
-    `lag` is BLiMP's onset minus UAS's; `first` and `last` count runs with UAS strictly first and last; `sign_p` is the
-    two-sided sign test over these. `items` is the 95 % percentile interval of the mean lag over resampled items, None
-    unless every run has items. `spacing` is the widest usual distance of evaluations: nothing shorter can be told.
+    `lag` is BLiMP's onset minus UAS's (`mean_distance`); `first` and `last` count runs with UAS strictly first and
+    last; `sign_p` is the two-sided sign test over these. `items` is the 95 % percentile interval of the mean lag over
+    resampled items, None unless every run has items. `spacing` is the widest usual distance of evaluations: nothing
+    shorter can be told.
     """
 
     runs: tuple[RunOrder, ...]
@@ -89,12 +90,12 @@ def default_delta(runs: Sequence[Run]) -> float:
     Of two middle lengths the lower counts; the median, so that one run that has just begun does not decide.
     """
     length = sorted(run.final_step for run in runs)[(len(runs) - 1) // 2]
-    return float(max([length / 10, 1, *(spacing(run, metric) or 0 for run in runs for metric in METRICS)]))
+    return float(max([length / 10, 1, *(spacing(run, metric.key) or 0 for run in runs for metric in METRICS)]))
 
 
-def spacing(run: Run, metric: Metric) -> float | None:
-    """The usual distance between evaluations of a metric, in steps; None for fewer than two."""
-    steps = run.curve(metric.key).steps
+def spacing(run: Run, key: str) -> float | None:
+    """The usual distance in steps between evaluations with `key`; None for fewer than two."""
+    steps = run.curve(key).steps
     return float(np.median(np.diff(steps))) if len(steps) > 1 else None
 
 
@@ -134,16 +135,29 @@ def order_of(runs: Sequence[Run], onsets: Onsets) -> Order | None:
     if not each:
         return None
     first, last = sum(e.lag > 0 for e in each), sum(e.lag < 0 for e in each)
+    widest = max(spacing(e.run, metric.key) or 0 for e in each for metric in (UAS, BLIMP))
     return Order(
         runs=tuple(each),
         num_runs=len(runs),
-        lag=estimate([e.lag for e in each]),
+        lag=mean_distance([e.lag for e in each], widest),
         first=first,
         last=last,
         sign_p=float(stats.binomtest(first, first + last).pvalue) if first + last else None,
         items=_interval_over_items([e.replicates for e in each]),
-        spacing=max(spacing(e.run, metric) or 0 for e in each for metric in (UAS, BLIMP)),
+        spacing=widest,
     )
+
+
+def mean_distance(distances: Sequence[float], spacing: float) -> Estimate:
+    """Mean distance of two onsets over seeds, with a standard error no smaller than rounding to evaluations leaves.
+
+    Onsets lie on a grid of evaluations `spacing` apart, so each is off by up to half of it: a standard deviation of
+    spacing/√6 for a distance. Without this floor, seeds that happen to agree to the evaluation would look certain.
+    """
+    found = estimate(distances)
+    if found.error is None:
+        return found
+    return replace(found, error=max(found.error, spacing / np.sqrt(6 * found.count)))
 
 
 def _interval_over_items(replicates: Sequence[np.ndarray | None]) -> tuple[float, float] | None:

@@ -44,7 +44,6 @@ img + img { margin-top: 14px; }
 .parts { margin: 8px 0 0; padding: 0; list-style: none; font-size: 14.5px; }
 .parts li { margin: 7px 0; }
 .parts .rule { color: var(--soft); font-size: 13.5px; display: block; }
-.missing { color: var(--soft); font-size: 14.5px; margin: 2px 0 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 12px; text-align: right; border-bottom: 1px solid var(--line); vertical-align: baseline; }
@@ -52,7 +51,7 @@ th { color: var(--soft); font-weight: 600; font-size: 13px; }
 thead th { border-bottom: 0; }
 thead tr:last-child th { border-bottom: 2px solid var(--line); }
 table.even { table-layout: fixed; min-width: 560px; }
-table.runs td { white-space: nowrap; }
+table.runs td, td.whole, td.whole small { white-space: nowrap; }
 table.even .key { white-space: normal; overflow-wrap: anywhere; }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
 tr:last-child td { border-bottom: 0; }
@@ -114,18 +113,15 @@ when it begins to prefer grammatical sentences (BLiMP), and what its loss does m
 <div class="claim {{ verdicts.get(claim.verdict, "no") }}">
 <h3>{{ claim.number }}. {{ claim.statement }}</h3>
 <span class="verdict">{{ claim.verdict }}</span>
-{% if claim.missing %}<p class="missing">Missing: {{ claim.missing }}.</p>{% endif %}
-<details><summary>Evidence and rule</summary>
 <ul class="parts">
 {% for part in claim.parts %}
-<li class="{{ verdicts.get(part.verdict, "no") }}">{{ part.statement }}
-<span class="verdict">{{ part.verdict }}</span>
+<li class="{{ verdicts.get(part.verdict, "no") }}">{{ part.statement }} <span class="verdict">{{ part.verdict }}</span>
 {%- if part.missing %} (missing: {{ part.missing }}){% endif %}
 {% for sentence in part.evidence %} {{ sentence }}{% endfor %}
-<span class="rule">Shown if {{ part.rule }}.{% if not part.core %} Counts only where it can be
-tested.{% endif %}</span></li>
+<span class="rule">Rule: shown if {{ part.rule }}.{% if not part.core %} Counts only where it can be tested.{% endif %}
+</span></li>
 {% endfor %}
-</ul></details>
+</ul>
 </div>
 {% endfor %}
 </div>
@@ -149,7 +145,7 @@ that can be tested are. “Not shown” is no proof of the contrary: few seeds s
 <tr><td>{{ key(c.label) }}</td><td class="text faint">{{ c.runs[0].describe_schedule() }}</td>
 <td>{{ c.runs | length }}</td>
 {% for m in table_metrics %}
-<td class="strong">{{ c.final.get(m.name) | show }}
+<td class="strong whole">{{ c.final.get(m.name) | show }}
 {%- if m.name in c.difference %}{% set d = c.difference[m.name] %}
 <small>{{ d.value | show(true) }} to base{% if d.holm is not none %}, p
 {{ d.holm | p }}{% endif %}</small>{% endif %}</td>

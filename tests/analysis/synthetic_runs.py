@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +28,16 @@ def write_run(
     noise: float = 0.008,
     blimp: bool = True,
     release: int | None = None,
+    heads: str | None = None,
 ) -> Path:
-    """One run; `blimp` breaks 60 steps after `onset`, UAS and loss at it. `release`: λ is 0 from that step on."""
+    """One run; `blimp` breaks 60 steps after `onset`, UAS and loss at it. `release`: λ is 0 from that step on;
+    `heads`: the control that the SAS term is on."""
     rng = np.random.default_rng(seed)
     schedule = [{"start": 0, "value": weight} | ({"end": release} if release else {})] if weight else []
     config = {
         "run": {"output_dir": str(path), "seed": seed},
         "model": {"size": "tiny", "num_layers": 4},
-        "data": {"train": "data/train", "mask_prob": 0.15},
+        "data": {"train": "data/train", "mask_prob": 0.15, "heads": heads},
         "sas": {"schedule": schedule, "mode": "max"},
         "train": {"steps": steps, "global_batch_size": 64, "micro_batch_size": 64, "learning_rate": 5e-4},
     }
@@ -91,3 +94,29 @@ def _evaluation(step, onset, uas_gain, blimp_gain, loss_gain, noise, rng, blimp)
             "blimp_sets": {f"{name}_{i}": score + 0.02 * i - 0.01 for name in FIELDS for i in range(2)},
         }
     return values
+
+
+def write_sweep(root: Path, roles: dict[str, str], seeds: tuple[int, ...]) -> None:
+    """sweep.json of runs at CONDITION/seed-N, whether they exist or not."""
+    runs = [
+        {
+            "directory": f"{condition}/seed-{seed}",
+            "condition": condition,
+            "seed": seed,
+            "description": condition,
+            "role": role,
+            "release_step": None,
+        }
+        for condition, role in roles.items()
+        for seed in seeds
+    ]
+    content = {"format": "megatron_sas sweep", "version": 1, "title": "a sweep", "runs": runs}
+    (root / "sweep.json").write_text(json.dumps(content))
+
+
+def write_glue(run: Path, **means: float) -> None:
+    """A result per task."""
+    (run / "glue").mkdir()
+    for task, mean in means.items():
+        result = {"format": "megatron_sas glue", "version": 1, "task": task, "metric": "accuracy", "mean": mean}
+        (run / "glue" / f"{task}.json").write_text(json.dumps(result))

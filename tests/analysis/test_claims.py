@@ -7,7 +7,7 @@ from simulated_sweeps import CONDITIONS, simulate
 from megatron_sas.analysis.analyse import answer_claims
 from megatron_sas.analysis.claims import NOT_SHOWN, NOT_TESTABLE, OPPOSITE, SHOWN, Claim, Part
 from megatron_sas.analysis.comparisons import summarize
-from megatron_sas.analysis.run_onsets import find_onsets, order_of
+from megatron_sas.analysis.run_onsets import find_onsets, mean_distance, order_of
 
 DELTA = 160
 EFFECTS = {
@@ -141,6 +141,16 @@ def test_order_counts_runs():
     assert (order.first, order.last, order.num_runs) == (4, 0, 4) and order.sign_p == pytest.approx(2 / 16)
     assert order.established and 200 < order.lag.mean < 400 and order.items is None
     assert order_of(runs[:1], find_onsets(runs[:1], DELTA)).established is False
+
+
+def test_agreeing_seeds_are_not_surer_than_evaluations_allow():
+    assert mean_distance([100.0, 100.0, 100.0], 100).error == pytest.approx(100 / 18**0.5)
+    assert mean_distance([0.0, 300.0], 100).error == pytest.approx(150) and mean_distance([5.0], 100).error is None
+    runs = simulate(np.random.default_rng(5), {"base": {}}, seeds=(1, 2), lag=100)
+    for run in runs:
+        run.evaluations[:] = [{**record} for record in runs[0].evaluations]
+    order = order_of(runs, find_onsets(runs, DELTA))
+    assert order.lag.mean == 100 and not order.established
 
 
 def test_unfinished_runs_are_left_out_of_differences():
