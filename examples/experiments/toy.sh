@@ -29,4 +29,4 @@ python "$tools/run_sweep.py" "$here/examples/experiments/toy.yaml" --output "$ou
     --evaluation.treebank "$out/corpus/treebank.conllu" --evaluation.blimp "$out/corpus/blimp"
 
 bash "$here/examples/experiments/measure.sh" "$out/runs" "$out/corpus/treebank.conllu" "$out/corpus/blimp" \
-    "$out/data/validation" "$out/report" "$jobs"
+    "$out/data/validation" "$out/report" --treebank-sentences 300 --pairs-per-set 50 --workers "$jobs"
