@@ -148,7 +148,7 @@ def remove_old_checkpoints(run_dir: str | Path, step: int, keep_last: int, keep_
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a checkpoint or snapshot so that it is whole or absent at any moment: rename it, then delete its files."""
+    """Remove a checkpoint, or another directory that must be whole or absent at any moment: rename it, then delete."""
     hidden = path.with_name(f".{path.name}.old")
     remove(hidden)
     os.replace(path, hidden)
