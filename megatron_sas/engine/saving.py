@@ -58,7 +58,7 @@ class Saver:
         self._writing: Future | None = None
         self._publishing: Future | None = None  # rank 0
         if distributed.is_main():
-            remove_leftovers(checkpoints_directory(self.run_dir), self.run_dir / SNAPSHOTS, self.run_dir / RING)
+            remove_leftovers(self.run_dir)
 
     def begin(self, step: int, state: dict[str, Any], *, checkpoint: bool, snapshot: str | None) -> None:
         """Gather what is to be saved and start writing it. A collective.
