@@ -100,6 +100,20 @@ checkpoint: {dense_every: 5}
             "sas.schedule: stages 0 and 1 overlap: stage 0 lasts until 5, stage 1 starts at 3",
         ),
         ("evaluation: {complexity_sequences: 50}", "evaluation.complexity_sequences: needs data.validation"),
+        ("watch: {metrics: [loss]}", "watch.delta: is required when metrics are watched"),
+        (
+            "watch: {metrics: [loss], delta: 100, every: 10}",
+            "watch.keep: 12 snapshots, one every 10 steps, reach back less than twice delta 100",
+        ),
+        (
+            "watch: {metrics: [uas], delta: 10}\nevaluation: {treebank: x, every: 11}",
+            "watch.metrics: uas needs evaluation.treebank, and evaluation.every of at most watch.delta",
+        ),
+        ("watch: {metrics: [uas], delta: 10}", "watch.metrics: uas needs evaluation.treebank, and"),
+        (
+            "watch: {metrics: [loss], delta: 10}\nmodel: {norm_placement: pre}",
+            "watch: a model with norm_placement pre has no Hugging Face form",
+        ),
     ],
 )
 def test_one_fault_is_one_line(tmp_path, section, message):

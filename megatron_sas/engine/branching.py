@@ -16,12 +16,12 @@ from typing import Any
 
 from megatron_sas.cli import InputError
 from megatron_sas.config import Config, load_config
-from megatron_sas.engine.checkpoint import CONFIG, newest_checkpoint, read_state, step_of
-from megatron_sas.files import remove, sha256_file, write_bytes_atomic, write_json_atomic
+from megatron_sas.engine.checkpoint import CONFIG, newest_checkpoint, read_state, remove_directory
+from megatron_sas.files import sha256_file, write_bytes_atomic, write_json_atomic
 from megatron_sas.manifest import MANIFEST
 from megatron_sas.metrics.records import FILE_NAME, lines_until
 from megatron_sas.model.pretrained import checkpoints_directory, is_checkpoint, verify_checkpoint
-from megatron_sas.model.trajectory import LINEAGE, LINEAGE_FORMAT, LINEAGE_VERSION, SNAPSHOTS
+from megatron_sas.model.trajectory import LINEAGE, LINEAGE_FORMAT, LINEAGE_VERSION, RING, SNAPSHOTS
 from megatron_sas.objective.schedule import sas_weight
 
 MAY_CHANGE = ("sas", "run", "checkpoint", "snapshots", "evaluation", "logging", "watch")
@@ -95,10 +95,9 @@ def begin_branch(run_dir: Path, branch: Branch) -> None:
 
     Whenever this is interrupted, the run still has no checkpoint, and so begins here again.
     """
-    remove(run_dir / "tensorboard")
-    for old in (run_dir / SNAPSHOTS).glob("step_*"):  # of an attempt that began at an earlier step of the parent
-        if (number := step_of(old)) is not None and number <= branch.step:
-            remove(old)
+    for name in ("tensorboard", SNAPSHOTS, RING):
+        if (run_dir / name).exists():
+            remove_directory(run_dir / name)
     write_json_atomic(run_dir / LINEAGE, branch.lineage)
     parent = branch.checkpoint.resolve().parent.parent
     write_bytes_atomic(run_dir / FILE_NAME, lines_until(parent / FILE_NAME, branch.step))

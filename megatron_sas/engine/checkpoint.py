@@ -148,7 +148,7 @@ def remove_old_checkpoints(run_dir: str | Path, step: int, keep_last: int, keep_
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a checkpoint or snapshot so that it is whole or absent at any moment: rename it, then delete its files."""
+    """Remove a checkpoint, or another directory that must be whole or absent at any moment: rename it, then delete."""
     hidden = path.with_name(f".{path.name}.old")
     remove(hidden)
     os.replace(path, hidden)
@@ -156,12 +156,15 @@ def remove_directory(path: Path) -> None:
     remove(hidden)
 
 
-def remove_leftovers(*directories: Path) -> None:
-    """Remove what a killed run left there: half-written checkpoints and snapshots, and half-deleted ones."""
-    for parent in directories:
-        for pattern in (".step_*.tmp", ".step_*.old", f".{LATEST}.*.tmp"):
-            for path in parent.glob(pattern):
-                remove(path)
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what a killed run left: half-written files, checkpoints and snapshots, and half-deleted ones."""
+    directories = ("checkpoints", "snapshots", "ring")
+    patterns = [f".{name}.*.tmp" for name in (CONFIG, "metrics.jsonl", "lineage.json", "requeue")]
+    patterns += [f".{name}.old" for name in (*directories, "tensorboard")]
+    patterns += [f"{name}/.{what}" for name in directories for what in ("step_*.tmp", "step_*.old", f"{LATEST}.*.tmp")]
+    for pattern in patterns:
+        for path in run_dir.glob(pattern):
+            remove(path)
 
 
 def step_of(path: Path) -> int | None:

@@ -34,12 +34,9 @@ from megatron_sas.files import atomic_directory, remove
 from megatron_sas.model.config import BertConfig
 from megatron_sas.model.conversion import write_hf
 from megatron_sas.model.pretrained import checkpoints_directory
-from megatron_sas.model.trajectory import SNAPSHOTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-RING = "ring"
 
 
 class Saver:
@@ -58,7 +55,7 @@ class Saver:
         self._writing: Future | None = None
         self._publishing: Future | None = None  # rank 0
         if distributed.is_main():
-            remove_leftovers(checkpoints_directory(self.run_dir), self.run_dir / SNAPSHOTS, self.run_dir / RING)
+            remove_leftovers(self.run_dir)
 
     def begin(self, step: int, state: dict[str, Any], *, checkpoint: bool, snapshot: str | None) -> None:
         """Gather what is to be saved and start writing it. A collective.

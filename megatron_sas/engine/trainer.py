@@ -20,7 +20,7 @@ from megatron_sas.engine.environment import initialize_distributed, use_determin
 from megatron_sas.engine.guard import SkippedUpdates
 from megatron_sas.engine.learning_rate import learning_rate
 from megatron_sas.engine.pending import PendingUpdate, read_pending
-from megatron_sas.engine.saving import SNAPSHOTS, Saver
+from megatron_sas.engine.saving import Saver
 from megatron_sas.engine.setup import agreed, build_parts, data_facts, introduction, measure_throughput
 from megatron_sas.engine.signals import StopRequest, mark_for_requeue
 from megatron_sas.engine.watch import Watch
@@ -29,6 +29,7 @@ from megatron_sas.evaluation.live import evaluation_stride
 from megatron_sas.metrics.nvml import GpuMonitor
 from megatron_sas.metrics.records import Records
 from megatron_sas.metrics.throughput import memory
+from megatron_sas.model.trajectory import SNAPSHOTS
 from megatron_sas.objective.pretraining import MaskedLMWithSas
 from megatron_sas.objective.schedule import sas_weight
 

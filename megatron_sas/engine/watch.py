@@ -16,10 +16,11 @@ from typing import Any
 
 from megatron_sas.config import Config
 from megatron_sas.engine.checkpoint import checkpoint_name, remove_directory, step_of
-from megatron_sas.engine.saving import RING, SNAPSHOTS, Saver
+from megatron_sas.engine.saving import Saver
 from megatron_sas.evaluation.detector import OnsetDetector
 from megatron_sas.files import fsync_directory
 from megatron_sas.metrics.records import Records, read_records
+from megatron_sas.model.trajectory import RING, SNAPSHOTS
 
 CURVES = {"uas": ("evaluation", "uas", 1), "loss": ("train", "mlm_loss", -1)}
 """Kind of record, name of the value, and sign of the onset, by metric."""

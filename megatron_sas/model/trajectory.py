@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_sas.cli import InputError
 from megatron_sas.model.pretrained import checkpoints_directory, is_checkpoint
 
-SNAPSHOTS = "snapshots"
+SNAPSHOTS, RING = "snapshots", "ring"
 LINEAGE = "lineage.json"
 LINEAGE_FORMAT, LINEAGE_VERSION = "megatron_sas lineage", 1
 

@@ -26,7 +26,7 @@ WATCH = {
 }
 DROP = 20
 KEPT = [12, 14, 16, 18, 20, 22, 24, 26]  # the loss falls from step 20 on, which shows at step 21
-POINTS = 130  # write points from the save of step 20 on, until the ring has moved and more
+POINTS = 120  # write points from the save of step 20 on, until the ring has moved and step 22 is saved
 
 
 def onsets(run):
@@ -79,7 +79,7 @@ def kill_and_go_on(zygote, config, run, whole, points):
     """Kill at each point in turn, with what the kill before has left; then compare with `whole`."""
     kills = 0
     for point in points:
-        wound = {"drop_at": DROP, "kill_at": point, "from_step": 18}
+        wound = {"drop_at": DROP, "kill_at": point, "from_step": 20}
         job = zygote.start(config, run, WATCH, wound=wound)
         code = job.wait()[0]
         if code == 0:
@@ -99,9 +99,8 @@ def kill_and_go_on(zygote, config, run, whole, points):
 
 
 def test_killed_around_the_onset(zygote, config, whole, tmp_path):
-    """Points far apart, each of them in a run of its own: what came before is whole."""
-    for point in (58, 70):
-        assert kill_and_go_on(zygote, config, tmp_path / str(point), whole, [point]) == 1
+    """While the ring moves, and, going on from before that, again while the event is written or the ring moves."""
+    assert kill_and_go_on(zygote, config, tmp_path / "run", whole, [89, 82]) == 2
 
 
 @pytest.mark.full

@@ -1,7 +1,7 @@
 """Faults put into a training process before it starts, by replacing functions of the modules it uses.
 
 A write point is a moment before, in the middle of, or after a call that changes the file system. They are counted from
-the moment at which the checkpoint of a given step begins, in all threads.
+the moment at which the checkpoint of a given step begins (-1: from the start), in all threads.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class _WritePoints:
         from megatron_sas.engine import saving
         from megatron_sas.model import pretrained
 
-        self.kill_at, self.count, self.names, self.active = kill_at, count, [], False
+        self.kill_at, self.count, self.names, self.active = kill_at, count, [], from_step < 0
         self.lock = threading.Lock()
         begin = saving.Saver.begin
 
