@@ -35,6 +35,7 @@ class Claim:
     """A claim of the paper with its parts."""
 
     number: int
+    name: str
     statement: str
     parts: Sequence[Part]
 

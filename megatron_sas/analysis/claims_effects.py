@@ -20,6 +20,7 @@ from megatron_sas.analysis.statistics import difference
 from megatron_sas.analysis.trajectories import Metric
 
 LOSS_ONSET = Metric("loss_onset", "", "loss onset", -1)
+SEEDS = f"{MIN_RUNS} whole runs (seeds) each, not all alike"
 HOLM = "p < 0.05, Holm-corrected over the conditions tested for this"
 
 
@@ -29,7 +30,9 @@ def regularized_runs(found: Sequence[Condition]) -> Claim:
         "Suppressing SAS (SAS−, λ > 0) stops grammar from developing; promoting it (SAS+, λ < 0) also costs loss."
     )
     grammar, affected = _grammar_suffers(found)
-    return Claim(3, statement, [grammar, _promotion_costs(found), _is_syntax(found, affected)])
+    return Claim(
+        3, "Suppression and promotion", statement, [grammar, _promotion_costs(found), _is_syntax(found, affected)]
+    )
 
 
 def brief_suppression(found: Sequence[Condition], onsets: Onsets) -> Claim:
@@ -49,7 +52,7 @@ def brief_suppression(found: Sequence[Condition], onsets: Onsets) -> Claim:
         f"with two or more release steps: one of these conditions ends with a higher MLM loss than the base ({HOLM})"
     )
     name, harm = "Brief suppression gives a lower loss.", "Some release does harm."
-    missing = f"a base and a condition that releases λ > 0, with {MIN_RUNS} whole runs (seeds) each"
+    missing = f"a base and a condition that releases λ > 0, with {SEEDS}"
     evidence = [describe(test) for test in tests.values()]
     if not signs:
         better = Part(name, better_rule, NOT_TESTABLE, missing=missing)
@@ -57,10 +60,16 @@ def brief_suppression(found: Sequence[Condition], onsets: Onsets) -> Claim:
         verdict = SHOWN if -1 in signs.values() else OPPOSITE if set(signs.values()) == {1} else NOT_SHOWN
         better = Part(name, better_rule, verdict, evidence)
     if len(signs) < 2:
-        late = Part(harm, harm_rule, NOT_TESTABLE, missing=missing.replace("a condition", "two conditions"), core=False)
+        late = Part(
+            harm,
+            harm_rule,
+            NOT_TESTABLE,
+            missing=missing.replace("a condition that releases", "two conditions that release"),
+            core=False,
+        )
     else:
         late = Part(harm, harm_rule, SHOWN if 1 in signs.values() else NOT_SHOWN, evidence, core=False)
-    return Claim(4, statement, [better, late, _early_break(found, onsets)])
+    return Claim(4, "Brief suppression", statement, [better, late, _early_break(found, onsets)])
 
 
 def describe(comparison: Comparison) -> str:
@@ -92,9 +101,7 @@ def _grammar_suffers(found: Sequence[Condition]) -> tuple[Part, list[Condition]]
     uas, blimp = (_family(_to_base(c, found, metric) for c in suppress) for metric in (UAS, BLIMP))
     tested = [c for c in suppress if c.label in uas and c.label in blimp]
     if not tested:
-        missing = (
-            f"a base and a condition with λ > 0 throughout, with UAS and BLiMP and {MIN_RUNS} whole runs (seeds) each"
-        )
+        missing = f"a base and a condition with λ > 0 throughout, with UAS and BLiMP and {SEEDS}"
         return Part(name, rule, NOT_TESTABLE, missing=missing), []
     evidence = [describe(tests[c.label]) for c in tested for tests in (uas, blimp)]
     effective = [c for c in tested if uas[c.label].sign_shown() < 0]
@@ -111,7 +118,7 @@ def _promotion_costs(found: Sequence[Condition]) -> Part:
     rule = f"a condition with λ < 0 throughout ends with a higher MLM loss than the base ({HOLM}); lower: opposite"
     tests = _family(_to_base(c, found, LOSS) for c in found if c.role == "promote")
     if not tests:
-        missing = f"a base and a condition with λ < 0 throughout, with {MIN_RUNS} whole runs (seeds) each"
+        missing = f"a base and a condition with λ < 0 throughout, with {SEEDS}"
         return Part(name, rule, NOT_TESTABLE, missing=missing)
     signs = [test.sign_shown() for test in tests.values()]
     verdict = SHOWN if 1 in signs else OPPOSITE if -1 in signs else NOT_SHOWN
@@ -122,8 +129,8 @@ def _is_syntax(found: Sequence[Condition], affected: Sequence[Condition]) -> Par
     name = "The loss of grammar is specific to syntax."
     rule = (
         "a condition that shows the effect on BLiMP has controls (the same λ on permuted heads, fixed offsets, random "
-        "trees), and its BLiMP is lower than that of each of them (p < 0.05, Holm-corrected over these comparisons); "
-        "higher than one of them: opposite"
+        "trees), and its BLiMP is lower than that of each of them that can be tested (p < 0.05, Holm-corrected over "
+        "these comparisons); higher than one of them: opposite"
     )
     whole = whole_runs(runs_of(found), BLIMP)
     labels = {c.label for c in affected}
@@ -131,7 +138,7 @@ def _is_syntax(found: Sequence[Condition], affected: Sequence[Condition]) -> Par
     compared = [compare(c.label, c.runs, d.label, d.runs, BLIMP, whole) for c, d in pairs]
     tests = correct([test for test in compared if test is not None and test.value.p is not None])
     if not tests:
-        missing = f"controls with the same λ and {MIN_RUNS} whole runs (seeds) each"
+        missing = f"controls with the same λ and {SEEDS}"
         return Part(name, rule, NOT_TESTABLE, missing=missing if labels else "an effect to explain", core=False)
     signs = [{test.sign_shown() for test in tests if test.left == label} for label in labels]
     verdict = SHOWN if {-1} in signs else OPPOSITE if any(1 in s for s in signs) else NOT_SHOWN

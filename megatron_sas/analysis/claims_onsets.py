@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_sas.analysis.claims import (
-    CLEAR_SHARE,
     MIN_RUNS,
     NOT_SHOWN,
     NOT_TESTABLE,
@@ -23,7 +22,7 @@ from megatron_sas.evaluation.onsets import Onset, break_point
 
 SHORT_WINDOW = 0.2  # of a curve's length
 ABRUPT_SHARE = 0.5  # of its whole rise, within such a window
-MOST = f"at least {CLEAR_SHARE:.0%} of the base runs (and {MIN_RUNS})"
+MOST = f"two thirds of the base runs (at least {MIN_RUNS})"
 
 
 def structure_onset(base: Sequence[Run], onsets: Onsets, delta: float) -> Claim:
@@ -45,56 +44,56 @@ def structure_onset(base: Sequence[Run], onsets: Onsets, delta: float) -> Claim:
         ]
         abrupt = Part("UAS rises abruptly.", rule, SHOWN if enough(count, len(usable)) else NOT_SHOWN, evidence)
     statement = "SAS appears abruptly in a short window, at the same time as a steep drop of the loss."
-    return Claim(1, statement, [abrupt, _loss_drop(base, onsets, delta)])
+    return Claim(1, "Structure onset", statement, [abrupt, _loss_drop(base, onsets, delta)])
 
 
 def capabilities_onset(base: Sequence[Run], onsets: Onsets, delta: float) -> Claim:
     """Claim 2: BLiMP breaks upward right after UAS."""
-    statement = "Grammatical ability (BLiMP) breaks upward right after structure onset."
-    breaks_rule = f"in {MOST}, BLiMP has a clear upward break"
-    order_rule = (
+    names = ("BLiMP breaks upward.", "Structure comes first.", "Capabilities follow soon.")
+    rules = (
+        f"in {MOST}, BLiMP has a clear upward break",
         "over the base runs in which both break clearly, the 95 % t-interval of the mean lag (BLiMP's onset − UAS's) "
         "lies above 0, so does its bootstrap interval over items if there is one, and the mean is one evaluation "
-        "interval or more; below 0 in the same way: opposite"
+        "interval or more; below 0 in the same way: opposite",
+        "structure comes first, and the upper end of the 90 % t-interval of the mean lag is at most "
+        f"2Δ = {2 * delta:g} steps",
     )
-    soon_rule = f"the upper end of the 90 % t-interval of the mean lag is at most 2Δ = {2 * delta:g} steps"
     usable = [run for run in base if _can_break(run, BLIMP, delta) and _can_break(run, UAS, delta)]
-    parts = ("BLiMP breaks upward.", "Structure comes first.", "Capabilities follow soon.")
     if len(usable) < MIN_RUNS:
         missing = _missing("UAS and BLiMP")
-        rules = (breaks_rule, order_rule, soon_rule)
-        return Claim(
-            2, statement, [Part(p, r, NOT_TESTABLE, missing=missing) for p, r in zip(parts, rules, strict=True)]
-        )
-    clear = [run for run in usable if clear_step(onsets, run, BLIMP) is not None]
-    evidence = [f"BLiMP breaks clearly in {len(clear)} of {len(usable)} runs."]
-    breaks = Part(parts[0], breaks_rule, SHOWN if enough(len(clear), len(usable)) else NOT_SHOWN, evidence)
+        parts = [Part(name, rule, NOT_TESTABLE, missing=missing) for name, rule in zip(names, rules, strict=True)]
+    else:
+        clear = sum(clear_step(onsets, run, BLIMP) is not None for run in usable)
+        evidence = [f"BLiMP breaks clearly in {clear} of {len(usable)} runs."]
+        breaks = Part(names[0], rules[0], SHOWN if enough(clear, len(usable)) else NOT_SHOWN, evidence)
+        parts = [breaks, *_order_parts(usable, onsets, delta, names[1:], rules[1:])]
+    statement = "Grammatical ability (BLiMP) breaks upward right after structure onset."
+    return Claim(2, "Capabilities onset", statement, parts)
+
+
+def _order_parts(
+    usable: Sequence[Run], onsets: Onsets, delta: float, names: Sequence[str], rules: Sequence[str]
+) -> list[Part]:
+    """Whether structure comes first, and whether capabilities follow soon."""
     order = order_of(usable, onsets)
     if order is None or not enough(len(order.runs), len(usable)):
-        count = 0 if order is None else len(order.runs)
-        evidence = [f"Both break clearly in {count} of {len(usable)} runs."]
-        return Claim(
-            2,
-            statement,
-            [breaks, *(Part(p, r, NOT_SHOWN, evidence) for p, r in ((parts[1], order_rule), (parts[2], soon_rule)))],
-        )
+        evidence = [f"Both break clearly in {0 if order is None else len(order.runs)} of {len(usable)} runs."]
+        return [Part(name, rule, NOT_SHOWN, evidence) for name, rule in zip(names, rules, strict=True)]
     low, high = order.lag.interval(0.95)
     evidence = [
-        f"BLiMP breaks {order.lag.mean:.0f} steps after UAS on average (95 % interval over {len(order.runs)} seeds "
-        f"{low:.0f} to {high:.0f}); UAS is first in {order.first}, last in {order.last} runs."
+        f"BLiMP's onset minus UAS's is {order.lag.mean:.0f} steps on average (95 % interval over {len(order.runs)} "
+        f"seeds {low:.0f} to {high:.0f}); UAS is first in {order.first}, last in {order.last} runs.".replace("-", "−")
     ]
     if order.items:
-        evidence.append(
-            f"Over resampled items the mean lag is {order.items[0]:.0f} to {order.items[1]:.0f} steps (95 %)."
-        )
+        items = f"{order.items[0]:.0f} to {order.items[1]:.0f}".replace("-", "−")
+        evidence.append(f"Over resampled items the mean lag is {items} steps (95 %).")
     if abs(order.lag.mean) < order.spacing:
         evidence.append(f"This is less than one evaluation interval ({order.spacing:g} steps).")
     verdict = (SHOWN if order.lag.mean > 0 else OPPOSITE) if order.established else NOT_SHOWN
-    first = Part(parts[1], order_rule, verdict, evidence)
     upper = order.lag.interval(0.9)[1]
-    evidence = [f"Upper end of the mean lag: {upper:.0f} steps; 2Δ = {2 * delta:g}."]
-    soon = Part(parts[2], soon_rule, SHOWN if verdict == SHOWN and upper <= 2 * delta else NOT_SHOWN, evidence)
-    return Claim(2, statement, [breaks, first, soon])
+    soon = SHOWN if verdict == SHOWN and upper <= 2 * delta else NOT_SHOWN
+    limit = f"Upper end of the mean lag: {upper:.0f} steps; 2Δ = {2 * delta:g}.".replace("-", "−")
+    return [Part(names[0], rules[0], verdict, evidence), Part(names[1], rules[1], soon, [limit])]
 
 
 def complexity_phases(base: Sequence[Run], onsets: Onsets, delta: float) -> Claim:
@@ -109,7 +108,7 @@ def complexity_phases(base: Sequence[Run], onsets: Onsets, delta: float) -> Clai
     usable = [run for run in base if _spans(run.curve("twonn"), delta) and _can_break(run, UAS, delta)]
     if len(usable) < MIN_RUNS:
         missing = _missing("UAS and the intrinsic dimension") + " (tools/eval_trajectory.py with --text)"
-        return Claim(5, statement, [Part(name, rule, NOT_TESTABLE, missing=missing)])
+        return Claim(5, "Complexity", statement, [Part(name, rule, NOT_TESTABLE, missing=missing)])
     bends = {str(run.path): first_break(run.curve("twonn"), delta) for run in usable}
     clear = [run for run in usable if bends[str(run.path)][0].clear]
     upward = sum(bends[str(run.path)][1] > 0 for run in clear)
@@ -128,7 +127,7 @@ def complexity_phases(base: Sequence[Run], onsets: Onsets, delta: float) -> Clai
         verdicts.append(verdict)
         evidence.append(f"Distance to {title} onset: {text}.")
     verdict = SHOWN if SHOWN in verdicts else OPPOSITE if set(verdicts) == {OPPOSITE} else NOT_SHOWN
-    return Claim(5, statement, [Part(name, rule, verdict, evidence)])
+    return Claim(5, "Complexity", statement, [Part(name, rule, verdict, evidence)])
 
 
 def steepest_share(curve: Curve, window: float = SHORT_WINDOW) -> float:

@@ -37,6 +37,10 @@ img { display: block; width: 100%; height: auto; background: #ffffff; border-rad
 img + .note { margin-bottom: 18px; }
 img + img { margin-top: 14px; }
 .claims { display: grid; gap: 12px; }
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(170px, 100%), 1fr)); gap: 10px;
+  margin: 0 0 16px; padding: 0; list-style: none; font-size: 14.5px; }
+.answers li { border-top: 4px solid var(--v); background: var(--ground); border-radius: 6px; padding: 8px 12px; }
+.answers .verdict { display: block; font-size: 17px; line-height: 1.3; }
 .claim { border: 1px solid var(--line); border-left: 5px solid var(--v); border-radius: 8px; padding: 12px 16px; }
 .claim h3 { font-size: 17px; line-height: 1.35; margin: 0 0 4px; font-weight: 600; }
 .verdict { color: var(--v); font-weight: 700; }
@@ -108,6 +112,12 @@ when it begins to prefer grammatical sentences (BLiMP), and what its loss does m
 
 <section>
 <h2>Five claims about how syntax is acquired</h2>
+<ul class="answers">
+{% for claim in analysis.claims %}
+<li class="{{ verdicts.get(claim.verdict, "no") }}">{{ claim.number }}. {{ claim.name }}
+<span class="verdict">{{ claim.verdict }}</span></li>
+{% endfor %}
+</ul>
 <div class="claims">
 {% for claim in analysis.claims %}
 <div class="claim {{ verdicts.get(claim.verdict, "no") }}">

@@ -176,7 +176,7 @@ def test_unfinished_runs_are_left_out_of_differences():
     ],
 )
 def test_verdict_of_a_claim(parts, expected):
-    assert Claim(1, "", [Part("", "", verdict, core=core) for verdict, core in parts]).verdict == expected
+    assert Claim(1, "", "", [Part("", "", verdict, core=core) for verdict, core in parts]).verdict == expected
 
 
 def test_roles_follow_from_the_configuration():

@@ -35,6 +35,7 @@ def draw_weight_response(points: Sequence[ResponsePoint], controls: Sequence[Res
             axis.set_xticks(sorted(weights), [f"{weight:g}".replace("-", "−") for weight in sorted(weights)])
             axis.tick_params(axis="x", labelrotation=45 if len(weights) > 4 else 0)
             axis.minorticks_off()
+            axis.margins(x=0.08)
             axis.set_xlabel("λ")
             axis.set_title(metric.title, fontsize=10)
         handles, labels = axes[0].get_legend_handles_labels()
