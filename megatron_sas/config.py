@@ -296,10 +296,10 @@ class WatchSection(Section):
 
     @property
     def most_snapshots(self) -> int:
-        """How many there can be at most: two rings (now, and for a restart) and those that are kept."""
+        """How many there can be at most: the ring, what a restart would need, and those that are kept."""
         if not self.metrics:
             return 0
-        return 2 * self.keep + len(self.metrics) * (self.keep + self.reach_after // self.interval + 1)
+        return 3 * self.keep + len(self.metrics) * (self.keep + self.reach_after // self.interval + 1)
 
     def due(self, step: int) -> bool:
         """Whether the ring takes a snapshot after `step` updates."""

@@ -78,12 +78,13 @@ class Watch:
     def place(self, step: int) -> str:
         """The run's directory for the snapshot of `step`; makes room in the ring.
 
-        The ring holds what a detection now would keep, and what one would after a restart from the newest checkpoint.
+        The ring holds what a detection now would keep, and what one would after a restart from the newest checkpoint,
+        or from the one that is being written.
         """
         reach = self.section.keep * self.section.interval
-        saved = max(self._own_step, self.saver.published)
+        ends = [step, max(self._own_step, self.saver.published), self.saver.step or -1]
         for old in sorted(_steps(self.ring)):
-            if old <= step - reach and not saved - reach < old <= saved:
+            if not any(end - reach < old <= end for end in ends):
                 remove_directory(self.ring / checkpoint_name(old))
         wanted = step <= self._keep_until or self.config.snapshots.due(step, self.config.train.steps)
         return SNAPSHOTS if wanted else RING
