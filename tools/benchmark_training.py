@@ -183,7 +183,7 @@ def _training_step(module: nn.Module, loss: Callable[[], Tensor], setting: Setti
 
 
 def _deepspeed_step(setting: Setting, batch: Batch) -> Callable[[], None]:
-    from megatron_sas.config import TrainSection
+    from megatron_sas.config_sections import TrainSection
     from megatron_sas.data.mlm_dataset import MicroBatch, Window
     from megatron_sas.engine.engine import Engine
     from megatron_sas.engine.environment import initialize_distributed

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from megatron_sas.cli import InputError, run_main
-from megatron_sas.config import When
+from megatron_sas.config_sections import When
 from megatron_sas.engine.memory import count_parameters, estimate_memory
 from megatron_sas.engine.preflight import CHECKPOINT_BYTES
 from megatron_sas.files import write_text_atomic

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sas.cli import InputError
-from megatron_sas.config import TrainSection
+from megatron_sas.config_sections import TrainSection
 
 OWNED = {
     "train_batch_size": "train.global_batch_size",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_sas import distributed
-from megatron_sas.config import TrainSection
+from megatron_sas.config_sections import TrainSection
 from megatron_sas.data.masking import hash_u64
 from megatron_sas.data.mlm_dataset import Window
 from megatron_sas.engine.deepspeed_config import deepspeed_config

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sas.cli import InputError
-from megatron_sas.config import TrainSection
+from megatron_sas.config_sections import TrainSection
 from megatron_sas.engine.deepspeed_config import FIXED, OWNED, deepspeed_config
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from engine_runs import LAUNCHER_VARIABLES
 
-from megatron_sas.config import TrainSection
+from megatron_sas.config_sections import TrainSection
 from megatron_sas.data.mlm_dataset import MicroBatch, Window
 from megatron_sas.engine.engine import Engine
 from megatron_sas.engine.environment import initialize_distributed

@@ -12,7 +12,8 @@ from synthetic_data import write_packed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_sas.cli import InputError
-from megatron_sas.config import EvaluationSection, load_config
+from megatron_sas.config import load_config
+from megatron_sas.config_sections import EvaluationSection
 from megatron_sas.data.packed import PackedData
 from megatron_sas.engine.setup import build_parts
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
