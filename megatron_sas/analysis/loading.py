@@ -17,6 +17,7 @@ from megatron_sas.metrics.records import FILE_NAME, read_records
 
 SWEEP_NAME = "sweep.json"
 MIN_POINTS = 3  # a curve with fewer has no break
+DENSITY = 0.5  # measured snapshots must be at least this share of the live evaluations that they replace
 REACHES = 0.9  # measured snapshots must cover this share of a run to stand for its curve
 # Keys of evaluation lines that belong together: one curve, and what is told about its last point.
 KEYS = {
@@ -156,7 +157,8 @@ def choose_sources(runs: Sequence[Run], notes: list[str]) -> list[Run]:
         if having:
             notes.append(
                 f"{having} of {len(runs)} runs have measured snapshots with {KEYS[name][0]}, but not all of them with "
-                f"the same settings from beginning to end: live evaluations are used instead."
+                "the same settings, to the end, and half as densely as live evaluations: live evaluations are used "
+                "instead."
             )
     tasks = [set(run.measured.glue) for run in runs if run.measured.glue]
     common = set.intersection(*tasks) if tasks else set()
@@ -192,6 +194,7 @@ def _can_be_measured(runs: Sequence[Run], name: str) -> bool:
     key = KEYS[name][0]
     live = any(key in record for run in runs for record in run.evaluations)
     steps = [[r["step"] for r in run.measured.records if key in r] for run in runs]
+    wanted = [max(MIN_POINTS, DENSITY * sum(key in r for r in run.evaluations)) for run in runs]
     if not live:
         return any(steps)
     parts = {"loss": "text", "uas": "treebank", "blimp": "blimp"}
@@ -199,8 +202,8 @@ def _can_be_measured(runs: Sequence[Run], name: str) -> bool:
     # Where the input lies may differ between machines; what it is may not.
     content = [{k: v for k, v in (s or {}).items() if k not in ("path", "prefix")} for s in settings]
     return all(
-        len(has) >= MIN_POINTS and has[-1] >= REACHES * run.final_step and content[0] == mine
-        for run, has, mine in zip(runs, steps, content, strict=True)
+        len(has) >= least and has[-1] >= REACHES * run.final_step and content[0] == mine
+        for run, has, least, mine in zip(runs, steps, wanted, content, strict=True)
     )
 
 

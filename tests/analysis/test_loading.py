@@ -78,6 +78,17 @@ def test_sources_are_not_mixed(sweep, tmp_path):
     assert {run.item_metrics for run in runs} == {frozenset({"blimp"})}
 
 
+def test_a_few_measured_snapshots_do_not_replace_dense_evaluations(tmp_path):
+    run = write_run(tmp_path / "run", every=50)  # 19 evaluations
+    write_trajectory(run, steps=range(0, 901, 100))
+    assert len(read_inputs([run])[0][0].metric(UAS)) == 10
+    shutil.rmtree(run / "trajectory")
+    write_trajectory(run, steps=range(0, 901, 300))
+    (loaded,), notes = read_inputs([run])
+    assert len(loaded.metric(UAS)) == 19 and len(loaded.curve("twonn")) == 4
+    assert "half as densely" in notes[0]
+
+
 def test_onset_intervals_hold_the_truth_and_order_is_told(sweep):
     runs, notes = read_inputs([sweep])
     analysis = analyse(runs, 90, replicates=100, notes=notes)
