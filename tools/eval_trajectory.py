@@ -13,6 +13,7 @@ from megatron_sas.cli import InputError, progress, run_main
 from megatron_sas.device import DEVICE_HELP
 from megatron_sas.evaluation.measuring import measure_models
 from megatron_sas.evaluation.pll import METRICS
+from megatron_sas.evaluation.points import TRAJECTORY
 from megatron_sas.evaluation.trajectory import Inputs
 from megatron_sas.model.trajectory import list_models
 
@@ -38,7 +39,7 @@ def main() -> None:
         models = [(step, path) for step, path in models if any(low <= step <= high for low, high in arguments.steps)]
         if not models:
             raise InputError(f"--steps: none of the models in {arguments.models} has such a step")
-    output = arguments.output or arguments.models / "trajectory"
+    output = arguments.output or arguments.models / TRAJECTORY
     with progress(total=len(models), unit="model", desc="trajectory") as bar:
 
         def report(line: str) -> None:

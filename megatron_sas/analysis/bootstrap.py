@@ -7,16 +7,14 @@ is common to all steps cancels, and the same in every run with the same items.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
 from megatron_sas.analysis.trajectories import Run
 from megatron_sas.cli import InputError
 from megatron_sas.evaluation.onsets import strongest_bends
+from megatron_sas.evaluation.points import BlimpItems, UasItems, point_directory, read_items
 
 
 @dataclass(frozen=True)
@@ -46,15 +44,18 @@ def resample_curves(run: Run, replicates: int, seed: int) -> dict[str, ItemCurve
     rows: dict[str, list[np.ndarray]] = {"uas": [], "blimp": []}
     steps: dict[str, list[int]] = {"uas": [], "blimp": []}
     samplers: dict[str, UasSampler | BlimpSampler] = {}
-    for step, path, items in _read_items(run):
-        for name, sampler, key in (("uas", UasSampler, "uas_edges"), ("blimp", BlimpSampler, "blimp_set")):
-            if name not in run.item_metrics or key not in items or not len(items[key]):
+    directory = run.measured.directory
+    for step in run.measured.item_steps:
+        items = read_items(directory, step)
+        for name, sampler, part in (("uas", UasSampler, items.uas), ("blimp", BlimpSampler, items.blimp)):
+            if name not in run.item_metrics or part is None or not len(part.correct):
                 continue
             if name not in samplers:
-                samplers[name] = sampler(items[key], replicates, seed)
-            if not np.array_equal(samplers[name].items, items[key]):
-                raise InputError(f"{path}: other items than in the run's first point; measure the run again")
-            rows[name].append(samplers[name].values(items))
+                samplers[name] = sampler(part, replicates, seed)
+            if not samplers[name].takes(part):
+                where = point_directory(directory, step)
+                raise InputError(f"{where}: other items than in the run's first point; measure the run again")
+            rows[name].append(samplers[name].values(part))
             steps[name].append(step)
     return {name: ItemCurves(np.array(steps[name], np.float64), np.stack(rows[name], axis=1)) for name in samplers}
 
@@ -70,43 +71,50 @@ def onset_interval(curves: ItemCurves, delta: float, sign: int = 1, confidence: 
 
 
 class UasSampler:
-    """Draws sentences with replacement: `items` int32 (E, 2) are [sentence, relation] of each edge."""
+    """Draws the sentences of `items` with replacement."""
 
-    def __init__(self, items: np.ndarray, replicates: int, seed: int) -> None:
-        self.items = items
-        sentences, sentence = np.unique(items[:, 0], return_inverse=True)
+    def __init__(self, items: UasItems, replicates: int, seed: int) -> None:
+        self.edges = items.edges
+        sentences, sentence = np.unique(items.edges[:, 0], return_inverse=True)
         rng = np.random.default_rng([seed, 0])
         draws = _draws(rng, len(sentences), replicates)
-        order = np.argsort(items[:, 1], kind="stable")
-        bounds = np.flatnonzero(np.diff(items[order, 1], prepend=-1))
+        order = np.argsort(items.edges[:, 1], kind="stable")
+        bounds = np.flatnonzero(np.diff(items.edges[order, 1], prepend=-1))
         # One matrix (B, edges) per relation; float32 counts edges exactly up to 2²⁴.
         self.parts = [(edges, draws[:, sentence[edges]].astype(np.float32)) for edges in np.split(order, bounds[1:])]
 
-    def values(self, items: dict[str, np.ndarray]) -> np.ndarray:
+    def takes(self, items: UasItems) -> bool:
+        """Whether `items` are of the same edges."""
+        return np.array_equal(self.edges, items.edges)
+
+    def values(self, items: UasItems) -> np.ndarray:
         """UAS of each replicate, float64 (B,): best head per relation, weighted by the edges drawn."""
-        width = int(np.prod(items["uas_shape"]))
         hits, total = 0.0, 0.0
         for edges, weights in self.parts:
-            correct = np.unpackbits(items["uas_correct"][edges], axis=1, count=width).astype(np.float32)
+            correct = items.correct[edges].reshape(len(edges), -1).astype(np.float32)
             hits = hits + (weights @ correct).max(axis=1).astype(np.float64)
             total = total + weights.sum(axis=1, dtype=np.float64)
         return hits / total
 
 
 class BlimpSampler:
-    """Draws pairs with replacement within each set: `items` int16 (P,) are the pairs' sets."""
+    """Draws the pairs of `items` with replacement within each set."""
 
-    def __init__(self, items: np.ndarray, replicates: int, seed: int) -> None:
-        self.items = items
+    def __init__(self, items: BlimpItems, replicates: int, seed: int) -> None:
+        self.sets = items.sets
         self.parts = []
-        for index in np.unique(items):
-            pairs = np.flatnonzero(items == index)
+        for index in np.unique(items.sets):
+            pairs = np.flatnonzero(items.sets == index)
             rng = np.random.default_rng([seed, 1, int(index)])
             self.parts.append((pairs, _draws(rng, len(pairs), replicates).astype(np.float32)))
 
-    def values(self, items: dict[str, np.ndarray]) -> np.ndarray:
+    def takes(self, items: BlimpItems) -> bool:
+        """Whether `items` are of the same pairs."""
+        return np.array_equal(self.sets, items.sets)
+
+    def values(self, items: BlimpItems) -> np.ndarray:
         """Mean accuracy over the sets of each replicate, float64 (B,)."""
-        correct = items["blimp_correct"].astype(np.float32)
+        correct = items.correct.astype(np.float32)
         return np.mean(
             [weights @ correct[pairs] / len(pairs) for pairs, weights in self.parts], axis=0, dtype=np.float64
         )
@@ -116,12 +124,3 @@ def _draws(rng: np.random.Generator, count: int, replicates: int) -> np.ndarray:
     """How often each of `count` items is drawn in each replicate, int64 (B, count); every row sums to `count`."""
     drawn = rng.integers(0, count, (replicates, count)) + count * np.arange(replicates)[:, None]
     return np.bincount(drawn.ravel(), minlength=replicates * count).reshape(replicates, count)
-
-
-def _read_items(run: Run) -> Iterator[tuple[int, Path, dict[str, np.ndarray]]]:
-    for step, path in sorted(run.measured.items.items()):
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                yield step, path, {name: archive[name] for name in archive.files}
-        except (OSError, ValueError, EOFError, BadZipFile) as error:
-            raise InputError(f"{path}: cannot be read ({error}); remove the point and measure it again") from None

@@ -13,6 +13,7 @@ import yaml
 
 from megatron_sas.analysis.trajectories import CONFIG_NAME, ROLES, Measured, Run
 from megatron_sas.cli import InputError
+from megatron_sas.evaluation.points import HINTS, ITEMS, TRAJECTORY, point_directory, read_points, read_settings
 from megatron_sas.metrics.records import FILE_NAME, read_records
 
 SWEEP_NAME = "sweep.json"
@@ -110,12 +111,11 @@ def read_sweep(directory: Path) -> tuple[list[Run], list[str]]:
 
 def read_measured(run: Path) -> Measured:
     """What lies in a run's `trajectory/points` and `glue`; empty where there is nothing."""
-    records, counts, items = [], {}, {}
+    directory = run / TRAJECTORY
+    records, counts, item_steps = [], {}, []
     relations, edge_counts = (), np.zeros(0, np.int64)
-    for path in sorted(run.glob("trajectory/points/step_*/point.json")):
-        point = _read_json(path)
-        if type(point.get("step")) is not int:
-            raise InputError(f"{path}: no step in it; remove the point's directory and measure it again")
+    for point in read_points(directory):
+        path = point_directory(directory, point["step"])
         records.append(_as_record(point))
         table = point.get("uas", {}).get("counts")
         if table:
@@ -125,9 +125,8 @@ def read_measured(run: Path) -> Measured:
             relations = names
             edge_counts = np.array([point["uas"]["relations"][name]["count"] for name in names], np.int64)
             counts[point["step"]] = np.array(table["correct"], np.int64)
-        if (path.parent / "items.npz").is_file():
-            items[point["step"]] = path.parent / "items.npz"
-    settings = run / "trajectory" / "settings.json"
+        if (path / ITEMS).is_file():
+            item_steps.append(point["step"])
     glue = {}
     for path in sorted(run.glob("glue/*.json")):
         result = _read_json(path)
@@ -135,12 +134,13 @@ def read_measured(run: Path) -> Measured:
             raise InputError(f"{path}: not a result of tools/finetune_glue.py; move it elsewhere")
         glue[str(result.get("task", path.stem))] = float(result["mean"])
     return Measured(
-        sorted(records, key=lambda record: record["step"]),
+        records,
         relations,
         edge_counts,
         counts,
-        items,
-        _read_json(settings) if settings.is_file() else None,
+        directory,
+        tuple(item_steps),
+        read_settings(directory) if records else None,
         glue,
     )
 
@@ -180,7 +180,7 @@ def _with_sources(run: Run, measured: set[str], glue_tasks: set[str]) -> Run:
     for record in run.measured.records:
         merged.setdefault(record["step"], {}).update({k: v for k, v in record.items() if k not in unused_keys})
     glue = {task: value for task, value in run.measured.glue.items() if task in glue_tasks}
-    with_items = run.measured.items.keys() >= {record["step"] for record in run.measured.records}
+    with_items = {*run.measured.item_steps} >= {record["step"] for record in run.measured.records}
     return replace(
         run,
         evaluations=[merged[step] for step in sorted(merged)],
@@ -200,7 +200,7 @@ def _can_be_measured(runs: Sequence[Run], name: str) -> bool:
     parts = {"loss": "text", "uas": "treebank", "blimp": "blimp"}
     settings = [(run.measured.settings or {}).get(parts[name]) for run in runs]
     # Where the input lies may differ between machines; what it is may not.
-    content = [{k: v for k, v in (s or {}).items() if k not in ("path", "prefix")} for s in settings]
+    content = [{k: v for k, v in (s or {}).items() if k not in HINTS} for s in settings]
     return all(
         len(has) >= least and has[-1] >= REACHES * run.final_step and content[0] == mine
         for run, has, least, mine in zip(runs, steps, wanted, content, strict=True)
@@ -231,8 +231,8 @@ def _has_begun(run: Path) -> bool:
     """Whether there is anything to draw: an evaluation, live or of a snapshot."""
     if not (run / FILE_NAME).is_file() or not (run / CONFIG_NAME).is_file():
         return False
-    has_points = any(run.glob("trajectory/points/step_*/point.json"))
-    return has_points or any(record["kind"] == "evaluation" for record in read_records(run / FILE_NAME))
+    evaluated = any(record["kind"] == "evaluation" for record in read_records(run / FILE_NAME))
+    return evaluated or bool(read_points(run / TRAJECTORY))
 
 
 def _refuse_repetition(paths: Sequence[Path]) -> None:

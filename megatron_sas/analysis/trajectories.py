@@ -54,14 +54,16 @@ class Measured:
     """What was measured after training: of a run's snapshots (trajectory) and of its final model (GLUE).
 
     `records` are shaped like evaluation lines. `head_counts` are per step int64 (R, 2, L, H), the edges that each head
-    got right, of `relations`, with `edge_counts` (R,). `items` are per step the files with results per edge and pair.
+    got right, of `relations`, with `edge_counts` (R,). `item_steps` have results per edge and pair in
+    `directory` (`evaluation/points.py`).
     """
 
     records: list[dict[str, Any]] = field(default_factory=list)
     relations: tuple[str, ...] = ()
     edge_counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     head_counts: dict[int, np.ndarray] = field(default_factory=dict)
-    items: dict[int, Path] = field(default_factory=dict)
+    directory: Path | None = None
+    item_steps: tuple[int, ...] = ()
     settings: dict[str, Any] | None = None
     glue: dict[str, float] = field(default_factory=dict)
 

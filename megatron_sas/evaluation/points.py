@@ -24,6 +24,9 @@ import numpy as np
 from megatron_sas.cli import InputError
 from megatron_sas.files import atomic_directory, remove, write_json_atomic, write_text_atomic
 
+TRAJECTORY = "trajectory"
+"""Where in a run's directory the measurements of its models go, unless they are wanted elsewhere."""
+
 FORMAT = "megatron_sas trajectory"
 VERSION = 1
 SETTINGS = "settings.json"

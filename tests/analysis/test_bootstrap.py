@@ -16,6 +16,7 @@ from megatron_sas.analysis.bootstrap import (
 )
 from megatron_sas.cli import InputError
 from megatron_sas.evaluation.onsets import break_point, strongest_bends
+from megatron_sas.evaluation.points import BlimpItems, UasItems
 
 SHAPE = (2, 3, 5)
 
@@ -32,8 +33,10 @@ def items_of(seed, edges=400, sentences=30, relations=6):
 
 
 def run_with(tmp_path, items_by_step):
-    paths = {step: write_items(Path(tmp_path) / f"step_{step:08d}", items) for step, items in items_by_step.items()}
-    return SimpleNamespace(measured=SimpleNamespace(items=paths), item_metrics=frozenset({"uas", "blimp"}))
+    for step, items in items_by_step.items():
+        write_items(Path(tmp_path) / "points" / f"step_{step:08d}", items)
+    measured = SimpleNamespace(directory=Path(tmp_path), item_steps=tuple(items_by_step))
+    return SimpleNamespace(measured=measured, item_metrics=frozenset({"uas", "blimp"}))
 
 
 def test_uas_replicates_are_those_of_a_resampled_treebank(tmp_path):
@@ -67,13 +70,14 @@ def test_standard_errors_are_those_of_theory():
     rng = np.random.default_rng(0)
     correct = rng.random(300) < 0.3
     edges = np.stack([np.arange(300), np.zeros(300)], axis=1).astype(np.int32)
-    sampler = UasSampler(edges, 4000, 0)
-    values = sampler.values({"uas_shape": np.array([1, 1, 1]), "uas_correct": np.packbits(correct[:, None], axis=1)})
+    items = UasItems(edges, correct[:, None, None, None])
+    values = UasSampler(items, 4000, 0).values(items)
     share = correct.mean()
     assert values.std() == pytest.approx(np.sqrt(share * (1 - share) / 300), rel=0.05)
     sets = np.repeat([0, 1], [200, 50]).astype(np.int16)
     pairs = rng.random(250) < 0.6
-    values = BlimpSampler(sets, 4000, 0).values({"blimp_correct": pairs})
+    items = BlimpItems(pairs, sets, ["a", "b"])
+    values = BlimpSampler(items, 4000, 0).values(items)
     a, b = pairs[:200].mean(), pairs[200:].mean()
     assert values.std() == pytest.approx(np.sqrt(a * (1 - a) / 200 + b * (1 - b) / 50) / 2, rel=0.05)
 
@@ -110,6 +114,6 @@ def test_damaged_items_are_one_line(tmp_path):
     run = run_with(tmp_path / "a", {0: items_of(0), 10: items_of(5)})
     with pytest.raises(InputError, match="other items"):
         resample_curves(run, 5, 0)
-    run.measured.items[10].write_bytes(b"PK\x03\x04 no archive")
+    (run.measured.directory / "points" / "step_00000010" / "items.npz").write_bytes(b"PK\x03\x04 no archive")
     with pytest.raises(InputError, match="cannot be read"):
         resample_curves(run, 5, 0)

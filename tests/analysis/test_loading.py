@@ -159,9 +159,9 @@ def test_faults_are_one_line(sweep, tmp_path):
     run = shutil.copytree(sweep / "base" / "seed-1", tmp_path / "run")
     point = run / "trajectory" / "points" / "step_00000400" / "point.json"
     point.write_text("{}")
-    assert "no step in it" in fault([run])
+    assert "point.json: is of step None" in fault([run])
     point.write_text("{")
-    assert "point.json: not a JSON object" in fault([run])
+    assert "point.json: does not hold a JSON object" in fault([run])
     shutil.rmtree(run / "trajectory")
     (run / "glue").mkdir()
     (run / "glue" / "cola.json").write_text('{"format": "x"}')

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from browser import browser, open_page, overflow  # noqa: F401 (a fixture)
+from browser import open_page, overflow
 from synthetic_runs import write_glue, write_run, write_sweep
 from trajectory_files import write_trajectory
 
@@ -48,7 +48,7 @@ def output(analysis, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")])
-def test_the_page_in_a_browser(browser, output, width, scheme):  # noqa: F811
+def test_the_page_in_a_browser(browser, output, width, scheme):
     with open_page(browser, output / "report.html", width=width, color_scheme=scheme) as page:
         page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
         assert page.evaluate("document.scrollingElement.scrollWidth - window.innerWidth") <= 0
