@@ -88,7 +88,7 @@ def test_toy_language_from_corpus_to_report(tmp_path):
 
     tool("analyze_trajectory", base, minus, plus, "--output", tmp_path / "report")
     report = (tmp_path / "report" / "report.html").read_text()
-    assert "sas-minus" in report and (tmp_path / "report" / "figure.png").stat().st_size > 10_000
+    assert "sas-minus" in report and (tmp_path / "report" / "figures" / "trajectories.png").stat().st_size > 10_000
 
 
 @pytest.mark.full

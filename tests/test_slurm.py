@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import random
 import signal
@@ -102,7 +101,9 @@ def test_shellcheck_finds_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["multi_node_srun.sbatch", "multi_node_deepspeed.sbatch"])
+@pytest.mark.parametrize(
+    "script", ["multi_node_srun.sbatch", pytest.param("multi_node_deepspeed.sbatch", marks=pytest.mark.full)]
+)
 def test_two_nodes_train(config, expected, tmp_path, script):
     options = ("--nodes=2", "--ntasks-per-node=1")
     job = Job(tmp_path, script, config, tmp_path / "run", "--train.steps", "2", options=options)
@@ -203,16 +204,9 @@ def test_array_of_shards(tmp_path):
         assert done == [f"part {number}.json" for number in range(3) if index == 1 or number != 1]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("megatron_sas.engine.signals") is None, reason="the trainer does not handle signals yet"
-)
+@pytest.mark.full
 @pytest.mark.parametrize(
-    ("script", "nodes", "reason"),
-    [
-        ("single_node.sbatch", 1, "SIGUSR1"),
-        pytest.param("multi_node_deepspeed.sbatch", 2, "file", marks=pytest.mark.full),
-    ],
+    ("script", "nodes", "reason"), [("single_node.sbatch", 1, "SIGUSR1"), ("multi_node_deepspeed.sbatch", 2, "file")]
 )
 def test_a_preempted_run_continues_where_it_was(config, tmp_path, script, nodes, reason):
     """The time limit comes after the third update or later; the requeued job ends where one that ran through does."""

@@ -108,10 +108,14 @@ def test_a_wrong_configuration_is_reported_beside_the_environment(tmp_path, caps
 
 def test_altered_data_is_found(config, capsys):
     path = Path(load_config(config).data.train + ".bin")
-    content = bytearray(path.read_bytes())
-    content[40] ^= 1
-    path.write_bytes(content)
-    assert preflight.preflight(str(config), []) == 2
+    whole = path.read_bytes()
+    altered = bytearray(whole)
+    altered[40] ^= 1
+    path.write_bytes(altered)
+    try:
+        assert preflight.preflight(str(config), []) == 2
+    finally:
+        path.write_bytes(whole)  # other tests read it too
     assert f"{path}: content does not match its checksum" in capsys.readouterr().out
 
 

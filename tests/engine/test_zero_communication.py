@@ -15,7 +15,7 @@ from scaling_model import collectives, modules
 from megatron_sas.engine.memory import count_parameters
 from megatron_sas.model.pretrained import read_model_config
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 JSONS = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 FEW = {"train.steps": 2, "checkpoint.every": None, "evaluation.every": None}

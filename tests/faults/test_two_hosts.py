@@ -21,7 +21,7 @@ from virtual_hosts import Host, VirtualHosts, refusal
 
 from megatron_sas.metrics.records import read_records
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 STEPS = 100
 OVERRIDES = {

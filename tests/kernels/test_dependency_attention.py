@@ -25,7 +25,7 @@ TRITON_TYPES = [("triton", dtype) for dtype in (torch.float32, torch.bfloat16, t
 HERE = ["reference", "sdpa", "chunked", "triton"]  # backends that can run on CPU, one in an interpreter
 
 
-@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**31),
     backend_dtype=st.sampled_from(BACKEND_TYPES),
@@ -49,7 +49,7 @@ def test_random_cases(seed, backend_dtype, gradient_kind, **shape):
     check_against_float64(make_case(seed, dtype=dtype, gradient_kind=gradient_kind, **shape), backend)
 
 
-@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=24, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**31),
     dtype=st.sampled_from([dtype for _, dtype in TRITON_TYPES]),
@@ -71,6 +71,7 @@ def test_random_cases_in_the_interpreter(seed, dtype, gradient_kind, subset, **s
     check_against_float64(make_case(seed, dtype=dtype, gradient_kind=gradient_kind, subset=subset, **shape), "triton")
 
 
+@pytest.mark.full
 def test_a_thousand_tokens_in_the_interpreter():
     case = make_case(2, batch=1, num_heads=1, seq=1000, dim=32, dtype=torch.float32, kind="random")
     check_against_float64(case, "triton")
@@ -145,7 +146,7 @@ def test_reference_equals_loops():
 @pytest.mark.parametrize("backend", [name for name in HERE if name != "triton"])
 @pytest.mark.parametrize("kind", ["random", "one", "self"])
 def test_gradcheck(backend, kind):
-    case = make_case(4, batch=2, num_heads=2, seq=5, dim=8, dtype=torch.float64, kind=kind)
+    case = make_case(4, batch=2, num_heads=1, seq=5, dim=4, dtype=torch.float64, kind=kind)
     qkv = [x.clone().requires_grad_() for x in case.qkv]
     for seqlens in (None, torch.tensor([5, 3])):
 

@@ -36,7 +36,7 @@ def test_other_ways_to_call_them():
     assert len(compile_ahead("bf16:64:90:ones", "fp16:64:80:uneven", "bf16:64:80:plain")) == 9
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_hopper_tiles_of_bert():
     """bfloat16, heads of 64: something to choose from that spills no registers and serialises no matrix instruction."""
     found = compile_ahead("bf16:64:90:step:all")
