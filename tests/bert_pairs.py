@@ -1,4 +1,4 @@
-"""Our BERT and transformers' with the same random weights."""
+"""Small random models: our BERT and transformers' with the same weights, and transformers' own."""
 
 from __future__ import annotations
 
@@ -47,6 +47,13 @@ def hf_model(state: dict[str, Tensor], config: BertConfig, attention: str = "eag
     assert set(missing) <= {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
     twin.tie_weights()
     return twin
+
+
+def tiny_hf_bert(vocab_size: int, *, seed: int = 0, **fields: object) -> BertForMaskedLM:
+    """A model that transformers made, with random weights; `fields` of its configuration replace the sizes here."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(seed)
+    return BertForMaskedLM(HFConfig(vocab_size=vocab_size, **{**sizes, **fields}))
 
 
 def hf_gradients(twin: BertForMaskedLM, model: Bert) -> dict[str, Tensor]:

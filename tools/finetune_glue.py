@@ -17,6 +17,7 @@ import transformers
 import megatron_sas
 from megatron_sas.cli import InputError, progress, run_main
 from megatron_sas.device import DEVICE_HELP, choose_device
+from megatron_sas.evaluation.command_line import add_model_argument
 from megatron_sas.evaluation.glue import FORMAT, Pretrained, Settings, encode, finetune, identity, record
 from megatron_sas.evaluation.glue_data import Columns, Examples, read_file, read_hub, task_files
 from megatron_sas.evaluation.glue_tasks import TASKS, Task
@@ -187,13 +188,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="a Hugging Face BertForMaskedLM directory, a training checkpoint, or a run (its newest checkpoint)",
-    )
+    add_model_argument(parser)
     parser.add_argument("--task", required=True, nargs="+", choices=(*TASKS, "all"), help="one, several, or all")
     parser.add_argument("--output", required=True, type=Path, metavar="PATH", help="FILE.json, or a folder")
     parser.add_argument("--data", type=Path, metavar="DIR", help="a folder like the GLUE download")

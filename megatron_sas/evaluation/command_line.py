@@ -18,13 +18,7 @@ def evaluation_parser(description: str, batch_tokens: int) -> argparse.ArgumentP
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="a Hugging Face BertForMaskedLM directory, a training checkpoint, or a run (its newest checkpoint)",
-    )
+    add_model_argument(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.json", help="where to write the result")
     parser.add_argument(
         "--batch-tokens",
@@ -42,6 +36,17 @@ def evaluation_parser(description: str, batch_tokens: int) -> argparse.ArgumentP
     )
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     return parser
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --model, one model in any form."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="a Hugging Face BertForMaskedLM directory, a training checkpoint, or a run (its newest checkpoint)",
+    )
 
 
 def check_arguments(arguments: argparse.Namespace) -> torch.device:

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bert_pairs import tiny_hf_bert
 from browser import open_page, overflow
 from synthetic_runs import write_run
-from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
+from transformers import BertForMaskedLM, BertTokenizerFast
 
 from megatron_sas.cli import InputError
 from megatron_sas.evaluation.treebank import load_treebank
@@ -51,18 +52,11 @@ def inputs(tmp_path_factory):
     run = write_run(path / "run", seed=3)
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
     for step in STEPS:
-        torch.manual_seed(step)
-        config = BertConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=32,
-            max_position_embeddings=40,
-            initializer_range=0.6,  # uneven attention
-        )
+        model = tiny_hf_bert(
+            len(vocabulary), seed=step, num_attention_heads=4, max_position_embeddings=40, initializer_range=0.6
+        )  # uneven attention
         directory = run / "snapshots" / f"step_{step:08d}"
-        BertForMaskedLM(config).save_pretrained(directory)
+        model.save_pretrained(directory)
         BertTokenizerFast(vocab=vocabulary).save_pretrained(directory)
     (path / "shown.jsonl").write_text(jsonl(SENTENCES))
     (path / "treebank.jsonl").write_text(jsonl([s for s in SENTENCES if "amod" in s[2]] * 3))

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bert_pairs import tiny_hf_bert
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
+from transformers import BertForMaskedLM, BertTokenizerFast
 
 
 class HuggingFaceAdapter(nn.Module):
@@ -39,18 +40,8 @@ def tokenizer(data_dir):
 @pytest.fixture(scope="session")
 def hf_model(tokenizer):
     """Large initial weights: attention is peaked, and scores differ between sentences."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=160,
-        initializer_range=0.2,
-        attn_implementation="eager",
-    )
-    return BertForMaskedLM(config).eval()
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 160}
+    return tiny_hf_bert(len(tokenizer), initializer_range=0.2, attn_implementation="eager", **sizes).eval()
 
 
 @pytest.fixture

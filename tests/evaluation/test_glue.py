@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
+from bert_pairs import tiny_hf_bert
+from transformers import BertTokenizerFast
 
 from megatron_sas.cli import InputError
 from megatron_sas.data.tokenizer import load_tokenizer, vocab_size
@@ -190,16 +191,8 @@ def cola_like(data_dir, tmp_path_factory):
                  for key, label in (("sentence_good", 1), ("sentence_bad", 0))]  # fmt: skip
         (path / "data" / "CoLA" / f"{name}.tsv").write_text("\n".join(lines) + "\n")
     tokenizer = BertTokenizerFast(vocab=str(data_dir / "bert_vocab" / "vocab.txt"))
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=32,
-    )
-    BertForMaskedLM(config).save_pretrained(path / "model")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64, "max_position_embeddings": 32}
+    tiny_hf_bert(len(tokenizer), **sizes).save_pretrained(path / "model")
     tokenizer.save_pretrained(path / "model")
     return path
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertTokenizerFast
+from bert_pairs import tiny_hf_bert
+from transformers import AutoModelForMaskedLM, BertTokenizerFast
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
 
@@ -19,16 +20,8 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
 def original(tmp_path):
     """A Hugging Face model that this project did not make."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dog", "##s", "bark"]
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=12,
-    )
-    torch.manual_seed(0)
-    BertForMaskedLM(config).save_pretrained(tmp_path / "original")
+    model = tiny_hf_bert(len(words), num_hidden_layers=1, max_position_embeddings=12)
+    model.save_pretrained(tmp_path / "original")
     BertTokenizerFast(vocab={word: number for number, word in enumerate(words)}).save_pretrained(tmp_path / "original")
     return tmp_path / "original"
 

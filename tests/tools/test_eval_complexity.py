@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from bert_pairs import tiny_hf_bert
 from synthetic_data import write_packed
-from transformers import BertConfig, BertForMaskedLM
 
 from megatron_sas.cli import InputError
 from megatron_sas.data.tokenizer import load_tokenizer, save_tokenizer
@@ -28,17 +27,7 @@ def folder(tmp_path_factory):
     """A model, packed data for it, and a text over its vocabulary."""
     path = tmp_path_factory.mktemp("complexity")
     write_packed(path, sequences=40)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=65,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-    )
-    BertForMaskedLM(config).save_pretrained(path / "model")
+    tiny_hf_bert(65, max_position_embeddings=32, initializer_range=0.3).save_pretrained(path / "model")
     save_tokenizer(load_tokenizer(path / "vocab.txt"), path / "model", 32)
     words = np.random.default_rng(0).integers(0, 60, (60, 20))
     lines = [json.dumps({"body": " ".join(f"w{word}" for word in row)}) + "\n" for row in words]

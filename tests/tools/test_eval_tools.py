@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
+from bert_pairs import tiny_hf_bert
+from transformers import BertTokenizerFast
 
 from megatron_sas.evaluation.blimp import evaluate_blimp, load_blimp
 from megatron_sas.evaluation.treebank import load_treebank
@@ -39,17 +40,8 @@ def inputs(tmp_path_factory):
     path = tmp_path_factory.mktemp("inputs")
     for name, words in (("model", WORDS), ("other", WORDS[:-1])):
         vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
-        torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=12,
-            initializer_range=0.3,
-        )
-        BertForMaskedLM(config).save_pretrained(path / name)
+        model = tiny_hf_bert(len(vocabulary), max_position_embeddings=12, initializer_range=0.3)
+        model.save_pretrained(path / name)
         BertTokenizerFast(vocab=vocabulary).save_pretrained(path / name)
     sentence = {
         "words": ["the", "old", "dog", "saw", "a", "cat", "."],
