@@ -135,11 +135,10 @@ when it begins to prefer grammatical sentences (BLiMP), and what its loss does m
 </div>
 {% endfor %}
 </div>
-<p class="note">Claims of Chen et al., <em>Sudden Drops in the Loss</em> (ICLR 2024). The rules were fixed before the
-runs.
-A claim is opposite where a necessary part is, otherwise not testable where one is not testable, and shown where all
-parts
-that can be tested are. “Not shown” is no proof of the contrary: few seeds show only large effects.</p>
+<p class="note">Claims of Chen et al., <em>Sudden Drops in the Loss</em> (ICLR 2024). The rules are part of the
+program, not chosen for these runs. A claim is opposite where a necessary part is, otherwise not testable where one is
+not testable, and shown where all parts that can be tested are. “Not shown” is no proof of the contrary: few seeds show
+only large effects.</p>
 {% if analysis.notes %}
 <div class="caveats">{% for note in analysis.notes %}<p>{{ note }}</p>{% endfor %}</div>
 {% endif %}
@@ -157,8 +156,8 @@ that can be tested are. “Not shown” is no proof of the contrary: few seeds s
 {% for m in table_metrics %}
 <td class="strong whole">{{ c.final.get(m.name) | show }}
 {%- if m.name in c.difference %}{% set d = c.difference[m.name] %}
-<small>{{ d.value | show(true) }} to base{% if d.holm is not none %}, p
-{{ d.holm | p }}{% endif %}</small>{% endif %}</td>
+<small>{{ d.value | show(true) }} to base</small>
+{%- if d.holm is not none %}<small>p {{ d.holm | p }}</small>{% endif %}{% endif %}</td>
 {% endfor %}
 </tr>
 {% endfor %}
