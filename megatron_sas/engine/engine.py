@@ -23,6 +23,7 @@ from megatron_sas.engine.deepspeed_config import deepspeed_config
 from megatron_sas.kernels import choose_backend
 from megatron_sas.kernels.layer_norm import use_apex_layer_norm_
 from megatron_sas.model.bert import Bert
+from megatron_sas.model.decay import decay_groups
 from megatron_sas.objective.pretraining import MaskedLMWithSas
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -59,7 +60,7 @@ class Engine:
         self.world_size = world_size
         self._initial = {name: tensor.detach().clone() for name, tensor in module.bert.state_dict().items()}
         optimizer = torch.optim.AdamW(
-            _decay_groups(module, train.weight_decay),
+            decay_groups(module, train.weight_decay),
             lr=train.learning_rate,
             betas=train.adam_betas,
             eps=train.adam_eps,
@@ -288,10 +289,3 @@ def _reader(values: Tensor) -> Callable[[], list[int]]:
         return host.tolist()
 
     return read
-
-
-def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight matrices decay, biases and LayerNorms do not (as in Hugging Face's Trainer)."""
-    decayed = [p for p in module.parameters() if p.dim() > 1]
-    other = [p for p in module.parameters() if p.dim() <= 1]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": other, "weight_decay": 0.0}]

@@ -17,6 +17,7 @@ from megatron_sas.data.tokenizer import load_tokenizer
 from megatron_sas.evaluation.glue_data import Examples
 from megatron_sas.evaluation.glue_tasks import MISMATCHED, Task
 from megatron_sas.files import sha256_file
+from megatron_sas.model.decay import decay_groups
 from megatron_sas.model.huggingface import to_hf_config, to_hf_state
 from megatron_sas.model.pretrained import MODEL_WEIGHTS, is_checkpoint, read_model, resolve_run
 
@@ -132,7 +133,7 @@ def finetune(
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
     model = pretrained.fresh().to(device)
-    optimizer = torch.optim.AdamW(_groups(model, settings.weight_decay), lr=settings.learning_rate)
+    optimizer = torch.optim.AdamW(decay_groups(model, settings.weight_decay), lr=settings.learning_rate)
     steps = settings.epochs * -(-len(train.ids) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: settings.rate(step, steps))
     epochs, losses = [], []
@@ -234,13 +235,6 @@ def _batch(examples: Encoded, rows: Sequence[int], pad_token_id: int, device: to
         "attention_mask": torch.tensor(mask, device=device),
         "labels": torch.from_numpy(examples.labels[np.asarray(rows)]).to(device),
     }
-
-
-def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices only, as in transformers' Trainer."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    others = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:
