@@ -29,7 +29,7 @@ from megatron_sas.config import Config, load_config
 from megatron_sas.files import write_json_atomic
 from megatron_sas.metrics.records import FILE_NAME, last_records
 from megatron_sas.model.pretrained import checkpoints_directory
-from megatron_sas.objective.schedule import Stage
+from megatron_sas.objective.schedule import describe_stages, plateau, role
 from megatron_sas.yaml_file import read_yaml
 
 SWEEP = "sweep.json"
@@ -183,32 +183,12 @@ def _parent(text: str, others: dict[str, PlannedRun]) -> tuple[PlannedRun, int]:
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """What a run is to the analysis.
-
-    Returns:
-        `description`, one line; `role`: base (λ = 0), suppress (λ > 0 throughout), promote (λ < 0 throughout), release
-        (λ > 0 until `release_step`, then 0), control (other heads than the parses') or other; `release_step`.
-    """
-    stages = [stage for stage in config.sas.schedule if stage.value or stage.end_value]
-    text = ", ".join(_in_words(stage) for stage in stages) or "λ = 0"
-    if not stages:
-        role = "base"
-    elif config.data.heads is not None:
-        role, text = "control", f"{text}, heads: {config.data.heads}"
-    elif len(stages) > 1 or stages[0].start > 0 or stages[0].end_value not in (None, stages[0].value):
-        role = "other"
-    elif stages[0].end is not None and stages[0].end < config.train.steps:
-        role = "release" if stages[0].value > 0 else "other"
-    else:
-        role = "suppress" if stages[0].value > 0 else "promote"
-    return {"description": text, "role": role, "release_step": stages[0].end if role == "release" else None}
-
-
-def _in_words(stage: Stage) -> str:
-    value = f"λ = {stage.value:g}" if stage.end_value is None else f"λ = {stage.value:g} to {stage.end_value:g}"
-    if stage.end is not None:
-        return f"{value} in updates {stage.start} to {stage.end}"
-    return value if stage.start == 0 else f"{value} from update {stage.start} on"
+    """What a run is to the analysis: `description`, one line; `role` (see `schedule.role`); `release_step` or None."""
+    heads, steps = config.data.heads, config.train.steps
+    text = f"λ = {describe_stages(config.sas.schedule)}" + (f", heads: {heads}" if heads else "")
+    kind = role(config.sas.schedule, steps, heads)
+    step = plateau(config.sas.schedule, steps)[1] if kind == "release" else None
+    return {"description": text, "role": kind, "release_step": step}
 
 
 def _listed(path: Path, faults: list[str]) -> str:

@@ -67,7 +67,7 @@ def test_what_a_run_is_to_the_analysis(write_sweep, tmp_path):
         "whole": ("suppress", None),  # its stage ends with the run
         "empty": ("release", 4),  # the configuration's own schedule
     }
-    assert written["runs"][3]["description"] == "λ = 0.1 in updates 0 to 2"
+    assert written["runs"][3]["description"] == "λ = 0.1 in steps 0 to 2, then 0"
     assert written["runs"][4]["description"] == "λ = 0.1, heads: permuted"
     assert written["runs"][3]["directory"] == "release/seed-7"
 

@@ -6,14 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_sas.cli import InputError
-from megatron_sas.objective.schedule import Stage, sas_weight
+from megatron_sas.objective.schedule import Stage, describe_stages, plateau, role, sas_weight
 
 CONFIG_NAME = "config.yaml"
 ROLES = ("base", "suppress", "promote", "release", "control", "other")
@@ -145,37 +144,26 @@ class Run:
         return float(values[-1]) if len(values) else None
 
     @property
+    def _plateau(self) -> tuple[float, int] | None:
+        return plateau(self.schedule, self.planned_steps or self.final_step)
+
+    @property
     def constant_weight(self) -> float | None:
         """λ where it is the same at every step, else None."""
-        values = {stage.value for stage in self.schedule} | {s.end_value for s in self.schedule} - {None}
-        if not values or values == {0.0}:
-            return 0.0
-        stages = sorted(self.schedule, key=lambda stage: stage.start)
-        joined = all(a.end == b.start for a, b in pairwise(stages))
-        whole = stages[0].start == 0 and joined and stages[-1].end is None
-        return float(values.pop()) if whole and len(values) == 1 else None
+        found = self._plateau
+        return found[0] if found and found[1] == (self.planned_steps or self.final_step) else None
 
     @property
     def released(self) -> tuple[float, int] | None:
         """(λ, step) of a run whose λ is constant from the start until that step and 0 from then on, else None."""
-        stages = sorted((s for s in self.schedule if s.value or s.end_value), key=lambda stage: stage.start)
-        if len(stages) != 1 or stages[0].start != 0 or stages[0].end is None:
-            return None
-        stage = stages[0]
-        return None if stage.end_value not in (None, stage.value) else (float(stage.value), stage.end)
+        return self._plateau if self.constant_weight is None else None
 
     @property
     def role(self) -> str:
         """One of `ROLES`: the sweep's, or what the configuration amounts to."""
         if self.assigned_role is not None:
             return self.assigned_role
-        if self.constant_weight == 0:
-            return "base"
-        if self.setting("data.heads"):
-            return "control"
-        if self.constant_weight is not None:
-            return "suppress" if self.constant_weight > 0 else "promote"
-        return "release" if self.released and self.released[0] > 0 else "other"
+        return role(self.schedule, self.planned_steps or self.final_step, self.setting("data.heads"))
 
     @property
     def release_step(self) -> int | None:
@@ -199,17 +187,7 @@ class Run:
 
     def describe_schedule(self) -> str:
         """λ in words."""
-        parts = []
-        for stage in sorted(self.schedule, key=lambda stage: stage.start):
-            value = f"{stage.value:g}" if stage.end_value is None else f"{stage.value:g} to {stage.end_value:g}"
-            value = value.replace("-", "−")
-            if stage.end is not None:
-                parts.append(f"{value} in steps {stage.start} to {stage.end}")
-            else:
-                parts.append(value if stage.start == 0 else f"{value} from step {stage.start}")
-        if parts and self.schedule[-1].end is not None:
-            parts.append("then 0")
-        return ", ".join(parts) or "0"
+        return describe_stages(self.schedule)
 
     def nested(self, key: str, *, first: bool = False) -> dict[str, Any]:
         """The dictionary `key` of the last evaluation that has it (`first`: of step 0); {} when there is none."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sas.objective.schedule import Stage, check_stages, sas_weight
+from megatron_sas.objective.schedule import Stage, check_stages, describe_stages, plateau, role, sas_weight
 
 VALUES = st.floats(-1, 1)
 
@@ -64,3 +64,40 @@ def test_the_papers_multistage_run():
     """SAS-(3k): λ = 0.001 for the first 3000 updates, then 0."""
     stages = [Stage(0, 0.001, 3000)]
     assert [sas_weight(stages, step) for step in (0, 2999, 3000, 10**6)] == [0.001, 0.001, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("stages", "found", "kind"),
+    [
+        ([], (0, 100), "base"),
+        ([Stage(0, 0.1)], (0.1, 100), "suppress"),
+        ([Stage(0, -0.1)], (-0.1, 100), "promote"),
+        ([Stage(0, 0.1, 40)], (0.1, 40), "release"),
+        ([Stage(0, -0.1, 40)], (-0.1, 40), "other"),
+        ([Stage(0, 0.1, 100)], (0.1, 100), "suppress"),  # released when it is over
+        ([Stage(0, 0.1, 40), Stage(40, 0.1)], (0.1, 100), "suppress"),
+        ([Stage(40, 0.1, 70), Stage(0, 0.1, 40)], (0.1, 70), "release"),
+        ([Stage(0, 0.1, 40), Stage(60, 0.1)], None, "other"),
+        ([Stage(10, 0.1)], None, "other"),
+        ([Stage(0, 0.1, 40), Stage(40, 0.2)], None, "other"),
+        ([Stage(0, 0.1, 40, 0.2)], None, "other"),
+        ([Stage(0, 0.0, 40, 0.2)], None, "other"),
+        ([Stage(0, 0.1, 40, 0.1)], (0.1, 40), "release"),
+        ([Stage(200, 0.1)], (0, 100), "base"),  # after the end
+    ],
+)
+def test_what_a_schedule_is_in_an_experiment(stages, found, kind):
+    assert plateau(stages, 100) == found
+    assert role(stages, 100, None) == kind
+    assert role(stages, 100, "permuted") == ("base" if kind == "base" else "control")
+    if found is not None:  # as sas_weight has it, update by update
+        assert all(sas_weight(stages, step) == (found[0] if step < found[1] else 0) for step in range(100))
+
+
+def test_stages_in_words():
+    assert describe_stages([]) == "0"
+    assert describe_stages([Stage(0, -0.02)]) == "−0.02"
+    assert (
+        describe_stages([Stage(30, 0.5, 40, 0.0), Stage(0, 0.1, 30)])
+        == "0.1 in steps 0 to 30, 0.5 to 0 in steps 30 to 40, then 0"
+    )
