@@ -106,6 +106,7 @@ def run_here(sweep: Sweep, directory: Path, jobs: int | None, processes: int) ->
     failed: list[PlannedRun] = []
     (directory / "logs").mkdir(parents=True, exist_ok=True)
     total = sum(run.config.train.steps for run in sweep.runs)
+    done = {run.directory: run.steps_done for run in sweep.runs}
     with _listening() as asked, progress(total=total, unit="step", desc="sweep") as bar:
         while running or (waiting and not asked):
             while free and not asked and (run := _next(waiting, running)):
@@ -117,10 +118,12 @@ def run_here(sweep: Sweep, directory: Path, jobs: int | None, processes: int) ->
             for process in [p for p in running if p.poll() is not None]:
                 run, gpus = running.pop(process)
                 free.append(gpus)
+                done[run.directory] = run.steps_done
                 _report(run, process.returncode, directory, bar, stopped=bool(asked))
                 if not run.finished and not asked:
                     failed += _give_up(run, waiting)
-            bar.n = sum(run.steps_done for run in sweep.runs)
+            done |= {run.directory: run.steps_done for run, _ in running.values()}
+            bar.n = sum(done.values())
             bar.refresh()
     if asked:
         print("stopped; the same command continues", file=sys.stderr)

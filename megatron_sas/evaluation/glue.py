@@ -139,7 +139,7 @@ def finetune(
     epochs, losses = [], []
     for epoch in range(settings.epochs):
         model.train()
-        total = 0.0
+        losses_sum = torch.zeros((), dtype=torch.float64, device=device)
         for rows in torch.randperm(len(train.ids), generator=order).split(settings.batch_size):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bf16"):
                 loss = model(**_batch(train, rows.tolist(), pretrained.tokenizer.pad_token_id, device)).loss
@@ -148,9 +148,10 @@ def finetune(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            total += float(loss.detach()) * len(rows)
+            losses_sum += loss.detach() * len(rows)
             if after_step is not None:
                 after_step()
+        total = float(losses_sum)  # read once an epoch: reading would make the host wait for a GPU
         if not math.isfinite(total):
             raise InputError(
                 f"--seeds: with seed {seed} the loss is not finite in epoch {epoch + 1}; lower --learning-rate"
