@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_runs import write_inputs
 from synthetic_data import write_packed
 
 from megatron_sas.cli import InputError
@@ -37,6 +38,24 @@ def test_loader_benchmark(tmp_path):
     assert result["ratios"]["ours, prefetch / hf, heads"]["cpu"] > 0 and "| ours / hf |" in done.stdout
     done = run_tool("benchmark_loader", "--data", data, "--batch", "41")
     assert (done.returncode, done.stderr) == (2, f"error: --batch 41: {data} has only 40 sequences\n")
+
+
+def test_saving_benchmark(tmp_path):
+    config, output = write_inputs(tmp_path), tmp_path / "out.json"
+    arguments = ["--config", str(config), "--every", "2", "--rounds", "2", "--threads", "1"]
+    arguments += ["--run.output_dir", str(tmp_path / "try"), "--output", str(output)]
+    done = run_tool("benchmark_saving", *arguments)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    assert set(result["slower"]) == {"checkpoint", "snapshot", "waited for", "deepspeed"}
+    assert all(len(row["rounds"]) == 2 for row in result["slower"].values())
+    assert result["bytes"]["checkpoint"] > 3 * result["bytes"]["snapshot"] > 0  # weights and moments, fp32; bf16
+    assert "| checkpoint |" in done.stdout and not (tmp_path / "try").exists()
+    (tmp_path / "try").mkdir()
+    done = run_tool("benchmark_saving", *arguments, "--overwrite")
+    message = f"error: run.output_dir: {tmp_path / 'try'} exists; name a directory to be made and removed\n"
+    assert (done.returncode, done.stderr) == (2, message)
+    assert (tmp_path / "try").is_dir()
 
 
 def test_training_benchmark(tmp_path):
