@@ -24,7 +24,7 @@ done
 
 # train NAME LAMBDA PORT: λ > 0 suppresses syntactic attention, λ < 0 promotes it
 train() {
-    deepspeed --master_port "$3" "$here/pretrain_mlm.py" --config "$here/examples/toy.yaml" \
+    deepspeed --num_gpus 1 --master_port "$3" "$here/pretrain_mlm.py" --config "$here/examples/toy.yaml" \
         --run.output_dir "$out/$1" --data.train "$out/data/train" --data.validation "$out/data/validation" \
         --evaluation.treebank "$out/corpus/treebank.conllu" --evaluation.blimp "$out/corpus/blimp" \
         "--sas.schedule=$2"
