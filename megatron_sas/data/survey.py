@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from megatron_sas.cli import InputError, progress
-from megatron_sas.data.documents import SURVEY_FORMAT, unit_text
+from megatron_sas.data.documents import SURVEY_FORMAT, SURVEY_VERSION, unit_text
 from megatron_sas.data.losses import Losses
-from megatron_sas.data.sources import Reading, input_format, read_units, source_name
+from megatron_sas.data.sources import Reading, input_files, input_format, read_units, source_name
 from megatron_sas.data.text_lines import OnError
 
 _WORD = re.compile(r"\w+")
@@ -48,6 +48,7 @@ class _Found:
     ids: np.ndarray
     words: int
     hits: list[tuple[int, int]]
+    file: dict[str, Any] | None  # size and SHA-256, None for a dataset
     skipped: dict[str, Any]
 
 
@@ -113,11 +114,17 @@ def survey(settings: SurveySettings) -> dict[str, Any]:
             "contaminated": sorted({document for document, _ in one.hits}),
         }
         exclude = sorted({document for reason in settings.exclude for document in mine[reason]})
-        entry = {"name": name, "documents": len(one.texts), "words": one.words, "skipped": one.skipped}
+        entry = {
+            "name": name,
+            "file": one.file,
+            "documents": len(one.texts),
+            "words": one.words,
+            "skipped": one.skipped,
+        }
         inputs.append(entry | {reason: len(documents) for reason, documents in mine.items()} | {"exclude": exclude})
     return {
         "format": SURVEY_FORMAT,
-        "version": 1,
+        "version": SURVEY_VERSION,
         "documents": int(starts[-1]),
         "words": sum(one.words for one in found),
         "duplicates": {"count": len(twice), "examples": duplicates},
@@ -161,7 +168,8 @@ def _survey_input(name: str, settings: SurveySettings) -> _Found:
         hits += [(len(ids) - 1, sentence) for sentence in index.find(found)]
     if ids:
         texts.append(0 if empty else _number(digest))
-    return _Found(np.array(texts, np.uint64), np.array(ids, np.uint64), words, hits, reading.losses.report())
+    file = input_files([name]).get(source_name(name))
+    return _Found(np.array(texts, np.uint64), np.array(ids, np.uint64), words, hits, file, reading.losses.report())
 
 
 def _hash(text: str) -> int:

@@ -14,7 +14,7 @@ from megatron_sas.cli import InputError
 from megatron_sas.data import documents
 from megatron_sas.data.documents import Exclusions, Selection
 from megatron_sas.data.preprocess import PreprocessSettings, preprocess
-from megatron_sas.data.sources import Reading, read_units
+from megatron_sas.data.sources import Reading, input_files, read_units
 from megatron_sas.data.survey import SentenceIndex, SurveySettings, survey
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "survey_corpus.py"
@@ -33,6 +33,10 @@ def selected(inputs, **options):
             found.append("")
         found[-1] += f"{unit.content or ''}\n"
     return found, selection.counts
+
+
+def read(path, inputs):
+    return Exclusions.read(path, inputs, input_files(inputs))
 
 
 def test_split_by_hash(tmp_path, monkeypatch):
@@ -106,22 +110,39 @@ def test_excluded_documents_are_left_out(corpus, tmp_path, vocab_file):
     assert done.returncode == 0, done.stderr
     assert "bank.jsonl: 1 of 1 sentences found" in done.stdout and "lists 4 documents to exclude" in done.stdout
     path = str(tmp_path / "survey.json")
-    texts, counts = selected(inputs, exclusions=Exclusions.read(path, inputs))
+    texts, counts = selected(inputs, exclusions=read(path, inputs))
     assert texts == ["one\ntwo\n", "three\n", "\n", "other\n", "more\n", "\n"] and counts["excluded"] == 4
     settings = PreprocessSettings(inputs, str(vocab_file), "none", str(tmp_path / "out"), 8, exclude=path)
     header, _ = preprocess(settings)
     assert header["counts"]["documents_excluded"] == 4 and header["counts"]["documents"] == 6
     # One shard at a time, and in another folder
-    assert selected(inputs[1:], exclusions=Exclusions.read(path, inputs[1:]))[1]["excluded"] == 2
-    write(Path(inputs[1]), [(1, "changed")])
-    with pytest.raises(InputError, match=r"b.jsonl: 1 documents, but 5 when it was surveyed; run tools/"):
-        selected(inputs, exclusions=Exclusions.read(path, inputs))
+    (tmp_path / "moved").mkdir()
+    moved = str(Path(inputs[1]).rename(tmp_path / "moved" / "b.jsonl"))
+    assert selected([moved], exclusions=read(path, [moved]))[1]["excluded"] == 2
+    # Another file of the same name, with as many documents
+    other = write(Path(inputs[1]), [(number, f"other {number}") for number in range(5)])
+    with pytest.raises(InputError, match=r"b.jsonl: is not the .*b.jsonl that was surveyed in .*survey.json"):
+        read(path, [inputs[0], other])
+    with pytest.raises(InputError, match=r"b.jsonl: is not"):
+        preprocess(PreprocessSettings([other], str(vocab_file), "none", str(tmp_path / "out2"), 8, exclude=path))
+    with pytest.raises(InputError, match=r"--exclude: two inputs are called b.jsonl"):
+        read(path, [moved, other])
+    # The same file, read otherwise
+    exclusions = Exclusions({moved: 4}, {moved: frozenset()})
+    with pytest.raises(InputError, match=r"b.jsonl: 5 documents, but 4 when it was surveyed; run tools/"):
+        selected([moved], exclusions=exclusions)
 
 
 def test_not_a_survey(tmp_path):
-    for content, message in (("{", "not a survey"), ('{"format": "x"}', "another format"), ("[]", "not a survey")):
+    old = json.dumps({"format": documents.SURVEY_FORMAT, "version": 1, "inputs": []})
+    for content, message in (
+        ("{", "not a survey"),
+        ('{"format": "x"}', "another format"),
+        ("[]", "not a survey"),
+        (old, "format version 1, this program reads 2; run it again"),
+    ):
         (tmp_path / "s.json").write_text(content)
         with pytest.raises(InputError, match=message):
-            Exclusions.read(str(tmp_path / "s.json"), [])
+            read(str(tmp_path / "s.json"), [])
     with pytest.raises(InputError, match="no such file; make it with"):
-        Exclusions.read(str(tmp_path / "t.json"), [])
+        read(str(tmp_path / "t.json"), [])
