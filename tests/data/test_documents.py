@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import lzma
+import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from child_processes import children, is_alive, open_files
 
 from megatron_sas.cli import InputError
 from megatron_sas.data import documents
@@ -16,6 +21,7 @@ from megatron_sas.data.documents import Exclusions, Selection
 from megatron_sas.data.preprocess import PreprocessSettings, preprocess
 from megatron_sas.data.sources import Reading, input_files, read_units
 from megatron_sas.data.survey import SentenceIndex, SurveySettings, survey
+from megatron_sas.data.text_lines import DamagedFile
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "survey_corpus.py"
 
@@ -98,6 +104,53 @@ def test_survey(corpus, workers):
     }
     assert [entry["exclude"] for entry in report["inputs"]] == [[3, 4], [0, 4]]
     assert survey(SurveySettings(inputs, sets, exclude=()))["inputs"][0]["exclude"] == []
+
+
+def test_survey_with_workers_says_what_is_wrong(corpus, tmp_path):
+    inputs, _ = corpus
+    damaged = tmp_path / "c.jsonl.xz"
+    damaged.write_bytes(lzma.compress(Path(inputs[0]).read_bytes())[:-40])
+    with pytest.raises(DamagedFile, match=r"c.jsonl.xz: damaged compressed file") as error:
+        survey(SurveySettings([*inputs, str(damaged)], workers=2))
+    assert error.value.unread == 1.0
+    with pytest.raises(InputError, match="--workers 0: must be at least 1"):
+        survey(SurveySettings(inputs, workers=0))
+
+
+SURVEY = """
+import sys
+from megatron_sas.data.survey import SurveySettings, survey
+if __name__ == "__main__":
+    survey(SurveySettings(sys.argv[1:], workers=2))
+"""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_survey_leaves_no_workers(tmp_path, stop):
+    inputs = [tmp_path / f"{name}.txt" for name in "ab"]
+    for path in inputs:
+        path.write_text("the cat sat on the mat\n" * 1_000_000)  # some seconds of work
+    process = subprocess.Popen(
+        [sys.executable, "-c", SURVEY, *map(str, inputs)],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        # a shell that runs the tests in the background makes their children ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    workers, deadline = [], time.time() + 60
+    while len(workers) < 2:
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+        workers = [pid for pid in children(process.pid) if any(str(path) in open_files(pid) for path in inputs)]
+    if stop == signal.SIGKILL:
+        process.kill()
+    else:
+        os.killpg(process.pid, stop)  # as a terminal does
+    process.wait(timeout=60)
+    deadline = time.time() + 20
+    while time.time() < deadline and any(map(is_alive, workers)):
+        time.sleep(0.05)
+    assert not any(map(is_alive, workers))
 
 
 def test_excluded_documents_are_left_out(corpus, tmp_path, vocab_file):

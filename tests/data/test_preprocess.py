@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from child_processes import children, is_alive
 
 from megatron_sas.cli import InputError
 from megatron_sas.data import workers
@@ -408,21 +409,14 @@ def test_killed_half_way(vocab_file, tmp_path, stop):
     while time.time() < deadline and not any(p.stat().st_size for p in tmp_path.glob(".out.*/data.marks.bin")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
-    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    started = children(process.pid)
     os.kill(process.pid, stop)
     error = process.communicate(timeout=60)[1].decode()
     assert not list(tmp_path.glob("out*"))
     if stop == signal.SIGINT:
         assert process.returncode == 130 and error.startswith("error: interrupted") and not list(tmp_path.glob(".out*"))
-    assert len(children) >= 2
+    assert len(started) >= 2
     deadline = time.time() + 20
-    while time.time() < deadline and any(_alive(pid) for pid in children):
+    while time.time() < deadline and any(is_alive(pid) for pid in started):
         time.sleep(0.1)
-    assert not any(_alive(pid) for pid in children)
-
-
-def _alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    assert not any(is_alive(pid) for pid in started)
