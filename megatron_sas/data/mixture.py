@@ -55,6 +55,11 @@ class MixedData:
         return hashlib.sha256(json.dumps([[part.fingerprint for part in self.parts], shares]).encode()).hexdigest()
 
     @property
+    def heads_fingerprint(self) -> str:
+        """SHA-256 of those of the parts' heads."""
+        return hashlib.sha256(json.dumps([part.heads_fingerprint for part in self.parts]).encode()).hexdigest()
+
+    @property
     def header(self) -> dict[str, Any]:
         """What the parts' headers say of their origin, together."""
         headers, counts = [part.header for part in self.parts], Counter()

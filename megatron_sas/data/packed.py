@@ -46,11 +46,12 @@ class PackedData:
     (N, S) uint8. Indexing rows of them compares these with checksums (`CheckedMap`).
 
     Attributes: `header` (the parsed PREFIX.json), `seq_length` S, `num_sequences` N, `relations` (index 0 is ""),
-    `tokenizer` (`TokenizerInfo`), `fingerprint` (SHA-256 of PREFIX.bin), `heads_path`. With `heads_name` the heads come
-    from PREFIX.heads-NAME.bin instead, and `heads_header` is its JSON.
+    `tokenizer` (`TokenizerInfo`), `fingerprint` (SHA-256 of PREFIX.bin), `heads_path`, `heads_fingerprint` (SHA-256 of
+    the heads). With `heads_name` the heads come from PREFIX.heads-NAME.bin instead, and `heads_header` is its JSON.
 
     Raises:
-        InputError: a file is missing, has another size than the header says, or the index disagrees with the header.
+        InputError: a file is missing, has another size than the header says, or the index disagrees with the header;
+            the heads of that name were made for other tokens or from other parses.
     """
 
     def __init__(self, prefix: str | Path, heads_name: str | None = None) -> None:
@@ -75,6 +76,7 @@ class PackedData:
             self.heads_header = heads_record = self._read_heads_header()
             _check_size(heads_path, 2 * shape[0] * shape[1])
         self.heads_path = heads_path
+        self.heads_fingerprint: str | None = heads_record.get("sha256")
         self.heads = CheckedMap(heads_path, "<i2", shape, heads_record)
 
     def _check_header(self) -> None:
@@ -104,6 +106,12 @@ class PackedData:
             raise InputError(
                 f"{path}: was made for other tokens than those of {self.prefix}.bin; run tools/make_control.py again"
             )
+        for name, digest in header.get("base_files", {}).items():  # streams of earlier versions do not say
+            if self.header["files"][name].get("sha256") != digest:
+                raise InputError(
+                    f"{path}: was made from another {self.prefix}.{name} than the present one; run "
+                    "tools/make_control.py again"
+                )
         return header
 
     def verify(self) -> None:

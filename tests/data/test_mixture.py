@@ -122,6 +122,7 @@ def test_fingerprint_tells_parts_order_and_shares_apart(make_packed):
     ]
     assert data.fingerprint == same.fingerprint
     assert len({data.fingerprint, *(other.fingerprint for other in others)}) == 4
+    assert data.heads_fingerprint == same.heads_fingerprint != others[-1].heads_fingerprint
     data.verify()
 
 
