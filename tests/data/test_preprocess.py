@@ -353,6 +353,22 @@ def test_everything_bad_at_once(data_dir, tmp_path):
         run(source, vocab, "none", tmp_path / "out", on_error="skip", max_loss=0.09)
 
 
+def test_losses_of_reading_and_of_parsing_do_not_depend_on_the_workers(vocab_file, tmp_path, monkeypatch):
+    """Every document loses two of its three paragraphs to the parser, and after each comes a line that is no JSON."""
+    monkeypatch.setattr(workers, "CHUNK_CHARACTERS", 200)
+    source = tmp_path / "a.jsonl"
+    document = json.dumps({"text": "aaaaaaaa\nthe cat sat\nbbbbbbbb"})
+    source.write_text(f"{document}\nno JSON\n" * 40 + '{"text": "the cat"}\n' * 80)
+    for number in (1, 2):
+        options = {"seq_length": 8, "on_error": "skip", "max_loss": 0.5, "workers": number}
+        header = run(source, vocab_file, "none", tmp_path / f"out{number}", **options)
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
+    kinds = [(kind, entry["count"]) for kind, entry in header["report"].items()]
+    assert kinds == [("a word longer than a sequence", 80), ("invalid JSON", 40)]
+    with pytest.raises(InputError, match="80 of 160 records left out"):
+        run(source, vocab_file, "none", tmp_path / "out", **{**options, "max_loss": 0.49, "workers": 1})
+
+
 def test_foreign_text(data_dir, tmp_path):
     text = {
         "en": "The quick brown fox jumps over the lazy dog, as it has always done.",
