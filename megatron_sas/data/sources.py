@@ -156,7 +156,7 @@ def _record_units(record: object, where: str, reading: Reading) -> Iterator[Unit
         reading.bad(where, f"half of a surrogate pair in field {reading.text_field!r}")
         return
     reading.losses.keep(where.rpartition(":")[0])
-    identity = str(record["id"]) if "id" in record else None
+    identity = None if record.get("id") is None else str(record["id"])
     starts = True
     for line in text.split("\n"):
         if line := reading.clean(line):

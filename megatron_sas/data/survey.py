@@ -192,7 +192,8 @@ def _survey_input(name: str, settings: SurveySettings) -> _Found:
 
 
 def _hash(text: str) -> int:
-    return _number(hashlib.blake2b(text.encode(), digest_size=8))
+    # An id, unlike a text, may hold half of a surrogate pair.
+    return _number(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8))
 
 
 def _number(digest: hashlib.blake2b) -> int:

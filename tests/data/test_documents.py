@@ -106,6 +106,14 @@ def test_survey(corpus, workers):
     assert survey(SurveySettings(inputs, sets, exclude=()))["inputs"][0]["exclude"] == []
 
 
+def test_odd_ids(tmp_path):
+    path = tmp_path / "a.jsonl"
+    ids = ["null", "null", '"\\ud800"', '"\\ud800"', '"None"', "7", "0", "0"]
+    path.write_text("".join(f'{{"text": "number {number}", "id": {id}}}\n' for number, id in enumerate(ids)))
+    repeated = survey(SurveySettings([str(path)]))["duplicate_ids"]
+    assert repeated == {"count": 2, "examples": [f"{path}: document 3", f"{path}: document 7"]}
+
+
 def test_survey_with_workers_says_what_is_wrong(corpus, tmp_path):
     inputs, _ = corpus
     damaged = tmp_path / "c.jsonl.xz"
