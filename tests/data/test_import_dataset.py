@@ -14,6 +14,7 @@ from megatron_sas.cli import InputError
 from megatron_sas.data.import_dataset import ImportSettings, import_dataset
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.preprocess import PreprocessSettings, preprocess
+from megatron_sas.data.statistics import statistics
 
 datasets = pytest.importorskip("datasets")
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "import_dataset.py"
@@ -122,6 +123,18 @@ def test_rows_by_hand(vocab_file, tmp_path):
         "an empty row": 1,
         "values missing": 2,
     }
+
+
+def test_parsed_and_unparsed_text_in_one_row(vocab_file, tmp_path):
+    """An unparsed run is one sentence, beside parsed ones as in rows without any edge."""
+    ids = [CLS, 5, 6, SEP, 10, 14, 18, SEP, 5, 7, 8, SEP]
+    heads = [-1, 2, -1, -1, -1, -1, -1, -1, 9, 10, -1, -1]
+    rows = [row(ids, heads, [-1] * 12), row(ids, [-1] * 12, [-1] * 12)]
+    run(write(tmp_path / "set", rows), vocab_file, tmp_path / "out", seq_length=12)
+    packed = PackedData(tmp_path / "out")
+    assert packed.marks.tolist() == [[0, 3, 1, 0, 3, 1, 1, 0, 3, 1, 1, 0]] * 2
+    found = statistics(packed)
+    assert (found["sentences"], found["words"], found["unparsed_words"]) == (6, 16, 3 + 8)
 
 
 def test_what_cannot_be_imported(vocab_file, tmp_path):
