@@ -56,7 +56,7 @@ class PackedData:
 
     def __init__(self, prefix: str | Path, heads_name: str | None = None) -> None:
         self.prefix = str(prefix)
-        self.header = read_header(f"{prefix}.json", "give the --output prefix of a finished tools/preprocess_data.py")
+        self.header = packed_header(prefix)
         self._check_header()
         shape = (self.num_sequences, self.seq_length)
         for name in FILES:
@@ -81,22 +81,20 @@ class PackedData:
 
     def _check_header(self) -> None:
         path, header = f"{self.prefix}.json", self.header
-        if header.get("format") != FORMAT:
-            raise InputError(f"{path}: field format is not {FORMAT!r}; this is not the header of packed data")
-        if header.get("version") != FORMAT_VERSION:
+        self.num_sequences: int = header["num_sequences"]
+        if self.num_sequences == 0:
             raise InputError(
-                f"{path}: format version {header.get('version')}, this program reads {FORMAT_VERSION}; preprocess again"
+                f"{path}: holds no sequence, its text does not fill one; leave it out or give it more text"
             )
         try:
             self.seq_length = int(header["seq_length"])
-            self.num_sequences = int(header["num_sequences"])
             self.relations: list[str] = list(header["relations"])
             self.tokenizer = TokenizerInfo(**header["tokenizer"])
             self.fingerprint: str = header["files"]["bin"]["sha256"]
             missing = [name for name in FILES if "size" not in header["files"].get(name, {})]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: missing or malformed field ({error}); preprocess the text again") from error
-        if missing or self.num_sequences < 1 or self.seq_length < 3:
+        if missing or self.num_sequences < 0 or self.seq_length < 3:
             raise InputError(f"{path}: sizes missing or sequence counts out of range; preprocess the text again")
 
     def _read_heads_header(self) -> dict[str, Any]:
@@ -129,6 +127,21 @@ class PackedData:
 
     def __len__(self) -> int:
         return self.num_sequences
+
+
+def packed_header(prefix: str | Path) -> dict[str, Any]:
+    """PREFIX.json; `InputError` when it is missing or no header of packed data that this program reads."""
+    path = f"{prefix}.json"
+    header = read_header(path, "give the --output prefix of a finished tools/preprocess_data.py")
+    if header.get("format") != FORMAT:
+        raise InputError(f"{path}: field format is not {FORMAT!r}; this is not the header of packed data")
+    if header.get("version") != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: format version {header.get('version')}, this program reads {FORMAT_VERSION}; preprocess again"
+        )
+    if not isinstance(header.get("num_sequences"), int):
+        raise InputError(f"{path}: missing or malformed field (num_sequences); preprocess the text again")
+    return header
 
 
 def read_header(path: str | Path, remedy: str) -> dict[str, Any]:
