@@ -90,10 +90,9 @@ def main() -> None:
         fsync_directory(stream.parent)
     finally:
         Path(temporary).unlink(missing_ok=True)
-    write_json_atomic(
-        header,
-        {"name": name, "kind": args.control, "seed": args.seed, "base_fingerprint": packed.fingerprint, **result},
-    )
+    base = {name: packed.header["files"][name].get("sha256") for name in ("heads.bin", "marks.bin")}
+    origin = {"kind": args.control, "seed": args.seed, "base_fingerprint": packed.fingerprint, "base_files": base}
+    write_json_atomic(header, {"name": name, **origin, **result})
     print(
         f"{stream}: {result['edges']} edges for {result['base_edges']} of the parse, "
         f"{result['equal_edges']} of them the same"

@@ -7,12 +7,13 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_sas.cli import InputError
 from megatron_sas.data.sources import Unit, source_name
 
 SURVEY_FORMAT = "megatron_sas corpus survey"
+SURVEY_VERSION = 2
 KEY_CHARACTERS = 1 << 20  # what a document's split depends on, and so what of it is held in memory
 Split = Literal["train", "validation"]
 
@@ -43,21 +44,38 @@ class Exclusions:
     excluded: dict[str, frozenset[int]]
 
     @staticmethod
-    def read(path: str, inputs: list[str]) -> Exclusions:
+    def read(path: str, inputs: list[str], files: dict[str, dict[str, Any]]) -> Exclusions:
         """The part of a survey that concerns `inputs`; they are matched by `source_name`.
 
+        Args:
+            files: their `input_files`, which must be those that were surveyed.
+
         Raises:
-            InputError: no survey, or one that does not contain all inputs.
+            InputError: no survey, one that does not contain all inputs, or one of other files of these names.
         """
+        names = list(map(source_name, inputs))
+        double = next((name for number, name in enumerate(names) if name in names[:number]), None)
+        if double is not None:
+            raise InputError(f"--exclude: two inputs are called {double} (folders do not count); rename one")
         try:
             survey = json.loads(Path(path).read_text(encoding="utf-8"))
             if survey["format"] != SURVEY_FORMAT:
                 raise ValueError("another format")
+            if survey["version"] != SURVEY_VERSION:
+                raise ValueError(
+                    f"format version {survey['version']}, this program reads {SURVEY_VERSION}; run it again"
+                )
             entries = {source_name(entry["name"]): entry for entry in survey["inputs"]}
             missing = [name for name in inputs if source_name(name) not in entries]
             if missing:
                 raise InputError(f"{path}: does not contain {missing[0]}; survey all inputs in one go")
             found = {name: entries[source_name(name)] for name in inputs}
+            for name, entry in found.items():
+                if entry["file"] != files.get(source_name(name)):
+                    raise InputError(
+                        f"{name}: is not the {entry['name']} that was surveyed in {path} (SHA-256 differ); run "
+                        "tools/survey_corpus.py again"
+                    )
             return Exclusions(
                 {name: int(entry["documents"]) for name, entry in found.items()},
                 {name: frozenset(map(int, entry["exclude"])) for name, entry in found.items()},

@@ -109,6 +109,7 @@ COUNTS = {
     "edges_outside": "heads outside the row: no edges",
     "edges_of_specials": "heads of or at special tokens and padding: no edges",
     "edges_to_last_token": "heads that point to the last place of a row, where code that clamps positions puts many",
+    "relations_negative": "relations below -1: no relations",
     "edges_cut": "edges that packing anew has cut at a sequence's end",
     "tail_pieces": "pieces after the last full sequence",
     "tail_edges": "edges among them",
@@ -196,15 +197,18 @@ class _Reader:
         was_word = (heads != -1) & ~special
         heads = np.where(outside | to_self | of_special, -1, heads)
         counts["rows_without_edges"] += not (heads >= 0).any()
-        numbers = np.where(special, 0, self._numbers(relations))
+        numbers = np.where(special, 0, self._numbers(relations, counts))
         was_word |= numbers > 0
         was_word[heads[heads >= 0]] = True
         words = _word_starts(was_word, special, self._continuations[tokens])
-        return _Row(tokens, heads, _marks(words, heads), np.where(words, numbers, 0))
+        return _Row(tokens, heads, _marks(words, heads, special), np.where(words, numbers, 0))
 
-    def _numbers(self, relations: Any) -> np.ndarray:
+    def _numbers(self, relations: Any, counts: Counter[str]) -> np.ndarray:
         """(P,) common numbers of a row's relations, given as numbers or names."""
         values, inverse = np.unique(np.asarray(relations), return_inverse=True)
+        if np.issubdtype(values.dtype, np.number):
+            counts["relations_negative"] += int((values[inverse] < -1).sum())
+            values = np.maximum(values, -1)
         return np.array([self._number(value.item()) for value in values])[inverse]
 
     def _number(self, value: int | str) -> int:
@@ -231,10 +235,10 @@ def _word_starts(was_word: np.ndarray, special: np.ndarray, continuation: np.nda
     return ~special & np.where(parsed, was_word, ~continuation)
 
 
-def _marks(words: np.ndarray, heads: np.ndarray) -> np.ndarray:
+def _marks(words: np.ndarray, heads: np.ndarray, special: np.ndarray) -> np.ndarray:
     """(P,) uint8: word starts, and sentence starts: word starts that no edge spans, after a span or a special token.
 
-    In text without any edge, only the first word of a run is known to start a sentence.
+    In a run between special tokens without any edge, only the first word is known to start a sentence.
     """
     dependents = np.flatnonzero(heads >= 0)
     left, right = np.minimum(dependents, heads[dependents]), np.maximum(dependents, heads[dependents])
@@ -244,8 +248,11 @@ def _marks(words: np.ndarray, heads: np.ndarray) -> np.ndarray:
     spanned = np.cumsum(change)[:-1] > 0  # an edge goes from before this place to it or beyond
     marks = words.astype(np.uint8) * WORD_START
     starts = words & ~spanned
-    if not len(dependents):
-        starts[np.flatnonzero(starts)[1:]] = False
+    run = np.cumsum(special)
+    has_edge = np.zeros(run[-1] + 1, dtype=bool)
+    has_edge[run[dependents]] = has_edge[run[heads[dependents]]] = True
+    unknown = np.flatnonzero(starts & ~has_edge[run])
+    starts[unknown[1:][run[unknown[1:]] == run[unknown[:-1]]]] = False
     marks[starts] |= SENTENCE_START
     return marks
 

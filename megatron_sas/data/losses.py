@@ -20,7 +20,9 @@ class _Input:
     kept: int = 0
     lost: int = 0
     unread: float = 0.0  # share of a damaged file that could not be read
-    last: str = ""  # the place of the last loss: a record is lost once
+    # The places of the last losses: a record is lost once. Those in kept records (index 1) are known later than those
+    # of reading, the later the more processes work.
+    last: list[str] = field(default_factory=lambda: ["", ""])
 
     @property
     def share(self) -> float:
@@ -54,8 +56,8 @@ class Losses:
     def lose(self, where: str, reason: str, *, part_of_kept: bool = False, unread: float = 0.0) -> None:
         """The record at `where` ("input:line") is left out, or (`part_of_kept`) something in one that was counted."""
         entry = self._of(where.rpartition(":")[0])
-        if where != entry.last:
-            entry.last = where
+        if where != entry.last[part_of_kept]:
+            entry.last[part_of_kept] = where
             entry.lost += 1
             entry.kept -= part_of_kept
         entry.unread = max(entry.unread, unread)
@@ -81,8 +83,8 @@ class Losses:
                 )
 
     def report(self) -> dict[str, Any]:
-        """Counts and examples by kind, for the header."""
-        return {name: {"count": kind.count, "examples": kind.examples} for name, kind in self._kinds.items()}
+        """Counts and examples by kind in alphabetical order, for the header."""
+        return {name: {"count": kind.count, "examples": kind.examples} for name, kind in sorted(self._kinds.items())}
 
     def _of(self, name: str) -> _Input:
         return self._inputs.setdefault(name, _Input())

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sas.cli import InputError, progress
-from megatron_sas.data.packed import PackedData, read_header
+from megatron_sas.data.packed import PackedData, packed_header
 from megatron_sas.data.packed_writer import PackedWriter, relation_number
 from megatron_sas.data.parses import RelationNames
 
@@ -25,18 +25,18 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
     Raises:
         InputError: a part is damaged, or has another tokenizer or sequence length than the first.
     """
-    headers = [read_header(f"{prefix}.json", "give prefixes of packed data") for prefix in prefixes]
-    used = [(p, h) for p, h in zip(prefixes, headers, strict=True) if h.get("num_sequences") != 0]
+    headers = [packed_header(prefix) for prefix in prefixes]
+    used = [prefix for prefix, header in zip(prefixes, headers, strict=True) if header["num_sequences"]]
     if not used:
         raise InputError(f"{', '.join(prefixes)}: hold no sequence; there is nothing to merge")
-    first = PackedData(used[0][0])
+    first = PackedData(used[0])
     names, parts = RelationNames(), []
-    total = sum(header["num_sequences"] for _, header in used)
+    total = sum(header["num_sequences"] for header in headers)
     with (
         PackedWriter(output, first.seq_length, first.tokenizer, overwrite) as writer,
         progress(total=total, unit=" sequences", unit_scale=True, desc="merging") as bar,
     ):
-        for prefix, _ in used:
+        for prefix in used:
             part = PackedData(prefix)
             _check_fits(part, first)
             part.verify()

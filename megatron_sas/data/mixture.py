@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sas.cli import InputError
-from megatron_sas.data.packed import PackedData
+from megatron_sas.data.packed import PackedData, packed_header
 from megatron_sas.data.sampler import block_shares, global_samples, mixture_samples
 
 
@@ -53,6 +53,11 @@ class MixedData:
         """SHA-256 of the parts' fingerprints and shares: what decides which sequences a run sees."""
         shares = None if self.shares is None else self.shares.tolist()
         return hashlib.sha256(json.dumps([[part.fingerprint for part in self.parts], shares]).encode()).hexdigest()
+
+    @property
+    def heads_fingerprint(self) -> str:
+        """SHA-256 of those of the parts' heads."""
+        return hashlib.sha256(json.dumps([part.heads_fingerprint for part in self.parts]).encode()).hexdigest()
 
     @property
     def header(self) -> dict[str, Any]:
@@ -100,9 +105,16 @@ def open_training_data(
 ) -> PackedData | MixedData:
     """Open (prefix, weight) pairs: one is `PackedData`, several are `MixedData`; weights for all of them or for none.
 
+    Of several, those without a sequence (shards of too little text) are passed over, unless they have a weight.
+
     Raises:
-        InputError: see `PackedData` and `MixedData`.
+        InputError: no part holds a sequence, or one with a weight does not; and see `PackedData` and `MixedData`.
     """
+    if len(parts) > 1:
+        given = parts[0][0]
+        parts = [part for part in parts if part[1] is not None or packed_header(part[0])["num_sequences"]]
+        if not parts:
+            raise InputError(f"data.train: {given} and the others hold no sequence; give data of more text")
     opened = [PackedData(prefix, heads_name=heads_name) for prefix, _ in parts]
     return opened[0] if len(opened) == 1 else MixedData(opened, [weight for _, weight in parts])
 

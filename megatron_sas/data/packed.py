@@ -46,16 +46,17 @@ class PackedData:
     (N, S) uint8. Indexing rows of them compares these with checksums (`CheckedMap`).
 
     Attributes: `header` (the parsed PREFIX.json), `seq_length` S, `num_sequences` N, `relations` (index 0 is ""),
-    `tokenizer` (`TokenizerInfo`), `fingerprint` (SHA-256 of PREFIX.bin), `heads_path`. With `heads_name` the heads come
-    from PREFIX.heads-NAME.bin instead, and `heads_header` is its JSON.
+    `tokenizer` (`TokenizerInfo`), `fingerprint` (SHA-256 of PREFIX.bin), `heads_path`, `heads_fingerprint` (SHA-256 of
+    the heads). With `heads_name` the heads come from PREFIX.heads-NAME.bin instead, and `heads_header` is its JSON.
 
     Raises:
-        InputError: a file is missing, has another size than the header says, or the index disagrees with the header.
+        InputError: a file is missing, has another size than the header says, or the index disagrees with the header;
+            the heads of that name were made for other tokens or from other parses.
     """
 
     def __init__(self, prefix: str | Path, heads_name: str | None = None) -> None:
         self.prefix = str(prefix)
-        self.header = read_header(f"{prefix}.json", "give the --output prefix of a finished tools/preprocess_data.py")
+        self.header = packed_header(prefix)
         self._check_header()
         shape = (self.num_sequences, self.seq_length)
         for name in FILES:
@@ -75,26 +76,25 @@ class PackedData:
             self.heads_header = heads_record = self._read_heads_header()
             _check_size(heads_path, 2 * shape[0] * shape[1])
         self.heads_path = heads_path
+        self.heads_fingerprint: str | None = heads_record.get("sha256")
         self.heads = CheckedMap(heads_path, "<i2", shape, heads_record)
 
     def _check_header(self) -> None:
         path, header = f"{self.prefix}.json", self.header
-        if header.get("format") != FORMAT:
-            raise InputError(f"{path}: field format is not {FORMAT!r}; this is not the header of packed data")
-        if header.get("version") != FORMAT_VERSION:
+        self.num_sequences: int = header["num_sequences"]
+        if self.num_sequences == 0:
             raise InputError(
-                f"{path}: format version {header.get('version')}, this program reads {FORMAT_VERSION}; preprocess again"
+                f"{path}: holds no sequence, its text does not fill one; leave it out or give it more text"
             )
         try:
             self.seq_length = int(header["seq_length"])
-            self.num_sequences = int(header["num_sequences"])
             self.relations: list[str] = list(header["relations"])
             self.tokenizer = TokenizerInfo(**header["tokenizer"])
             self.fingerprint: str = header["files"]["bin"]["sha256"]
             missing = [name for name in FILES if "size" not in header["files"].get(name, {})]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: missing or malformed field ({error}); preprocess the text again") from error
-        if missing or self.num_sequences < 1 or self.seq_length < 3:
+        if missing or self.num_sequences < 0 or self.seq_length < 3:
             raise InputError(f"{path}: sizes missing or sequence counts out of range; preprocess the text again")
 
     def _read_heads_header(self) -> dict[str, Any]:
@@ -104,6 +104,12 @@ class PackedData:
             raise InputError(
                 f"{path}: was made for other tokens than those of {self.prefix}.bin; run tools/make_control.py again"
             )
+        for name, digest in header.get("base_files", {}).items():  # streams of earlier versions do not say
+            if self.header["files"][name].get("sha256") != digest:
+                raise InputError(
+                    f"{path}: was made from another {self.prefix}.{name} than the present one; run "
+                    "tools/make_control.py again"
+                )
         return header
 
     def verify(self) -> None:
@@ -121,6 +127,21 @@ class PackedData:
 
     def __len__(self) -> int:
         return self.num_sequences
+
+
+def packed_header(prefix: str | Path) -> dict[str, Any]:
+    """PREFIX.json; `InputError` when it is missing or no header of packed data that this program reads."""
+    path = f"{prefix}.json"
+    header = read_header(path, "give the --output prefix of a finished tools/preprocess_data.py")
+    if header.get("format") != FORMAT:
+        raise InputError(f"{path}: field format is not {FORMAT!r}; this is not the header of packed data")
+    if header.get("version") != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: format version {header.get('version')}, this program reads {FORMAT_VERSION}; preprocess again"
+        )
+    if not isinstance(header.get("num_sequences"), int):
+        raise InputError(f"{path}: missing or malformed field (num_sequences); preprocess the text again")
+    return header
 
 
 def read_header(path: str | Path, remedy: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from megatron_sas.data.losses import Losses
 from megatron_sas.data.packed_writer import PackedWriter, check_seq_length, relation_number
 from megatron_sas.data.packing import Packer
 from megatron_sas.data.parses import RelationNames, describe_parser
-from megatron_sas.data.sources import Reading, Unit, input_format, read_units, source_name
+from megatron_sas.data.sources import Reading, Unit, input_files, input_format, read_units, source_name
 from megatron_sas.data.text_lines import OnError
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_info
 from megatron_sas.data.workers import ChunkResult, WorkerSettings, chunks, process_chunks
@@ -75,7 +74,11 @@ def preprocess(
     with PackedWriter(settings.output, settings.seq_length, info, settings.overwrite) as writer:
         provenance = provenance or provenance_of(settings)
         packer = Packer(settings.seq_length, info.cls_id, info.sep_id, writer.add)
-        counts, relations, report = _pack_inputs(settings, worker, packer)
+        exclusions = None
+        if settings.exclude is not None:
+            exclusions = Exclusions.read(settings.exclude, settings.inputs, provenance["input_files"])
+        selection = Selection(settings.split, settings.validation_share, exclusions)
+        counts, relations, report = _pack_inputs(settings, selection, worker, packer)
         if not packer.counts.sequences and not allow_empty:
             raise InputError(
                 f"{', '.join(settings.inputs)}: {packer.counts.pieces} tokens do not fill one sequence of "
@@ -106,11 +109,7 @@ def provenance_of(settings: PreprocessSettings) -> dict[str, Any]:
     return {
         "parser": describe_parser(settings.parser),
         "inputs": [source_name(name) for name in settings.inputs],
-        "input_files": {
-            source_name(name): {"size": Path(name).stat().st_size, "sha256": sha256_file(name)}
-            for name in settings.inputs
-            if not name.startswith("hf:")
-        },
+        "input_files": input_files(settings.inputs),
         "settings": {
             "text_field": settings.text_field,
             "on_error": settings.on_error,
@@ -123,13 +122,11 @@ def provenance_of(settings: PreprocessSettings) -> dict[str, Any]:
 
 
 def _pack_inputs(
-    settings: PreprocessSettings, worker: WorkerSettings, packer: Packer
+    settings: PreprocessSettings, selection: Selection, worker: WorkerSettings, packer: Packer
 ) -> tuple[dict[str, int], list[str], dict[str, Any]]:
     """Read, parse, align and pack everything; returns the counts, the relation names and what was found wrong."""
     losses = Losses(settings.max_loss, show=True)
     reading = Reading(settings.text_field, settings.on_error, losses)
-    exclusions = Exclusions.read(settings.exclude, settings.inputs) if settings.exclude else None
-    selection = Selection(settings.split, settings.validation_share, exclusions)
     foreign = _Examples()
     names, totals = RelationNames(), Counter()
     with progress(unit=" words", unit_scale=True, desc="preprocessing") as bar:

@@ -7,12 +7,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_sas.cli import InputError
 from megatron_sas.data.conllu import ConlluSentence, read_conllu
 from megatron_sas.data.hub import check_name, read_rows
 from megatron_sas.data.losses import Losses
 from megatron_sas.data.text_lines import COMPRESSED, DamagedFile, OnError, handle_bad, read_lines
+from megatron_sas.files import sha256_file
 
 MAX_UNIT_CHARACTERS = 20_000  # longer paragraphs are cut at white space: a parser's memory grows with the text
 
@@ -71,6 +73,15 @@ def input_format(name: str) -> str:
 def source_name(name: str) -> str:
     """What an input is called in headers and reports: a file without its folder, a dataset in full."""
     return name if name.startswith("hf:") else Path(name).name
+
+
+def input_files(inputs: list[str]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every input that is a file, by `source_name`: what tells it from others of that name."""
+    return {
+        source_name(name): {"size": Path(name).stat().st_size, "sha256": sha256_file(name)}
+        for name in inputs
+        if not name.startswith("hf:")
+    }
 
 
 def read_units(inputs: list[str], reading: Reading) -> Iterator[Unit]:
@@ -145,7 +156,7 @@ def _record_units(record: object, where: str, reading: Reading) -> Iterator[Unit
         reading.bad(where, f"half of a surrogate pair in field {reading.text_field!r}")
         return
     reading.losses.keep(where.rpartition(":")[0])
-    identity = str(record["id"]) if "id" in record else None
+    identity = None if record.get("id") is None else str(record["id"])
     starts = True
     for line in text.split("\n"):
         if line := reading.clean(line):

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any
@@ -17,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from megatron_sas.cli import InputError, progress
-from megatron_sas.data.documents import SURVEY_FORMAT, unit_text
+from megatron_sas.data.documents import SURVEY_FORMAT, SURVEY_VERSION, unit_text
 from megatron_sas.data.losses import Losses
-from megatron_sas.data.sources import Reading, input_format, read_units, source_name
+from megatron_sas.data.sources import Reading, input_files, input_format, read_units, source_name
 from megatron_sas.data.text_lines import OnError
+from megatron_sas.processes import end_with_parent
 
 _WORD = re.compile(r"\w+")
 _EXAMPLES = 20
@@ -48,6 +51,7 @@ class _Found:
     ids: np.ndarray
     words: int
     hits: list[tuple[int, int]]
+    file: dict[str, Any] | None  # size and SHA-256, None for a dataset
     skipped: dict[str, Any]
 
 
@@ -94,6 +98,8 @@ def survey(settings: SurveySettings) -> dict[str, Any]:
         input_format(name)
     if len({source_name(name) for name in settings.inputs}) != len(settings.inputs):
         raise InputError("--input: two inputs have one name (folders do not count); rename one")
+    if settings.workers < 1:
+        raise InputError(f"--workers {settings.workers}: must be at least 1")
     if settings.min_words < 2:
         raise InputError(f"--min-words {settings.min_words}: must be at least 2")
     found = list(_all_inputs(settings))
@@ -113,11 +119,17 @@ def survey(settings: SurveySettings) -> dict[str, Any]:
             "contaminated": sorted({document for document, _ in one.hits}),
         }
         exclude = sorted({document for reason in settings.exclude for document in mine[reason]})
-        entry = {"name": name, "documents": len(one.texts), "words": one.words, "skipped": one.skipped}
+        entry = {
+            "name": name,
+            "file": one.file,
+            "documents": len(one.texts),
+            "words": one.words,
+            "skipped": one.skipped,
+        }
         inputs.append(entry | {reason: len(documents) for reason, documents in mine.items()} | {"exclude": exclude})
     return {
         "format": SURVEY_FORMAT,
-        "version": 1,
+        "version": SURVEY_VERSION,
         "documents": int(starts[-1]),
         "words": sum(one.words for one in found),
         "duplicates": {"count": len(twice), "examples": duplicates},
@@ -134,10 +146,24 @@ def _all_inputs(settings: SurveySettings) -> Iterator[_Found]:
         for name in bar:
             yield _survey_input(name, settings)
         return
-    with ProcessPoolExecutor(settings.workers, get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(settings.workers, get_context("spawn"), _start_worker)
+    try:
         results = pool.map(_survey_input, settings.inputs, [settings] * len(settings.inputs))
         for _, result in zip(bar, results, strict=True):
             yield result
+    except BrokenProcessPool:
+        raise InputError(
+            "a worker process ended unexpectedly, probably for want of memory; try fewer than "
+            f"--workers {settings.workers}"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Runs once in every worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once, without a traceback
+    end_with_parent()
 
 
 def _survey_input(name: str, settings: SurveySettings) -> _Found:
@@ -161,11 +187,13 @@ def _survey_input(name: str, settings: SurveySettings) -> _Found:
         hits += [(len(ids) - 1, sentence) for sentence in index.find(found)]
     if ids:
         texts.append(0 if empty else _number(digest))
-    return _Found(np.array(texts, np.uint64), np.array(ids, np.uint64), words, hits, reading.losses.report())
+    file = input_files([name]).get(source_name(name))
+    return _Found(np.array(texts, np.uint64), np.array(ids, np.uint64), words, hits, file, reading.losses.report())
 
 
 def _hash(text: str) -> int:
-    return _number(hashlib.blake2b(text.encode(), digest_size=8))
+    # An id, unlike a text, may hold half of a surrogate pair.
+    return _number(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8))
 
 
 def _number(digest: hashlib.blake2b) -> int:

@@ -31,7 +31,7 @@ def handle_bad(where: str, reason: str, on_error: OnError, report: Report | None
 class DamagedFile(InputError):
     """A compressed file cannot be read to its end. `unread`: the share that is not read, 1 when nobody can know."""
 
-    def __init__(self, message: str, unread: float) -> None:
+    def __init__(self, message: str, unread: float = 1.0) -> None:  # unpickled with the message alone, then filled
         super().__init__(message)
         self.unread = unread
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -105,9 +105,10 @@ def train_sentencepiece(paragraphs: Iterable[str], settings: TokenizerSettings) 
 
     pad, unk, cls, sep, mask = SPECIAL_TOKENS
     model = io.BytesIO()
+    faults: list[BaseException] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(paragraphs),
+            sentence_iterator=_remembering(paragraphs, faults),
             model_writer=model,
             model_type=settings.kind,
             vocab_size=settings.vocab_size,
@@ -126,11 +127,22 @@ def train_sentencepiece(paragraphs: Iterable[str], settings: TokenizerSettings) 
             control_symbols=[mask],
         )
     except RuntimeError as error:
+        if faults:
+            raise faults[0] from None
         reason = str(error).strip().split("\n")[-1].split("] ")[-1]  # after its source line and condition
         raise InputError(
             f"--vocab-size {settings.vocab_size}: SentencePiece cannot train on this text ({reason})"
         ) from error
     return model.getvalue()
+
+
+def _remembering(paragraphs: Iterable[str], faults: list[BaseException]) -> Iterator[str]:
+    """`paragraphs`, and in `faults` what ended them early: SentencePiece turns it into an error of its own."""
+    try:
+        yield from paragraphs
+    except (Exception, KeyboardInterrupt) as error:
+        faults.append(error)
+        raise
 
 
 def from_sentencepiece(serialised: bytes) -> Tokenizer:

@@ -188,11 +188,7 @@ def _build(config: Config, checkpoint: Path | None) -> Parts:
     state = {"step": 0, "tokens": 0, "seconds": 0.0} if checkpoint is None else read_state(checkpoint)
     if state["step"] > train.steps:
         raise InputError(f"train.steps: {train.steps} is less than the {state['step']} updates that are already done")
-    if state.get("data", {}).get("fingerprint", packed.fingerprint) != packed.fingerprint:
-        raise InputError(
-            f"data.train: {packed.prefix} is not the data that the run was started with (SHA-256 or weights differ); "
-            "restore it or choose another run.output_dir"
-        )
+    refuse_other_data(state.get("data", {}), packed)
     bert_config = config.bert_config(packed.tokenizer.vocab_size, packed.tokenizer.pad_id)
     bert = _model(bert_config, config, checkpoint, tokenizer)
     return Parts(tokenizer, dataset, bert, LiveEvaluation(config, tokenizer, validation), checkpoint, state)
@@ -216,8 +212,25 @@ def data_facts(packed: PackedData | MixedData) -> dict[str, Any]:
         "seq_length": packed.seq_length,
         "num_sequences": packed.num_sequences,
         "heads": packed.heads_name,
+        "heads_fingerprint": packed.heads_fingerprint,
         **{name: header[name] for name in ("inputs", "parser", "counts") if name in header},
     }
+
+
+def refuse_other_data(facts: dict[str, Any], packed: PackedData | MixedData) -> None:
+    """Refuse (`InputError`) data other than those of a checkpoint's `data_facts`; earlier versions recorded less."""
+    if facts.get("fingerprint", packed.fingerprint) != packed.fingerprint:
+        raise InputError(
+            f"data.train: {packed.prefix} is not the data that the run was started with (SHA-256 or weights differ); "
+            "restore it or choose another run.output_dir"
+        )
+    heads = facts.get("heads_fingerprint") if facts.get("heads") == packed.heads_name else None  # a branch may differ
+    if heads not in (None, packed.heads_fingerprint):
+        source = "data.train" if packed.heads_name is None else f"data.heads: {packed.heads_name}"
+        raise InputError(
+            f"{source}: {packed.prefix} has other heads than when the run was started (SHA-256 differs); restore them "
+            "or choose another run.output_dir"
+        )
 
 
 def introduction(config: Config, parts: Parts, engine: Engine) -> tuple[dict[str, Any], str]:

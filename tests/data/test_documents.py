@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import lzma
+import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from child_processes import children, is_alive, open_files
 
 from megatron_sas.cli import InputError
 from megatron_sas.data import documents
 from megatron_sas.data.documents import Exclusions, Selection
 from megatron_sas.data.preprocess import PreprocessSettings, preprocess
-from megatron_sas.data.sources import Reading, read_units
+from megatron_sas.data.sources import Reading, input_files, read_units
 from megatron_sas.data.survey import SentenceIndex, SurveySettings, survey
+from megatron_sas.data.text_lines import DamagedFile
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "survey_corpus.py"
 
@@ -33,6 +39,10 @@ def selected(inputs, **options):
             found.append("")
         found[-1] += f"{unit.content or ''}\n"
     return found, selection.counts
+
+
+def read(path, inputs):
+    return Exclusions.read(path, inputs, input_files(inputs))
 
 
 def test_split_by_hash(tmp_path, monkeypatch):
@@ -96,6 +106,61 @@ def test_survey(corpus, workers):
     assert survey(SurveySettings(inputs, sets, exclude=()))["inputs"][0]["exclude"] == []
 
 
+def test_odd_ids(tmp_path):
+    path = tmp_path / "a.jsonl"
+    ids = ["null", "null", '"\\ud800"', '"\\ud800"', '"None"', "7", "0", "0"]
+    path.write_text("".join(f'{{"text": "number {number}", "id": {id}}}\n' for number, id in enumerate(ids)))
+    repeated = survey(SurveySettings([str(path)]))["duplicate_ids"]
+    assert repeated == {"count": 2, "examples": [f"{path}: document 3", f"{path}: document 7"]}
+
+
+def test_survey_with_workers_says_what_is_wrong(corpus, tmp_path):
+    inputs, _ = corpus
+    damaged = tmp_path / "c.jsonl.xz"
+    damaged.write_bytes(lzma.compress(Path(inputs[0]).read_bytes())[:-40])
+    with pytest.raises(DamagedFile, match=r"c.jsonl.xz: damaged compressed file") as error:
+        survey(SurveySettings([*inputs, str(damaged)], workers=2))
+    assert error.value.unread == 1.0
+    with pytest.raises(InputError, match="--workers 0: must be at least 1"):
+        survey(SurveySettings(inputs, workers=0))
+
+
+SURVEY = """
+import sys
+from megatron_sas.data.survey import SurveySettings, survey
+if __name__ == "__main__":
+    survey(SurveySettings(sys.argv[1:], workers=2))
+"""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_survey_leaves_no_workers(tmp_path, stop):
+    inputs = [tmp_path / f"{name}.txt" for name in "ab"]
+    for path in inputs:
+        path.write_text("the cat sat on the mat\n" * 1_000_000)  # some seconds of work
+    process = subprocess.Popen(
+        [sys.executable, "-c", SURVEY, *map(str, inputs)],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        # a shell that runs the tests in the background makes their children ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    workers, deadline = [], time.time() + 60
+    while len(workers) < 2:
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+        workers = [pid for pid in children(process.pid) if any(str(path) in open_files(pid) for path in inputs)]
+    if stop == signal.SIGKILL:
+        process.kill()
+    else:
+        os.killpg(process.pid, stop)  # as a terminal does
+    process.wait(timeout=60)
+    deadline = time.time() + 20
+    while time.time() < deadline and any(map(is_alive, workers)):
+        time.sleep(0.05)
+    assert not any(map(is_alive, workers))
+
+
 def test_excluded_documents_are_left_out(corpus, tmp_path, vocab_file):
     inputs, sentence = corpus
     command = [sys.executable, str(TOOL), "--input", *inputs, "--output", str(tmp_path / "survey.json")]
@@ -106,22 +171,39 @@ def test_excluded_documents_are_left_out(corpus, tmp_path, vocab_file):
     assert done.returncode == 0, done.stderr
     assert "bank.jsonl: 1 of 1 sentences found" in done.stdout and "lists 4 documents to exclude" in done.stdout
     path = str(tmp_path / "survey.json")
-    texts, counts = selected(inputs, exclusions=Exclusions.read(path, inputs))
+    texts, counts = selected(inputs, exclusions=read(path, inputs))
     assert texts == ["one\ntwo\n", "three\n", "\n", "other\n", "more\n", "\n"] and counts["excluded"] == 4
     settings = PreprocessSettings(inputs, str(vocab_file), "none", str(tmp_path / "out"), 8, exclude=path)
     header, _ = preprocess(settings)
     assert header["counts"]["documents_excluded"] == 4 and header["counts"]["documents"] == 6
     # One shard at a time, and in another folder
-    assert selected(inputs[1:], exclusions=Exclusions.read(path, inputs[1:]))[1]["excluded"] == 2
-    write(Path(inputs[1]), [(1, "changed")])
-    with pytest.raises(InputError, match=r"b.jsonl: 1 documents, but 5 when it was surveyed; run tools/"):
-        selected(inputs, exclusions=Exclusions.read(path, inputs))
+    (tmp_path / "moved").mkdir()
+    moved = str(Path(inputs[1]).rename(tmp_path / "moved" / "b.jsonl"))
+    assert selected([moved], exclusions=read(path, [moved]))[1]["excluded"] == 2
+    # Another file of the same name, with as many documents
+    other = write(Path(inputs[1]), [(number, f"other {number}") for number in range(5)])
+    with pytest.raises(InputError, match=r"b.jsonl: is not the .*b.jsonl that was surveyed in .*survey.json"):
+        read(path, [inputs[0], other])
+    with pytest.raises(InputError, match=r"b.jsonl: is not"):
+        preprocess(PreprocessSettings([other], str(vocab_file), "none", str(tmp_path / "out2"), 8, exclude=path))
+    with pytest.raises(InputError, match=r"--exclude: two inputs are called b.jsonl"):
+        read(path, [moved, other])
+    # The same file, read otherwise
+    exclusions = Exclusions({moved: 4}, {moved: frozenset()})
+    with pytest.raises(InputError, match=r"b.jsonl: 5 documents, but 4 when it was surveyed; run tools/"):
+        selected([moved], exclusions=exclusions)
 
 
 def test_not_a_survey(tmp_path):
-    for content, message in (("{", "not a survey"), ('{"format": "x"}', "another format"), ("[]", "not a survey")):
+    old = json.dumps({"format": documents.SURVEY_FORMAT, "version": 1, "inputs": []})
+    for content, message in (
+        ("{", "not a survey"),
+        ('{"format": "x"}', "another format"),
+        ("[]", "not a survey"),
+        (old, "format version 1, this program reads 2; run it again"),
+    ):
         (tmp_path / "s.json").write_text(content)
         with pytest.raises(InputError, match=message):
-            Exclusions.read(str(tmp_path / "s.json"), [])
+            read(str(tmp_path / "s.json"), [])
     with pytest.raises(InputError, match="no such file; make it with"):
-        Exclusions.read(str(tmp_path / "t.json"), [])
+        read(str(tmp_path / "t.json"), [])

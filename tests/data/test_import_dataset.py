@@ -14,6 +14,7 @@ from megatron_sas.cli import InputError
 from megatron_sas.data.import_dataset import ImportSettings, import_dataset
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.preprocess import PreprocessSettings, preprocess
+from megatron_sas.data.statistics import statistics
 
 datasets = pytest.importorskip("datasets")
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "import_dataset.py"
@@ -111,6 +112,7 @@ def test_rows_by_hand(vocab_file, tmp_path):
         "edges_outside": 1,
         "edges_of_specials": 3,
         "edges_to_last_token": 1,
+        "relations_negative": 0,
         "edges_cut": 0,
         "tail_pieces": 0,
         "tail_edges": 0,
@@ -122,6 +124,33 @@ def test_rows_by_hand(vocab_file, tmp_path):
         "an empty row": 1,
         "values missing": 2,
     }
+
+
+def test_parsed_and_unparsed_text_in_one_row(vocab_file, tmp_path):
+    """An unparsed run is one sentence, beside parsed ones as in rows without any edge."""
+    ids = [CLS, 5, 6, SEP, 10, 14, 18, SEP, 5, 7, 8, SEP]
+    heads = [-1, 2, -1, -1, -1, -1, -1, -1, 9, 10, -1, -1]
+    rows = [row(ids, heads, [-1] * 12), row(ids, [-1] * 12, [-1] * 12)]
+    run(write(tmp_path / "set", rows), vocab_file, tmp_path / "out", seq_length=12)
+    packed = PackedData(tmp_path / "out")
+    assert packed.marks.tolist() == [[0, 3, 1, 0, 3, 1, 1, 0, 3, 1, 1, 0]] * 2
+    found = statistics(packed)
+    assert (found["sentences"], found["words"], found["unparsed_words"]) == (6, 16, 3 + 8)
+
+
+@pytest.mark.parametrize("names", [None, "det nsubj root neg punct"])
+def test_negative_relations_are_none(vocab_file, tmp_path, names):
+    ids, heads = [CLS, 5, 6, 9, 8, 14, 18, SEP], [-1, 2, 4, -1, -1, 4, 4, -1]
+    folder = write(tmp_path / "set", [row(ids, heads, [-100, 0, -1, -100, 2, -2, 4, -100])])
+    if names is not None:
+        (tmp_path / "names.txt").write_text(names)
+        names = str(tmp_path / "names.txt")
+    header = run(folder, vocab_file, tmp_path / "out", seq_length=8, relations=names)
+    packed = PackedData(tmp_path / "out")
+    expected = ["", "det", "root", "punct"] if names else ["", "relation-0", "relation-2", "relation-4"]
+    assert packed.relations == expected and packed.relns.tolist() == [[0, 1, 0, 0, 2, 0, 3, 0]]
+    assert packed.marks.tolist() == [[0, 3, 1, 0, 1, 1, 1, 0]]
+    assert header["counts"]["relations_negative"] == 4
 
 
 def test_what_cannot_be_imported(vocab_file, tmp_path):

@@ -16,6 +16,7 @@ from megatron_sas.data.preprocess import PreprocessSettings, preprocess
 from megatron_sas.data.shards import preprocess_shards
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "merge_data.py"
+CONTROL = TOOL.with_name("make_control.py")
 
 
 def conllu(*relations):
@@ -76,11 +77,25 @@ def test_misfits_and_damage(parts, tmp_path, vocab_file):
     assert not list(tmp_path.glob("*all*"))
 
 
+def test_headers_of_something_else(parts, tmp_path):
+    control = Path(f"{parts[0]}.heads-permuted.json")
+    control.write_text('{"name": "permuted", "base_fingerprint": "0"}')
+    for given in ([*parts, str(control.with_suffix(""))], [str(control.with_suffix("")), *parts]):
+        with pytest.raises(InputError, match=r"a.heads-permuted.json: field format is not 'megatron_sas packed"):
+            merge(given, str(tmp_path / "all"))
+    assert not list(tmp_path.glob("*all*"))
+
+
 def test_command_line(parts, tmp_path):
-    command = [sys.executable, str(TOOL), "--inputs", *(f"{part}.json" for part in parts), "--output", tmp_path / "all"]
+    control = f"{parts[0]}.heads-permuted.json"
+    subprocess.run([sys.executable, CONTROL, "--data", parts[0], "--control", "permuted"], check=True)
+    given = sorted(map(str, (tmp_path / "out").glob("*.json")))  # what *.json is in a shell
+    assert control in given and len(given) == 5
+    command = [sys.executable, str(TOOL), "--inputs", *given, "--output", tmp_path / "all"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     total = len(PackedData(tmp_path / "all"))
     assert f"{tmp_path}/all: {total} sequences of 8 from 3 parts" in done.stdout
+    assert f"passed over {control} and the like (1): make controls" in done.stdout
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 2 and "exists already" in again.stderr

@@ -112,6 +112,24 @@ def test_one_part_is_the_plain_data(make_packed):
     assert isinstance(open_training_data([(prefix, 2.0)]), PackedData)
 
 
+def test_empty_parts_are_passed_over(make_packed):
+    prefixes, data = open_parts(make_packed, (None, None))
+    empty = make_packed(n=0, name="empty")
+    for place in range(3):
+        given = [*prefixes[:place], str(empty), *prefixes[place:]]
+        found = open_training_data([(prefix, None) for prefix in given])
+        assert found.fingerprint == data.fingerprint and found.sizes == [11, 5]
+    one = open_training_data([(str(empty), None), (prefixes[1], None)])
+    assert isinstance(one, PackedData) and one.prefix == prefixes[1]
+    for parts, message in (
+        ([(str(empty), None)], r"empty.json: holds no sequence, .*; leave it out"),
+        ([(str(empty), 3.0), (prefixes[0], 1.0)], r"empty.json: holds no sequence, .*; leave it out"),  # 3 of what?
+        ([(str(empty), None)] * 2, r"data.train: .*empty and the others hold no sequence"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_training_data(parts)
+
+
 def test_fingerprint_tells_parts_order_and_shares_apart(make_packed):
     prefixes, data = open_parts(make_packed, (1.0, 3.0))
     same = open_training_data(list(zip(prefixes, (2.0, 6.0), strict=True)))
@@ -122,6 +140,7 @@ def test_fingerprint_tells_parts_order_and_shares_apart(make_packed):
     ]
     assert data.fingerprint == same.fingerprint
     assert len({data.fingerprint, *(other.fingerprint for other in others)}) == 4
+    assert data.heads_fingerprint == same.heads_fingerprint != others[-1].heads_fingerprint
     data.verify()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from child_processes import children, is_alive
 
 from megatron_sas.cli import InputError
 from megatron_sas.data import workers
@@ -352,6 +353,22 @@ def test_everything_bad_at_once(data_dir, tmp_path):
         run(source, vocab, "none", tmp_path / "out", on_error="skip", max_loss=0.09)
 
 
+def test_losses_of_reading_and_of_parsing_do_not_depend_on_the_workers(vocab_file, tmp_path, monkeypatch):
+    """Every document loses two of its three paragraphs to the parser, and after each comes a line that is no JSON."""
+    monkeypatch.setattr(workers, "CHUNK_CHARACTERS", 200)
+    source = tmp_path / "a.jsonl"
+    document = json.dumps({"text": "aaaaaaaa\nthe cat sat\nbbbbbbbb"})
+    source.write_text(f"{document}\nno JSON\n" * 40 + '{"text": "the cat"}\n' * 80)
+    for number in (1, 2):
+        options = {"seq_length": 8, "on_error": "skip", "max_loss": 0.5, "workers": number}
+        header = run(source, vocab_file, "none", tmp_path / f"out{number}", **options)
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
+    kinds = [(kind, entry["count"]) for kind, entry in header["report"].items()]
+    assert kinds == [("a word longer than a sequence", 80), ("invalid JSON", 40)]
+    with pytest.raises(InputError, match="80 of 160 records left out"):
+        run(source, vocab_file, "none", tmp_path / "out", **{**options, "max_loss": 0.49, "workers": 1})
+
+
 def test_foreign_text(data_dir, tmp_path):
     text = {
         "en": "The quick brown fox jumps over the lazy dog, as it has always done.",
@@ -408,21 +425,14 @@ def test_killed_half_way(vocab_file, tmp_path, stop):
     while time.time() < deadline and not any(p.stat().st_size for p in tmp_path.glob(".out.*/data.marks.bin")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
-    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    started = children(process.pid)
     os.kill(process.pid, stop)
     error = process.communicate(timeout=60)[1].decode()
     assert not list(tmp_path.glob("out*"))
     if stop == signal.SIGINT:
         assert process.returncode == 130 and error.startswith("error: interrupted") and not list(tmp_path.glob(".out*"))
-    assert len(children) >= 2
+    assert len(started) >= 2
     deadline = time.time() + 20
-    while time.time() < deadline and any(_alive(pid) for pid in children):
+    while time.time() < deadline and any(is_alive(pid) for pid in started):
         time.sleep(0.1)
-    assert not any(_alive(pid) for pid in children)
-
-
-def _alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    assert not any(is_alive(pid) for pid in started)

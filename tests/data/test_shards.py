@@ -65,7 +65,7 @@ def test_each_job_of_an_array_makes_its_shards(sources, vocab_file, tmp_path):
     _, said = run(sources, vocab_file, whole)
     assert sum("done before" in line for line in said) == 4
     assert times(whole) == before
-    with pytest.raises(InputError, match="sequence counts out of range"):
+    with pytest.raises(InputError, match="holds no sequence"):
         PackedData(whole / "part-1")
 
 

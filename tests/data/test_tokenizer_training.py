@@ -141,6 +141,26 @@ def test_edges_join_the_first_pieces_of_words(kind, trained, tmp_path):
         assert [p for p, mark in enumerate(result.marks[start:end]) if mark] == sorted(first.values())
 
 
+class _Broken:
+    """Text whose reading fails on the way."""
+
+    def __init__(self, fault):
+        self.fault = fault
+
+    def __iter__(self):
+        yield from paragraphs(50)
+        raise self.fault
+
+
+@pytest.mark.parametrize(
+    "fault", [InputError("a.txt:51: invalid UTF-8"), OSError(5, "Input/output error"), KeyboardInterrupt()]
+)
+def test_what_is_wrong_with_the_text_is_said(kind, fault):
+    with pytest.raises(type(fault)) as error:
+        train_tokenizer(_Broken(fault), TokenizerSettings(kind, 90))
+    assert error.value is fault
+
+
 def test_bad_requests(kind):
     with pytest.raises(InputError, match="special tokens"):
         train_tokenizer(list(paragraphs()), TokenizerSettings(kind, 5))

@@ -15,7 +15,7 @@ from megatron_sas.cli import InputError
 from megatron_sas.config import load_config
 from megatron_sas.config_sections import EvaluationSection
 from megatron_sas.data.packed import PackedData
-from megatron_sas.engine.setup import build_parts
+from megatron_sas.engine.setup import build_parts, data_facts, refuse_other_data
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
 from megatron_sas.evaluation.live import GRACE_SECONDS, evaluation_stride
 from megatron_sas.evaluation.text import packed_text
@@ -253,10 +253,29 @@ def test_data_that_does_not_fit_is_refused(config, whole, tmp_path):
             shutil.copy(file, tmp_path)
     moved = {"data.train": str(tmp_path / "data0"), "data.validation": None}
     train(config, tmp_path / "run", {**moved, "train.steps": 1})
+    # The same tokens parsed anew
+    header = tmp_path / "data0.json"
+    parsed = header.read_text()
+    header.write_text(parsed.replace(PackedData(tmp_path / "data0").heads_fingerprint, "0" * 64))
+    assert "data.train: " in (message := refusal(config, tmp_path / "run", moved))
+    assert "data0 has other heads than when the run was started" in message
+    header.write_text(parsed)
     write_packed(tmp_path, seed=7)
     for file in tmp_path.glob("data7.*"):
         file.rename(tmp_path / file.name.replace("data7", "data0"))
     assert "is not the data that the run was started with" in refusal(config, tmp_path / "run", moved)
+
+
+def test_what_is_remembered_of_the_heads(config):
+    packed = PackedData(load_config(config).data.train)
+    facts = data_facts(packed)
+    refuse_other_data(facts, packed)
+    other = facts | {"heads_fingerprint": "0" * 64}
+    with pytest.raises(InputError, match="has other heads"):
+        refuse_other_data(other, packed)
+    refuse_other_data(other | {"heads": "permuted"}, packed)  # a branch from a run with a control
+    del other["heads_fingerprint"]  # of earlier versions
+    refuse_other_data(other, packed)
 
 
 def test_a_run_is_a_model_for_the_tools(whole):

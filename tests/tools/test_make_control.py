@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_sas.cli import InputError
 from megatron_sas.data.controls import parse_control
 from megatron_sas.data.indexed_dataset import IndexedDatasetWriter
 from megatron_sas.data.packed import FILES, FORMAT, FORMAT_VERSION, PackedData
@@ -136,5 +137,19 @@ def test_other_tokens_are_noticed(prefix, tmp_path):
     header = json.loads(Path(f"{prefix}.json").read_text())
     header["files"]["bin"]["sha256"] = "0" * 64
     Path(f"{prefix}.json").write_text(json.dumps(header))
-    with pytest.raises(ValueError, match="other tokens"):
+    with pytest.raises(InputError, match="other tokens"):
         PackedData(prefix, heads_name="permuted")
+
+
+@pytest.mark.parametrize("name", ["heads.bin", "marks.bin"])
+def test_other_parses_are_noticed(prefix, name):
+    """The same tokens preprocessed with another parser."""
+    assert run("--data", prefix, "--control", "permuted").returncode == 0
+    header = json.loads(Path(f"{prefix}.json").read_text())
+    header["files"][name]["sha256"] = "0" * 64
+    Path(f"{prefix}.json").write_text(json.dumps(header))
+    with pytest.raises(InputError, match=rf"heads-permuted.json: was made from another .*toy.{name}"):
+        PackedData(prefix, heads_name="permuted")
+    path = Path(f"{prefix}.heads-permuted.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_files": {}}))  # of earlier versions
+    PackedData(prefix, heads_name="permuted")
