@@ -9,16 +9,17 @@ import os
 import sys
 import time
 
-from megatron_sas import distributed
-from megatron_sas.cli import InputError
-from megatron_sas.config import load_config, parse_arguments
 from megatron_sas.engine.signals import StopRequest
 
 
 def main() -> int:
     """Train as the command line says; returns the exit code."""
+    stop = StopRequest()
+    stop.listen()  # before torch and deepspeed are imported, which takes seconds
+    from megatron_sas import distributed
+
     try:
-        return train()
+        return train(stop)
     except KeyboardInterrupt:
         print(f"error: rank {distributed.rank()}: interrupted twice; nothing was saved", file=sys.stderr)
         return 130
@@ -33,8 +34,12 @@ def main() -> int:
         return 3
 
 
-def train() -> int:
+def train(stop: StopRequest) -> int:
     """`main`, but for what other processes and impatient users do."""
+    from megatron_sas import distributed
+    from megatron_sas.cli import InputError
+    from megatron_sas.config import load_config, parse_arguments
+
     try:
         arguments, overrides = parse_arguments()
         if arguments.dry_run:
@@ -42,8 +47,6 @@ def train() -> int:
 
             return preflight(arguments.config, overrides)
         config = load_config(arguments.config, overrides)
-        stop = StopRequest()
-        stop.listen()  # before the imports, which take seconds
         from megatron_sas.engine.trainer import Trainer  # deepspeed: not needed for --help and bad configurations
 
         trainer = Trainer(config, stop)

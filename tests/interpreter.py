@@ -34,7 +34,7 @@ def _repair_dot() -> None:
         return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def dot(self, a, b, *arguments):
-        """The interpreter (3.9.0) multiplies the bit patterns of bfloat16 as integers; this multiplies their values."""
+        """The interpreter (3.7.1) multiplies the bit patterns of bfloat16 as integers; this multiplies their values."""
         return plain_dot(self, widened(a), widened(b), *arguments)
 
     InterpreterBuilder.create_dot = dot

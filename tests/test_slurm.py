@@ -116,6 +116,29 @@ def test_two_nodes_train(config, expected, tmp_path, script):
     assert not list(ROOT.glob(".hostfile.*"))
 
 
+@pytest.mark.slow
+def test_the_dry_run_of_two_nodes(config, tmp_path):
+    """Here, unlike under torchrun, the store where processes meet is in the first of them."""
+    options = ("--nodes=2", "--ntasks-per-node=1")
+    arguments = (config, tmp_path / "run", "--dry-run")
+    code, output = Job(tmp_path, "multi_node_srun.sbatch", *arguments, options=options).finish(60)
+    assert code == 0, output
+    assert output.count("ok       processes: 2\n") == output.count("ready: nothing was written\n") == 1
+    missing = ("--data.train=nothing", "--data.validation=null")
+    code, output = Job(tmp_path, "multi_node_srun.sbatch", *arguments, *missing, options=options).finish(60)
+    assert code == 2, output
+    assert output.count("problem ") == output.count("1 problem; a run would fail\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_tasks_get_the_cores_of_the_job(tmp_path):
+    """Every script that calls srun passes --cpus-per-task on: the stand-in starts nothing otherwise."""
+    environment = {**os.environ, "SLURM_CPUS_PER_TASK": "8", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"}
+    environment |= {"SLURM_JOB_NUM_NODES": "1", "STAND_IN": str(tmp_path)}
+    for cores, code in (({}, 1), ({"SRUN_CPUS_PER_TASK": "8"}, 0)):
+        assert subprocess.run([STAND_INS / "srun", "true"], env=environment | cores, check=False).returncode == code
+
+
 def test_a_signal_to_the_tasks_requeues_the_job(tmp_path):
     run = tmp_path / "run"
     code, output = trainer_job(tmp_path, "single_node.sbatch", "c.yaml", run, "--train.steps", "5")

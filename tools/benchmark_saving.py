@@ -57,7 +57,7 @@ class Run:
     def __init__(self, config: Config, device: torch.device, every: int) -> None:
         self.config, self.every, self.step = config, every, 0
         self.directory = Path(config.run.output_dir)
-        parts: Parts = build_parts(config, lambda _: None, dry_run=True)
+        parts: Parts = build_parts(config, lambda _: None)
         self.dataset = parts.dataset
         self.engine = Engine(MaskedLMWithSas(parts.bert, config.sas_objective()), config.train, config.run.seed, device)
         self.saver = Saver(config, self.engine, parts.bert.config, parts.tokenizer)

@@ -11,19 +11,20 @@ Variants take turns on the same random tokens, masks and dependency heads, from 
     ours_deepspeed  ours_max inside the trainer's DeepSpeed engine, with gradient clipping, ZeRO stage 0
     ours_flex       ours_max on FlexAttention with its logsumexp (GPU, no attention dropout)
     paper           the regularizer as the paper computes it: transformers' eager attention, `output_attentions=True`,
-                    the maps stacked to [L, B, H, S, S], LM head on all positions; --paper-batch sequences a step
+                    the maps stacked to [L, B, H, S, S], LM head on all positions; --paper-batch sequences a step,
+                    by default on GPUs as many as fit beside the other variants
     hf_sdpa         transformers' sdpa attention without the regularizer, LM head on all positions
 
 Ours are compiled as the trainer would (on GPUs, unless --compile says otherwise). Hidden dropout is BERT's, attention
 dropout --dropout, 0 by default because not every attention kernel has it. Numbers are medians over rounds, ratios of
 seconds a token are medians of the ratios within a round. CPU time is that of all threads, and steadier than the clock
-where other programs run. MFU counts the arithmetic of encoder, attention and head at masked tokens.
+where other programs run. What finds no GPU memory is left out, and the result says so. MFU counts the arithmetic of
+encoder, attention and head at masked tokens.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import statistics
 import sys
@@ -41,7 +42,14 @@ from megatron_sas.cli import InputError, run_main
 from megatron_sas.device import DEVICE_HELP, choose_device
 from megatron_sas.files import refuse_existing, write_json_atomic
 from megatron_sas.kernels import choose_backend
-from megatron_sas.metrics.benchmark import Times, describe_device, median_ratio, time_interleaved
+from megatron_sas.metrics.benchmark import (
+    Times,
+    describe_device,
+    first_line,
+    median_ratio,
+    release_memory,
+    time_interleaved,
+)
 from megatron_sas.metrics.throughput import flops_per_token, peak_flops
 from megatron_sas.model import SIZES, Bert, BertConfig
 from megatron_sas.model.huggingface import to_hf_config, to_hf_state
@@ -205,32 +213,86 @@ def _deepspeed_step(setting: Setting, batch: Batch) -> Callable[[], None]:
     return lambda: engine.update(window, SAS_WEIGHT, measure_sas=False)
 
 
-def largest_paper_batch(setting: Setting, arguments: argparse.Namespace) -> int:
-    """The largest power of two of sequences, up to --batch, whose step in the paper's way fits the GPU."""
-    size = 1
-    while 2 * size <= arguments.batch:
+def largest_that_fits(fits: Callable[[int], bool]) -> int:
+    """The largest number of which `fits` is true, to within a sixteenth; 0 if there is none."""
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 16):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def paper_fits(size: int, setting: Setting, arguments: argparse.Namespace) -> bool:
+    """Whether a step of so many sequences in the paper's way finds memory beside what is there."""
+    step = None
+    try:
+        step = build_variant("paper", setting, random_batch(size, arguments, setting.device))
+        step()  # the optimizer makes its state
+        step()
+    except RuntimeError as error:  # besides OutOfMemoryError: libraries without memory, tensors beyond 2³¹ elements
+        print(f"paper: {size} sequences do not fit ({first_line(error)})", file=sys.stderr)
+        return False
+    finally:
+        step = None
+        release_memory(setting.device)
+    return True
+
+
+@dataclass
+class Built:
+    """Variants that are ready to be timed: sequences a step, their batches by that number, and the steps."""
+
+    sizes: dict[str, int]
+    batches: dict[int, Batch]
+    steps: dict[str, Callable[[], None]]
+    left_out: dict[str, str]  # name: reason
+
+
+def build_variants(names: list[str], setting: Setting, arguments: argparse.Namespace) -> Built:
+    """All variants; `paper` last, because on a GPU it takes as many sequences as fit beside the others' states."""
+    cuda = setting.device.type == "cuda"
+    built = Built({}, {}, {}, {})
+    for name in sorted(names, key=lambda name: name == "paper"):
+        size = arguments.batch
+        if name == "paper" and arguments.paper_batch is not None:
+            size = arguments.paper_batch
+        elif name == "paper" and cuda:
+            size = largest_that_fits(lambda size: paper_fits(size, setting, arguments))
+        if size == 0:
+            built.left_out[name] = "not even one sequence fits"
+            continue
+        batch = built.batches.get(size) or random_batch(size, arguments, setting.device)
         try:
-            step = build_variant("paper", setting, random_batch(2 * size, arguments, setting.device))
-            step()
-            step()
-        except torch.OutOfMemoryError:
-            break
-        finally:
+            step = build_variant(name, setting, batch)
+            if cuda:
+                step()
+        except torch.OutOfMemoryError as error:
+            built.left_out[name] = first_line(error)
+        if name in built.left_out:
             step = None
-            gc.collect()
-            torch.cuda.empty_cache()
-        size *= 2
-    return size
+            release_memory(setting.device)
+            continue
+        built.sizes[name], built.batches[size], built.steps[name] = size, batch, step
+    return built
 
 
 def peak_memory(step: Callable[[], None], device: torch.device) -> int | None:
-    """Bytes that one step allocates at most, beyond what was there before; None where torch does not count them."""
+    """Bytes that one step allocates at most, beyond what was there before.
+
+    None where torch does not count them, or where the step finds no memory.
+    """
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    step()
+    try:
+        step()
+    except torch.OutOfMemoryError:
+        release_memory(device)
+        return None
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 
@@ -248,6 +310,7 @@ def table(result: dict[str, Any]) -> str:
             f"| {name} | {row['batch']} | {1000 * row['seconds']:,.1f} | {1000 * row['cpu_seconds']:,.1f} "
             f"| {row['tokens_per_second']:,.0f} | {mfu} | {peak} |"
         )
+    lines += [f"\n{name} is left out: {reason}" for name, reason in result["left_out"].items()]
     lines += ["", "| seconds a token | by the clock | by CPU time |", "|---|---:|---:|"]
     lines += [f"| {n} | {value:.3f} | {result['cpu_ratios'][n]:.3f} |" for n, value in result["ratios"].items()]
     return "\n".join(lines)
@@ -263,7 +326,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=tuple(SIZES), default="mini", help="named size (mini)")
     parser.add_argument("--seq-length", type=int, default=512, help="tokens per sequence (512)")
     parser.add_argument("--batch", type=int, default=4, help="sequences per step (4)")
-    parser.add_argument("--paper-batch", type=int, help="of `paper` (--batch; on GPUs the largest that fits)")
+    parser.add_argument(
+        "--paper-batch", type=int, help="of `paper` (--batch; on GPUs the most that fit, to within a sixteenth)"
+    )
     parser.add_argument("--vocab-size", type=int, default=30522, help="entries of the vocabulary (30522)")
     parser.add_argument("--dropout", type=float, default=0.0, help="of attention probabilities (0)")
     parser.add_argument("--pairs", type=int, default=10, help="rounds in which every variant runs once (10)")
@@ -309,12 +374,9 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     names = arguments.variants
     if names is None:
         names = [n for n in VARIANTS if n != "ours_flex" or arguments.dropout == 0.0] if cuda else list(CPU_VARIANTS)
-    sizes = dict.fromkeys(names, arguments.batch)
-    if "paper" in sizes:
-        sizes["paper"] = arguments.paper_batch or (largest_paper_batch(setting, arguments) if cuda else arguments.batch)
-    batches = {size: random_batch(size, arguments, device) for size in set(sizes.values())}
-    steps = {name: build_variant(name, setting, batches[size]) for name, size in sizes.items()}
-    times = time_interleaved(steps, arguments.pairs, device)
+    built = build_variants(names, setting, arguments)
+    sizes = built.sizes
+    times = time_interleaved(built.steps, arguments.pairs, device, left_out=built.left_out)
     per_token = {
         name: Times(*([t / (sizes[name] * arguments.seq_length) for t in kind] for kind in (value.wall, value.cpu)))
         for name, value in times.items()
@@ -330,7 +392,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
     peak = peak_flops(torch.cuda.get_device_name(device), dtype) if cuda else None
     rows = {}
-    for name, step in steps.items():
+    for name in times:
         rate = 1.0 / statistics.median(per_token[name].wall)
         rows[name] = {
             "batch": sizes[name],
@@ -338,11 +400,11 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
             "cpu_seconds": statistics.median(times[name].cpu),
             "tokens_per_second": rate,
             "mfu": None if peak is None else rate * flops / peak,
-            "peak_bytes": peak_memory(step, device),
+            "peak_bytes": peak_memory(built.steps[name], device),
             "times": asdict(times[name]),
         }
     pairs = [(a, b) for a, b in RATIOS if {a, b} <= set(times)]
-    batch = batches[arguments.batch] if arguments.batch in batches else next(iter(batches.values()))
+    batch = built.batches.get(arguments.batch) or random_batch(arguments.batch, arguments, device)
     probe = torch.empty(1, 1, arguments.seq_length, config.hidden_size // config.num_heads, device=device, dtype=dtype)
     shared = ("model", "seq_length", "batch", "vocab_size", "dropout", "precision")
     return {
@@ -355,6 +417,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
         "ratios": {f"{a} / {b}": median_ratio(per_token[a].wall, per_token[b].wall) for a, b in pairs},
         "cpu_ratios": {f"{a} / {b}": median_ratio(per_token[a].cpu, per_token[b].cpu) for a, b in pairs},
         "variants": rows,
+        "left_out": built.left_out,
     }
 
 

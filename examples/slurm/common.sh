@@ -6,6 +6,9 @@ export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 # Compiled kernels go below $SLURM_TMPDIR, $TMPDIR or /tmp of each node (the program sees to that, unless
 # TRITON_CACHE_DIR or TORCH_EXTENSIONS_DIR is set), never to a home directory that all nodes write at once.
 
+# Since Slurm 22.05 srun does not take over the --cpus-per-task of the job: each task would get one core.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+
 PYTHON=${PYTHON:-.venv/bin/python}
 
 # Where the processes meet: the first node of the job, and a port that two jobs on one node are unlikely to share.

@@ -45,6 +45,7 @@ from megatron_sas.model.pretrained import (
     TOKENIZER_DIRECTORY,
     VERSION,
     checkpoints_directory,
+    optimizer_shard,
     verify_checkpoint,
     write_model_config,
     write_weights,
@@ -95,8 +96,7 @@ def write_share(directory: Path, share: Share) -> None:
         written.append(directory / MODEL_WEIGHTS)
         write_weights(written[-1], share.weights)
     if share.moments is not None:
-        shard = f"{OPTIMIZER_PREFIX}{distributed.rank():05d}-of-{distributed.world_size():05d}.safetensors"
-        written.append(directory / shard)
+        written.append(directory / optimizer_shard(distributed.rank(), distributed.world_size()))
         write_weights(written[-1], share.moments)
     for path in written:
         fsync_file(path)
@@ -121,9 +121,17 @@ def write_description(
 
 
 def publish(run_dir: str | Path, step: int) -> None:
-    """Make a checkpoint of what all ranks have written and flushed, and point `latest` at it; rank 0 alone."""
+    """Make a checkpoint of what all ranks have written and flushed, and point `latest` at it; rank 0 alone.
+
+    Raises:
+        OSError: a rank's shard is not here, so that rank writes to another disk.
+    """
     partial = partial_directory(run_dir, step)
     final = partial.with_name(checkpoint_name(step))
+    shards = [optimizer_shard(rank, distributed.world_size()) for rank in range(distributed.world_size())]
+    absent = [shard for shard in shards if step > 0 and not (partial / shard).is_file()]
+    if absent:
+        raise OSError(f"{absent[0]} is not there: run.output_dir must be one directory that all hosts share")
     write_manifest(partial, format=FORMAT, version=VERSION, step=step)
     for path in [*partial.rglob("*"), partial]:
         if path.is_dir():

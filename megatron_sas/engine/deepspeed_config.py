@@ -23,6 +23,7 @@ OWNED = {
     "optimizer": "train.learning_rate and its neighbours",
     "scheduler": "train.warmup_steps and train.decay_horizon",
     "elasticity": "train.global_batch_size and train.micro_batch_size",
+    "zero_optimization.stage": "train.zero_stage",
 }
 """Keys of the JSON that the YAML decides."""
 
@@ -37,8 +38,65 @@ FIXED = {
     "csv_monitor": OUTSIDE,
     "wandb": OUTSIDE,
     "comet": OUTSIDE,
+    "flops_profiler": OUTSIDE,
+    "timers": "they make the host wait for the device at every micro-batch",
+    "managed_gradient_accumulation": "the program relies on DeepSpeed's counting of micro-batches",
 }
 """Keys of the JSON that nobody can choose, and why."""
+
+OFFLOAD = {
+    "device",
+    "nvme_path",
+    "buffer_count",
+    "buffer_size",
+    "max_in_cpu",
+    "pin_memory",
+    "pipeline_read",
+    "pipeline_write",
+    "fast_init",
+}
+
+ALLOWED = {
+    "": {
+        "zero_optimization",
+        "communication_data_type",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "steps_per_print",
+        "comms_logger",
+        "aio",
+    },
+    "zero_optimization.": {
+        "contiguous_gradients",
+        "reduce_scatter",
+        "reduce_bucket_size",
+        "use_multi_rank_bucket_allreduce",
+        "allgather_partitions",
+        "allgather_bucket_size",
+        "overlap_comm",
+        "round_robin_gradients",
+        "sub_group_size",
+        "offload_optimizer",
+        "offload_param",
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "stage3_model_persistence_threshold",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_module_granularity_threshold",
+        "stage3_use_all_reduce_for_fetch_params",
+        "stage3_allgather_sequential",
+        "memory_efficient_linear",
+        "log_trace_cache_warnings",
+        "enable_sanity_checks",
+    },
+    "zero_optimization.offload_optimizer.": OFFLOAD - {"buffer_size", "max_in_cpu"},
+    "zero_optimization.offload_param.": OFFLOAD - {"pipeline_read", "pipeline_write", "fast_init"},
+}
+"""Keys of the JSON, by the object that they are in, that change speed and memory but not what is trained.
+
+The names are those of DeepSpeed 0.19.8. The rest writes files, does nothing here, or trains something else unnoticed.
+"""
 
 
 def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:
@@ -48,16 +106,11 @@ def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:
     gradients in bf16; stages 1 to 3 keep bf16 parameters, fp32 master weights and fp32 gradient accumulation.
 
     Raises:
-        InputError: the batch does not divide among the processes, or the user's JSON sets what the YAML owns.
+        InputError: the batch does not divide among the processes, or the user's JSON sets what it must not.
     """
     config = {} if train.deepspeed_config is None else _read_json(train.deepspeed_config)
     zero = config.setdefault("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise InputError(f"{train.deepspeed_config}: zero_optimization must be an object, not {zero!r}")
-    faults = [f"{key} (set {OWNED[key]} in the YAML instead)" for key in config if key in OWNED]
-    faults += [f"{key} ({FIXED[key]}; remove it)" for key in config if key in FIXED]
-    if "stage" in zero:
-        faults.append("zero_optimization.stage (set train.zero_stage in the YAML instead)")
+    faults = _faults(config, "", str(train.deepspeed_config))
     if faults:
         raise InputError(f"{train.deepspeed_config}: must not set " + "; ".join(faults))
     per_round = train.micro_batch_size * world_size
@@ -79,11 +132,32 @@ def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:
         bf16={"enabled": sharded_bf16, "immediate_grad_update": True, "check_grad_overflow": False},
         zero_allow_untested_optimizer=True,
         zero_force_ds_cpu_optimizer=False,
+        timers={"throughput": {"enabled": False}},  # synchronises host and device twice per micro-batch
     )
     config.setdefault("steps_per_print", None)
     if sharded_bf16:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
+
+
+def _faults(section: dict[str, Any], prefix: str, path: str) -> list[str]:
+    """What the object at `prefix` of the user's JSON must not set, each with the remedy."""
+    faults, unknown = [], []
+    for key, value in section.items():
+        name = prefix + key
+        if name in OWNED:
+            faults.append(f"{name} (set {OWNED[name]} in the YAML instead)")
+        elif name in FIXED:
+            faults.append(f"{name} ({FIXED[name]}; remove it)")
+        elif key not in ALLOWED[prefix]:
+            unknown.append(name)
+        elif f"{name}." in ALLOWED and value is not None:
+            if not isinstance(value, dict):
+                raise InputError(f"{path}: {name} must be an object, not {value!r}")
+            faults += _faults(value, f"{name}.", path)
+    if unknown:
+        faults.append(f"{', '.join(unknown)} (docs/zero.md lists what may be set; remove the rest)")
+    return faults
 
 
 def _read_json(path: str) -> dict[str, Any]:

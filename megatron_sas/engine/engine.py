@@ -81,6 +81,9 @@ class Engine:
         )
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self._autocast = train.precision == "bf16" and train.zero_stage == 0
+        module.precision = self.precision
+        if world_size == 1 and train.zero_stage == 0:  # it would flatten all gradients and copy them back
+            self._engine.enable_backward_allreduce = False
         self._create_moments()
         if train.precision == "bf16" and train.zero_stage > 0:
             self._set_full(None, self._initial.__getitem__)  # DeepSpeed made its fp32 weights from rounded ones
@@ -140,15 +143,14 @@ class Engine:
             # Dropout belongs to the micro-batch, so it is the same in a resumed run and on any number of processes.
             torch.manual_seed(int(hash_u64(DROPOUT, self.seed, window.step, batch.index)[0]) >> 1)
             heads = None if sas_sum is None else self._to_device(batch.heads)
-            with self.precision():
-                parts = self._engine(
-                    self._to_device(batch.input_ids),
-                    self._to_device(batch.masked_positions),
-                    self._to_device(batch.labels),
-                    heads,
-                    mlm_scale=mlm_scale,
-                    sas_scale=sas_scale,
-                )
+            parts = self._engine(
+                self._to_device(batch.input_ids),
+                self._to_device(batch.masked_positions),
+                self._to_device(batch.labels),
+                heads,
+                mlm_scale=mlm_scale,
+                sas_scale=sas_scale,
+            )
             mlm_sum += parts.mlm_sum
             if sas_sum is not None:
                 sas_sum += parts.sas_sum

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 
+from megatron_sas.cli import InputError
 from megatron_sas.distributed import local_rank
 from megatron_sas.engine.kernel_cache import use_local_caches
 
@@ -21,8 +22,11 @@ def initialize_distributed(timeout_minutes: float) -> torch.device:
 
     Understands `deepspeed`, `torchrun`, `srun` with one task per device, and plain `python` (one process). Collectives
     give up after twice `timeout_minutes`: the watchdog, which knows more, speaks first.
+
+    Raises:
+        InputError: there are several processes, and nothing says where they meet.
     """
-    _environment_from_slurm()
+    environment_from_launcher()
     if "RANK" not in os.environ:  # plain python
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
@@ -40,9 +44,14 @@ def initialize_distributed(timeout_minutes: float) -> torch.device:
     device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    timeout = timedelta(minutes=max(SHORTEST_TIMEOUT_MINUTES, 2 * timeout_minutes))
+    timeout = collective_timeout(timeout_minutes)
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout)
     return device
+
+
+def collective_timeout(timeout_minutes: float) -> timedelta:
+    """How long processes wait for each other."""
+    return timedelta(minutes=max(SHORTEST_TIMEOUT_MINUTES, 2 * timeout_minutes))
 
 
 def use_deterministic_algorithms() -> None:
@@ -52,14 +61,48 @@ def use_deterministic_algorithms() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # a help for finding bugs that costs time
 
 
-def _environment_from_slurm() -> None:
-    """Under `srun` with one task per device, say in torch's variables what Slurm says in its own."""
-    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) == 1 or "SLURM_PROCID" not in os.environ:
-        return
-    os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
-    os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1"))
+def number_of_processes() -> int:
+    """How many processes the launcher started, from its variables; joins nothing."""
+    return int(os.environ.get("WORLD_SIZE") or _slurm_tasks())
+
+
+def environment_from_launcher() -> None:
+    """Under `srun` with one task per device, say in torch's variables what Slurm says in its own.
+
+    Raises:
+        InputError: there are several processes, and nothing says where they meet.
+    """
+    tasks = _slurm_tasks()
+    if "RANK" not in os.environ and tasks > 1:
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["WORLD_SIZE"] = str(tasks)
+        os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+        os.environ.setdefault("LOCAL_WORLD_SIZE", str(_slurm_tasks_of_this_node()))
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if "RANK" in os.environ and missing:
+        raise InputError(
+            f"{number_of_processes()} processes were started, but {' and '.join(missing)} is not set, so they cannot "
+            "meet; before srun, `source examples/slurm/common.sh`, or export the first host's name and a free port"
+        )
+
+
+def _slurm_tasks() -> int:
+    """Tasks of the job step that this process belongs to, 1 without a step.
+
+    Only `srun` sets SLURM_STEP_NUM_TASKS. The shell inside an allocation has the job's SLURM_NTASKS and a SLURM_PROCID
+    as well, and what is started from it is one process all the same.
+    """
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) if "SLURM_PROCID" in os.environ else 1
+
+
+def _slurm_tasks_of_this_node() -> int:
+    """This node's entry of SLURM_STEP_TASKS_PER_NODE, such as `8(x2),4`."""
+    counts = []
+    for entry in os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+        count, _, repeated = entry.partition("(x")
+        counts += [int(count)] * int(repeated.rstrip(")") or 1)
+    node = int(os.environ.get("SLURM_NODEID", "0"))
+    return counts[node] if node < len(counts) else 1
 
 
 def _free_port() -> int:

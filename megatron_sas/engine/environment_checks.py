@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
 import resource
+import secrets
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +19,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_sas import distributed
 from megatron_sas.cli import InputError
+from megatron_sas.engine.checkpoint import CONFIG
 
 OLDEST_TORCH = (2, 11)
 OPEN_FILES = 1024
 GPU_DEVICE = Path("/dev/nvidia0")
+SHARED_SECONDS = 10.0
 
 
 def check_torch() -> str:
@@ -122,6 +129,62 @@ def check_open_files() -> str:
     if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
         raise InputError(f"only {soft} open files are allowed; run `ulimit -n {OPEN_FILES * 4}` first")
     return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
+
+
+def existing_ancestor(path: Path) -> Path:
+    """`path`, or the nearest directory above it that exists."""
+    path = path.absolute()
+    return path if path.exists() else existing_ancestor(path.parent)
+
+
+def check_shared_directory(run_dir: Path) -> str:
+    """One directory for the run on all hosts: what rank 0 writes there, every rank must see. A collective.
+
+    A run that does not exist yet is looked for in the nearest directory above it that does. Nothing is left behind.
+
+    Raises:
+        InputError: the same on every rank.
+    """
+    if distributed.world_size() == 1:
+        return "a single process"
+    places = [run_dir.absolute(), *run_dir.absolute().parents]
+    # A name and a place that a new run takes for leftovers of a killed one, should this process be killed here.
+    name, fault = f".{CONFIG}.{secrets.token_hex(8)}.tmp", None
+    level = places.index(existing_ancestor(run_dir))
+    if distributed.is_main():
+        try:
+            (places[level] / name).write_text(name, encoding="utf-8")
+        except OSError as error:
+            fault = f"run.output_dir: {places[level]} cannot be written ({error.strerror}); choose another directory"
+    level, name, fault = distributed.broadcast_object((level, name, fault))
+    if fault is not None:
+        raise InputError(fault)
+    path = places[level] / name
+    try:
+        seen = _appears(path)
+        found = distributed.gather_objects(None if seen else f"{socket.gethostname()} (rank {distributed.rank()})")
+    finally:
+        if distributed.is_main():
+            path.unlink(missing_ok=True)
+    blind = [where for where in found if where is not None]
+    if blind:
+        raise InputError(
+            f"run.output_dir: {run_dir} is not one directory for all processes: {', '.join(blind)} cannot see what "
+            "rank 0 writes there; choose a directory on a file system that all hosts share"
+        )
+    return f"{run_dir} is the same for {len(found)} processes"
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file with its own name as its text is there, within the seconds that a network file system may need."""
+    deadline = time.monotonic() + SHARED_SECONDS
+    while True:
+        with contextlib.suppress(OSError):
+            if path.read_text(encoding="utf-8") == path.name:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
 
 
 CHECKS: tuple[tuple[str, Callable[[], str]], ...] = (

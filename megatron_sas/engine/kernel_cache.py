@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_sas.cli import InputError
 from megatron_sas.distributed import barrier, local_rank
-from megatron_sas.kernels import dependency_attention
+from megatron_sas.kernels import backend_refusal, dependency_attention
 from megatron_sas.model.config import BertConfig
 
 # torch's extensions are not told apart by version when their directory is given.
@@ -45,6 +46,15 @@ def first_of_each_host_first() -> Iterator[None]:
     finally:
         if local_rank() == 0:
             barrier()
+
+
+def check_attention_backend(config: BertConfig, seq_length: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise `InputError` if the chosen backend cannot train such a model here."""
+    shape = (1, config.num_heads, seq_length, config.head_dim)
+    q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
+    reason = backend_refusal(config.attention_backend, q, False, config.attention_dropout)
+    if reason is not None:
+        raise InputError(f"model.attention_backend: {config.attention_backend}: {reason}; choose auto")
 
 
 def build_attention_kernels(

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import socket
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import torch
@@ -25,9 +23,10 @@ from megatron_sas.data.tokenizer import load_tokenizer
 from megatron_sas.engine.branching import Branch
 from megatron_sas.engine.deepspeed_config import deepspeed_config
 from megatron_sas.engine.engine import Engine
-from megatron_sas.engine.environment import initialize_distributed
-from megatron_sas.engine.environment_checks import CHECKS, check_compiler
+from megatron_sas.engine.environment import collective_timeout, initialize_distributed, number_of_processes
+from megatron_sas.engine.environment_checks import CHECKS, check_compiler, check_shared_directory, existing_ancestor
 from megatron_sas.engine.memory import MemoryEstimate, PeakMemory, count_parameters, estimate_memory, show_bytes
+from megatron_sas.engine.preflight_report import Report
 from megatron_sas.engine.setup import build_parts, check_tokenizer, where_to_start
 from megatron_sas.evaluation.blimp import load_blimp
 from megatron_sas.evaluation.treebank import load_treebank
@@ -36,60 +35,37 @@ from megatron_sas.model.pretrained import checkpoints_directory
 from megatron_sas.objective.pretraining import MaskedLMWithSas
 from megatron_sas.objective.schedule import sas_weight
 
-Result = TypeVar("Result")
-
 CHECKPOINT_BYTES = 12  # per parameter: float32 weights and two moments
-
-
-class Report:
-    """One line per check. The first process prints them all, the first of every other host its problems."""
-
-    def __init__(self) -> None:
-        self.rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-        self.problems = 0
-
-    def check(self, name: str, action: Callable[[], Result], describe: Callable[[Result], Any] = str) -> Result | None:
-        """Run `action` and report what it found; None when it raised."""
-        try:
-            result = action()
-        except (InputError, OSError) as error:
-            self.problems += 1
-            if self.rank == 0 or distributed.local_rank() == 0:
-                where = "" if self.rank == 0 else f"{socket.gethostname()}: "
-                print(f"problem  {where}{name}: {error}", flush=True)
-            return None
-        if self.rank == 0:
-            print(f"ok       {name}: {describe(result)}", flush=True)
-        return result
 
 
 def preflight(path: str, overrides: Sequence[str]) -> int:
     """The exit code of a dry run: 0 when a training run could start, 2 when something is wrong."""
     report = Report()
+    report.join()
     for name, action in CHECKS:
         report.check(name, action)
     config = report.check("configuration", lambda: load_config(path, overrides), lambda _: path)
     if config is not None:
+        report.timeout = collective_timeout(config.run.timeout_minutes)
         _check_configured(config, report)
-    if report.problems == 0:
-        _try_one_step(config, report)
-    if report.problems:
-        if report.rank == 0:
-            print(f"{report.problems} problem{'s' if report.problems > 1 else ''}; a run would fail", file=sys.stderr)
-        else:
-            time.sleep(2)  # a launcher that sees a process end stops the others: let rank 0 speak first
-        return 2
+    ready = report.agree()  # alike on all processes, since the step needs all of them
+    if ready:
+        with report.all_or_none():
+            _try_one_step(config, report)
+        ready = report.agree()
+    if not ready:
+        return report.fail()
     distributed.leave()
     if report.rank == 0:
-        print("ready: nothing was written")
+        print("ready: nothing was written", flush=True)
+    report.leave()
     return 0
 
 
 def _check_configured(config: Config, report: Report) -> None:
     """Everything that the configuration names."""
     data, section = config.data, config.evaluation
-    tasks = os.environ.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in os.environ else "1"
-    world_size = int(os.environ.get("WORLD_SIZE", tasks))
+    world_size = number_of_processes()
     deepspeed = report.check(
         "batch and DeepSpeed",
         lambda: deepspeed_config(config.train, world_size),
@@ -146,12 +122,6 @@ def _describe_start(start: tuple[Path | None, Branch | None]) -> str:
     if branch is None:
         return f"already begun, continues from {checkpoint}"
     return f"from {checkpoint}, changes {', '.join(branch.lineage['changed']) or 'nothing'}"
-
-
-def existing_ancestor(path: Path) -> Path:
-    """`path`, or the nearest directory above it that exists."""
-    path = path.absolute()
-    return path if path.exists() else existing_ancestor(path.parent)
 
 
 def check_output_directory(path: Path) -> str:
@@ -235,8 +205,9 @@ def _try_one_step(config: Config, report: Report) -> None:
     def step() -> tuple[str, int]:
         started = time.perf_counter()
         device = initialize_distributed(config.run.timeout_minutes)
+        check_shared_directory(Path(config.run.output_dir))
         with PeakMemory(device) as memory:
-            parts = build_parts(config, lambda _: None, dry_run=True)
+            parts = build_parts(config, lambda _: None)
             module = MaskedLMWithSas(parts.bert, config.sas_objective())
             engine = Engine(module, config.train, config.run.seed, device)
             parts.load_optimizer(engine)

@@ -19,7 +19,8 @@ from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
 from megatron_sas.engine.branching import Branch, begin_branch, find_branch
 from megatron_sas.engine.checkpoint import CONFIG, load_moments, newest_checkpoint, read_state
 from megatron_sas.engine.engine import Engine
-from megatron_sas.engine.kernel_cache import build_attention_kernels
+from megatron_sas.engine.kernel_cache import build_attention_kernels, check_attention_backend
+from megatron_sas.engine.run_lock import LOCK, RunLock
 from megatron_sas.evaluation.live import LiveEvaluation
 from megatron_sas.files import write_text_atomic
 from megatron_sas.metrics.throughput import Throughput, flops_per_token, peak_flops
@@ -84,8 +85,10 @@ def agreed(action: Callable[[], Result]) -> Result:
     return result
 
 
-def build_parts(config: Config, say: Callable[[str], None], *, dry_run: bool = False) -> Parts:
-    """Open and check everything, and build the model with its initial or resumed weights. A dry run writes nothing.
+def build_parts(config: Config, say: Callable[[str], None], lock: RunLock | None = None) -> Parts:
+    """Open and check everything, and build the model with its initial or resumed weights.
+
+    `lock` is the claim to the run's directory; None: a dry run, which writes nothing.
 
     Raises:
         InputError: anything that the user must mend, the same on every rank.
@@ -96,13 +99,14 @@ def build_parts(config: Config, say: Callable[[str], None], *, dry_run: bool = F
     if branch is not None:
         parts.branch = branch
         parts.state["lineage"] = [*parts.state.get("lineage", []), branch.link]
-    if torch.cuda.is_available():
-        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        device = torch.device("cuda", distributed.local_rank())
-        shape = (config.train.micro_batch_size, parts.dataset.packed.seq_length)
-        build_attention_kernels(parts.bert.config, *shape, dtype, device)
-    if not dry_run:  # last, so that a run which is refused leaves no directory behind
-        agreed(lambda: _begin(config, branch) if distributed.is_main() else None)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    device = torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    seq_length = parts.dataset.packed.seq_length
+    agreed(lambda: check_attention_backend(parts.bert.config, seq_length, dtype, device))
+    if device.type == "cuda":
+        build_attention_kernels(parts.bert.config, config.train.micro_batch_size, seq_length, dtype, device)
+    if lock is not None:  # last, so that a run which is refused leaves no directory behind
+        agreed(lambda: _begin(config, branch, lock) if distributed.is_main() else None)
     return parts
 
 
@@ -131,11 +135,12 @@ def where_to_start(config: Config, say: Callable[[str], None]) -> tuple[Path | N
 
 def _half_begun(path: Path) -> bool:
     """Whether this is all that is left of a run that was killed while it wrote its configuration for the first time."""
-    return path.name.startswith(f".{CONFIG}.")
+    return path.name == LOCK or path.name.startswith(f".{CONFIG}.")
 
 
-def _begin(config: Config, branch: Branch | None) -> None:
+def _begin(config: Config, branch: Branch | None, lock: RunLock) -> None:
     run_dir = Path(config.run.output_dir)
+    lock.take()
     write_text_atomic(run_dir / CONFIG, config.to_yaml())  # first: it makes the directory a run
     if branch is not None:
         begin_branch(run_dir, branch)

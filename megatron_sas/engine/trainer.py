@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +18,11 @@ from megatron_sas.data.mlm_dataset import PrefetchLoader, Window
 from megatron_sas.engine.checkpoint import CONFIG
 from megatron_sas.engine.engine import Engine
 from megatron_sas.engine.environment import initialize_distributed, use_deterministic_algorithms
+from megatron_sas.engine.environment_checks import check_shared_directory
 from megatron_sas.engine.guard import SkippedUpdates
 from megatron_sas.engine.learning_rate import learning_rate
 from megatron_sas.engine.pending import PendingUpdate, read_pending
+from megatron_sas.engine.run_lock import RunLock
 from megatron_sas.engine.saving import Saver
 from megatron_sas.engine.setup import agreed, build_parts, data_facts, introduction, measure_throughput
 from megatron_sas.engine.signals import StopRequest, mark_for_requeue
@@ -60,9 +63,10 @@ class Trainer:
         device = initialize_distributed(config.run.timeout_minutes)
         if config.train.deterministic and device.type == "cuda":
             use_deterministic_algorithms()
-        old_run = distributed.is_main() and (self.run_dir / CONFIG).is_file()
-        agreed(lambda: self.stop.clear_marks(self.run_dir) if old_run else None)
-        parts = build_parts(config, self.say)
+        check_shared_directory(self.run_dir)
+        self.lock = RunLock(self.run_dir)  # rank 0's
+        agreed(self._claim_old_run)
+        parts = build_parts(config, self.say, self.lock)
         self.parts, self.dataset = parts, parts.dataset
         self.skipped = SkippedUpdates(config.train.max_nonfinite_updates, **parts.state.get("skipped", {}))
         self.engine = Engine(MaskedLMWithSas(parts.bert, config.sas_objective()), config.train, config.run.seed, device)
@@ -74,20 +78,33 @@ class Trainer:
         self.last_step = config.train.steps
         self.throughput = measure_throughput(config, parts, device)
         self.records: Records | None = None
-        if distributed.is_main():
-            resume_step = parts.start_step if parts.checkpoint is not None else -1
-            self.records = Records(config.run.output_dir, resume_step, config.logging.tensorboard)
-            if parts.branch is not None:
-                self.records.show_past()
         self.watch: Watch | None = None
-        if self.records is not None and config.watch.metrics:
-            own_step = parts.start_step if parts.checkpoint is not None and parts.branch is None else -1
-            self.watch = Watch(config, own_step, self.records, self.saver, self.say)
+        agreed(self._open_records)
         self.gpu = GpuMonitor()
         self.pending: list[PendingUpdate] = []
-        self.evaluation_seconds = 0.0  # of the last evaluation
-        self.skipped_evaluations, self.stride = 0, 1
+        thinning = parts.state.get("thinning", {})  # of evaluations, where they take too much time
+        self.evaluation_seconds: float = thinning.get("seconds", 0.0)  # of the last evaluation
+        self.skipped_evaluations: int = thinning.get("skipped", 0)
+        self.stride = 1
         self.bar = progress(disable=True)
+
+    def _claim_old_run(self) -> None:
+        if distributed.is_main() and (self.run_dir / CONFIG).is_file():
+            self.lock.take()
+            self.stop.clear_marks(self.run_dir)
+
+    def _open_records(self) -> None:
+        """Rank 0's records, and what watches them."""
+        if not distributed.is_main():
+            return
+        config, parts = self.config, self.parts
+        resume_step = parts.start_step if parts.checkpoint is not None else -1
+        self.records = Records(config.run.output_dir, resume_step, config.logging.tensorboard)
+        if parts.branch is not None:
+            self.records.show_past()
+        if config.watch.metrics:
+            own_step = parts.start_step if parts.checkpoint is not None and parts.branch is None else -1
+            self.watch = Watch(config, own_step, self.records, self.saver, self.say)
 
     def say(self, line: str) -> None:
         """Print a line on rank 0, above the progress bar if there is one."""
@@ -112,8 +129,10 @@ class Trainer:
         self._event(start, event="start", versions=VERSIONS, **facts)
         self.say(line)
         quiet = not distributed.is_main() or not sys.stderr.isatty()
-        with self.watchdog:
-            self._after_update(start, resumed=self.parts.checkpoint is not None)
+        with contextlib.closing(self.lock), self.watchdog:
+            self.stopping = start < self.last_step and self._anyone_asked_to_stop()  # while the run was being built
+            if not self.stopping:
+                self._after_update(start, resumed=self.parts.checkpoint is not None)
             pinned = self.engine.device.type == "cuda"
             with (
                 PrefetchLoader(self.dataset, start, self.last_step, pin_memory=pinned) as loader,
@@ -179,9 +198,12 @@ class Trainer:
     def _between_batches(self) -> None:
         """Called after each forward of an evaluation: all ranks agree on whether to give it up."""
         self.watchdog.beat("an evaluation")
-        asked = distributed.all_reduce_sum_(torch.tensor(int(self._asked_to_stop()), device=self.engine.device))
-        if int(asked) > 0:
+        if self._anyone_asked_to_stop():
             raise _Stopped
+
+    def _anyone_asked_to_stop(self) -> bool:
+        asked = distributed.all_reduce_sum_(torch.tensor(int(self._asked_to_stop()), device=self.engine.device))
+        return int(asked) > 0
 
     def _write_pending(self) -> None:
         """Read the collected updates off the device at once, and write a record for each."""
@@ -244,6 +266,7 @@ class Trainer:
                 "tokens": self.throughput.tokens,
                 "seconds": self.throughput.seconds,
                 "skipped": self.skipped.state(),
+                "thinning": {"seconds": self.evaluation_seconds, "skipped": self.skipped_evaluations},
                 "versions": VERSIONS,
                 "data": data_facts(self.dataset.packed),
                 "lineage": self.parts.state.get("lineage", []),
@@ -256,8 +279,10 @@ class Trainer:
     def _time_for_evaluation(self, step: int) -> bool:
         """Whether to evaluate now, given the share of time that evaluations may take; rank 0 decides for all."""
         section, done = self.config.evaluation, step - self.parts.start_step
-        if step in (0, self.last_step) or done == 0 or self.evaluation_seconds == 0.0:
+        if step in (0, self.last_step) or self.evaluation_seconds == 0.0:
             return True
+        if done == 0:  # a resumed run's own checkpoint was saved after this was decided
+            return self.skipped_evaluations == 0
         self._write_pending()  # brings the clock up to date
         each_update = (self.throughput.seconds - self.parts.state["seconds"]) / done
         left = sum(section.due(s, self.last_step) for s in range(step, self.last_step + 1))

@@ -37,11 +37,13 @@ AUTO = {"cuda": ("triton", "cudnn", "sdpa", "chunked"), "cpu": ("sdpa", "chunked
 def choose_backend(q: Tensor, dropout_p: float, *, has_seqlens: bool = False) -> str:
     """The backend that `auto` takes for inputs like `q`: the first of `AUTO` that can."""
     return next(
-        name for name in AUTO.get(q.device.type, ("chunked",)) if _refusal(name, q, has_seqlens, dropout_p) is None
+        name
+        for name in AUTO.get(q.device.type, ("chunked",))
+        if backend_refusal(name, q, has_seqlens, dropout_p) is None
     )
 
 
-def _refusal(backend: str, q: Tensor, has_seqlens: bool, dropout_p: float) -> str | None:
+def backend_refusal(backend: str, q: Tensor, has_seqlens: bool, dropout_p: float) -> str | None:
     """Why a backend cannot take such inputs, or None when it can."""
     if backend == "triton":
         if not HAS_TRITON:
@@ -103,7 +105,7 @@ def dependency_attention(
     _check(q, k, v, heads, seqlens, dropout_p, backend)
     if backend == "auto":
         backend = choose_backend(q, dropout_p, has_seqlens=seqlens is not None)
-    elif (reason := _refusal(backend, q, seqlens is not None, dropout_p)) is not None:
+    elif (reason := backend_refusal(backend, q, seqlens is not None, dropout_p)) is not None:
         raise ValueError(f"dependency_attention: backend {backend!r}: {reason}; choose 'auto'")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     with torch.autocast(q.device.type, enabled=False):  # it would round float32 scores to bfloat16

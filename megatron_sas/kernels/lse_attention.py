@@ -7,8 +7,8 @@ attention dropout.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,17 @@ from torch import Tensor
 from megatron_sas.kernels.edges import edge_probs
 from megatron_sas.kernels.reference import valid_heads
 
-HAS_FA4 = importlib.util.find_spec("flash_attn") is not None and importlib.util.find_spec("flash_attn.cute") is not None
+
+def has_fa4() -> bool:
+    """Whether FlashAttention-4 can be imported; asked only where it is wanted, as FlashAttention-2 is imported with it.
+
+    A FlashAttention-2 that was built for another torch raises all kinds of errors.
+    """
+    try:
+        from flash_attn.cute import flash_attn_func  # noqa: F401
+    except Exception:
+        return False
+    return True
 
 
 def lse_refusal(backend: str, q: Tensor, has_seqlens: bool, dropout_p: float) -> str | None:
@@ -28,8 +38,8 @@ def lse_refusal(backend: str, q: Tensor, has_seqlens: bool, dropout_p: float) ->
     if backend == "flex" and q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
         return "FlexAttention has no backward on CPU"
     if backend == "fa4":
-        if not HAS_FA4:
-            return "FlashAttention-4 is not installed (PyPI: flash-attn-4)"
+        if not has_fa4():
+            return "FlashAttention-4 cannot be imported (PyPI: flash-attn-4)"
         if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
             return "FlashAttention-4 takes float16 and bfloat16 on a GPU"
         if has_seqlens:
@@ -50,7 +60,7 @@ def lse_attention(
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """torch's FlexAttention, compiled on a GPU and as torch's plain fallback on a CPU."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
 
     mask = None
     if seqlens is not None:
@@ -58,11 +68,13 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, scale: float)
         mask = create_block_mask(
             lambda b, h, row, column: column < limit[b], q.shape[0], None, q.shape[2], q.shape[2], device=q.device
         )
-    return _flex_function(q.device.type == "cuda")(q, k, v, block_mask=mask, scale=scale, return_lse=True)
+    flex = _flex_function(q.device.type == "cuda")
+    out, more = flex(q, k, v, block_mask=mask, scale=scale, return_aux=AuxRequest(lse=True))
+    return out, more.lse
 
 
 @functools.cache
-def _flex_function(compiled: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+def _flex_function(compiled: bool) -> Callable[..., tuple[Tensor, Any]]:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention

@@ -90,12 +90,12 @@ def _forward(
     out, to_head, to_dependent, lse, keys = _forward_outputs(q, heads, seed)
     batch, num_heads, seq, _ = q.shape
     maps = batch * num_heads
-    token_grid = (triton.cdiv(seq, TOKEN_BLOCK), maps)
+    token_grid = (triton.cdiv(seq, TOKEN_BLOCK) * maps,)
     heads, seqlens = _contiguous(heads), _contiguous(seqlens)
     if seed is not None:
         dropout_keys_kernel[token_grid](seed, keys, maps, seq, BLOCK=TOKEN_BLOCK)
     _launch(
-        forward_kernel, lambda meta: (triton.cdiv(seq, meta["BLOCK_M"]), maps),
+        forward_kernel, lambda meta: (triton.cdiv(seq, meta["BLOCK_M"]) * maps,),
         q, k, v, _pointer(heads, q), _pointer(seqlens, q), keys, out, lse, to_head, to_dependent,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         maps, num_heads, seq, scale / math.log(2), 1.0 / (1.0 - dropout_p),
@@ -145,7 +145,7 @@ def _backward(
         "HAS_TO_DEPENDENT": entry_gradients[1] is not None,
         "HAS_SEQLENS": seqlens is not None,
     }
-    row_terms_kernel[(blocks, maps)](
+    row_terms_kernel[(blocks * maps,)](
         out, grad_out, *edges, to_head, to_dependent, *pointers, delta, ranges,
         *out.stride()[:3], *grad_out.stride()[:3], *entry_strides, num_heads, seq, **which,
         **{name: constants[name] for name in ("D", "BLOCK_D", "EVEN")}, BLOCK=RANGE_BLOCK.value,
@@ -154,11 +154,11 @@ def _backward(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *grad_q.stride()[:3])
     scalars = (*entry_strides, maps, num_heads, seq, scale, scale / math.log(2), 1.0 / (1.0 - dropout_p))
     _launch(
-        grad_kv_kernel, lambda meta: (triton.cdiv(seq, meta["BLOCK_N"]), maps),
+        grad_kv_kernel, lambda meta: (triton.cdiv(seq, meta["BLOCK_N"]) * maps,),
         *inputs, grad_k, grad_v, *strides, *scalars, **constants, **which,
     )  # fmt: skip
     _launch(
-        grad_q_kernel, lambda meta: (triton.cdiv(seq, meta["BLOCK_M"]), maps),
+        grad_q_kernel, lambda meta: (triton.cdiv(seq, meta["BLOCK_M"]) * maps,),
         *inputs, grad_q, *strides, *scalars, **constants, **which,
     )  # fmt: skip
     return grad_q, grad_k, grad_v
@@ -200,7 +200,7 @@ def _shape_constants(q: Tensor, dropout_p: float) -> dict[str, Any]:
     return {
         "D": dim,
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
-        "SEQ_CLASS": triton.next_power_of_2(seq),  # lengths that share the result of a search
+        "SEQ_CLASS": max(_LARGEST_TILE, triton.next_power_of_2(seq)),  # lengths that share the result of a search
         "THRESHOLD": dropout.drop_threshold(dropout_p),
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",  # TF32 would cost 13 bits
         "EVEN": seq % _LARGEST_TILE == 0,
@@ -211,10 +211,11 @@ def _launch(kernel: Any, grid: Any, q: Tensor, *arguments: Any, **constants: Any
     """Run a kernel with the tile sizes that measured fastest, or fixed ones.
 
     The search runs once per GPU, shape and dtype and is kept in Triton's cache directory. Different tile sizes round
-    differently, so `torch.use_deterministic_algorithms(True)` takes fixed ones; so does the interpreter.
+    differently, so `torch.use_deterministic_algorithms(True)` takes fixed ones; so does the interpreter. Sequences
+    shorter than the largest tile are not worth a search.
     """
     searched = _SEARCHED["single" if q.dtype == torch.float32 else "half"][kernel]
-    if INTERPRETED or torch.are_deterministic_algorithms_enabled():
+    if q.shape[2] < _LARGEST_TILE or INTERPRETED or torch.are_deterministic_algorithms_enabled():
         kernel[grid](q, *arguments, **constants, **searched.configs[0].all_kwargs())
     else:
         searched[grid](q, *arguments, **constants)

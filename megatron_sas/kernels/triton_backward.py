@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from megatron_sas.kernels.triton_parts import (
+    block_and_map,
     edge_limit,
     keeps,
     load_entry_gradient,
@@ -42,7 +43,7 @@ def row_terms_kernel(
     RANGES int32 `(B·H, blocks, 4)`: first and last column of the entries in these rows, then first and last row of
     the entries in these columns; (S, -1) where there are none.
     """
-    block, number = tl.program_id(0), tl.program_id(1)
+    block, number = block_and_map(seq, BLOCK)
     first = block * BLOCK
     b, h = (number // num_heads).to(tl.int64), (number % num_heads).to(tl.int64)
     rows, dims = first + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
@@ -78,7 +79,7 @@ def row_terms_kernel(
             if HAS_TO_DEPENDENT:
                 if tl.max(in_rows.to(tl.int32), 0) > 0:
                     delta += tl.sum(tl.where(heads[None, :] == rows[:, None], g_dependent[None, :], 0.0), 1)
-        RANGES += (number.to(tl.int64) * tl.num_programs(0) + block) * 4
+        RANGES += (number.to(tl.int64) * tl.cdiv(seq, BLOCK) + block) * 4
         tl.store(RANGES, tl.min(first_column, 0))
         tl.store(RANGES + 1, tl.max(last_column, 0))
         tl.store(RANGES + 2, tl.min(first_row, 0))
@@ -112,8 +113,8 @@ def grad_kv_kernel(
     EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dK and dV of one block of BLOCK_N columns; tiles are transposed. `score_scale` is scale / ln 2."""
-    first = tl.program_id(0) * BLOCK_N
-    number = tl.program_id(1)
+    block, number = block_and_map(seq, BLOCK_N)
+    first = block * BLOCK_N
     b, h = (number // num_heads).to(tl.int64), (number % num_heads).to(tl.int64)
     at = number.to(tl.int64) * seq
     columns, dims = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -193,8 +194,8 @@ def grad_q_kernel(
     EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dQ of one block of BLOCK_M rows. `score_scale` is scale / ln 2."""
-    first = tl.program_id(0) * BLOCK_M
-    number = tl.program_id(1)
+    block, number = block_and_map(seq, BLOCK_M)
+    first = block * BLOCK_M
     b, h = (number // num_heads).to(tl.int64), (number % num_heads).to(tl.int64)
     at = number.to(tl.int64) * seq
     rows, dims = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)

@@ -11,7 +11,7 @@ by tile between its nearest and farthest partner, and multiplies. Blocks without
 import triton
 import triton.language as tl
 
-from megatron_sas.kernels.triton_parts import load_heads, load_tile, store_tile
+from megatron_sas.kernels.triton_parts import block_and_map, load_heads, load_tile, store_tile
 
 BLOCK = 64
 
@@ -47,8 +47,8 @@ def entries_kernel(
     BLOCK: tl.constexpr,
 ):
     """dq and dk of BLOCK tokens. HEADS int64 `(B, S)`, G_HEAD and G_DEPENDENT float32 `(B, H, S)`, contiguous."""
-    first = tl.program_id(0) * BLOCK
-    number = tl.program_id(1)
+    block, number = block_and_map(seq, BLOCK)
+    first = block * BLOCK
     b, h = (number // num_heads).to(tl.int64), (number % num_heads).to(tl.int64)
     own, dims = first + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     HEADS += b * seq
@@ -88,7 +88,7 @@ def add_entry_gradients_(grad_q, grad_k, q, k, heads, scale, g_head, g_dependent
     batch, num_heads, seq, dim = q.shape
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     g_head, g_dependent = (None if g is None else g.contiguous() for g in (g_head, g_dependent))
-    entries_kernel[(triton.cdiv(seq, BLOCK), batch * num_heads)](
+    entries_kernel[(triton.cdiv(seq, BLOCK) * batch * num_heads,)](
         grad_q, grad_k, q, k, heads.contiguous(), q if g_head is None else g_head,
         q if g_dependent is None else g_dependent,
         *grad_q.stride()[:3], *grad_k.stride()[:3], *q.stride()[:3], *k.stride()[:3], num_heads, seq, scale,

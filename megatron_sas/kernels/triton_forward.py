@@ -14,6 +14,7 @@ import triton.language as tl
 from megatron_sas.kernels.triton_parts import (
     COLUMNS,
     ROWS,
+    block_and_map,
     dropout_keys,
     edge_limit,
     keeps,
@@ -28,8 +29,8 @@ from megatron_sas.kernels.triton_parts import (
 @triton.jit
 def dropout_keys_kernel(SEED, KEYS, num_maps, seq, BLOCK: tl.constexpr):
     """KEYS int32 `(2, B·H, S)`: the keys of all rows and all columns."""
-    tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    number = tl.program_id(1)
+    block, number = block_and_map(seq, BLOCK)
+    tokens = block * BLOCK + tl.arange(0, BLOCK)
     seed = tl.load(SEED)
     at = number.to(tl.int64) * seq + tokens
     tl.store(KEYS + at, dropout_keys(seed, number, ROWS, tokens).to(tl.int32, bitcast=True), mask=tokens < seq)
@@ -51,8 +52,8 @@ def forward_kernel(
     `scale` is scale / ln 2; LSE is in units of log 2. TO_DEPENDENT gets scores, which `finish_kernel` turns into
     probabilities: those need the LSE of other rows. EVEN: S is a multiple of every tile size.
     """
-    first = tl.program_id(0) * BLOCK_M
-    number = tl.program_id(1)  # b·H + h
+    block, number = block_and_map(seq, BLOCK_M)
+    first = block * BLOCK_M
     b, h = (number // num_heads).to(tl.int64), (number % num_heads).to(tl.int64)
     at = number.to(tl.int64) * seq
     rows, dims = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
@@ -111,8 +112,8 @@ def forward_kernel(
 @triton.jit
 def finish_kernel(HEADS, SEQLENS, LSE, TO_DEPENDENT, num_heads, seq, HAS_SEQLENS: tl.constexpr, BLOCK: tl.constexpr):
     """TO_DEPENDENT: from scores to probabilities, 0 where there is no edge."""
-    tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    number = tl.program_id(1)
+    block, number = block_and_map(seq, BLOCK)
+    tokens = block * BLOCK + tl.arange(0, BLOCK)
     b, at = (number // num_heads).to(tl.int64), number.to(tl.int64) * seq
     heads = load_heads(HEADS + b * seq, tokens, edge_limit(SEQLENS, b, seq, HAS_SEQLENS))
     edge = heads >= 0

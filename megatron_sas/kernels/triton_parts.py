@@ -21,6 +21,17 @@ COLUMNS = tl.constexpr(dropout.COLUMNS)
 
 
 @triton.jit
+def block_and_map(seq, BLOCK: tl.constexpr):
+    """The block of tokens and the map of this program.
+
+    A grid's second axis ends at 65,535, its first at 2³¹ - 1: all programs lie on the first, blocks of a map together.
+    """
+    blocks = tl.cdiv(seq, BLOCK)
+    program = tl.program_id(0)
+    return program % blocks, program // blocks
+
+
+@triton.jit
 def mix(x):
     x = x ^ (x >> 16)
     x = x * tl.full([], MIX_1, tl.uint32)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,8 +104,22 @@ def verify_checkpoint(path: Path, with_optimizer: bool = True) -> None:
             f"{path}: is a {manifest.get('format')!r} of version {manifest.get('version')}, this program reads a "
             f"{FORMAT!r} of version {VERSION}; use another checkpoint"
         )
+    if absent := missing_shards(manifest["files"]):
+        raise InputError(f"{path}: was published without {', '.join(absent)}; use another checkpoint")
     names = [name for name in manifest["files"] if with_optimizer or not name.startswith(OPTIMIZER_PREFIX)]
     verify_manifest(path, {MODEL_CONFIG, MODEL_WEIGHTS, STATE, *names})
+
+
+def optimizer_shard(rank: int, world_size: int) -> str:
+    """File name of one rank's share of the moments."""
+    return f"{OPTIMIZER_PREFIX}{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def missing_shards(names: Iterable[str]) -> list[str]:
+    """The optimizer shards that should be beside those in `names`."""
+    present = {name for name in names if name.startswith(OPTIMIZER_PREFIX)}
+    sizes = {int(match[1]) for name in present if (match := re.search(r"-of-(\d+)\.", name))}
+    return [shard for size in sorted(sizes) for r in range(size) if (shard := optimizer_shard(r, size)) not in present]
 
 
 def write_weights(path: str | Path, tensors: dict[str, Tensor]) -> None:

@@ -11,6 +11,8 @@ is the paper's code: R summed over the micro-batch, averaged over ranks and accu
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,12 +45,17 @@ class LossParts:
 
 
 class MaskedLMWithSas(nn.Module):
-    """BERT and its objective."""
+    """BERT and its objective.
+
+    `precision` is the context in which `forward` computes. It is entered here and not around the call, because
+    DeepSpeed switches off an autocast that it finds around its own forward.
+    """
 
     def __init__(self, bert: Bert, sas: SasObjective) -> None:
         super().__init__()
         self.bert = bert
         self.sas = sas
+        self.precision: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def forward(
         self,
@@ -70,8 +77,9 @@ class MaskedLMWithSas(nn.Module):
             mlm_scale: W·A/N (a tensor: N is all-reduced on the device), see above.
             sas_scale: λ times W·A/G, or λ alone for the reduction "sum"; 0: the term is computed but has no gradient.
         """
-        output = self.bert(input_ids, heads=heads)
-        mlm_sum = self.mlm_loss(output.hidden, masked_positions, labels)
+        with self.precision():
+            output = self.bert(input_ids, heads=heads)
+            mlm_sum = self.mlm_loss(output.hidden, masked_positions, labels)
         loss, sas_sum = mlm_sum * mlm_scale, None
         if heads is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and sas_scale != 0.0):

@@ -197,7 +197,6 @@ def test_other_heads_and_another_regularizer_may_begin_at_a_branch(config, paren
     parts = build_parts(
         load_config(config, override_arguments({**source, "sas.mode": "uniform", "run.output_dir": str(tmp_path)})),
         print,
-        dry_run=True,
     )
     assert parts.branch.lineage["changed"] == {"sas.mode": ["max", "uniform"]}
     message = refusal(config, tmp_path / "a", {**source, "data.heads": "permuted"})

@@ -132,3 +132,25 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_partial(config, tmp_
 def test_files_of_a_checkpoint_obey_the_umask(whole):
     modes = {path.stat().st_mode & 0o777 for path in checkpoint(whole, 4).rglob("*") if path.is_file()}
     assert len(modes) == 1
+
+
+def test_a_checkpoint_without_another_hosts_shard_is_not_published(run, monkeypatch):
+    """As when every host has an output_dir of its own: rank 0 does not see what rank 1 has written."""
+    monkeypatch.setattr(checkpoint_module.distributed, "world_size", lambda: 2)
+    partial = checkpoint_module.partial_directory(run, 5)
+    shutil.copytree(checkpoint(run, 4), partial)
+    (partial / FILES[1]).rename(partial / "optimizer-00000-of-00002.safetensors")
+    with pytest.raises(OSError, match=r"optimizer-00001-of-00002.safetensors is not there: run.output_dir must be one"):
+        checkpoint_module.publish(run, 5)
+    assert newest_checkpoint(run, pytest.fail) == checkpoint(run, 4)
+
+
+def test_a_checkpoint_that_was_published_without_a_shard_is_passed_over(run):
+    path = checkpoint(run, 4)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / FILES[1]).rename(path / "optimizer-00000-of-00002.safetensors")
+    manifest["files"]["optimizer-00000-of-00002.safetensors"] = manifest["files"].pop(FILES[1])
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    said = []
+    assert newest_checkpoint(run, said.append) == checkpoint(run, 2)
+    assert "was published without optimizer-00001-of-00002.safetensors" in said.pop()

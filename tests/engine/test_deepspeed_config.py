@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+from deepspeed.utils.config import get_timers_config
+from engine_runs import ROOT
 
 from megatron_sas.cli import InputError
 from megatron_sas.config_sections import TrainSection
-from megatron_sas.engine.deepspeed_config import FIXED, OWNED, deepspeed_config
+from megatron_sas.engine.deepspeed_config import ALLOWED, FIXED, OWNED, deepspeed_config
 
 
 def section(**fields) -> TrainSection:
@@ -49,10 +53,49 @@ def test_precision_and_clipping_by_stage(stage, precision):
 @pytest.mark.parametrize("key", [*OWNED, *FIXED])
 def test_what_the_yaml_owns_is_refused_by_name(tmp_path, key):
     with pytest.raises(InputError) as error:
-        with_json(tmp_path, {key: 1, "wall_clock_breakdown": False})
+        outer, _, inner = key.rpartition(".")
+        with_json(tmp_path, {outer: {inner: 1}} if outer else {key: 1, "wall_clock_breakdown": False})
     message = str(error.value)
     assert message.startswith(f"{tmp_path / 'ds.json'}: must not set {key} (")
     assert message.endswith("in the YAML instead)" if key in OWNED else "; remove it)")
+
+
+def test_whatever_else_is_refused_by_name(tmp_path):
+    zero = {"compute_grad_norm": False, "zero_quantized_gradients": True, "offload_optimizer": {"ratio": 0.5}}
+    with pytest.raises(InputError) as error:
+        with_json(tmp_path, {"zero_optimization": zero, "aio": {}, "gradient_allreduce_op": "sum", "compile": {}})
+    message = str(error.value)
+    assert "\n" not in message
+    for part in (
+        "zero_optimization.offload_optimizer.ratio (docs/zero.md lists what may be set; remove the rest)",
+        "zero_optimization.compute_grad_norm, zero_optimization.zero_quantized_gradients (docs/zero.md lists",
+        "gradient_allreduce_op, compile (docs/zero.md lists",
+    ):
+        assert part in message
+    assert "aio" not in message
+
+
+def test_deepspeed_knows_every_key_that_may_be_set():
+    """None is misspelt or of another version; the memory estimate reads the stage-3 names."""
+    zero = DeepSpeedZeroConfig.model_fields
+    names = {field.alias or name for name, field in zero.items()}
+    assert ALLOWED["zero_optimization."] < names
+    assert ALLOWED["zero_optimization.offload_optimizer."] < set(DeepSpeedZeroOffloadOptimizerConfig.model_fields)
+    assert ALLOWED["zero_optimization.offload_param."] == set(DeepSpeedZeroOffloadParamConfig.model_fields)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "deepspeed").glob("*.json")), ids=lambda path: path.name)
+def test_shipped_files_are_accepted(path):
+    deepspeed_config(section(deepspeed_config=str(path)), 1)
+
+
+def test_every_key_that_may_be_set_is_documented():
+    documentation = (ROOT / "docs" / "zero.md").read_text()
+    assert [key for keys in ALLOWED.values() for key in keys if f"`{key}`" not in documentation] == []
+
+
+def test_no_timer_waits_for_the_device():
+    assert not get_timers_config(deepspeed_config(section(), 1)).enabled
 
 
 def test_every_fault_is_named_at_once(tmp_path):
@@ -76,6 +119,10 @@ def test_the_rest_is_passed_on(tmp_path):
         ("{", "ds.json: is not valid JSON"),
         ([1], "ds.json: must hold a JSON object"),
         ({"zero_optimization": 3}, "ds.json: zero_optimization must be an object, not 3"),
+        (
+            {"zero_optimization": {"offload_param": "cpu"}},
+            "ds.json: zero_optimization.offload_param must be an object, not 'cpu'",
+        ),
     ],
 )
 def test_broken_json(tmp_path, content, message):

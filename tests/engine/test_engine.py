@@ -223,3 +223,19 @@ def test_the_sign_of_the_weight_moves_the_term(config, tmp_path):
     for name, value in (("minus", 1.0), ("plus", -1.0)):
         train(config, tmp_path / name, {**common, "sas.schedule": value})
     assert records(tmp_path / "minus")[12]["sas"] < records(tmp_path / "plus")[12]["sas"]
+
+
+def test_bf16_holds_where_deepspeed_switches_off_the_autocast_around_it(config, tmp_path, monkeypatch):
+    """DeepSpeed asks for CUDA's autocast and disables what it finds; here it is made to see the CPU's."""
+    asked, seen = torch.is_autocast_enabled, set()
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: asked(*(device or ("cpu",))))
+    linear = torch.nn.functional.linear
+
+    def note(*arguments):
+        result = linear(*arguments)
+        seen.add(result.dtype)
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, "linear", note)
+    train(config, tmp_path / "run", {"train.precision": "bf16", "train.steps": 1, "evaluation.every": 1000})
+    assert seen == {torch.bfloat16}

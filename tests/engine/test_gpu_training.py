@@ -60,7 +60,7 @@ def updates() -> None:
 
     config = load_config(sys.argv[1], override_arguments({"train.precision": "bf16", "model.attention_dropout": 0.1}))
     device = initialize_distributed(config.run.timeout_minutes)
-    parts = build_parts(config, lambda _: None, dry_run=True)
+    parts = build_parts(config, lambda _: None)
     engine = Engine(MaskedLMWithSas(parts.bert, config.sas_objective()), config.train, config.run.seed, device)
     with PrefetchLoader(parts.dataset, 0, 6, pin_memory=True) as loader:
         windows = list(loader)

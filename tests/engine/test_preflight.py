@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import socket
 import sys
 import types
 from pathlib import Path
@@ -16,10 +17,11 @@ from engine_runs import ROOT, launch, records, train
 from megatron_sas.cli import InputError
 from megatron_sas.config import load_config
 from megatron_sas.engine import environment_checks as checks
-from megatron_sas.engine import preflight
+from megatron_sas.engine import preflight, preflight_report
 from megatron_sas.engine.memory import MemoryEstimate
 
 SCRIPT = ROOT / "pretrain_mlm.py"
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def tree(path: Path) -> list[tuple]:
@@ -38,11 +40,10 @@ def test_a_good_configuration(config, tmp_path):
     run, local = tmp_path / "run", tmp_path / "local"
     local.mkdir()
     before = tree(config.parent)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     buckets = ROOT / "examples" / "deepspeed" / "zero2.json"
     arguments = ["--config", config, "--run.output_dir", run, "--model.hidden_size=128", "--train.zero_stage=2"]
     arguments += [f"--train.deepspeed_config={buckets}", "--train.precision=bf16", "--dry-run"]
-    output = launch(*launcher, SCRIPT, *arguments, TMPDIR=str(local))
+    output = launch(*TWO, SCRIPT, *arguments, TMPDIR=str(local))
     assert "problem" not in output
     assert "batch and DeepSpeed: 2 × 2 × 2 sequences, ZeRO-2" in output
     assert re.search(r"one step: a new run, masked-LM loss 4\.\d+", output)
@@ -62,7 +63,9 @@ def test_a_run_that_exists_is_continued_and_stays_as_it_is(config, tmp_path):
     files = list((run / "checkpoints" / "step_00000003").glob("*.safetensors"))
     parameters = 23_584
     assert sum(f.stat().st_size for f in files) == pytest.approx(parameters * preflight.CHECKPOINT_BYTES, rel=0.1)
-    output = launch(SCRIPT, "--config", config, "--run.output_dir", run, "--dry-run")
+    allocation = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}  # from a shell that Slurm gave
+    output = launch(SCRIPT, "--config", config, "--run.output_dir", run, "--dry-run", **allocation)
+    assert "ok       processes: 1\n" in output
     assert f"one step: continuing from {run}/checkpoints/step_00000003" in output
     assert "disk space: 1 checkpoints of" in output
     assert tree(run) == before
@@ -95,6 +98,72 @@ def test_all_problems_at_once(config, tmp_path):
     assert "pip uninstall apex" in output
     assert "one step" not in output
     assert "Traceback" not in output
+
+
+def as_rank_1(tmp_path: Path, lines: str) -> list:
+    """A launcher and a script: the dry run in two processes, of which the second first does `lines`."""
+    script = tmp_path / "dry_run.py"
+    script.write_text(
+        "import os, sys, time\nfrom pathlib import Path\nimport torch\n"
+        f"from megatron_sas.engine import preflight, preflight_report\nif os.environ['RANK'] == '1':\n    {lines}\n"
+        "code = preflight.preflight(sys.argv[1], sys.argv[2:])\nsys.stdout.flush()\nos._exit(code)\n"
+    )
+    return [*TWO, script]
+
+
+@pytest.mark.slow
+def test_a_problem_of_one_process_stops_all(config, tmp_path):
+    """The other process does not wait for it in the step, and the first says whose problem it is."""
+    command = as_rank_1(tmp_path, "os.environ['TMPDIR'] = '/gone'")
+    output = launch(*command, config, f"--run.output_dir={tmp_path / 'run'}", expect=1, timeout=60)
+    host = socket.gethostname()
+    problems = [line for line in output.splitlines() if line.startswith("problem ")]
+    assert len(problems) == 1
+    assert problems[0].startswith(f"problem  {host} (rank 1): temporary files: TMPDIR /gone: cannot be written")
+    assert "1 problem; a run would fail" in output
+    assert "one step" not in output
+
+
+@pytest.mark.slow
+def test_a_failure_of_one_process_in_the_step_ends_all(config, tmp_path):
+    """While the other waits for it in a collective."""
+    fails = "raise torch.OutOfMemoryError('Out of memory. Tried') "
+    command = as_rank_1(tmp_path, f"def build_parts(*_): {fails}\n    preflight.build_parts = build_parts")
+    output = launch(*command, config, f"--run.output_dir={tmp_path / 'run'}", expect=1, timeout=90)
+    assert "(rank 1): one step: Out of memory; lower train.micro_batch_size" in output
+    assert output.count("1 problem; a run would fail") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_directory_of_its_own_on_each_host(config, tmp_path, exists):
+    """Played by two working directories; nothing is left in them."""
+    for place in ("first", "second"):
+        (tmp_path / place / "run" if exists else tmp_path / place).mkdir(parents=True)
+    before = tree(tmp_path / "first"), tree(tmp_path / "second")
+    command = as_rank_1(tmp_path, f"os.chdir({str(tmp_path / 'second')!r})")
+    command[-1].write_text(f"import os; os.chdir({str(tmp_path / 'first')!r})\n" + command[-1].read_text())
+    output = launch(*command, config, "--run.output_dir=run", expect=1, timeout=90)
+    assert "problem  one step: run.output_dir: run is not one directory for all processes: " in output
+    assert "(rank 1) cannot see what rank 0 writes there; choose a directory on a file system" in output
+    assert [path.name for path in (tmp_path / "first").rglob("*")] == (["run"] if exists else [])
+    assert len(before[1]) == len(tree(tmp_path / "second"))
+
+
+def test_problems_of_others_are_named_once():
+    """Equal ones together; what the first process's own host has was printed when it was found."""
+
+    def process(where, *problems, device="no GPU"):
+        return {"where": where, "device": device, "problems": list(problems)}
+
+    found = [process("a (rank 0)", "p"), process("a (rank 1)", "p"), process("b (rank 2)", "p", "q"), None]
+    lines = preflight_report._of_others(found)
+    assert lines == ["b (rank 2): p", "b (rank 2): q", "rank 3: processes: did not come in time"]
+    found = [process("a (rank 0)", device="a GPU"), process("b (rank 1)", "q"), process("b (rank 2)", "q")]
+    assert preflight_report._of_others(found) == [
+        "b (rank 1), b (rank 2): q",
+        "processes: a GPU on a (rank 0) but no GPU on b (rank 1), b (rank 2); all must train on the same",
+    ]
 
 
 def test_a_wrong_configuration_is_reported_beside_the_environment(tmp_path, capsys):

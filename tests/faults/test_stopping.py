@@ -67,12 +67,41 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(zygote, config, tmp_path):
 
 
 def test_a_signal_while_the_program_starts_is_not_lost(zygote, config, tmp_path):
+    """Nothing is done yet, so nothing is saved, and the requeued run is as good as new."""
     run = tmp_path / "run"
-    job = zygote.start(config, run, LONG)
+    job = zygote.start(config, run, {"train.steps": 4})
     wait_until(lambda: _catches(job.pids[0], signal.SIGTERM), "the handler")
     job.send(signal.SIGTERM)
     assert job.wait() == [0], job.output()
-    assert check_stopped(run, "SIGTERM") <= 1
+    assert (run / "requeue").read_text() == "SIGTERM\n"
+    assert "stopped after 0 updates (SIGTERM)" in job.output() and not records(run)
+    zygote.train(config, run, {"train.steps": 4})
+    assert sorted(records(run)) == [1, 2, 3, 4] and not (run / "requeue").exists()
+
+
+def test_a_signal_before_torch_is_imported_is_not_lost(config, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "pretrain_mlm.py", "--config", config, "--run.output_dir", run, "--train.steps", "4"]
+    with subprocess.Popen(list(map(str, command)), cwd=ROOT) as process:
+        wait_until(lambda: _catches(process.pid, signal.SIGTERM), "the handler")
+        assert not any("libtorch" in line for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0
+    assert (run / "requeue").read_text() == "SIGTERM\n"
+
+
+def test_a_directory_belongs_to_one_run_at_a_time(zygote, config, tmp_path):
+    run = tmp_path / "run"
+    first = zygote.start(config, run, LONG)
+    wait_until(lambda: steps_done(run) >= 3, "training")
+    second = zygote.start(config, run, LONG)
+    assert second.wait() == [2]
+    assert f"{run}: process {first.pids[0]} on " in second.output() and "Traceback" not in second.output()
+    before = steps_done(run)
+    wait_until(lambda: steps_done(run) > before, "the first run going on")
+    (run / "stop").touch()
+    assert first.wait() == [0], first.output()
+    check_stopped(run, f"file {run / 'stop'}")
 
 
 def _catches(pid, number):

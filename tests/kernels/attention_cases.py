@@ -17,6 +17,11 @@ HEAD_KINDS = ("random", "near", "none", "one", "self", "beyond")
 GRADIENT_KINDS = ("normal", "last_layer", "zero")
 
 
+def device_of(backend: str) -> str:
+    """Where tests of every backend run this one: our Triton kernels are interpreted only where there is no GPU."""
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
 @dataclass
 class Case:
     """Inputs whose values are exact in `dtype`, held in float64, and the gradients of the three outputs."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
+import textwrap
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from attention_cases import GRADIENT_KINDS, HEAD_KINDS, backward, make_case
+from attention_cases import GRADIENT_KINDS, HEAD_KINDS, backward, device_of, make_case
 from attention_errors import check_against_float64
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.flex_attention import AuxOutput
 
 from megatron_sas.kernels import choose_backend, dependency_attention, lse_attention
 from megatron_sas.kernels.sdpa import CudaFlash, CudnnFlash
@@ -22,7 +27,7 @@ BACKEND_TYPES = [
     ("reference", torch.float32),
 ]
 TRITON_TYPES = [("triton", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
-HERE = ["reference", "sdpa", "chunked", "triton"]  # backends that can run on CPU, one in an interpreter
+HERE = ["reference", "sdpa", "chunked", "triton"]  # backends that can run on CPU, one in an interpreter (without a GPU)
 
 
 @settings(max_examples=80, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -63,18 +68,19 @@ def test_random_cases(seed, backend_dtype, gradient_kind, **shape):
     gradient_kind=st.sampled_from(GRADIENT_KINDS),
     subset=st.sampled_from([(True, True, True)] * 3 + [(i & 1 > 0, i & 2 > 0, i & 4 > 0) for i in range(1, 8)]),
 )
-def test_random_cases_in_the_interpreter(seed, dtype, gradient_kind, subset, **shape):
+def test_random_cases_for_our_kernels(seed, dtype, gradient_kind, subset, **shape):
     if dtype == torch.float16 and gradient_kind == "last_layer":
         gradient_kind = "normal"
     if not subset[0]:
         gradient_kind = "zero"
-    check_against_float64(make_case(seed, dtype=dtype, gradient_kind=gradient_kind, subset=subset, **shape), "triton")
+    case = make_case(seed, dtype=dtype, gradient_kind=gradient_kind, subset=subset, **shape)
+    check_against_float64(case, "triton", device_of("triton"))
 
 
 @pytest.mark.full
-def test_a_thousand_tokens_in_the_interpreter():
+def test_a_thousand_tokens_for_our_kernels():
     case = make_case(2, batch=1, num_heads=1, seq=1000, dim=32, dtype=torch.float32, kind="random")
-    check_against_float64(case, "triton")
+    check_against_float64(case, "triton", device_of("triton"))
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [*BACKEND_TYPES, *TRITON_TYPES])
@@ -83,7 +89,7 @@ def test_every_backend_at_512(backend, dtype, gradient_kind):
     if dtype == torch.float16 and gradient_kind == "last_layer":
         pytest.skip("such gradients are zero in float16")
     case = make_case(0, batch=1, num_heads=2, seq=512, dim=64, dtype=dtype, gradient_kind=gradient_kind)
-    check_against_float64(case, backend)
+    check_against_float64(case, backend, device_of(backend))
 
 
 @pytest.mark.parametrize("uneven", [False, True])
@@ -92,17 +98,19 @@ def test_flex_attention(uneven, monkeypatch):
     case = make_case(4, batch=2, num_heads=2, seq=40, dim=16, dtype=torch.float64, kind="random", uneven=uneven)
     exact, exact_grads = case.run("reference", torch.float64)
     valid = case.valid_rows()
-    found = dependency_attention(*case.qkv, case.heads, seqlens=case.seqlens, backend="flex")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # what torch will no longer take
+        found = dependency_attention(*case.qkv, case.heads, seqlens=case.seqlens, backend="flex")
     torch.testing.assert_close(found[0] * valid, exact[0] * valid)
     for a, b in zip(found[1:], exact[1:], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # torch returns the logsumexp in float32
 
-    def plain(q, k, v, block_mask, scale, return_lse):
-        assert return_lse
+    def plain(q, k, v, block_mask, scale, return_aux):
+        assert return_aux.lse
         scores = q @ k.mT * scale
         if case.seqlens is not None:
             scores = scores.masked_fill(~case.valid_keys()[:, None, None], float("-inf"))
-        return scores.softmax(-1) @ v, scores.logsumexp(-1)
+        return scores.softmax(-1) @ v, AuxOutput(lse=scores.logsumexp(-1))
 
     monkeypatch.setattr(lse_attention, "_flex_function", lambda compiled: plain)
     monkeypatch.setattr(lse_attention, "lse_refusal", lambda *_: None)
@@ -168,12 +176,13 @@ def test_chunked_spans_blocks():
 @pytest.mark.parametrize("kind", ["near", "beyond"])
 def test_no_edge_means_zero_without_gradient(backend, kind):
     case = make_case(6, batch=2, num_heads=2, seq=33, dim=8, dtype=torch.float32, kind=kind)
-    seqlens = torch.tensor([33, 20])
-    qkv = [x.float().requires_grad_() for x in case.qkv]
-    outputs = dependency_attention(*qkv, case.heads, seqlens=seqlens, backend=backend)
-    positions = torch.arange(33)
+    device = device_of(backend)
+    seqlens, heads = torch.tensor([33, 20], device=device), case.heads.to(device)
+    qkv = [x.to(device, torch.float32).requires_grad_() for x in case.qkv]
+    outputs = dependency_attention(*qkv, heads, seqlens=seqlens, backend=backend)
+    positions = torch.arange(33, device=device)
     limit = seqlens[:, None]
-    edge = ((case.heads >= 0) & (case.heads < limit) & (positions < limit))[:, None, :].expand(-1, 2, -1)
+    edge = ((heads >= 0) & (heads < limit) & (positions < limit))[:, None, :].expand(-1, 2, -1)
     for probs in outputs[1:]:
         assert (probs[~edge] == 0).all()
         assert (probs[edge] > 0).all()
@@ -186,28 +195,36 @@ def test_no_edge_means_zero_without_gradient(backend, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_heads_or_without_their_gradient_the_bits_are_the_same(backend, dtype):
     case = make_case(7, batch=2, num_heads=3, seq=65, dim=16, dtype=dtype)
+    device = device_of(backend)
+    grad_out = case.gradients[0].to(device)
     results = []
     for heads in (None, case.heads, torch.full_like(case.heads, -1)):
-        qkv = [x.to(dtype).requires_grad_() for x in case.qkv]
-        out, to_head, to_dependent = dependency_attention(*qkv, heads, backend=backend)
+        qkv = [x.to(device, dtype).requires_grad_() for x in case.qkv]
+        used = None if heads is None else heads.to(device)
+        out, to_head, to_dependent = dependency_attention(*qkv, used, backend=backend)
         if heads is None:
             assert to_head is None
             assert to_dependent is None
-        results.append((out, *backward((out,), case.gradients[:1], qkv)))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        results.append((out, *backward((out,), (grad_out,), qkv)))
+    assert all(torch.equal(a, b) for a, b in zip(*results[1:], strict=True))
+    for a, b in zip(*results[:2], strict=True):
+        if device == "cuda":  # two programs, which a compiler may round differently
+            torch.testing.assert_close(a, b)
+        else:
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("backend", HERE)
 def test_memory_layout_does_not_matter(backend):
     """Views into one projection, as the model makes them, equal contiguous copies; so do gradients of any layout."""
     torch.manual_seed(8)
-    joint = torch.randn(2, 40, 3 * 4 * 16)
-    heads = torch.randint(-1, 40, (2, 40))
+    device = device_of(backend)
+    joint = torch.randn(2, 40, 3 * 4 * 16).to(device)
+    heads = torch.randint(-1, 40, (2, 40)).to(device)
     views = [x.view(2, 40, 4, 16).transpose(1, 2).requires_grad_() for x in joint.split(64, dim=-1)]
     copies = [x.detach().contiguous().requires_grad_() for x in views]
-    grad_out = torch.randn(2, 40, 4, 16).transpose(1, 2)
-    gradients = (grad_out, *(torch.randn(2, 40, 4).transpose(1, 2) for _ in range(2)))
+    grad_out = torch.randn(2, 40, 4, 16).to(device).transpose(1, 2)
+    gradients = (grad_out, *(torch.randn(2, 40, 4).to(device).transpose(1, 2) for _ in range(2)))
     results = []
     for qkv in (views, copies):
         outputs = dependency_attention(*qkv, heads, backend=backend)
@@ -261,6 +278,23 @@ def test_wrong_arguments(change, message):
     positional = [arguments.pop(name) for name in ("q", "k", "v", "heads")]
     with pytest.raises(ValueError, match=message):
         dependency_attention(*positional, **arguments)
+
+
+def test_a_broken_flash_attention_is_not_there(tmp_path):
+    """flash_attn's own import fails, for instance where it was built for another torch."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError('undefined symbol')\n")
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("def flash_attn_func(): pass\n")
+    code = f"""
+        import sys
+        sys.path[:0] = [{str(tmp_path)!r}, {str(Path(__file__).parents[2])!r}]
+        import torch
+        from megatron_sas.kernels import backend_refusal
+        print(backend_refusal("fa4", torch.zeros(1, 1, 4, 8), False, 0.0))
+        """
+    run = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("FlashAttention-4 cannot be imported"), done.stderr
 
 
 def test_flash_refuses_float16():

@@ -8,7 +8,7 @@ from attention_cases import GRADIENT_KINDS, HEAD_KINDS, backward, make_case
 from attention_errors import check_against_float64
 
 from megatron_sas.kernels import choose_backend, dependency_attention, dropout
-from megatron_sas.kernels.lse_attention import HAS_FA4
+from megatron_sas.kernels.lse_attention import has_fa4
 from megatron_sas.kernels.reference import attention_probs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -19,7 +19,7 @@ TYPES = [
     ("sdpa", torch.bfloat16),
     ("cudnn", torch.bfloat16),
     *(("flex", dtype) for dtype in (torch.float32, *HALVES)),
-    *(("fa4", dtype) for dtype in HALVES if HAS_FA4),
+    *(("fa4", dtype) for dtype in HALVES if has_fa4()),
 ]
 NO_LENGTHS = ("sdpa", "cudnn", "fa4")
 
@@ -110,6 +110,33 @@ def test_auto_takes_our_kernels():
     assert choose_backend(q, 0.1) == "triton"
     assert choose_backend(q.double(), 0.1) == "chunked"
     assert choose_backend(torch.zeros(1, 1, 64, 256, device="cuda", dtype=torch.bfloat16), 0.0) in ("sdpa", "cudnn")
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+def test_more_maps_than_a_second_grid_axis_takes(backend):
+    """70,000 maps: "sdpa" adds entries with a kernel of ours. The last maps equal those computed alone."""
+    batch, num_heads, seq, last = 17_500, 4, 8, 2
+    if backend == "sdpa":  # FlashAttention-2 has the heads on a grid axis of their own
+        batch, num_heads = 35_000, 2
+    torch.manual_seed(4)
+    joint = torch.randn(3, batch, num_heads, seq, 16, device="cuda").to(torch.bfloat16)
+    heads = torch.randint(-1, seq, (batch, seq), device="cuda")
+    results = []
+    for part in (slice(None), slice(batch - last, None)):
+        qkv = [x.clone().requires_grad_() for x in joint[:, part]]
+        outputs = dependency_attention(*qkv, heads[part], backend=backend)
+        results.append((*outputs, *torch.autograd.grad(sum(x.float().square().sum() for x in outputs), qkv)))
+    for all_maps, few in zip(*results, strict=True):
+        assert torch.isfinite(all_maps).all()
+        torch.testing.assert_close(all_maps[-last:], few)
+    torch.manual_seed(5)
+    seed = dropout.draw_seed(torch.device("cuda"))
+    torch.manual_seed(5)
+    if backend == "triton":
+        identity = torch.eye(seq, 16, device="cuda", dtype=torch.bfloat16).expand_as(joint[0])
+        out = dependency_attention(joint[0], joint[1], identity, None, dropout_p=0.3, backend=backend)[0]
+        expected = dropout.keep_mask(seed, 0.3, batch, num_heads, slice(0, seq), seq)
+        assert torch.equal(out[..., :seq] != 0, expected)
 
 
 @pytest.mark.parametrize("backend", ["triton", "sdpa", "cudnn"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
 from attention_cases import HEAD_KINDS, backward, make_case
 
 from megatron_sas.kernels import dependency_attention
@@ -98,6 +99,52 @@ def test_sparse_gradient_for_other_kernels(kind, which):
     add_entry_gradients_(*exact, q, k, heads, 0.2, *chosen)
     for a, b in zip(found, exact, strict=True):
         torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_every_grid_has_one_dimension(monkeypatch):
+    """The others end at 65,535, and there may be more maps."""
+    from megatron_sas.kernels import triton_attention, triton_entries
+
+    grids, plain = [], triton.runtime.jit.KernelInterface.__getitem__
+
+    def spy(kernel, grid):
+        grids.append(grid({"BLOCK_M": 16, "BLOCK_N": 16}) if callable(grid) else grid)
+        return plain(kernel, grid)
+
+    monkeypatch.setattr(triton.runtime.jit.KernelInterface, "__getitem__", spy)
+    q, k, v, heads, *_ = make_inputs(0.0)
+    outputs = dependency_attention(q, k, v, heads, dropout_p=0.1, backend="triton")
+    gradients = torch.autograd.grad(sum(x.sum() for x in outputs), (q, k, v))
+    g = torch.ones(2, 2, 40, device=DEVICE)
+    triton_entries.add_entry_gradients_(*gradients[:2], q.detach(), k.detach(), heads.clamp(min=0), 0.2, g, g)
+    assert [len(grid) for grid in grids] == [1] * 7  # keys, forward, finish, row terms, two gradients, entries
+    assert triton_attention.TOKEN_BLOCK >= 40  # one block for each of four maps
+    assert grids[0] == (4,)
+    assert grids[1] == (12,)
+
+
+def test_short_sequences_share_programs_and_are_not_searched(monkeypatch):
+    """A class of lengths costs a compilation, and a search that of all tile sizes."""
+    from megatron_sas.kernels import triton_attention
+
+    classes = {n: triton_attention._shape_constants(torch.empty(1, 1, n, 16), 0.0)["SEQ_CLASS"] for n in range(1, 600)}
+    assert {classes[n] for n in range(1, 129)} == {128}
+    assert {classes[n] for n in range(129, 257)} == {256}
+    launched = []
+
+    class Launched:
+        def __init__(self, name):
+            self.name, self.configs = name, [triton.Config({"BLOCK_M": 16})]
+
+        def __getitem__(self, grid):
+            return lambda *_, **__: launched.append(self.name)
+
+    kernel, searched = Launched("fixed"), Launched("searched")
+    monkeypatch.setattr(triton_attention, "_SEARCHED", {"single": {kernel: searched}})
+    monkeypatch.setattr(triton_attention, "INTERPRETED", False)
+    for seq in (1, 127, 128, 1000):
+        triton_attention._launch(kernel, (1,), torch.empty(1, 1, seq, 16))
+    assert launched == ["fixed", "fixed", "searched", "searched"]
 
 
 @pytest.mark.parametrize(

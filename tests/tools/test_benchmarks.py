@@ -67,7 +67,7 @@ def test_training_benchmark(tmp_path):
     result = json.loads(output.read_text())
     assert set(result["variants"]) == {"ours_max", "ours_mlm", "paper", "hf_sdpa"}
     assert all(len(row["times"]["wall"]) == len(row["times"]["cpu"]) == 2 for row in result["variants"].values())
-    assert result["ratios"]["paper / ours_max"] > 0
+    assert result["ratios"]["paper / ours_max"] > 0 and result["left_out"] == {}
     assert (result["device"]["type"], result["device"]["torch"]) == ("cpu", torch.__version__)
     assert result["device"]["threads"] == 1
     assert "| paper / ours_max |" in done.stdout
@@ -99,6 +99,7 @@ def test_attention_benchmark(tmp_path):
     assert {r["gradient"] for r in records} == {"none", "max", "uniform"}
     assert {r["seq_length"] for r in records} == {8, 20}
     assert all(0 < r["gradient_error"] < 1e-5 for r in records)
+    assert all(r["forward_host_seconds"] is None for r in records)  # a CPU queues nothing
 
 
 def test_the_papers_way_computes_the_same_objective(monkeypatch):
@@ -125,6 +126,90 @@ def test_variants_take_turns():
     times = time_interleaved(variants, rounds=3, device=torch.device("cpu"), warmup=0)
     assert "".join(calls) == "abcbcacab"
     assert all(len(times[name].wall) == len(times[name].cpu) == 3 for name in "abc")
+
+
+def test_calls_are_queued_between_time_stamps_of_the_gpu(monkeypatch):
+    """With a stand-in for the GPU: what is called in which order, and what becomes of the numbers."""
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            calls.append(f"record {stream}")
+
+        def elapsed_time(self, end):
+            return 40.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("synchronize"))
+    variants = {"a": lambda: calls.append("a")}
+    times = time_interleaved(variants, rounds=1, device=torch.device("cuda"), warmup=0, queued=4)["a"]
+    assert calls == ["synchronize", "record stream", *"aaaa", "record stream", "synchronize"]
+    assert times.wall == [0.01]
+    assert len(times.host) == len(times.cpu) == 1
+
+
+def test_a_variant_without_memory_is_left_out():
+    calls = []
+
+    def too_large():
+        calls.append("large")
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nand so on")
+
+    variants = {"small": lambda: None, "large": too_large}
+    left_out: dict[str, str] = {}
+    times = time_interleaved(variants, rounds=4, device=torch.device("cpu"), warmup=0, left_out=left_out)
+    assert (len(calls), set(times), len(times["small"].wall)) == (3, {"small"}, 4)
+    assert left_out == {"large": "CUDA out of memory. Tried to allocate 3 GiB."}
+    calls.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        time_interleaved(variants, rounds=4, device=torch.device("cpu"))
+
+
+def test_the_largest_batch_that_fits(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import benchmark_training as tool
+
+    for limit in (0, 1, 2, 3, 7, 15, 16, 31, 32, 47, 48, 63, 100, 1000):
+        tried = []
+        found = tool.largest_that_fits(lambda n, limit=limit, tried=tried: tried.append(n) or n <= limit)
+        assert found <= limit < found + max(1, found // 16) or found == limit == 0
+        assert len(tried) < 20
+
+
+def test_the_papers_way_gets_what_the_others_leave(monkeypatch):
+    """Its batch is chosen when all others have their states; one that does not fit does not end the others."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import benchmark_training as tool
+
+    log = []
+
+    def build(name, setting, batch):
+        def step():
+            log.append((name, len(batch.input_ids)))
+            if name == "ours_uniform" or (name == "paper" and len(batch.input_ids) > 11):
+                raise torch.OutOfMemoryError("no memory")
+
+        return step
+
+    monkeypatch.setattr(tool, "build_variant", build)
+    monkeypatch.setattr(tool, "release_memory", lambda device: None)
+    make_batch = tool.random_batch
+    monkeypatch.setattr(
+        tool, "random_batch", lambda size, arguments, _: make_batch(size, arguments, torch.device("cpu"))
+    )
+    arguments = argparse.Namespace(seq_length=8, vocab_size=50, seed=0, batch=4, paper_batch=None)
+    setting = argparse.Namespace(device=torch.device("cuda"))
+    built = tool.build_variants(["paper", "ours_max", "ours_uniform", "hf_sdpa"], setting, arguments)
+    assert built.sizes == {"ours_max": 4, "hf_sdpa": 4, "paper": 11}
+    assert built.left_out == {"ours_uniform": "no memory"}
+    assert log[:3] == [("ours_max", 4), ("ours_uniform", 4), ("hf_sdpa", 4)]
+    assert set(built.steps) == set(built.sizes)
+    assert {len(batch.input_ids) for batch in built.batches.values()} == {4, 11}
 
 
 def test_ratio_is_taken_round_by_round():

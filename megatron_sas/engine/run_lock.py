@@ -1,0 +1,58 @@
+"""One run directory, one run: a lock that ends with the process that holds it, however that ends."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+from megatron_sas.cli import InputError
+
+LOCK = ".lock"
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class RunLock:
+    """Rank 0's claim to a run directory. Two runs in one directory would overwrite each other's records and saves."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.path = Path(run_dir) / LOCK
+        self._file: IO[str] | None = None
+
+    def take(self) -> None:
+        """Claim the directory, which is made if need be; nothing happens if it is ours already.
+
+        On a file system without locks the claim is only written down.
+
+        Raises:
+            InputError: a process that still lives has it.
+        """
+        if self._file is not None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                file.close()
+                raise InputError(
+                    f"{self.path.parent}: {holder} is running in this directory; wait for it, or create the file "
+                    f"{self.path.parent / 'stop'} to have it save and end"
+                ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._file = file
+
+    def close(self) -> None:
+        """Let others have it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
