@@ -8,7 +8,6 @@ import hashlib
 import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,6 +18,7 @@ from megatron_sas.cli import InputError, progress, run_main
 from megatron_sas.data.checksums import block_checksums
 from megatron_sas.data.controls import Control, parse_control
 from megatron_sas.data.packed import PackedData
+from megatron_sas.data.packed_writer import temporary_folder
 from megatron_sas.files import fsync_directory, fsync_file, refuse_existing, write_json_atomic
 
 BLOCK_TOKENS = 1 << 19  # tokens held in memory at a time
@@ -78,18 +78,15 @@ def main() -> None:
     refuse_existing(header, args.overwrite)
     packed = PackedData(args.data)
 
-    descriptor, temporary = tempfile.mkstemp(dir=stream.parent, prefix=f".{stream.name}.", suffix=".tmp")
-    os.close(descriptor)
-    try:
-        result = write_heads(packed, control, args.seed, Path(temporary)) | block_checksums(temporary)
+    with temporary_folder(stream) as folder:
+        temporary = folder / stream.name
+        result = write_heads(packed, control, args.seed, temporary) | block_checksums(temporary)
         os.chmod(temporary, os.stat(f"{args.data}.heads.bin").st_mode & 0o777)
         fsync_file(temporary)
         # An old header must not vouch for the new stream.
         header.unlink(missing_ok=True)
         os.replace(temporary, stream)
         fsync_directory(stream.parent)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     base = {name: packed.header["files"][name].get("sha256") for name in ("heads.bin", "marks.bin")}
     origin = {"kind": args.control, "seed": args.seed, "base_fingerprint": packed.fingerprint, "base_files": base}
     write_json_atomic(header, {"name": name, **origin, **result})

@@ -6,7 +6,8 @@
 
 Reads text as tools/preprocess_data.py does, without parsing it. The report counts repeated documents (by a hash of
 their text), repeated ids, broken input, and evaluation sentences that occur word for word, each with examples; and it
-lists the documents that --exclude then leaves out.
+lists the documents that --exclude then leaves out. An input that cannot be read is named, the report is of the others,
+and the command ends with code 2.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from megatron_sas.cli import run_main
+from megatron_sas.cli import InputError, run_main
 from megatron_sas.data.conllu import read_conllu
 from megatron_sas.data.survey import SurveySettings, survey
 from megatron_sas.evaluation.blimp import load_blimp
@@ -87,6 +88,11 @@ def main() -> None:
     for name, entry in report["contamination"].items():
         print(f"{name}: {entry['found']:,} of {entry['looked_for']:,} sentences found ({entry['sentences']:,} in all)")
     print(f"{given.output}: lists {sum(len(entry['exclude']) for entry in report['inputs']):,} documents to exclude")
+    if report["failed"]:
+        raise InputError(
+            f"{len(report['failed'])} of {len(given.input)} inputs failed, and {given.output} is of the others: "
+            + "; ".join(entry["reason"] for entry in report["failed"])
+        )
 
 
 if __name__ == "__main__":

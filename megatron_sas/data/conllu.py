@@ -28,7 +28,6 @@ class ConlluSentence:
     words: list[str]
     heads: list[int]
     relns: list[str]
-    space_after: list[bool]
     text: str
     spans: list[tuple[int, int]]
     line: int  # of the first comment or word, from 1
@@ -121,8 +120,8 @@ def _parse(first_line: int, lines: list[tuple[int, str]]) -> ConlluSentence:
     if covered > len(words):
         raise _Malformed(first_line, f"a multiword token ends at word {covered}, the sentence at {len(words)}")
     _check_tree(heads, numbers)
-    text, spans, space_after = _rebuild(words, surface)
-    return ConlluSentence(words, heads, relns, space_after, text, spans, first_line, False, comments)
+    text, spans = _rebuild(words, surface)
+    return ConlluSentence(words, heads, relns, text, spans, first_line, False, comments)
 
 
 def _check_tree(heads: list[int], lines: list[int]) -> None:
@@ -143,11 +142,10 @@ def _check_tree(heads: list[int], lines: list[int]) -> None:
             state[visited] = 2
 
 
-def _rebuild(words: list[str], surface: list[tuple[str, int, bool]]) -> tuple[str, list[tuple[int, int]], list[bool]]:
-    """Text, character spans and space_after of the syntactic words from the surface tokens."""
+def _rebuild(words: list[str], surface: list[tuple[str, int, bool]]) -> tuple[str, list[tuple[int, int]]]:
+    """Text and character spans of the syntactic words from the surface tokens."""
     parts: list[str] = []
     spans: list[tuple[int, int]] = []
-    space_after: list[bool] = []
     offset = 0
     for number, (form, count, space) in enumerate(surface):
         inner = words[len(spans) : len(spans) + count]
@@ -159,10 +157,9 @@ def _rebuild(words: list[str], surface: list[tuple[str, int, bool]]) -> tuple[st
         else:
             spans.append((offset, end))
             spans.extend([(end, end)] * (count - 1))
-        space_after.extend([False] * (count - 1) + [space])
         offset = end
         parts.append(form)
         if space and number + 1 < len(surface):
             parts.append(" ")
             offset += 1
-    return "".join(parts), spans, space_after
+    return "".join(parts), spans

@@ -66,7 +66,12 @@ class Exclusions:
                     f"format version {survey['version']}, this program reads {SURVEY_VERSION}; run it again"
                 )
             entries = {source_name(entry["name"]): entry for entry in survey["inputs"]}
+            failed = {source_name(entry["name"]) for entry in survey.get("failed", [])}
             missing = [name for name in inputs if source_name(name) not in entries]
+            if missing and source_name(missing[0]) in failed:
+                raise InputError(
+                    f"{missing[0]}: was surveyed in {path}, but could not be read; mend it and survey all inputs again"
+                )
             if missing:
                 raise InputError(f"{path}: does not contain {missing[0]}; survey all inputs in one go")
             found = {name: entries[source_name(name)] for name in inputs}

@@ -38,7 +38,8 @@ def open_dataset(name: str) -> Any:
     saved = next((folder for folder in (path / match["split"], path) if (folder / "state.json").is_file()), None)
     try:
         if saved is not None:
-            rows = datasets.load_from_disk(str(saved))
+            # A format that was set before saving ("torch", "numpy") would come back with it.
+            rows = datasets.load_from_disk(str(saved)).with_format(None)
         else:
             config = [match["config"]] if match["config"] else []
             rows = datasets.load_dataset(match["dataset"], *config, split=match["split"], streaming=True)

@@ -79,7 +79,7 @@ def import_dataset(settings: ImportSettings) -> dict[str, Any]:
                 counts["rows_as_they_are"] += 1
                 counts["edges"] += int((row.heads >= 0).sum())
             else:
-                _pack(packer, row, info.special_ids)
+                counts["edges_across_separators"] += _pack(packer, row, info.special_ids)
                 counts["rows_packed_anew"] += 1
         packer.finish()
         if not writer.num_sequences:
@@ -110,6 +110,7 @@ COUNTS = {
     "edges_of_specials": "heads of or at special tokens and padding: no edges",
     "edges_to_last_token": "heads that point to the last place of a row, where code that clamps positions puts many",
     "relations_negative": "relations below -1: no relations",
+    "edges_across_separators": "edges between two runs of pieces that a special token separates, in rows packed anew",
     "edges_cut": "edges that packing anew has cut at a sequence's end",
     "tail_pieces": "pieces after the last full sequence",
     "tail_edges": "edges among them",
@@ -121,12 +122,11 @@ def _summary(counts: Counter[str]) -> str:
 
 
 def _continuations(tokenizer: Any, vocab_size: int) -> np.ndarray:
-    """(V,) bool: pieces that continue a word. By "##" if the vocabulary has that, else by the lack of "▁" or "Ġ"."""
-    pieces = tokenizer.get_vocab()
-    wordpiece = any(piece.startswith("##") for piece in pieces)
+    """(V,) bool: pieces that continue a word. By "##" if the model marks them so, else by the lack of "▁" or "Ġ"."""
+    prefix = getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None)
     result = np.zeros(vocab_size, dtype=bool)
-    for piece, number in pieces.items():
-        result[number] = piece.startswith("##") if wordpiece else not piece.startswith(("▁", "Ġ"))
+    for piece, number in tokenizer.get_vocab().items():
+        result[number] = piece.startswith(prefix) if prefix else not piece.startswith(("▁", "Ġ"))
     return result
 
 
@@ -257,8 +257,9 @@ def _marks(words: np.ndarray, heads: np.ndarray, special: np.ndarray) -> np.ndar
     return marks
 
 
-def _pack(packer: Packer, row: _Row, special_ids: tuple[int, ...]) -> None:
-    """Hand the runs between special tokens to the packer, each as a document of its own."""
+def _pack(packer: Packer, row: _Row, special_ids: tuple[int, ...]) -> int:
+    """Hand the runs between special tokens to the packer, each as a document of its own; returns edges between them."""
+    across = 0
     special = np.isin(row.tokens, special_ids)
     offsets = np.where(row.heads >= 0, row.heads - np.arange(len(row.heads)), 0).astype(np.int32)
     bounds = np.flatnonzero(np.diff(np.concatenate(([True], special, [True])).astype(np.int8)))
@@ -266,5 +267,7 @@ def _pack(packer: Packer, row: _Row, special_ids: tuple[int, ...]) -> None:
         run = slice(start, end)
         target = np.arange(start, end) + offsets[run]
         inside = np.where((target >= start) & (target < end), offsets[run], 0)
+        across += int(np.count_nonzero(offsets[run])) - int(np.count_nonzero(inside))
         packer.start_document()
         packer.add(row.tokens[run].astype(np.int32), inside, row.marks[run], row.relations[run].astype(np.uint8))
+    return across

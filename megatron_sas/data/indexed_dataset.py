@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sas.cli import InputError
-from megatron_sas.files import fsync_file
+from megatron_sas.files import fsync_file, obey_umask
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -83,9 +83,7 @@ class IndexedDatasetWriter:
                 self._write_index(file)
             fsync_file(index_path)
             for temporary, suffix in ((self._bin.name, ".bin"), (index_path, ".idx")):
-                umask = os.umask(0)
-                os.umask(umask)
-                os.chmod(temporary, 0o666 & ~umask)
+                obey_umask(temporary)
                 os.replace(temporary, f"{self.prefix}{suffix}")
         except BaseException:
             self.abort()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ class _Input:
     # The places of the last losses: a record is lost once. Those in kept records (index 1) are known later than those
     # of reading, the later the more processes work.
     last: list[str] = field(default_factory=lambda: ["", ""])
+    kinds: Counter[str] = field(default_factory=Counter)
 
     @property
     def share(self) -> float:
@@ -61,7 +63,9 @@ class Losses:
             entry.lost += 1
             entry.kept -= part_of_kept
         entry.unread = max(entry.unread, unread)
-        kind = self._kinds.setdefault(_PARTICULARS.split(reason, maxsplit=1)[0].strip(), _Kind())
+        name = _PARTICULARS.split(reason, maxsplit=1)[0].strip()
+        entry.kinds[name] += 1
+        kind = self._kinds.setdefault(name, _Kind())
         kind.count += 1
         if kind.count <= _EXAMPLES:
             kind.examples.append({"where": where, "reason": reason})
@@ -75,7 +79,7 @@ class Losses:
         for key in self._inputs if name is None else [name]:
             entry = self._of(key)
             if entry.share > self.max_loss:
-                commonest = max(self._kinds, key=lambda kind: self._kinds[kind].count)
+                commonest = entry.kinds.most_common(1)[0][0]
                 missing = f" and {entry.unread:.1%} of the file unread" if entry.unread else ""
                 raise InputError(
                     f"{key}: {entry.lost} of {entry.kept + entry.lost} records left out{missing}, mostly for "

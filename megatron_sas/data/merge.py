@@ -20,12 +20,16 @@ _EXAMPLES = 5
 def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str, Any]:
     """Concatenate packed data and return the header of the result. Every file is compared with its header first.
 
-    Data without a sequence (shards of too little text) add their counts only. Relations get common numbers.
+    Data without a sequence (shards of too little text) add their counts only. Relations get common numbers. The header
+    has the `settings` that all parts were made with, or each of its `parts` has its own.
 
     Raises:
-        InputError: a part is damaged, or has another tokenizer or sequence length than the first.
+        InputError: a part is damaged, has another tokenizer or sequence length than the first, or another `--split`.
     """
     headers = [packed_header(prefix) for prefix in prefixes]
+    _check_splits(prefixes, headers)
+    settings = [header.get("settings") for header in headers]
+    common = settings[0] if all(value == settings[0] for value in settings) else None
     used = [prefix for prefix, header in zip(prefixes, headers, strict=True) if header["num_sequences"]]
     if not used:
         raise InputError(f"{', '.join(prefixes)}: hold no sequence; there is nothing to merge")
@@ -45,8 +49,30 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
                 rows = slice(start, start + _BLOCK)
                 writer.add(part.tokens[rows], part.heads[rows], part.marks[rows], numbers[part.relns[rows]])
                 bar.update(len(part.tokens[rows]))
-            parts.append({"name": Path(prefix).name, "num_sequences": len(part), "fingerprint": part.fingerprint})
-        return writer.finish(names.names, **_joined(headers), parts=parts)
+            entry = {"name": Path(prefix).name, "num_sequences": len(part), "fingerprint": part.fingerprint}
+            if common is None:  # a part that is merged itself may have them in its own parts
+                entry |= {name: part.header[name] for name in ("settings", "parts") if name in part.header}
+            parts.append(entry)
+        shared = {} if common is None else {"settings": common}
+        return writer.finish(names.names, **_joined(headers), **shared, parts=parts)
+
+
+def _check_splits(prefixes: list[str], headers: list[dict[str, Any]]) -> None:
+    """Training and validation documents, or all and one side, do not go together; imported data has no split."""
+    known = [(prefix, split) for prefix, header in zip(prefixes, headers, strict=True) for split in _splits(header)]
+    for prefix, split in known:
+        if split != known[0][1]:
+            raise InputError(
+                f"{prefix}: was made with {split}, {known[0][0]} with {known[0][1]}; preprocess with one --split"
+            )
+
+
+def _splits(header: dict[str, Any]) -> list[str]:
+    """What a header, or those of its parts, say of --split."""
+    if "settings" not in header:
+        return [split for part in header.get("parts", []) for split in _splits(part)]
+    split = header["settings"].get("split")
+    return ["no --split" if split is None else f"--split {split}"]
 
 
 def _check_fits(part: PackedData, first: PackedData) -> None:

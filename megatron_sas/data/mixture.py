@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from megatron_sas.cli import InputError
-from megatron_sas.data.packed import PackedData, packed_header
+from megatron_sas.data.packed import OPEN_FILES, PackedData, packed_header
 from megatron_sas.data.sampler import block_shares, global_samples, mixture_samples
+
+_OTHER_FILES = 256  # that a training process may need besides: libraries, sockets between processes, checkpoints
 
 
 class MixedData:
@@ -108,15 +111,31 @@ def open_training_data(
     Of several, those without a sequence (shards of too little text) are passed over, unless they have a weight.
 
     Raises:
-        InputError: no part holds a sequence, or one with a weight does not; and see `PackedData` and `MixedData`.
+        InputError: no part holds a sequence, or one with a weight does not; more parts than files may be open; and see
+            `PackedData` and `MixedData`.
     """
     if len(parts) > 1:
         given = parts[0][0]
         parts = [part for part in parts if part[1] is not None or packed_header(part[0])["num_sequences"]]
         if not parts:
             raise InputError(f"data.train: {given} and the others hold no sequence; give data of more text")
+    _allow_open_files(len(parts))
     opened = [PackedData(prefix, heads_name=heads_name) for prefix, _ in parts]
     return opened[0] if len(opened) == 1 else MixedData(opened, [weight for _, weight in parts])
+
+
+def _allow_open_files(parts: int) -> None:
+    """Raise the process's own limit of open files as far as the system lets it, if `parts` need that."""
+    needed = OPEN_FILES * parts + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if parts == 1 or soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise InputError(
+            f"data.train: {parts} parts need {needed} open files, but a process may have {hard} (ulimit -Hn); merge "
+            "them with tools/merge_data.py, or have the limit raised"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def stream_samples(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_sas.files import sha256_file
 FORMAT = "megatron_sas packed sequences"
 FORMAT_VERSION = 1
 FILES = ("bin", "idx", "heads.bin", "marks.bin", "relns.bin")
+OPEN_FILES = 2  # that `PackedData` keeps open for training
 
 WORD_START = 1  # bits of the marks stream
 SENTENCE_START = 2
@@ -43,7 +45,8 @@ class TokenizerInfo:
 
 class PackedData:
     """Packed sequences through memory maps: `tokens` (N, S) uint16 or int32, `heads` (N, S) int16, `marks` and `relns`
-    (N, S) uint8. Indexing rows of them compares these with checksums (`CheckedMap`).
+    (N, S) uint8. Indexing rows of them compares these with checksums (`CheckedMap`). Every map keeps a file open: those
+    of `tokens` and `heads` from the beginning (`OPEN_FILES`), the others from their first use on.
 
     Attributes: `header` (the parsed PREFIX.json), `seq_length` S, `num_sequences` N, `relations` (index 0 is ""),
     `tokenizer` (`TokenizerInfo`), `fingerprint` (SHA-256 of PREFIX.bin), `heads_path`, `heads_fingerprint` (SHA-256 of
@@ -66,8 +69,6 @@ class PackedData:
             raise InputError(f"{prefix}.idx: does not hold {shape[0]} sequences of {shape[1]} tokens; preprocess again")
         files = self.header["files"]
         self.tokens = CheckedMap(f"{prefix}.bin", index.dtype, shape, files["bin"])
-        self.marks = CheckedMap(f"{prefix}.marks.bin", np.uint8, shape, files["marks.bin"])
-        self.relns = CheckedMap(f"{prefix}.relns.bin", np.uint8, shape, files["relns.bin"])
         self.heads_name = heads_name
         self.heads_header: dict[str, Any] | None = None
         heads_path, heads_record = f"{prefix}.heads.bin", files["heads.bin"]
@@ -78,6 +79,20 @@ class PackedData:
         self.heads_path = heads_path
         self.heads_fingerprint: str | None = heads_record.get("sha256")
         self.heads = CheckedMap(heads_path, "<i2", shape, heads_record)
+
+    @cached_property
+    def marks(self) -> CheckedMap:
+        """Word and sentence starts, `WORD_START` and `SENTENCE_START`."""
+        return self._bytes("marks.bin")
+
+    @cached_property
+    def relns(self) -> CheckedMap:
+        """Numbers into `relations`."""
+        return self._bytes("relns.bin")
+
+    def _bytes(self, name: str) -> CheckedMap:
+        shape = (self.num_sequences, self.seq_length)
+        return CheckedMap(f"{self.prefix}.{name}", np.uint8, shape, self.header["files"][name])
 
     def _check_header(self) -> None:
         path, header = f"{self.prefix}.json", self.header

@@ -54,7 +54,7 @@ class PackedWriter:
     def __enter__(self) -> PackedWriter:
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            self._folder = stack.enter_context(_temporary_folder(self.prefix))
+            self._folder = stack.enter_context(temporary_folder(self.prefix))
             self._tokens = IndexedDatasetWriter(self._folder / "data", token_dtype(self.tokenizer.vocab_size))
             stack.callback(self._tokens.abort)
             self._files = [stack.enter_context(open(self._folder / f"data.{name}.bin", "wb")) for name in _STREAMS]
@@ -112,7 +112,7 @@ def check_seq_length(seq_length: int) -> None:
 
 
 @contextlib.contextmanager
-def _temporary_folder(prefix: Path) -> Iterator[Path]:
+def temporary_folder(prefix: Path) -> Iterator[Path]:
     """A folder beside the output (so that renaming out of it is atomic), removed in every case but a kill."""
     remove_leftovers(prefix)
     folder = Path(tempfile.mkdtemp(dir=prefix.parent, prefix=f".{prefix.name}.", suffix=".tmp"))

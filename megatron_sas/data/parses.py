@@ -149,12 +149,22 @@ class NoParser:
 
 
 def make_parser(specification: str) -> Parser:
-    """The parser for `spacy:MODEL`, `stanza:LANGUAGE`, `conllu` or `none`."""
-    if specification.startswith("stanza:"):
-        return StanzaParser(specification.removeprefix("stanza:"))
-    if specification.startswith("spacy:"):
-        return SpacyParser(specification.removeprefix("spacy:"))
-    return {"conllu": ConlluParser, "none": NoParser}[specification]()
+    """The parser for `spacy:MODEL`, `stanza:LANGUAGE`, `conllu` or `none`; `InputError` when it cannot be loaded."""
+    kind, _, model = specification.partition(":")
+    if kind not in ("spacy", "stanza"):
+        return {"conllu": ConlluParser, "none": NoParser}[specification]()
+    try:
+        return StanzaParser(model) if kind == "stanza" else SpacyParser(model)
+    except InputError:
+        raise
+    except Exception as error:  # of the library's own kinds: files cut off, another version, no memory on the device
+        raise InputError(f"--parser {specification}: cannot be loaded ({first_line(error)})") from error
+
+
+def first_line(error: Exception) -> str:
+    """The kind of an error of a library and the first line of what it says."""
+    reason = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
 
 
 def describe_parser(specification: str) -> dict[str, str]:

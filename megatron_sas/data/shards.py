@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,7 +39,7 @@ def preprocess_shards(
     """Make packed data `settings.output`/NAME of every input whose turn it is, and return their headers.
 
     `shard` (i, n): this call does inputs i, i + n, i + 2n, …. An output that is there and whole is left alone; one that
-    is damaged is made again. A shard that fails does not keep the others from being made.
+    is damaged is made again. A shard that fails, for whatever reason, does not keep the others from being made.
 
     Raises:
         InputError: at the beginning, for wrong settings and for an output made with other settings (unless
@@ -57,9 +58,13 @@ def preprocess_shards(
         one = replace(settings, inputs=[name], output=str(Path(settings.output, output)))
         try:
             header, note = _one_shard(one, say)
-        except (InputError, OSError) as error:
-            say(f"{one.output}: failed: {error}")
-            failures.append(f"{name} ({error})")
+        except Exception as error:
+            reason = str(error)
+            if not isinstance(error, InputError | OSError):  # nobody foresaw it: the place in the program may help
+                traceback.print_exc()
+                reason = f"{type(error).__name__}: {reason}".split("\n")[0]
+            say(f"{one.output}: failed: {reason}")
+            failures.append(f"{name} ({reason})")
             continue
         headers.append(header)
         counts = header["counts"]

@@ -1,7 +1,8 @@
 """One pass over a corpus before it is parsed: documents that occur twice, and documents with evaluation sentences.
 
 Documents are compared by a hash of their text without regard to case and white space. An evaluation sentence counts as
-found where its words, in lower case and without punctuation, follow each other in one paragraph.
+found where its words, in lower case and without punctuation, follow each other in one paragraph; the spelling of Penn
+treebanks ("do n't", "-LRB-") is undone first, in both.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import re
 import signal
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -27,6 +30,13 @@ from megatron_sas.processes import end_with_parent
 
 _WORD = re.compile(r"\w+")
 _EXAMPLES = 20
+_BRACKET = re.compile(r"-[lr][rcs]b-")
+# Spaces that Penn treebanks put into words. (Those before "'s" and the like need nothing: "'" separates words anyway.)
+_SPLITTERS = ("n't", "n’t", "can not", "gon na", "wan na", "got ta", "gim me", "lem me")
+_SPLIT = re.compile(
+    r" (?:(?=n['’]t\b)|(?<=\bcan )(?=not\b)|(?<=\bgon )(?=na\b)|(?<=\bwan )(?=na\b)|(?<=\bgot )(?=ta\b)"
+    r"|(?<=\bgim )(?=me\b)|(?<=\blem )(?=me\b))"
+)
 
 
 @dataclass
@@ -55,6 +65,16 @@ class _Found:
     skipped: dict[str, Any]
 
 
+def words_of(text: str) -> list[str]:
+    """Words of a text in lower case, the same whether or not it is cut into tokens as in the Penn Treebank."""
+    text = text.lower()
+    if "b-" in text:
+        text = _BRACKET.sub(" ", text)
+    if any(splitter in text for splitter in _SPLITTERS):
+        text = _SPLIT.sub("", text)
+    return _WORD.findall(text)
+
+
 class SentenceIndex:
     """Finds sentences in paragraphs. Sentences of fewer than `min_words` words are not looked for."""
 
@@ -63,7 +83,7 @@ class SentenceIndex:
         self._sentences: dict[int, str] = {}
         self._anchors: dict[tuple[str, ...], list[int]] = {}  # the first words of sentences → their numbers
         for number, sentence in enumerate(sentences):
-            words = _WORD.findall(sentence.lower())
+            words = words_of(sentence)
             if len(words) >= min_words:
                 self._sentences[number] = f" {' '.join(words)} "
                 self._anchors.setdefault(tuple(words[:min_words]), []).append(number)
@@ -89,10 +109,14 @@ class SentenceIndex:
 def survey(settings: SurveySettings) -> dict[str, Any]:
     """The report of a corpus, which also lists the documents to leave out (`Exclusions` reads it).
 
-    Of documents with equal text, the first in the order of the inputs stays. 16 bytes a document are kept in memory.
+    Of documents with equal text, the first in the order of the inputs stays. 16 bytes a document are kept in memory,
+    and 65 more while they are compared at the end.
+
+    Inputs that are broken, as in preprocessing, are listed under `failed` with the reason; the rest is a survey of the
+    others.
 
     Raises:
-        InputError: for wrong settings and broken input, as in preprocessing.
+        InputError: for wrong settings, and when no input can be read.
     """
     for name in settings.inputs:
         input_format(name)
@@ -102,18 +126,26 @@ def survey(settings: SurveySettings) -> dict[str, Any]:
         raise InputError(f"--workers {settings.workers}: must be at least 1")
     if settings.min_words < 2:
         raise InputError(f"--min-words {settings.min_words}: must be at least 2")
-    found = list(_all_inputs(settings))
+    found, failed, names = [], [], []
+    for name, one in zip(settings.inputs, _all_inputs(settings), strict=True):
+        if isinstance(one, _Found):
+            found.append(one)
+            names.append(name)
+        else:
+            failed.append({"name": name, "reason": one})
+    if not found:
+        raise InputError(f"no input can be read: {'; '.join(entry['reason'] for entry in failed)}")
     starts = np.append(0, np.cumsum([len(one.texts) for one in found]))
     twice, original = _repeated(np.concatenate([one.texts for one in found]))
     ids_twice, _ = _repeated(np.concatenate([one.ids for one in found]))
 
     def place(document: int) -> str:
         number = int(np.searchsorted(starts, document, side="right")) - 1
-        return f"{settings.inputs[number]}: document {document - starts[number]}"
+        return f"{names[number]}: document {document - starts[number]}"
 
     duplicates = [f"{place(a)} repeats {place(b)}" for a, b in zip(twice[:_EXAMPLES], original, strict=False)]
     inputs = []
-    for name, one, start in zip(settings.inputs, found, starts, strict=False):
+    for name, one, start in zip(names, found, starts, strict=False):
         mine = {
             "duplicates": (twice[(twice >= start) & (twice < start + len(one.texts))] - start).tolist(),
             "contaminated": sorted({document for document, _ in one.hits}),
@@ -134,23 +166,25 @@ def survey(settings: SurveySettings) -> dict[str, Any]:
         "words": sum(one.words for one in found),
         "duplicates": {"count": len(twice), "examples": duplicates},
         "duplicate_ids": {"count": len(ids_twice), "examples": [place(a) for a in ids_twice[:_EXAMPLES]]},
-        "contamination": _contamination(settings, found),
+        "contamination": _contamination(settings, names, found),
         "excluded_for": list(settings.exclude),
+        "failed": failed,
         "inputs": inputs,
     }
 
 
-def _all_inputs(settings: SurveySettings) -> Iterator[_Found]:
+def _all_inputs(settings: SurveySettings) -> Iterator[_Found | str]:
+    """What is in each input, or why it cannot be read."""
     bar = progress(settings.inputs, unit=" inputs", desc="surveying")
     if settings.workers == 1:
         for name in bar:
-            yield _survey_input(name, settings)
+            yield _found_or_reason(name, _survey_input, name, settings)
         return
     pool = ProcessPoolExecutor(settings.workers, get_context("spawn"), _start_worker)
     try:
-        results = pool.map(_survey_input, settings.inputs, [settings] * len(settings.inputs))
-        for _, result in zip(bar, results, strict=True):
-            yield result
+        futures: list[Future] = [pool.submit(_survey_input, name, settings) for name in settings.inputs]
+        for name, future in zip(bar, futures, strict=True):
+            yield _found_or_reason(name, future.result)
     except BrokenProcessPool:
         raise InputError(
             "a worker process ended unexpectedly, probably for want of memory; try fewer than "
@@ -158,6 +192,17 @@ def _all_inputs(settings: SurveySettings) -> Iterator[_Found]:
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _found_or_reason(name: str, survey_input: Callable[..., _Found], *arguments: Any) -> _Found | str:
+    try:
+        return survey_input(*arguments)
+    except (InputError, OSError) as error:
+        reason = str(error)
+        if isinstance(error, OSError) and not error.filename:
+            reason = f"{name}: {reason}"
+        print(f"failed: {reason}", file=sys.stderr)
+        return reason
 
 
 def _start_worker() -> None:
@@ -169,7 +214,7 @@ def _start_worker() -> None:
 def _survey_input(name: str, settings: SurveySettings) -> _Found:
     index = SentenceIndex((s for sentences in settings.sentences.values() for s in sentences), settings.min_words)
     reading = Reading(settings.text_field, settings.on_error, Losses(settings.max_loss, show=True))
-    texts, ids, words, hits = [], [], 0, []
+    texts, ids, words, hits = array("Q"), array("Q"), 0, []
     digest = hashlib.blake2b(digest_size=8)
     empty = True
     for unit in read_units([name], reading):
@@ -178,11 +223,11 @@ def _survey_input(name: str, settings: SurveySettings) -> _Found:
                 texts.append(0 if empty else _number(digest))
             ids.append(0 if unit.document_id is None else _hash(unit.document_id))
             digest, empty = hashlib.blake2b(digest_size=8), True
-        text = unit_text(unit).lower()
+        text = unit_text(unit)
         if text:
-            digest.update(" ".join([*text.split(), ""]).encode())
+            digest.update(" ".join([*text.lower().split(), ""]).encode())
             empty = False
-        found = _WORD.findall(text)
+        found = words_of(text)
         words += len(found)
         hits += [(len(ids) - 1, sentence) for sentence in index.find(found)]
     if ids:
@@ -208,10 +253,10 @@ def _repeated(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return again, original[again]
 
 
-def _contamination(settings: SurveySettings, found: list[_Found]) -> dict[str, Any]:
+def _contamination(settings: SurveySettings, names: list[str], found: list[_Found]) -> dict[str, Any]:
     """Per evaluation set: how many of its sentences were looked for and found, and where, for the first few."""
     places: dict[int, str] = {}
-    for name, one in zip(settings.inputs, found, strict=True):
+    for name, one in zip(names, found, strict=True):
         for document, sentence in one.hits:
             places.setdefault(sentence, f"{name}: document {document}")
     index = SentenceIndex((s for sentences in settings.sentences.values() for s in sentences), settings.min_words)

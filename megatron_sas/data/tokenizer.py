@@ -139,8 +139,27 @@ def plain_text_tokenizer(serialised: str) -> Tokenizer:
     """
     from tokenizers import Tokenizer
 
+    parts = json.loads(serialised)
+    if parts["model"].get("type") == "Unigram":
+        serialised = json.dumps(_without_special_pieces(parts), ensure_ascii=False)
     tokenizer = Tokenizer.from_str(serialised)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def _without_special_pieces(parts: dict[str, Any]) -> dict[str, Any]:
+    """A serialised unigram tokenizer whose model cannot use its special tokens as pieces of a text.
+
+    They stand among its pieces with the best score of all, so that "[SEP]" in a text would become one. SentencePiece
+    leaves them out of its search; here they get names that no text contains. (A very bad score would not do: the model
+    takes it for the worst of a piece, and prices unknown characters, such as "[" may be one, still worse.)
+    """
+    pieces = parts["model"]["vocab"]
+    special = [token for token in parts["added_tokens"] if token["special"] and token["id"] < len(pieces)]
+    for token in special:
+        pieces[token["id"]][0] = f"\0{token['content']}"  # U+0000 is taken out of texts as they are read
+    parts["added_tokens"] = [token for token in parts["added_tokens"] if token not in special]
+    parts["post_processor"] = None
+    return parts

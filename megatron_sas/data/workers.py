@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_sas.cli import InputError
 from megatron_sas.data.alignment import Parse, align
-from megatron_sas.data.parses import RelationNames, make_parser
+from megatron_sas.data.parses import RelationNames, first_line, make_parser
 from megatron_sas.data.sources import Unit
 from megatron_sas.data.tokenizer import plain_text_tokenizer
 from megatron_sas.processes import end_with_parent
@@ -77,25 +77,19 @@ class Worker:
         self._settings = settings
 
     def __call__(self, contents: list[Any]) -> ChunkResult:
-        """Tokenize, parse and align; units whose content is None (empty documents) get no pieces."""
+        """Tokenize, parse and align; units whose content is None (empty documents) get no pieces.
+
+        A chunk that the parser cannot bear is done by halves, down to single units, which are then `bad`.
+        """
         try:
             return self._chunk(contents, {})
-        except Exception:  # parsers are large programs: a text that one cannot bear must not end hours of work
-            bad = self._unbearable(contents)
-            if not bad:
-                raise
-            return self._chunk(contents, bad)
-
-    def _unbearable(self, contents: list[Any]) -> dict[int, str]:
-        """Units that cannot be processed even alone, with the reason."""
-        bad = {}
-        for number, content in enumerate(contents):
-            try:
-                self._chunk([content], {})
-            except Exception as error:
-                reason = str(error).strip().split("\n")[0]
-                bad[number] = f"the parser fails ({type(error).__name__}: {reason})"
-        return bad
+        except Exception as error:  # parsers are large programs: a text that one cannot bear must not end hours of work
+            reason = f"the parser fails ({first_line(error)})"
+        # Out here nothing holds on to the memory that the failed attempt took.
+        if len(contents) == 1:
+            return self._chunk(contents, {0: reason})
+        middle = len(contents) // 2
+        return _joined(self(contents[:middle]), self(contents[middle:]))
 
     def _chunk(self, contents: list[Any], bad: dict[int, str]) -> ChunkResult:
         units = [u for u, content in enumerate(contents) if content is not None and u not in bad]
@@ -121,8 +115,8 @@ class Worker:
         sizes[units] = [len(encoding) for encoding in encodings]
         cuts = np.append(0, np.cumsum(sizes))
         if not units or not cuts[-1]:
-            empty = np.zeros(0, dtype=np.int64)
-            return ChunkResult(empty, empty, empty, empty, names.names, cuts, Counter(), sorted(bad.items()), foreign)
+            empty = [np.zeros(0, dtype) for dtype in (np.int32, np.int32, np.uint8, np.int64)]
+            return ChunkResult(*empty, names.names, cuts, Counter(), sorted(bad.items()), foreign)
         tokens = np.concatenate([np.array(encoding.ids, dtype=np.int32) for encoding in encodings])
         spans = np.concatenate([np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) for encoding in encodings])
         spans += np.repeat(np.array(bases), sizes[units])[:, None]
@@ -152,6 +146,24 @@ class Worker:
             bad=sorted(bad.items()),
             foreign=foreign,
         )
+
+
+def _joined(first: ChunkResult, second: ChunkResult) -> ChunkResult:
+    """The result of two chunks one after the other as that of one."""
+    names = RelationNames(list(first.names), {name: number for number, name in enumerate(first.names)})
+    numbers = np.array([names.number(name) for name in second.names])
+    units = len(first.cuts) - 1
+    return ChunkResult(
+        tokens=np.concatenate([first.tokens, second.tokens]),
+        offsets=np.concatenate([first.offsets, second.offsets]),
+        marks=np.concatenate([first.marks, second.marks]),
+        relations=np.concatenate([first.relations, numbers[second.relations]]),
+        names=names.names,
+        cuts=np.append(first.cuts, first.cuts[-1] + second.cuts[1:]),
+        counts=first.counts + second.counts,
+        bad=first.bad + [(units + number, reason) for number, reason in second.bad],
+        foreign=first.foreign + [units + number for number in second.foreign],
+    )
 
 
 def chunks(units: Iterable[Unit]) -> Iterator[list[Unit]]:
@@ -197,7 +209,7 @@ def process_chunks(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_worker: Worker | None = None
+_worker: Worker | Exception | None = None
 
 
 def _start_worker(settings: WorkerSettings) -> None:
@@ -205,8 +217,13 @@ def _start_worker(settings: WorkerSettings) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the main process stops the workers
     end_with_parent()
     global _worker
-    _worker = Worker(settings)
+    try:
+        _worker = Worker(settings)
+    except Exception as error:  # raised here it would only break the pool, and nobody would learn why
+        _worker = error
 
 
 def _run_worker(contents: list[Any]) -> ChunkResult:
+    if isinstance(_worker, Exception):
+        raise _worker
     return _worker(contents)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from megatron_sas.data import documents
 from megatron_sas.data.documents import Exclusions, Selection
 from megatron_sas.data.preprocess import PreprocessSettings, preprocess
 from megatron_sas.data.sources import Reading, input_files, read_units
-from megatron_sas.data.survey import SentenceIndex, SurveySettings, survey
+from megatron_sas.data.survey import SentenceIndex, SurveySettings, survey, words_of
 from megatron_sas.data.text_lines import DamagedFile
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "survey_corpus.py"
@@ -79,6 +80,29 @@ def test_sentences_are_found_word_for_word():
         assert index.find([word for word in words if word]) == expected
 
 
+@pytest.mark.parametrize(
+    ("penn", "text"),
+    [
+        ("They do n't know what you mean here .", "They don't know what you mean here."),
+        ("They ca n’t and wo n't go there", "they can’t and won't go there"),
+        ("It -LRB- the other one -RRB- is n't his", "It (the other one) isn't his."),
+        ("I can not say that I 'm gon na go", "I cannot say that I'm gonna go!"),
+        ("Lem me go or gim me what I wan na have", "lemme go or gimme what I wanna have"),
+        ("We 've got ta go , she 'd said .", "We've gotta go, she'd said."),
+    ],
+)
+def test_penn_tokens_are_found_in_text_and_text_in_penn_tokens(penn, text):
+    for sentence, other in ((penn, text), (text, penn), (text, text), (penn, penn)):
+        assert SentenceIndex([sentence], 4).find(words_of(f"Before. {other} After.")) == [0]
+
+
+def test_words_that_only_look_like_penn_tokens():
+    assert words_of("The problem met ta vatican noted wan nab-b Rb-r") == (
+        ["the", "problem", "met", "ta", "vatican", "noted", "wan", "nab", "b", "rb", "r"]
+    )
+    assert words_of("I got tacos; he can nothing") == ["i", "got", "tacos", "he", "can", "nothing"]
+
+
 @pytest.fixture
 def corpus(tmp_path):
     """Two inputs: b repeats texts of a (in another case) and an id; both hold the evaluation sentence."""
@@ -114,15 +138,40 @@ def test_odd_ids(tmp_path):
     assert repeated == {"count": 2, "examples": [f"{path}: document 3", f"{path}: document 7"]}
 
 
-def test_survey_with_workers_says_what_is_wrong(corpus, tmp_path):
-    inputs, _ = corpus
-    damaged = tmp_path / "c.jsonl.xz"
-    damaged.write_bytes(lzma.compress(Path(inputs[0]).read_bytes())[:-40])
-    with pytest.raises(DamagedFile, match=r"c.jsonl.xz: damaged compressed file") as error:
-        survey(SurveySettings([*inputs, str(damaged)], workers=2))
-    assert error.value.unread == 1.0
+@pytest.mark.parametrize("workers", [1, 2])
+def test_inputs_that_fail_do_not_spoil_the_others(corpus, tmp_path, vocab_file, workers):
+    inputs, sentence = corpus
+    damaged, latin = str(tmp_path / "c.jsonl.xz"), str(tmp_path / "latin.txt")
+    Path(latin).write_bytes("Süß\n".encode("latin-1"))
+    Path(damaged).write_bytes(lzma.compress(Path(inputs[0]).read_bytes())[:-40])
+    sets = {"one": [sentence]}
+    given = [inputs[0], damaged, latin, inputs[1]]
+    report = survey(SurveySettings(given, sets, workers=workers))
+    failed = report.pop("failed")
+    assert [entry["name"] for entry in failed] == [damaged, latin]
+    assert (
+        "c.jsonl.xz: damaged compressed file" in failed[0]["reason"]
+        and "latin.txt:1: invalid UTF-8" in failed[1]["reason"]
+    )
+    assert report == {key: value for key, value in survey(SurveySettings(inputs, sets)).items() if key != "failed"}
+    with pytest.raises(InputError, match=r"no input can be read: .*c.jsonl.xz: damaged"):
+        survey(SurveySettings([damaged], workers=workers))
     with pytest.raises(InputError, match="--workers 0: must be at least 1"):
         survey(SurveySettings(inputs, workers=0))
+    if workers == 2:
+        output = str(tmp_path / "survey.json")
+        command = [sys.executable, str(TOOL), "--input", *given, "--output", output, "--workers", "2"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and "10 documents" in done.stdout and "Traceback" not in done.stderr
+        assert f"error: 2 of 4 inputs failed, and {output} is of the others: {damaged}: damaged" in done.stderr
+        assert read(output, inputs).documents == dict.fromkeys(inputs, 5)
+        with pytest.raises(InputError, match=r"c.jsonl.xz: was surveyed in .*survey.json, but could not be read"):
+            read(output, [damaged])
+
+
+def test_damage_survives_the_way_between_processes():
+    error = pickle.loads(pickle.dumps(DamagedFile("a.xz: damaged", 0.25)))
+    assert (str(error), error.unread) == ("a.xz: damaged", 0.25)
 
 
 SURVEY = """
@@ -165,7 +214,7 @@ def test_excluded_documents_are_left_out(corpus, tmp_path, vocab_file):
     inputs, sentence = corpus
     command = [sys.executable, str(TOOL), "--input", *inputs, "--output", str(tmp_path / "survey.json")]
     (tmp_path / "bank.jsonl").write_text(
-        json.dumps({"words": sentence[:-1].split(), "heads": [0, *[1] * 6], "relns": ["r"] * 7})
+        json.dumps({"words": [*sentence[:-1].split(), "."], "heads": [0, *[1] * 7], "relns": ["r"] * 8})
     )
     done = subprocess.run([*command, "--treebank", str(tmp_path / "bank.jsonl")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

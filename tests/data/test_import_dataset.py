@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from megatron_sas.cli import InputError
-from megatron_sas.data.import_dataset import ImportSettings, import_dataset
+from megatron_sas.data.import_dataset import ImportSettings, _continuations, import_dataset
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.preprocess import PreprocessSettings, preprocess
 from megatron_sas.data.statistics import statistics
+from megatron_sas.data.tokenizer_training import TokenizerSettings, train_tokenizer
 
 datasets = pytest.importorskip("datasets")
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "import_dataset.py"
@@ -113,6 +116,7 @@ def test_rows_by_hand(vocab_file, tmp_path):
         "edges_of_specials": 3,
         "edges_to_last_token": 1,
         "relations_negative": 0,
+        "edges_across_separators": 0,
         "edges_cut": 0,
         "tail_pieces": 0,
         "tail_edges": 0,
@@ -124,6 +128,45 @@ def test_rows_by_hand(vocab_file, tmp_path):
         "an empty row": 1,
         "values missing": 2,
     }
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch"])
+def test_a_format_that_was_set_before_saving(vocab_file, tmp_path, form):
+    ids, heads = [CLS, 5, 6, 9, 8, 14, 18, SEP], [-1, 2, 4, -1, -1, 4, 4, -1]
+    rows = datasets.Dataset.from_list([row(ids, heads, [-1] * 8)] * 3).with_format(form)
+    rows.save_to_disk(tmp_path / "set")
+    header = run(tmp_path / "set", vocab_file, tmp_path / "out", seq_length=8)
+    assert header["counts"]["rows_as_they_are"] == 3
+    assert PackedData(tmp_path / "out").heads.tolist() == [heads] * 3
+
+
+def test_every_edge_is_counted_once(vocab_file, tmp_path):
+    """Written, or dropped for one of the reasons: in rows of any length, padded, with separators and odd heads."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for size in rng.integers(4, 40, 200):
+        ids = rng.integers(5, 30, size)
+        ids[[0, -1]] = CLS, SEP
+        ids[rng.random(size) < 0.1] = SEP
+        ids = np.append(ids, np.full(rng.integers(3), PAD))
+        heads = np.where(rng.random(len(ids)) < 0.6, rng.integers(-3, len(ids) + 3, len(ids)), -1)
+        rows.append(row(ids.tolist(), heads.tolist(), [-1] * len(ids)))
+    counts = run(write(tmp_path / "set", rows), vocab_file, tmp_path / "out", seq_length=16)["counts"]
+    assert counts["rows_packed_anew"] > 150 and counts["rows_as_they_are"] > 0 and counts["rows_left_out"] == 0
+    kinds = ("edges", "edges_to_self", "edges_outside", "edges_of_specials", "edges_across_separators", "edges_cut")
+    assert all(counts[kind] > 0 for kind in kinds)
+    given = sum(head != -1 for entry in rows for head in entry["heads"])
+    assert sum(counts[kind] for kind in kinds) + counts["tail_edges"] == given
+
+
+def test_words_by_the_marking_of_the_tokenizer():
+    """A "##" in a SentencePiece vocabulary is text; its words begin with "▁"."""
+    vocabulary = [(piece, 0.0) for piece in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "▁the", "s", "##", "▁##")]
+    unigram = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram(vocabulary, unk_id=1)))
+    assert _continuations(unigram, 9).tolist() == [True] * 5 + [False, True, True, False]
+    wordpiece = train_tokenizer(["the cats sat", "the cat"] * 20, TokenizerSettings("wordpiece", 60))
+    found = {piece for piece, number in wordpiece.get_vocab().items() if _continuations(wordpiece, 60)[number]}
+    assert found == {piece for piece in wordpiece.get_vocab() if piece.startswith("##")} and len(found) > 3
 
 
 def test_parsed_and_unparsed_text_in_one_row(vocab_file, tmp_path):

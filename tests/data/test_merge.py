@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,28 @@ def test_merge(parts, tmp_path):
     for name in ("words", "edges", "sequences", "unparsed_documents"):
         assert header["counts"][name] == sum(source.header["counts"][name] for source in sources)
     assert [part["fingerprint"] for part in header["parts"]] == [source.fingerprint for source in sources]
+    assert header["settings"] == sources[0].header["settings"] and "settings" not in header["parts"][0]
+
+
+def test_settings_of_parts(parts, tmp_path, vocab_file):
+    """One record where they agree, each its own where they do not, also through a second merge; one --split in all."""
+
+    def make(name, **options):
+        settings = PreprocessSettings([str(tmp_path / "d.txt")], str(vocab_file), "none", str(tmp_path / name), 8)
+        preprocess(replace(settings, **options))
+        return str(tmp_path / name)
+
+    skipping, validation = make("skipping", on_error="skip"), make("side", split="validation", validation_share=1.0)
+    header = merge([parts[0], skipping], str(tmp_path / "two"))
+    assert "settings" not in header
+    assert [part["settings"]["on_error"] for part in header["parts"]] == ["refuse", "skip"]
+    nested = merge([str(tmp_path / "two"), parts[1]], str(tmp_path / "three"))["parts"]
+    assert nested[0]["parts"] == header["parts"] and nested[1]["settings"]["on_error"] == "refuse"
+    for given in ([parts[0], validation], [str(tmp_path / "three"), validation]):
+        message = r"side: was made with --split validation, .*/(a|three) with no --split; preprocess with one --split"
+        with pytest.raises(InputError, match=message):
+            merge(given, str(tmp_path / "all"))
+    assert merge([validation, validation], str(tmp_path / "all"))["settings"]["split"] == "validation"
 
 
 def test_misfits_and_damage(parts, tmp_path, vocab_file):

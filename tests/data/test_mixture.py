@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +14,11 @@ import pytest
 from megatron_sas.cli import InputError
 from megatron_sas.data.mixture import MixedData, open_training_data, stream_samples
 from megatron_sas.data.mlm_dataset import MLMDataset
-from megatron_sas.data.packed import PackedData
+from megatron_sas.data.packed import OPEN_FILES, PackedData
 from megatron_sas.data.sampler import MIXTURE_BLOCK, block_shares, mixture_samples
 
 SEED = 5
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -128,6 +133,37 @@ def test_empty_parts_are_passed_over(make_packed):
     ):
         with pytest.raises(InputError, match=message):
             open_training_data(parts)
+
+
+OPEN_MANY = """
+import resource, sys
+import numpy as np
+from megatron_sas.data.mixture import open_training_data
+hard = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+data = open_training_data([(sys.argv[2], None)] * 100)
+assert data.heads[np.arange(0, len(data), 5)].shape == (100, 8)
+print(resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+
+
+def test_more_parts_than_files_may_be_open(make_packed):
+    prefix = str(make_packed(n=5, s=8))
+    one = open_training_data([(prefix, None)])
+    before = len(os.listdir("/proc/self/fd"))
+    again = open_training_data([(prefix, None)])
+    assert len(os.listdir("/proc/self/fd")) - before == OPEN_FILES
+    assert np.array_equal(again.marks, one.marks) and again.relns[0].tolist() == [0] * 8
+
+    def run(hard):
+        command = [sys.executable, "-c", OPEN_MANY, str(hard), prefix]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+    done = run(600)
+    assert done.stdout == "(600, 600)\n", done.stderr
+    done = run(400)
+    assert done.returncode == 1
+    assert "data.train: 100 parts need 456 open files, but a process may have 400 (ulimit -Hn); merge" in done.stderr
 
 
 def test_fingerprint_tells_parts_order_and_shares_apart(make_packed):

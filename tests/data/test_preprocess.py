@@ -18,7 +18,7 @@ from child_processes import children, is_alive
 from megatron_sas.cli import InputError
 from megatron_sas.data import workers
 from megatron_sas.data.packed import FILES, PackedData
-from megatron_sas.data.parses import NoParser
+from megatron_sas.data.parses import ConlluParser, NoParser
 from megatron_sas.data.preprocess import PreprocessSettings, preprocess
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
 
@@ -311,6 +311,51 @@ def test_a_text_that_the_parser_cannot_bear(vocab_file, tmp_path, monkeypatch):
     header = run(source, vocab_file, "none", tmp_path / "out", seq_length=8, on_error="skip", max_loss=0.1)
     assert header["report"]["the parser fails"]["count"] == 1
     assert header["counts"]["words"] == 54
+
+
+class _Small(ConlluParser):
+    """A parser that has memory for three sentences at a time, and for none that holds "dog"."""
+
+    def parse(self, contents, encodings, names):
+        if len(contents) > 3 or any("dog" in content.words for content in contents):
+            raise RuntimeError("out of memory")
+        return super().parse(contents, encodings, names)
+
+
+def test_a_chunk_that_the_parser_cannot_bear_as_a_whole(vocab_file, tmp_path, monkeypatch):
+    """It is done in parts, and the bytes are those of one that can: relations, documents, edges."""
+    words = "the cat sat run can not cafe".split()  # noqa: SIM905
+    blocks = []
+    for number in range(40):
+        rows = [row(n + 1, words[(number + n) % 7], n, f"r{(3 * number + n) % 11}") for n in range(1 + number % 4)]
+        blocks.append(("# newdoc\n" if number % 5 == 0 else "") + "\n".join(rows) + "\n\n")
+    source = tmp_path / "a.conllu"
+    source.write_text("".join(blocks))
+    run(source, vocab_file, "conllu", tmp_path / "whole", seq_length=8)
+    monkeypatch.setattr(workers, "make_parser", lambda _: _Small())
+    run(source, vocab_file, "conllu", tmp_path / "parts", seq_length=8)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert len(PackedData(tmp_path / "parts").relations) == 12
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "a.conllu").write_text("".join([*blocks[:13], row(1, "dog", 0) + "\n\n", *blocks[13:]]))
+    options = {"seq_length": 8, "on_error": "skip"}
+    header = run(tmp_path / "b" / "a.conllu", vocab_file, "conllu", tmp_path / "without", **options)
+    assert contents(tmp_path / "without")["bin"] == contents(tmp_path / "whole")["bin"]
+    assert [e["where"].rpartition("/")[2] for e in header["report"]["the parser fails"]["examples"]] == [
+        f"a.conllu:{''.join(blocks[:13]).count(chr(10)) + 1}"
+    ]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_parser_that_cannot_be_loaded(vocab_file, tmp_path, number):
+    """Its description is whole, its files are missing."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "meta.json").write_text(json.dumps({"lang": "en", "name": "x", "version": "1", "pipeline": ["parser"]}))
+    (tmp_path / "a.txt").write_text("the cat sat\n" * 9)
+    with pytest.raises(InputError, match=r"^--parser spacy:.*/model: cannot be loaded \(\w+: .*\)$") as error:
+        run(tmp_path / "a.txt", vocab_file, f"spacy:{model}", tmp_path / "out", seq_length=8, workers=number)
+    assert "\n" not in str(error.value)
 
 
 def test_everything_bad_at_once(data_dir, tmp_path):

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from megatron_sas.cli import InputError
+from megatron_sas.data import shards
 from megatron_sas.data.packed import FILES, PackedData
 from megatron_sas.data.packed_writer import remove_leftovers
-from megatron_sas.data.preprocess import PreprocessSettings
+from megatron_sas.data.preprocess import PreprocessSettings, preprocess
 from megatron_sas.data.shards import output_name, parse_shard, preprocess_shards
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
@@ -109,6 +110,19 @@ def test_a_bad_shard_does_not_stop_the_others(sources, vocab_file, tmp_path):
         run(sources, vocab_file, tmp_path / "out", on_error="skip")
     assert len(list((tmp_path / "out").glob("*.json"))) == 3
     assert not list((tmp_path / "out").glob("*part-0*"))
+
+
+def test_an_error_that_nobody_foresaw_fails_one_shard(sources, vocab_file, tmp_path, monkeypatch, capsys):
+    def fails(settings, *arguments, **options):
+        if "part-2" in settings.output:
+            raise RuntimeError("CUDA error: an illegal memory access\nmore of it")
+        return preprocess(settings, *arguments, **options)
+
+    monkeypatch.setattr(shards, "preprocess", fails)
+    with pytest.raises(InputError, match=r"^1 of 4 shards failed: .*part-2.txt \(RuntimeError: CUDA .* access\)$"):
+        run(sources, vocab_file, tmp_path / "out")
+    assert sorted(path.stem for path in (tmp_path / "out").glob("*.json")) == ["part-0", "part-1", "part-3"]
+    assert "in fails" in capsys.readouterr().err  # where it came from
 
 
 def test_names():

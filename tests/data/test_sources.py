@@ -168,6 +168,18 @@ def test_too_much_is_lost(tmp_path):
     )
 
 
+def test_the_commonest_kind_is_that_of_the_input(tmp_path):
+    """Not of all inputs together."""
+    losses = Losses(max_loss=0.5)
+    for _ in range(20):
+        losses.keep("good.jsonl")
+    for line in range(9):
+        losses.lose(f"good.jsonl:{line}", "invalid JSON")
+    losses.lose("bad.jsonl:1", "invalid UTF-8")
+    with pytest.raises(InputError, match=r"^bad.jsonl: 1 of 1 records left out, mostly for 'invalid UTF-8';"):
+        losses.check()
+
+
 def test_parts_of_a_hub_dataset(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = [{"text": f"row {number}", "id": number} for number in range(10)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +107,17 @@ def test_name_and_overwrite(prefix, tmp_path):
     assert run(*arguments, "--seed", 1, "--overwrite").returncode == 0
     assert Path(f"{prefix}.heads-mine.bin").read_bytes() != before
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_what_a_killed_process_left_is_removed(prefix, tmp_path):
+    left = tmp_path / ".toy.heads-permuted.bin.abcdefgh.tmp"
+    left.mkdir()
+    (left / "owner").write_text(socket.gethostname())  # not locked: the owner is gone
+    (left / "toy.heads-permuted.bin").write_bytes(b"half")
+    assert run("--data", prefix, "--control", "permuted").returncode == 0
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    modes = [os.stat(f"{prefix}.{name}.bin").st_mode for name in ("heads", "heads-permuted")]
+    assert modes[0] == modes[1]
 
 
 @pytest.mark.parametrize(
