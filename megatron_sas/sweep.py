@@ -26,10 +26,12 @@ from typing import Any
 
 from megatron_sas.cli import InputError
 from megatron_sas.config import Config, load_config
+from megatron_sas.engine.checkpoint import CONFIG
+from megatron_sas.engine.setup import refuse_other_experiment
 from megatron_sas.files import write_json_atomic
 from megatron_sas.metrics.records import FILE_NAME, last_records
 from megatron_sas.model.pretrained import checkpoints_directory
-from megatron_sas.objective.schedule import describe_stages, plateau, role
+from megatron_sas.objective.schedule import plateau, role
 from megatron_sas.yaml_file import read_yaml
 
 SWEEP = "sweep.json"
@@ -107,7 +109,7 @@ def plan_sweep(path: Path, directory: Path, overrides: Sequence[str] = ()) -> Sw
         overrides: `--section.field value` for all runs; a condition's own fields come after them.
 
     Raises:
-        InputError: with every fault found.
+        InputError: with every fault found; or a run there was begun with another configuration than it has now.
     """
     values = read_yaml(path)
     faults = [f"{name}: unknown field; known: {', '.join(sorted(FIELDS))}" for name in sorted(set(values) - FIELDS)]
@@ -134,6 +136,8 @@ def plan_sweep(path: Path, directory: Path, overrides: Sequence[str] = ()) -> Sw
         if faults:  # those of the other seeds are the same
             raise InputError(_listed(path, faults))
         runs += planned.values()
+    for run in runs:
+        _refuse_other_run(run)
     return Sweep(str(values.get("title") or path.stem), config_path, tuple(runs))
 
 
@@ -168,6 +172,31 @@ def _plan_run(
     return PlannedRun(condition, seed, run_dir, arguments, config, parent and parent.directory)
 
 
+def _refuse_other_run(run: PlannedRun) -> None:
+    """Refuse a run that has a checkpoint or was finished as something else: the trainer's rule for continuing it.
+
+    A finished one would otherwise count as done, and be taken by the analysis for what the sweep file now says it is.
+    """
+    saved = run.directory / CONFIG
+    finished = [r["step"] for r in last_records(run.directory / FILE_NAME) if r.get("event") == "finished"]
+    if not saved.is_file() or not (finished or any(checkpoints_directory(run.directory).glob("step_*"))):
+        return  # a run without a checkpoint starts anew
+    old, new = load_config(saved), run.config
+    if old.run.branch_from and new.run.branch_from and _same_branch(old.run.branch_from, new.run.branch_from):
+        new = new.model_copy(update={"run": new.run.model_copy(update={"branch_from": old.run.branch_from})})
+    refuse_other_experiment(old, new, saved)
+    if finished and max(finished) > new.train.steps:
+        raise InputError(
+            f"{saved}: the run there finished after {max(finished)} updates, train.steps is now {new.train.steps}; "
+            "restore it or choose another --output"
+        )
+
+
+def _same_branch(first: str, second: str) -> bool:
+    """Whether two paths are CONDITION/seed-N/checkpoints/step_N of one sweep, which may have moved as a whole."""
+    return Path(first).parts[-4:] == Path(second).parts[-4:]
+
+
 def _parent(text: str, others: dict[str, PlannedRun]) -> tuple[PlannedRun, int]:
     """The run and step that `CONDITION@STEP` names; the run must be planned already and keep a checkpoint there."""
     condition, _, step = text.partition("@")
@@ -183,12 +212,11 @@ def _parent(text: str, others: dict[str, PlannedRun]) -> tuple[PlannedRun, int]:
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """What a run is to the analysis: `description`, one line; `role` (see `schedule.role`); `release_step` or None."""
-    heads, steps = config.data.heads, config.train.steps
-    text = f"λ = {describe_stages(config.sas.schedule)}" + (f", heads: {heads}" if heads else "")
-    kind = role(config.sas.schedule, steps, heads)
+    """What a run is to the analysis: `role` (see `schedule.role`), and `release_step` or None."""
+    steps = config.train.steps
+    kind = role(config.sas.schedule, steps, config.data.heads)
     step = plateau(config.sas.schedule, steps)[1] if kind == "release" else None
-    return {"description": text, "role": kind, "release_step": step}
+    return {"role": kind, "release_step": step}
 
 
 def _listed(path: Path, faults: list[str]) -> str:

@@ -41,6 +41,13 @@ def test_write_atomic_creates_parents_and_obeys_umask(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_json_has_null_for_numbers_that_it_lacks(tmp_path):
+    value = {"a": [float("nan"), (1.5, float("-inf"))], "b": {"c": float("inf")}, "d": [None, True, 2, "NaN"]}
+    write_json_atomic(tmp_path / "file.json", value)
+    found = json.loads((tmp_path / "file.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"a": [None, [1.5, None]], "b": {"c": None}, "d": [None, True, 2, "NaN"]}
+
+
 @pytest.mark.parametrize("function", ["replace", "fsync"])
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, function):
     path = tmp_path / "file"

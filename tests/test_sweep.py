@@ -67,8 +67,6 @@ def test_what_a_run_is_to_the_analysis(write_sweep, tmp_path):
         "whole": ("suppress", None),  # its stage ends with the run
         "empty": ("release", 4),  # the configuration's own schedule
     }
-    assert written["runs"][3]["description"] == "λ = 0.1 in steps 0 to 2, then 0"
-    assert written["runs"][4]["description"] == "λ = 0.1, heads: permuted"
     assert written["runs"][3]["directory"] == "release/seed-7"
 
 
@@ -108,6 +106,47 @@ def test_faults(write_sweep, tmp_path, arguments, message):
         plan_sweep(write_sweep(**arguments), tmp_path / "runs")
     assert message in str(caught.value)
     assert not (tmp_path / "runs").exists()
+
+
+def begin(run, finished_at=None):
+    """What the trainer leaves of a planned run."""
+    run.directory.mkdir(parents=True)
+    (run.directory / "config.yaml").write_text(run.config.to_yaml())
+    if finished_at is not None:
+        line = {"kind": "event", "step": finished_at, "event": "finished"}
+        (run.directory / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+
+def test_a_run_that_was_begun_as_something_else_is_refused(write_sweep, tmp_path):
+    """Also a finished one, which the analysis would take for what the file says now; records may change."""
+    runs = tmp_path / "runs"
+    before = "\n  minus: {sas.schedule: 0.1}\n  release: {sas.schedule: 0.1, run.branch_from: minus@3}"
+    for run in plan_sweep(write_sweep(before, "[7]"), runs).runs:
+        begin(run, finished_at=6)
+    more = ["--evaluation.every=2", "--train.steps=8"]
+    assert [run.finished for run in plan_sweep(write_sweep(before, "[7]"), runs).runs] == [True, True]
+    assert [run.finished for run in plan_sweep(write_sweep(before, "[7]"), runs, more).runs] == [False, False]
+    (tmp_path / "moved").symlink_to(runs)
+    assert plan_sweep(write_sweep(before, "[7]"), tmp_path / "moved").runs[1].finished  # the branch's parent moved too
+    for conditions, overrides, message in [
+        (
+            before.replace("minus: {sas.schedule: 0.1}", "minus: {sas.schedule: 0.2}"),
+            [],
+            "other values of sas.schedule",
+        ),
+        (before, ["--train.learning_rate=0.5"], "other values of train.learning_rate"),
+        (before, ["--train.steps=5"], "finished after 6 updates, train.steps is now 5"),
+    ]:
+        with pytest.raises(InputError, match=message) as caught:
+            plan_sweep(write_sweep(conditions, "[7]"), runs, overrides)
+        assert "minus/seed-7/config.yaml: the run there" in str(caught.value) and "\n" not in str(caught.value)
+    for path in runs.glob("*/*/metrics.jsonl"):
+        path.unlink()
+    # Without a checkpoint either, they start anew.
+    plan_sweep(write_sweep(before, "[7]"), runs, ["--train.learning_rate=0.5"])
+    (runs / "minus" / "seed-7" / "checkpoints" / "step_00000003").mkdir(parents=True)
+    with pytest.raises(InputError, match="other values of train"):
+        plan_sweep(write_sweep(before, "[7]"), runs, ["--train.learning_rate=0.5"])
 
 
 def test_all_faults_at_once(write_sweep, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_sas.analysis.analyse import analyse
-from megatron_sas.analysis.loading import read_inputs
+from megatron_sas.analysis.loading import read_inputs, sweep_title
 from megatron_sas.analysis.report import write_analysis
 from megatron_sas.analysis.run_onsets import default_delta
 from megatron_sas.analysis.trajectories import conditions
@@ -43,7 +43,8 @@ def main() -> None:
         raise InputError(f"--seed: {arguments.seed} is negative; give 0 or more")
     runs, notes = read_inputs(arguments.run, arguments.labels)
     conditions(runs)  # reports labels that mix base and regularized runs before any work is done
-    analysis = analyse(runs, arguments.delta or default_delta(runs), arguments.replicates, arguments.seed, notes)
+    delta, title = arguments.delta or default_delta(runs), sweep_title(arguments.run)
+    analysis = analyse(runs, delta, arguments.replicates, arguments.seed, notes, title)
     with atomic_directory(arguments.output, arguments.overwrite) as directory:
         sentences = write_analysis(analysis, directory, arguments.x_scale)
     print("\n".join(sentences))

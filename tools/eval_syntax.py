@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_sas.cli import InputError, progress, run_main
 from megatron_sas.data.tokenizer import tokenizer_hash
 from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, precision
-from megatron_sas.evaluation.provenance import provenance
+from megatron_sas.evaluation.provenance import model_source, provenance
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
 from megatron_sas.files import sha256_file, write_json_atomic
@@ -52,7 +52,7 @@ def main() -> None:
             )
         with precision(arguments, device):
             untrained = evaluate(task, other, arguments.batch_tokens, "untrained model")
-        untrained = {"model": str(arguments.untrained.resolve()), **untrained}
+        untrained = {**model_source(arguments.untrained), **untrained}
     with precision(arguments, device):
         result = evaluate(task, model, arguments.batch_tokens, "syntax")
     print("\n".join(table(result, untrained)))

@@ -20,7 +20,7 @@ from megatron_sas.device import DEVICE_HELP, choose_device
 from megatron_sas.evaluation.command_line import add_model_argument
 from megatron_sas.evaluation.glue import FORMAT, Pretrained, Settings, encode, finetune, identity, record
 from megatron_sas.evaluation.glue_data import Columns, Examples, read_file, read_hub, task_files
-from megatron_sas.evaluation.glue_tasks import TASKS, Task
+from megatron_sas.evaluation.glue_tasks import NOT_AVERAGED, TASKS, Task
 from megatron_sas.files import write_json_atomic
 
 DESCRIPTION = """\
@@ -142,9 +142,10 @@ def table(results: list[dict]) -> list[str]:
             f"{result['task']:<6} {result['metric']:<22} {result['mean']:>7.4f} {error:>7} {len(result['seeds']):>6} "
             f"{result['train_examples']:>8}  " + ", ".join(f"{name} {value:.4f}" for name, value in means.items())
         )
-    counted = [result["mean"] for result in results if result["task"] != "wnli"]
+    counted = [result["mean"] for result in results if result["task"] not in NOT_AVERAGED]
     if len(counted) > 1:
-        lines.append(f"average of {len(counted)} tasks, without wnli: {sum(counted) / len(counted):.4f}")
+        without = " and ".join(sorted(NOT_AVERAGED))
+        lines.append(f"average of {len(counted)} tasks, without {without}: {sum(counted) / len(counted):.4f}")
     return lines
 
 

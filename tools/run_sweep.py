@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -15,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import psutil
 
 from megatron_sas.cli import InputError, progress, run_main
 from megatron_sas.engine.signals import STOP
@@ -38,6 +41,9 @@ script asks for the arguments of its run with --arguments INDEX."""
 COLUMNS = {"validation_mlm_loss": "MLM loss", "uas": "UAS", "blimp": "BLiMP"}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_SECONDS = 1.0
+GRACE_SECONDS = 60.0  # for a run that has trained nothing yet to end by itself; torchrun gives its workers 30
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def main() -> int:
@@ -52,10 +58,11 @@ def main() -> int:
             state = "finished" if run.finished else f"{run.steps_done} of {run.config.train.steps} updates"
             print(f"{index:4}  {run.name:32} {state}")
         return 0
-    sweep.write(directory)
-    if arguments.slurm is not None:
-        return submit(sweep, arguments, overrides)
-    failed = run_here(sweep, directory, arguments.jobs, arguments.processes)
+    with _alone(directory):
+        sweep.write(directory)
+        if arguments.slurm is not None:
+            return submit(sweep, arguments, overrides)
+        failed = run_here(sweep, directory, arguments.jobs, arguments.processes)
     print(table(sweep.runs))
     return 1 if failed else 0
 
@@ -104,6 +111,7 @@ def run_here(sweep: Sweep, directory: Path, jobs: int | None, processes: int) ->
     waiting = [run for run in sweep.runs if not run.finished]
     running: dict[subprocess.Popen, tuple[PlannedRun, list[str]]] = {}
     failed: list[PlannedRun] = []
+    stopping = Stopping()
     (directory / "logs").mkdir(parents=True, exist_ok=True)
     total = sum(run.config.train.steps for run in sweep.runs)
     done = {run.directory: run.steps_done for run in sweep.runs}
@@ -113,10 +121,12 @@ def run_here(sweep: Sweep, directory: Path, jobs: int | None, processes: int) ->
                 gpus = free.pop()
                 running[_start(sweep, run, directory, gpus, jobs, processes)] = (run, gpus)
             if asked:
-                _stop(running)
+                for process, (run, _) in running.items():
+                    stopping.ask(process, run.directory)
             time.sleep(POLL_SECONDS)
             for process in [p for p in running if p.poll() is not None]:
                 run, gpus = running.pop(process)
+                stopping.ended(process)
                 free.append(gpus)
                 done[run.directory] = run.steps_done
                 _report(run, process.returncode, directory, bar, stopped=bool(asked))
@@ -129,6 +139,28 @@ def run_here(sweep: Sweep, directory: Path, jobs: int | None, processes: int) ->
         print("stopped; the same command continues", file=sys.stderr)
         return [run for run in sweep.runs if not run.finished]
     return failed
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold the directory of all runs for this command; on a file system without locks, nobody is kept out.
+
+    Raises:
+        InputError: another one holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise InputError(
+                    f"{directory}: another command makes the runs there; wait for it or choose another --output"
+                ) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -195,14 +227,38 @@ def _start(
         )
 
 
-def _stop(running: dict[subprocess.Popen, tuple[PlannedRun, list[str]]]) -> None:
-    """Ask all running trainers to save and end: by the stop file, which works under every launcher."""
-    for process, (run, _) in running.items():
-        if (run.directory / FILE_NAME).exists():
-            (run.directory / STOP).touch()
-        else:  # nothing is trained yet
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+class Stopping:
+    """Ends running trainers in order, and whatever they have started."""
+
+    def __init__(self, grace: float = GRACE_SECONDS) -> None:
+        self.grace = grace
+        self._since: dict[int, float] = {}  # when a process got its SIGTERM
+        self._descendants: dict[int, set[psutil.Process]] = {}
+
+    def ask(self, process: subprocess.Popen, run_dir: Path) -> None:
+        """Ask a trainer to save and end, by the stop file, which works under every launcher; call it until it ended.
+
+        Where nothing is trained yet there is nobody to look for a file: SIGTERM, which torchrun passes on to its
+        workers, and when that has not helped for `grace` seconds, SIGKILL to all. The workers are in sessions of their
+        own, so a signal to the launcher's process group does not reach them.
+        """
+        if (run_dir / FILE_NAME).exists():
+            (run_dir / STOP).touch()
+            return
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(process.pid).children(recursive=True)
+            self._descendants.setdefault(process.pid, set()).update(children)
+        if process.pid not in self._since:
+            self._since[process.pid] = time.monotonic()
+            process.terminate()
+        elif time.monotonic() - self._since[process.pid] > self.grace:
+            process.kill()
+
+    def ended(self, process: subprocess.Popen) -> None:
+        """Kill what a trainer that was sent a SIGTERM has left behind."""
+        for left in self._descendants.pop(process.pid, ()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
 
 
 def _log(run: PlannedRun, directory: Path) -> Path:

@@ -14,6 +14,8 @@ from megatron_sas.analysis.responses import ResponsePoint, StageResponse, stage_
 from megatron_sas.analysis.run_onsets import Onsets, Order, find_onsets, order_of
 from megatron_sas.analysis.trajectories import Run
 
+TITLE = "Syntactic attention over training"
+
 
 @dataclass(frozen=True)
 class Analysis:
@@ -32,6 +34,7 @@ class Analysis:
     claims: list[Claim]
     findings: list[Finding]
     notes: list[str]
+    title: str = TITLE
 
     @property
     def with_items(self) -> list[Run]:
@@ -40,9 +43,17 @@ class Analysis:
 
 
 def analyse(
-    runs: Sequence[Run], delta: float, replicates: int = 200, seed: int = 0, notes: Sequence[str] = ()
+    runs: Sequence[Run],
+    delta: float,
+    replicates: int = 200,
+    seed: int = 0,
+    notes: Sequence[str] = (),
+    title: str | None = None,
 ) -> Analysis:
-    """Onsets, comparisons, responses and claims of `runs`; `notes` of reading them come first among the caveats."""
+    """Onsets, comparisons, responses and claims of `runs`; `notes` of reading them come first among the caveats.
+
+    `title` is the report's; None for one that suits all.
+    """
     found = summarize(runs)
     ordered = runs_of(found)
     onsets = find_onsets(ordered, delta, replicates, seed)
@@ -61,6 +72,7 @@ def analyse(
         claims=answer_claims(found, onsets, delta),
         findings=narrate(found, onsets),
         notes=[*notes, *caveats(found)],
+        title=title or TITLE,
     )
 
 

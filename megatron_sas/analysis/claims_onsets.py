@@ -123,7 +123,12 @@ def complexity_phases(base: Sequence[Run], onsets: Onsets, delta: float) -> Clai
             evidence.append(f"Both it and {title} break clearly in {len(distances)} of {len(usable)} runs.")
             verdicts.append(NOT_SHOWN)
             continue
-        verdict, text = _coincide(distances, delta, 0.95, _widest(usable, metric.key, "twonn"))
+        verdict, text = _coincide(
+            distances,
+            delta,
+            0.95,
+            _widest([run.metric(metric) for run in usable] + [run.curve("twonn") for run in usable]),
+        )
         verdicts.append(verdict)
         evidence.append(f"Distance to {title} onset: {text}.")
     verdict = SHOWN if SHOWN in verdicts else OPPOSITE if set(verdicts) == {OPPOSITE} else NOT_SHOWN
@@ -167,7 +172,9 @@ def _loss_drop(base: Sequence[Run], onsets: Onsets, delta: float) -> Part:
     evidence = [f"Both break clearly in {len(distances)} of {len(usable)} runs."]
     if not enough(len(distances), len(usable)):
         return Part(statement, rule, NOT_SHOWN, evidence)
-    verdict, text = _coincide(distances, delta, 0.9, _widest(usable, LOSS.key, UAS.key))
+    verdict, text = _coincide(
+        distances, delta, 0.9, _widest([run.metric(metric) for run in usable for metric in (UAS, LOSS)])
+    )
     return Part(statement, rule, verdict, [*evidence, f"The loss breaks at UAS's onset {text}."])
 
 
@@ -192,9 +199,9 @@ def _spans(curve: Curve, delta: float) -> bool:
     return len(curve) >= 3 and curve.steps[-1] - curve.steps[0] >= 2 * delta
 
 
-def _widest(runs: Sequence[Run], *keys: str) -> float:
+def _widest(curves: Sequence[Curve]) -> float:
     """The widest usual distance of evaluations of these curves."""
-    return max(spacing(run, key) or 0 for run in runs for key in keys)
+    return max(spacing(curve) or 0 for curve in curves)
 
 
 def _missing(what: str) -> str:

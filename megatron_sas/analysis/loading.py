@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 
 from megatron_sas.analysis.trajectories import CONFIG_NAME, ROLES, Measured, Run
 from megatron_sas.cli import InputError
+from megatron_sas.evaluation.glue_tasks import NOT_AVERAGED
 from megatron_sas.evaluation.points import HINTS, ITEMS, TRAJECTORY, point_directory, read_points, read_settings
 from megatron_sas.metrics.records import FILE_NAME, read_records
 
@@ -25,7 +27,10 @@ KEYS = {
     "loss": ("validation_mlm_loss",),
     "uas": ("uas", "uas_baseline", "uas_single_head", "uas_relations"),
     "blimp": ("blimp", "blimp_fields", "blimp_terms", "blimp_sets"),
+    "twonn": ("twonn", "twonn_standard_error"),
 }
+# What each is measured on, in a trajectory's settings.
+INPUTS = {"loss": "text", "uas": "treebank", "blimp": "blimp", "twonn": "text"}
 
 
 def read_inputs(paths: Sequence[str | Path], labels: Sequence[str] | None = None) -> tuple[list[Run], list[str]]:
@@ -82,9 +87,7 @@ def load_run(path: Path, label: str) -> Run:
 def read_sweep(directory: Path) -> tuple[list[Run], list[str]]:
     """The runs of a sweep that have been evaluated, and a note on the others; `InputError` for a broken sweep.json."""
     path = directory / SWEEP_NAME
-    content = _read_json(path)
-    if content.get("format") != "megatron_sas sweep" or content.get("version") != 1:
-        raise InputError(f"{path}: not a sweep of version 1; give the directory that tools/run_sweep.py wrote")
+    content = _read_sweep_file(path)
     runs, missing = [], []
     for entry in content.get("runs", []):
         try:
@@ -107,6 +110,24 @@ def read_sweep(directory: Path) -> tuple[list[Run], list[str]]:
     return runs, [
         f"{len(missing)} of {len(missing) + len(runs)} runs have no evaluation yet, so are left out: {shown}."
     ]
+
+
+def sweep_title(paths: Sequence[str | Path]) -> str | None:
+    """The title of a sweep that is all there is to read; None for several inputs, or runs.
+
+    Raises `InputError` for a broken sweep.json.
+    """
+    if len(paths) != 1 or not (Path(paths[0]) / SWEEP_NAME).is_file():
+        return None
+    title = _read_sweep_file(Path(paths[0]) / SWEEP_NAME).get("title")
+    return title if isinstance(title, str) and title else None
+
+
+def _read_sweep_file(path: Path) -> dict[str, Any]:
+    content = _read_json(path)
+    if content.get("format") != "megatron_sas sweep" or content.get("version") != 1:
+        raise InputError(f"{path}: not a sweep of version 1; give the directory that tools/run_sweep.py wrote")
+    return content
 
 
 def read_measured(run: Path) -> Measured:
@@ -148,37 +169,29 @@ def read_measured(run: Path) -> Measured:
 def choose_sources(runs: Sequence[Run], notes: list[str]) -> list[Run]:
     """Runs whose curves come from one source per metric: measured snapshots where all runs have them, else live.
 
-    The two are never mixed within a metric, since they rest on different sentences. Adds to `notes` what was decided
-    against measurements that exist.
+    The two are never mixed within a metric, since they rest on different sentences; nor are measurements on different
+    data or in different precision. Adds to `notes` what was decided against measurements that exist.
     """
-    measured = {name for name in KEYS if _can_be_measured(runs, name)}
-    for name in KEYS.keys() - measured:
-        having = sum(any(KEYS[name][0] in record for record in run.measured.records) for run in runs)
-        if having:
-            notes.append(
-                f"{having} of {len(runs)} runs have measured snapshots with {KEYS[name][0]}, but not all of them with "
-                "the same settings, to the end, and half as densely as live evaluations: live evaluations are used "
-                "instead."
-            )
-    tasks = [set(run.measured.glue) for run in runs if run.measured.glue]
+    sources = {name: _measured_runs(runs, name, notes) for name in KEYS}
+    tasks = [counted for run in runs if (counted := run.measured.glue.keys() - NOT_AVERAGED)]
     common = set.intersection(*tasks) if tasks else set()
     if any(task != common for task in tasks):
         notes.append(
             f"GLUE is the mean over the tasks that all runs with GLUE have: {', '.join(sorted(common)) or '–'}."
         )
-    return [_with_sources(run, measured, common) for run in runs]
+    return [_with_sources(run, sources, common) for run in runs]
 
 
-def _with_sources(run: Run, measured: set[str], glue_tasks: set[str]) -> Run:
+def _with_sources(run: Run, sources: Mapping[str, set[Path]], glue_tasks: set[str]) -> Run:
     """The run with evaluations merged from live and measured records, by step."""
-    measured_keys = {key for name in measured for key in KEYS[name]}
-    unused_keys = {key for name in KEYS.keys() - measured for key in KEYS[name]}
+    not_live = {key for name in KEYS if sources[name] for key in KEYS[name]}
+    measured = {name for name in KEYS if run.path in sources[name]}
+    not_measured = {key for name in KEYS.keys() - measured for key in KEYS[name]}
     merged: dict[int, dict[str, Any]] = {}
     for record in run.evaluations:
-        kept = {key: value for key, value in record.items() if key not in measured_keys}
-        merged.setdefault(record["step"], {}).update(kept)
+        merged.setdefault(record["step"], {}).update({k: v for k, v in record.items() if k not in not_live})
     for record in run.measured.records:
-        merged.setdefault(record["step"], {}).update({k: v for k, v in record.items() if k not in unused_keys})
+        merged.setdefault(record["step"], {}).update({k: v for k, v in record.items() if k not in not_measured})
     glue = {task: value for task, value in run.measured.glue.items() if task in glue_tasks}
     with_items = {*run.measured.item_steps} >= {record["step"] for record in run.measured.records}
     return replace(
@@ -189,22 +202,46 @@ def _with_sources(run: Run, measured: set[str], glue_tasks: set[str]) -> Run:
     )
 
 
-def _can_be_measured(runs: Sequence[Run], name: str) -> bool:
-    """Whether every run has enough snapshots measured in the same way, or none has anything else."""
+def _measured_runs(runs: Sequence[Run], name: str, notes: list[str]) -> set[Path]:
+    """Paths of the runs whose measured values of a metric count; none where live evaluations serve all runs.
+
+    Where no run has live values, these are the runs measured in the most usual way (of equally usual ones the first).
+    """
     key = KEYS[name][0]
-    live = any(key in record for run in runs for record in run.evaluations)
     steps = [[r["step"] for r in run.measured.records if key in r] for run in runs]
+    having = [run for run, has in zip(runs, steps, strict=True) if has]
+    if not having:
+        return set()
+    ways = {run.path: json.dumps(_way(run, INPUTS[name]), sort_keys=True) for run in having}
+    if not any(key in record for run in runs for record in run.evaluations):
+        usual = Counter(ways.values()).most_common(1)[0][0]
+        odd = [run for run in having if ways[run.path] != usual]
+        if odd:
+            named = ", ".join(f"{run.label} ({run.name})" for run in odd[:6]) + (" and others" if len(odd) > 6 else "")
+            notes.append(
+                f"{key}: {len(odd)} of {len(having)} runs were measured on other data or in another precision than the "
+                f"rest, so their values are left out: {named}."
+            )
+        return {run.path for run in having} - {run.path for run in odd}
     wanted = [max(MIN_POINTS, DENSITY * sum(key in r for r in run.evaluations)) for run in runs]
-    if not live:
-        return any(steps)
-    parts = {"loss": "text", "uas": "treebank", "blimp": "blimp"}
-    settings = [(run.measured.settings or {}).get(parts[name]) for run in runs]
-    # Where the input lies may differ between machines; what it is may not.
-    content = [{k: v for k, v in (s or {}).items() if k not in HINTS} for s in settings]
-    return all(
-        len(has) >= least and has[-1] >= REACHES * run.final_step and content[0] == mine
-        for run, has, least, mine in zip(runs, steps, wanted, content, strict=True)
+    enough = all(
+        len(has) >= least and has[-1] >= REACHES * run.final_step
+        for run, has, least in zip(runs, steps, wanted, strict=True)
     )
+    if enough and len(set(ways.values())) == 1:
+        return {run.path for run in runs}
+    notes.append(
+        f"{len(having)} of {len(runs)} runs have measured snapshots with {key}, but not all of them with the same "
+        "settings, to the end, and half as densely as live evaluations: live evaluations are used instead."
+    )
+    return set()
+
+
+def _way(run: Run, part: str) -> list[Any]:
+    """On what and how a part was measured. Where the input lies may differ between machines; what it is may not."""
+    settings = run.measured.settings or {}
+    content = {k: v for k, v in (settings.get(part) or {}).items() if k not in HINTS}
+    return [content, settings.get("precision")]
 
 
 def _as_record(point: dict[str, Any]) -> dict[str, Any]:
@@ -219,7 +256,7 @@ def _as_record(point: dict[str, Any]) -> dict[str, Any]:
         record |= {"blimp": blimp["blimp"]}
         record |= {f"blimp_{part}": blimp.get(part) for part in ("fields", "terms", "sets")}
     if dimension := point.get("intrinsic_dimension"):
-        record |= {"twonn": dimension.get("twonn"), "twonn_error": dimension.get("standard_error")}
+        record |= {"twonn": dimension.get("twonn"), "twonn_standard_error": dimension.get("standard_error")}
     if entropy := point.get("attention_entropy"):
         record["attention_entropy"] = entropy.get("mean")
     if sas := point.get("sas"):

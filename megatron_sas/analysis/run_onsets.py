@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from megatron_sas.analysis.bootstrap import ItemOnset, onset_interval, resample_curves
-from megatron_sas.analysis.statistics import Estimate, estimate
-from megatron_sas.analysis.trajectories import METRICS, Metric, Run
+from megatron_sas.analysis.statistics import Difference, Estimate, estimate
+from megatron_sas.analysis.trajectories import METRICS, Curve, Metric, Run
 from megatron_sas.cli import progress
 from megatron_sas.evaluation.onsets import ChangePoint, Onset, break_point, change_point
 
@@ -90,13 +91,12 @@ def default_delta(runs: Sequence[Run]) -> float:
     Of two middle lengths the lower counts; the median, so that one run that has just begun does not decide.
     """
     length = sorted(run.final_step for run in runs)[(len(runs) - 1) // 2]
-    return float(max([length / 10, 1, *(spacing(run, metric.key) or 0 for run in runs for metric in METRICS)]))
+    return float(max([length / 10, 1, *(spacing(run.metric(metric)) or 0 for run in runs for metric in METRICS)]))
 
 
-def spacing(run: Run, key: str) -> float | None:
-    """The usual distance in steps between evaluations with `key`; None for fewer than two."""
-    steps = run.curve(key).steps
-    return float(np.median(np.diff(steps))) if len(steps) > 1 else None
+def spacing(curve: Curve) -> float | None:
+    """The usual distance in steps between a curve's evaluations; None for fewer than two."""
+    return float(np.median(np.diff(curve.steps))) if len(curve) > 1 else None
 
 
 def find_onsets(runs: Sequence[Run], delta: float, replicates: int = 0, seed: int = 0) -> Onsets:
@@ -107,7 +107,7 @@ def find_onsets(runs: Sequence[Run], delta: float, replicates: int = 0, seed: in
         for metric in METRICS:
             curve = run.metric(metric)
             if len(curve):
-                bend = break_point(curve.steps, curve.values, delta, metric.sign)
+                bend = break_point(curve.steps, curve.values, delta, metric.sign, item_error(run, metric))
                 onsets[metric.name] = RunOnset(bend, change_point(curve.steps, curve.values, metric.sign))
         if replicates:
             for name, curves in resample_curves(run, replicates, seed).items():
@@ -115,6 +115,35 @@ def find_onsets(runs: Sequence[Run], delta: float, replicates: int = 0, seed: in
                     onsets[name] = replace(onsets[name], items=onset_interval(curves, delta))
         found[str(run.path)] = onsets
     return found
+
+
+def item_error(run: Run, metric: Metric) -> float | None:
+    """Standard error of one value of a curve for its number of edges or pairs; None where this is not known.
+
+    √(p(1-p)/n) with p the curve's mean. n is the number of edges (UAS), or, as BLiMP is a mean over sets, S² / Σ 1/nₛ
+    for the pairs nₛ of each of its S sets.
+    """
+    if metric == UAS:
+        number = float(sum(_counts(run.nested("uas_relations"), "count")))
+    elif metric == BLIMP:
+        sets = run.nested("blimp_sets")
+        pairs = _counts(sets, "num_pairs")  # measured; live evaluations record the accuracy alone
+        if len(pairs) < len(sets) and isinstance(chosen := run.setting("evaluation.blimp_pairs_per_set"), int):
+            pairs = [chosen] * len(sets)
+        number = len(sets) ** 2 / sum(1 / n for n in pairs) if pairs and len(pairs) == len(sets) else 0.0
+    else:
+        return None
+    values = run.metric(metric).values
+    if not number or not len(values):
+        return None
+    p = float(np.clip(values.mean(), 0, 1))
+    return float(np.sqrt(p * (1 - p) / number))
+
+
+def _counts(rows: dict[str, Any], key: str) -> list[int]:
+    """The positive numbers `key` of those rows that have one."""
+    found = [row.get(key) for row in rows.values() if isinstance(row, dict)]
+    return [count for count in found if isinstance(count, int) and count > 0]
 
 
 def clear_step(onsets: Onsets, run: Run, metric: Metric) -> float | None:
@@ -135,7 +164,7 @@ def order_of(runs: Sequence[Run], onsets: Onsets) -> Order | None:
     if not each:
         return None
     first, last = sum(e.lag > 0 for e in each), sum(e.lag < 0 for e in each)
-    widest = max(spacing(e.run, metric.key) or 0 for e in each for metric in (UAS, BLIMP))
+    widest = max(spacing(e.run.metric(metric)) or 0 for e in each for metric in (UAS, BLIMP))
     return Order(
         runs=tuple(each),
         num_runs=len(runs),
@@ -158,6 +187,20 @@ def mean_distance(distances: Sequence[float], spacing: float) -> Estimate:
     if found.error is None:
         return found
     return replace(found, error=max(found.error, spacing / np.sqrt(6 * found.count)))
+
+
+def onset_difference(found: Difference, spacing: float) -> Difference:
+    """The difference of two conditions' onsets, its standard error no smaller than rounding to evaluations leaves.
+
+    As in `mean_distance`: each onset has a standard deviation of spacing/√12 from the grid, which gives spacing/√(6n)
+    for n runs on either side. Where the onsets have no spread at all, Welch's test has the freedom of the smaller side.
+    """
+    if min(found.counts) < 2 or not spacing:
+        return found
+    floor = spacing * np.sqrt(sum(1 / count for count in found.counts) / 12)
+    error = float(max(found.error, floor))
+    freedom = float(min(found.counts) - 1) if found.freedom is None else found.freedom
+    return replace(found, error=error, freedom=freedom, p=float(2 * stats.t.sf(abs(found.mean) / error, freedom)))
 
 
 def _interval_over_items(replicates: Sequence[np.ndarray | None]) -> tuple[float, float] | None:

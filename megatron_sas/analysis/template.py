@@ -5,7 +5,7 @@ TEMPLATE = """<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Syntactic attention over training</title>
+<title>{{ analysis.title }}</title>
 <style>
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #59616a; --line: #e3e7eb; --paper: #ffffff;
   --ground: #f5f6f8; --accent: #0068a3; --note: #fff8e8; --yes: #00734f; --opposite: #b34700; --no: #59616a;
@@ -103,7 +103,7 @@ footer { color: var(--soft); font-size: 13px; padding: 8px 2px; }
 {% endmacro %}
 <main>
 <header>
-<h1>Syntactic attention over training</h1>
+<h1>{{ analysis.title }}</h1>
 <p class="lead">When single attention heads of a masked language model begin to follow syntactic dependencies (UAS),
 when it begins to prefer grammatical sentences (BLiMP), and what its loss does meanwhile.
 {{ run_rows | length }} run{{ "s" if run_rows | length > 1 }},

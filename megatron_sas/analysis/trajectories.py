@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sas.cli import InputError
+from megatron_sas.evaluation.glue_tasks import NOT_AVERAGED
 from megatron_sas.objective.schedule import Stage, describe_stages, plateau, role, sas_weight
 
 CONFIG_NAME = "config.yaml"
@@ -137,9 +138,10 @@ class Run:
         return self.setting("run.seed") if self.assigned_seed is None else self.assigned_seed
 
     def final(self, metric: Metric) -> float | None:
-        """The last value of a metric; of GLUE the mean over its tasks."""
+        """The last value of a metric; of GLUE the mean over its tasks, without those that averages leave out (wnli)."""
         if metric is GLUE:
-            return float(np.mean(list(self.measured.glue.values()))) if self.measured.glue else None
+            means = [mean for task, mean in self.measured.glue.items() if task not in NOT_AVERAGED]
+            return float(np.mean(means)) if means else None
         values = self.metric(metric).values
         return float(values[-1]) if len(values) else None
 

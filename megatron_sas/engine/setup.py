@@ -125,7 +125,7 @@ def where_to_start(config: Config, say: Callable[[str], None]) -> tuple[Path | N
         raise InputError(f"run.output_dir: {run_dir} exists but is not a run (no {CONFIG}); choose another directory")
     checkpoint = newest_checkpoint(run_dir, say) if occupied else None
     if checkpoint is not None:
-        _refuse_other_experiment(load_config(saved), config, saved)
+        refuse_other_experiment(load_config(saved), config, saved)
         return checkpoint, None
     if config.run.branch_from is not None:
         branch = find_branch(config, say)
@@ -146,8 +146,8 @@ def _begin(config: Config, branch: Branch | None, lock: RunLock) -> None:
         begin_branch(run_dir, branch)
 
 
-def _refuse_other_experiment(old: Config, new: Config, saved: Path) -> None:
-    """A run continues only as what it began as; its length, records and sharding may change."""
+def refuse_other_experiment(old: Config, new: Config, saved: Path) -> None:
+    """A run continues only as what it began as; its length, records and sharding may change (`InputError`)."""
     before, after = old.model_dump(), new.model_dump()
     changed = [
         f"{section}.{field}"

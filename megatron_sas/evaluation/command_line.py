@@ -11,6 +11,7 @@ import torch
 from megatron_sas.cli import InputError
 from megatron_sas.device import DEVICE_HELP, choose_device
 from megatron_sas.files import refuse_existing
+from megatron_sas.model.pretrained import resolve_run
 
 
 def evaluation_parser(description: str, batch_tokens: int) -> argparse.ArgumentParser:
@@ -52,12 +53,17 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
 def check_arguments(arguments: argparse.Namespace) -> torch.device:
     """Refuse an existing output and an empty batch before any work, and return the device.
 
+    A run as --model or --untrained becomes its newest checkpoint, once: the result is of that, whatever comes after it.
+
     Raises:
         InputError: one of these, or the device is not there.
     """
     refuse_existing(arguments.output, arguments.overwrite)
     if arguments.batch_tokens < 1:
         raise InputError(f"--batch-tokens: {arguments.batch_tokens} is below 1")
+    for name in ("model", "untrained"):
+        if getattr(arguments, name, None) is not None:
+            setattr(arguments, name, resolve_run(getattr(arguments, name)))
     return choose_device(arguments.device)
 
 

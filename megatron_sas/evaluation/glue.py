@@ -16,15 +16,14 @@ from megatron_sas.cli import InputError
 from megatron_sas.data.tokenizer import load_tokenizer
 from megatron_sas.evaluation.glue_data import Examples
 from megatron_sas.evaluation.glue_tasks import MISMATCHED, Task
-from megatron_sas.files import sha256_file
+from megatron_sas.evaluation.provenance import model_step, weights_sha256
 from megatron_sas.model.decay import decay_groups
 from megatron_sas.model.huggingface import to_hf_config, to_hf_state
-from megatron_sas.model.pretrained import MODEL_WEIGHTS, is_checkpoint, read_model, resolve_run
+from megatron_sas.model.pretrained import is_checkpoint, read_model, resolve_run
 
 FORMAT = "megatron_sas glue"
 VERSION = 1
 NEW_LAYERS = ("bert.pooler.", "classifier.")  # what a masked LM lacks; drawn at random, by the seed
-WEIGHT_FILES = (MODEL_WEIGHTS, "model.safetensors.index.json", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,7 @@ class Pretrained:
         self.path = resolve_run(Path(path))
         config, state, tokenizer_path = read_model(self.path)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(tokenizer_path)
-        weights = next(self.path / name for name in WEIGHT_FILES if (self.path / name).is_file())
-        self.sha256 = sha256_file(weights)
+        self.sha256 = weights_sha256(self.path)
         self.max_length = config.max_position_embeddings
         self._num_labels = 1 if task.is_regression else len(task.classes)
         self._directory = None if is_checkpoint(self.path) else self.path
@@ -205,6 +203,7 @@ def record(
         "mean": float(values.mean()) if len(values) else None,
         "standard_error": error,
         **identity(task, pretrained, train, validation, settings),
+        "model_step": model_step(pretrained.path),
         "train_examples": len(train),
         **{f"validation_examples{MISMATCHED * n}": len(examples) for n, examples in enumerate(validation)},
     }

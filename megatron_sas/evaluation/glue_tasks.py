@@ -41,6 +41,7 @@ class Task:
 _ENTAILMENT = ("entailment", "not_entailment")
 _TWO = (("sentence1",), ("sentence2",))
 SCORE_RANGE = (0.0, 5.0)  # of STS-B
+NOT_AVERAGED = frozenset({"wnli"})  # tasks that averages over tasks leave out, as most papers do
 MISMATCHED = "_mismatched"  # ending of the metrics on MNLI's second validation set
 
 TASKS = {

@@ -16,7 +16,8 @@ import torch
 from megatron_sas.cli import InputError
 from megatron_sas.data.text_lines import OnError
 from megatron_sas.device import choose_device
-from megatron_sas.evaluation.points import is_whole, write_point, writing
+from megatron_sas.evaluation.points import is_whole, read_point, write_point, writing
+from megatron_sas.evaluation.provenance import weights_sha256
 from megatron_sas.evaluation.summary import write_summary
 from megatron_sas.evaluation.trajectory import Inputs, TrajectoryTask
 from megatron_sas.model.pretrained import load_model
@@ -39,6 +40,8 @@ def measure_models(
     after_model: Callable[[], None] = lambda: None,
 ) -> int:
     """Write the points of all `models` that have none yet, then the summary; returns how many models were left out.
+
+    A point of other weights than the model has now is measured again.
 
     Args:
         source: the run or folder that the models come from.
@@ -67,7 +70,7 @@ def measure_models(
     with writing(output, settings):
         waiting = []
         for step, path in models:
-            if step in bad or is_whole(output, step):
+            if step in bad or _is_measured(output, step, path):
                 after_model()
             else:
                 waiting.append((step, path))
@@ -106,6 +109,7 @@ def _measure(task: TrajectoryTask, step: int, path: Path, output: Path, device: 
     try:
         try:
             model = task.load(path, choose_device(device))
+            source = {"model": str(path.resolve()), "model_sha256": weights_sha256(path)}
         except (InputError, OSError) as error:  # not around `measure`: damaged inputs are no fault of the model
             return _line(error)
         values, items = task.measure(model)
@@ -113,8 +117,18 @@ def _measure(task: TrajectoryTask, step: int, path: Path, output: Path, device: 
         raise InputError(
             f"{path}: the device's memory does not suffice; use a smaller --batch-tokens or fewer --workers"
         ) from None
-    write_point(output, step, {"model": str(path.resolve()), **values}, items)
+    write_point(output, step, {**source, **values}, items)
     return None
+
+
+def _is_measured(output: Path, step: int, path: Path) -> bool:
+    """Whether the output has a whole point of the very weights that are at `path`."""
+    if not is_whole(output, step):
+        return False
+    try:
+        return read_point(output, step).get("model_sha256") == weights_sha256(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # measuring it says what is wrong
 
 
 def _line(error: InputError | OSError) -> str:

@@ -26,8 +26,9 @@ class Onset:
     """The strongest bend of a curve.
 
     `step` and `strength` (the change of the rise over Δ, in the curve's units, positive) are None when there is none,
-    and `reason` says why. `noise` is the standard deviation of a single value around its neighbours. `clear` is whether
-    the bend exceeds what noise alone would produce as the largest bend of such a curve.
+    and `reason` says why. `noise` is the standard deviation of a single value: around its neighbours, or for want of
+    items, whichever is larger. `clear` is whether the bend exceeds what noise alone would produce as the largest bend
+    of such a curve.
     """
 
     step: float | None
@@ -50,13 +51,17 @@ class ChangePoint:
     reason: str = ""
 
 
-def break_point(steps: Sequence[float], values: Sequence[float], delta: float, sign: int = 1) -> Onset:
+def break_point(
+    steps: Sequence[float], values: Sequence[float], delta: float, sign: int = 1, item_error: float | None = None
+) -> Onset:
     """argmax over t of [f(t+Δ) - f(t)] - [f(t) - f(t-Δ)], with f linear between evaluations.
 
     `steps` need not be sorted or evenly spaced; points that are not finite are left out. `sign` -1 looks for the
     strongest downward bend (losses). Between the knots s_k and s_k ± Δ the objective is linear in t, so its maximum
-    over all t with t ± Δ in range is attained at one of them; of equal maxima the first counts. Raises `ValueError` for
-    a Δ that is not positive, a sign other than ±1 or lengths that differ.
+    over all t with t ± Δ in range is attained at one of them; of equal maxima the first counts. `item_error` is the
+    standard error that a value has because it rests on so many items (sentences, pairs), where known: a curve on the
+    same few items at every step drifts smoothly, so its scatter around neighbours says nothing about that. Raises
+    `ValueError` for a Δ that is not positive, a sign other than ±1 or lengths that differ.
     """
     if not delta > 0:
         raise ValueError(f"delta is {delta}; it must be positive")
@@ -67,7 +72,7 @@ def break_point(steps: Sequence[float], values: Sequence[float], delta: float, s
         return Onset(None, reason=f"the curve spans {s[-1] - s[0]:g} steps, less than two windows of {delta:g}")
     grid = _bend_grid(s, delta)
     bend = np.interp(grid + delta, s, f) - 2 * np.interp(grid, s, f) + np.interp(grid - delta, s, f)
-    noise = noise_level(s, f)
+    noise = max(noise_level(s, f), item_error or 0.0)
     strength = bend.max()
     tolerance = 1e-9 * np.abs(f).max()
     if strength <= tolerance:

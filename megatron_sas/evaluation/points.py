@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sas.cli import InputError
-from megatron_sas.files import atomic_directory, remove, write_json_atomic, write_text_atomic
+from megatron_sas.files import atomic_directory, finite, remove, write_json_atomic, write_text_atomic
 
 TRAJECTORY = "trajectory"
 """Where in a run's directory the measurements of its models go, unless they are wanted elsewhere."""
@@ -118,7 +118,7 @@ def point_directory(directory: str | Path, step: int) -> Path:
 def write_point(directory: str | Path, step: int, values: dict[str, Any], items: Items) -> None:
     """Write one point, replacing a damaged one; numbers that JSON lacks become null. See `Items` for `items`."""
     with atomic_directory(point_directory(directory, step), overwrite=True) as temporary:
-        content = json.dumps(_plain({"step": step, **values}), ensure_ascii=False, allow_nan=False)
+        content = json.dumps(finite({"step": step, **values}), ensure_ascii=False, allow_nan=False)
         write_text_atomic(temporary / POINT, content + "\n")
         np.savez_compressed(temporary / ITEMS, **_arrays(items))
 
@@ -217,12 +217,3 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: does not hold a JSON object; remove it and measure again")
     return value
-
-
-def _plain(value: Any) -> Any:
-    """`value` with None for numbers that are not finite."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,20 +14,57 @@ import torch
 
 import megatron_sas
 from megatron_sas.data.tokenizer import tokenizer_hash
+from megatron_sas.files import sha256_file
+from megatron_sas.model.pretrained import MODEL_WEIGHTS, STATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from megatron_sas.model import Bert
 
+WEIGHT_FILES = (MODEL_WEIGHTS, "model.safetensors.index.json", "pytorch_model.bin")  # in the order of `read_model`
 
-def provenance(path: str | Path, model: Bert, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """Model, tokenizer, device and versions as JSON values; `path` is where the model was loaded from."""
+_STEP = re.compile(r"step_(\d+)")
+
+
+def model_source(path: Path) -> dict[str, Any]:
+    """Which model an evaluation is of: `model` (its directory), `model_step` (None if unknown) and `model_sha256`.
+
+    `path` is a model's own directory, not a run's, whose newest checkpoint may change meanwhile (`resolve_run`).
+    """
+    return {"model": str(path.resolve()), "model_step": model_step(path), "model_sha256": weights_sha256(path)}
+
+
+def model_step(path: Path) -> int | None:
+    """Updates before a checkpoint, by its state, or a snapshot, by its name; None for other models."""
+    state = path / STATE
+    if state.is_file():
+        return json.loads(state.read_text(encoding="utf-8")).get("step")
+    match = _STEP.fullmatch(path.resolve().name)
+    return int(match[1]) if match else None
+
+
+def weights_sha256(path: Path) -> str | None:
+    """SHA-256 of a model's weights file; of weights in shards, that of the shards' names and SHA-256. None: no weights.
+
+    Raises:
+        OSError, ValueError: a file cannot be read.
+    """
+    found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+    if found is None or found.suffix != ".json":
+        return found and sha256_file(found)
+    shards = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
+    lines = "".join(f"{name} {sha256_file(path / Path(name).name)}\n" for name in shards)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def provenance(path: Path, model: Bert, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Model, tokenizer, device and versions as JSON values; `path` as `model_source` takes it."""
     import transformers
 
     device = next(model.parameters()).device
     return {
-        "model": str(Path(path).resolve()),
+        **model_source(path),
         "model_config": asdict(model.config),
         "tokenizer": {
             "class": type(tokenizer).__name__,

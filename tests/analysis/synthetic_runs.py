@@ -103,7 +103,6 @@ def write_sweep(root: Path, roles: dict[str, str], seeds: tuple[int, ...]) -> No
             "directory": f"{condition}/seed-{seed}",
             "condition": condition,
             "seed": seed,
-            "description": condition,
             "role": role,
             "release_step": None,
         }

@@ -78,6 +78,27 @@ def test_distant_loss_drop_is_opposite_and_gradual_rise_is_not_abrupt():
     assert verdicts(answer(runs)[0])[0] == NOT_SHOWN
 
 
+@pytest.mark.parametrize("base_seeds", [(1, 2, 3), (1, 2, 3, 4)])  # paired, and Welch
+@pytest.mark.parametrize("validation", [True, False])
+def test_onsets_that_agree_to_the_evaluation_are_tested(base_seeds, validation):
+    """No spread is no reason not to test; the grid of evaluations leaves an error of its own."""
+    rng = np.random.default_rng(10)
+    runs = simulate(rng, {"base": {}}, seeds=base_seeds) + simulate(rng, {"minus": {}})
+    for run in runs:
+        for record in run.evaluations:
+            start = 700 if run.label == "base" else 300
+            loss = 6 - 2 * np.clip((record["step"] - start) / 100, 0, 1)
+            if validation:
+                record["validation_mlm_loss"] = loss
+            else:  # the training loss averaged between evaluations
+                del record["validation_mlm_loss"]
+                run.train.append({"kind": "train", "step": record["step"], "mlm_loss": loss})
+    part = answer(runs)[3].parts[2]
+    error = 100 / np.sqrt(18) if len(base_seeds) == 3 else 100 * np.sqrt((1 / 3 + 1 / 4) / 12)
+    assert part.verdict == SHOWN
+    assert f"breaks 400 ± {error:.0f} steps earlier than in base" in part.evidence[0]
+
+
 def test_simultaneous_onsets_have_no_order():
     claim = answer(simulate(np.random.default_rng(5), {"base": {}}, seeds=range(5), lag=0))[1]
     assert verdicts(claim) == [SHOWN, NOT_SHOWN, NOT_SHOWN]

@@ -9,7 +9,8 @@ from synthetic_runs import write_glue, write_run, write_sweep
 from trajectory_files import RELATIONS, write_trajectory
 
 from megatron_sas.analysis.analyse import analyse
-from megatron_sas.analysis.loading import read_inputs
+from megatron_sas.analysis.loading import load_runs, read_inputs, sweep_title
+from megatron_sas.analysis.report import Picture, report_html
 from megatron_sas.analysis.trajectories import GLUE, METRICS
 from megatron_sas.cli import InputError
 
@@ -47,6 +48,17 @@ def test_a_sweep_is_its_runs(sweep):
     assert notes == ["2 of 6 runs have no evaluation yet, so are left out: plus/seed-1, plus/seed-2."]
 
 
+def test_a_sweep_alone_gives_the_report_its_title(sweep, tmp_path):
+    assert sweep_title([sweep]) == "a sweep"
+    assert sweep_title([sweep, sweep / "base" / "seed-1"]) is None
+    assert sweep_title([sweep / "base" / "seed-1"]) is None
+    runs, _ = read_inputs([sweep])
+    pictures = {"trajectories": Picture("trajectories", "curves", "", 100)}
+    for title, expected in (("of <SAS> & loss", "of &lt;SAS&gt; &amp; loss"), (None, "Syntactic attention over")):
+        page = report_html(analyse(runs[:1], 90, replicates=0, title=title), pictures)
+        assert f"<title>{expected}" in page and f"<h1>{expected}" in page
+
+
 def test_measured_points_are_the_curves(sweep):
     runs, _ = read_inputs([sweep])
     points = sorted((runs[0].path / "trajectory" / "points").glob("*/point.json"))
@@ -76,6 +88,44 @@ def test_sources_are_not_mixed(sweep, tmp_path):
     runs, _ = read_inputs([other])
     assert {len(run.metric(UAS)) for run in runs} == {10} and {len(run.metric(BLIMP)) for run in runs} == {19}
     assert {run.item_metrics for run in runs} == {frozenset({"blimp"})}
+
+
+def test_the_intrinsic_dimension_has_one_source(sweep, tmp_path):
+    """Live values at other steps and on other text do not enter a measured curve."""
+    other = shutil.copytree(sweep, tmp_path / "sweep")
+    for metrics in other.glob("*/seed-*/metrics.jsonl"):
+        live = {"kind": "evaluation", "twonn": 3.0, "twonn_standard_error": 0.5}
+        lines = [json.dumps({**live, "step": step}) + "\n" for step in (25, 475, 900)]
+        metrics.write_text(metrics.read_text() + "".join(lines))
+    run = read_inputs([other])[0][0]
+    assert len(run.curve("twonn")) == 19 and 3.0 not in run.curve("twonn").values
+    assert set(run.curve("twonn_standard_error").values) == {0.1}
+    shutil.rmtree(other / "minus" / "seed-2" / "trajectory")
+    runs, notes = read_inputs([other])
+    assert [run.curve("twonn").steps.tolist() for run in runs] == [[25, 475, 900]] * 4
+    assert set(runs[0].curve("twonn_standard_error").values) == {0.5}
+    assert any("3 of 4 runs have measured snapshots with twonn" in note for note in notes)
+
+
+@pytest.mark.parametrize("change", ['"sha256": "u"', '"sha256": "t"}, "precision": "bf16", "more": {"x": "y"'])
+def test_runs_measured_in_another_way_are_left_out(tmp_path, change):
+    """Without live evaluations too, only what was measured on the same data and in the same precision is compared."""
+    paths = []
+    for seed in range(3):
+        paths.append(write_run(tmp_path / f"base-{seed}", seed=seed, every=2000))
+        metrics = paths[-1] / "metrics.jsonl"
+        lines = [line for line in metrics.read_text().splitlines(True) if '"kind": "evaluation"' not in line]
+        metrics.write_text("".join(lines))
+        write_trajectory(paths[-1])
+    settings = paths[0] / "trajectory" / "settings.json"
+    settings.write_text(settings.read_text().replace('"sha256": "t"', change))
+    runs, notes = read_inputs(paths)
+    assert [len(run.metric(UAS)) for run in runs] == [0, 19, 19]
+    assert [run.nested("uas_relations") == {} for run in runs] == [True, False, False]
+    assert ["uas" in run.item_metrics for run in runs] == [False, True, True]
+    expected = "uas: 1 of 3 runs were measured on other data or in another precision than the rest"
+    assert expected in notes[0] and "base-0" in notes[0]
+    assert len(notes) == (1 if "precision" not in change else 3)
 
 
 def test_a_few_measured_snapshots_do_not_replace_dense_evaluations(tmp_path):
@@ -121,6 +171,18 @@ def test_glue_is_the_mean_over_common_tasks(tmp_path):
     loaded, notes = read_inputs(runs)
     assert [run.final(GLUE) for run in loaded] == [pytest.approx(0.6), pytest.approx(0.75), None]
     assert notes == ["GLUE is the mean over the tasks that all runs with GLUE have: cola, sst2."]
+
+
+def test_glue_leaves_wnli_out(tmp_path):
+    """As tools/finetune_glue.py does; a run that has it is no different from one that has not."""
+    runs = [write_run(tmp_path / f"base-{seed}", seed=seed, every=100) for seed in range(3)]
+    write_glue(runs[0], cola=0.4, sst2=0.8, wnli=0.0)
+    write_glue(runs[1], cola=0.4, sst2=0.8)
+    write_glue(runs[2], wnli=0.5)
+    loaded, notes = read_inputs(runs)
+    assert [run.final(GLUE) for run in loaded] == [pytest.approx(0.6), pytest.approx(0.6), None]
+    assert load_runs(runs[:1])[0].final(GLUE) == pytest.approx(0.6)
+    assert notes == []
 
 
 def test_values_that_are_not_numbers_are_left_out(sweep, tmp_path):

@@ -89,6 +89,19 @@ def test_noisy_onsets_are_found(seed):
     assert found.low <= found.step < found.high
 
 
+def test_a_drift_on_few_items_is_no_onset():
+    """The same pairs at every step: little scatter between neighbours, but a wide wandering."""
+    steps = np.arange(0, 1001, 50)
+    chance = np.interp(steps, [0, 500, 1000], [0.558, 0.448, 0.5])
+    assert break_point(steps, chance, 100).clear
+    few = break_point(steps, chance, 100, item_error=np.sqrt(0.25 / 165))
+    assert not few.clear and few.step == 500 and few.noise == pytest.approx(0.0389, abs=1e-4)
+    rise = plateau_and_rise(steps, 500, start=0.5)
+    assert break_point(steps, rise, 100, item_error=np.sqrt(0.25 / 67_000)).clear
+    noisy = rise + np.random.default_rng(0).normal(0, 0.01, len(steps))
+    assert break_point(steps, noisy, 100, item_error=1e-9) == break_point(steps, noisy, 100)
+
+
 def test_the_interval_covers_and_noise_is_not_an_onset():
     rng = np.random.default_rng(0)
     steps = np.linspace(0, 800, 24)

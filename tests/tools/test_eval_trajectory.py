@@ -28,6 +28,7 @@ from megatron_sas.evaluation.summary import heads_over_time
 from megatron_sas.evaluation.trajectory import Inputs
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
+from megatron_sas.files import sha256_file
 from megatron_sas.metrics.records import read_records
 from megatron_sas.model import load_model
 from megatron_sas.model.trajectory import list_models
@@ -173,6 +174,25 @@ def test_a_second_call_measures_what_is_missing_or_damaged_to_the_same_bytes(fol
         measure(folder / "run", replace(inputs, treebank_sentences=9), again)
 
 
+def test_a_point_of_other_weights_is_measured_again(models, inputs, tmp_path):
+    """Two models change places: same names, steps and shape."""
+    output = tmp_path / "out"
+    shutil.rmtree(models / "seed_3-step_1k")
+    measure(models, inputs, output)
+    before = {step: read_point(output, step) for step in (0, 20_000)}
+    for step, point in before.items():
+        weights = models / f"seed_3-step_{step // 1000}k" / "model.safetensors"
+        assert point["model_sha256"] == sha256_file(weights)
+    (models / "seed_3-step_0k").rename(models / "other")
+    (models / "seed_3-step_20k").rename(models / "seed_3-step_0k")
+    (models / "other").rename(models / "seed_3-step_20k")
+    measure(models, inputs, output)
+    for step, other in ((0, 20_000), (20_000, 0)):
+        point = read_point(output, step)
+        assert point["model_sha256"] == before[other]["model_sha256"] != before[step]["model_sha256"]
+        assert (point["weight_norm"], point["mlm_loss"]) == (before[other]["weight_norm"], before[other]["mlm_loss"])
+
+
 def test_summary_and_heads_are_written_from_all_points(measured):
     lines = [line.split(",") for line in (measured / "summary.csv").read_text().splitlines()]
     points = {point["step"]: point for point in read_points(measured)}
@@ -314,7 +334,8 @@ def test_text_alone_gives_entropy_and_no_heads(folder, tmp_path):
     measure(folder / "run", Inputs(text=str(folder / "data1")), tmp_path / "out")
     point = read_point(tmp_path / "out", 6)
     assert point.keys() == {
-        "step", "model", "seconds", "weight_norm", "attention_entropy", "text_sas", "intrinsic_dimension", "mlm_loss",
+        "step", "model", "model_sha256", "seconds", "weight_norm", "attention_entropy", "text_sas",
+        "intrinsic_dimension", "mlm_loss",
     }  # fmt: skip
     assert not (tmp_path / "out" / "heads.json").exists()
     assert read_items(tmp_path / "out", 6).uas is None

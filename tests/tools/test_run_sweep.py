@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
-from engine_runs import ROOT, launch, records, train, weights, write_inputs
+from child_processes import is_alive
+from engine_runs import LAUNCHER_VARIABLES, ROOT, launch, records, train, weights, write_inputs
 
 TOOL = ROOT / "tools" / "run_sweep.py"
 CONDITIONS = """
@@ -64,18 +68,84 @@ def test_a_failure_is_named_and_takes_its_branches_along(sweep, tmp_path):
 
 @pytest.mark.slow
 def test_stopped_and_continued(sweep, tmp_path):
+    """Continued by the same command, the run's records and weights are those of a run that was never stopped."""
     runs = tmp_path / "runs"
-    command = [TOOL, sweep, "--output", runs, "--train.steps=400", "--train.decay_horizon=1000"]
-    command += ["--checkpoint.every=400", "--checkpoint.at=[3]"]
-    process = subprocess.Popen([sys.executable, *map(str, command)], stderr=subprocess.PIPE, text=True)
+    command = [TOOL, sweep, "--output", runs, "--train.steps=200", "--train.decay_horizon=1000"]
+    command += ["--checkpoint.every=200", "--checkpoint.at=[3]", "--evaluation.every=50"]
+    process = start(*command)
     metrics = runs / "minus" / "seed-1" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not metrics.exists() or '"step": 5' not in metrics.read_text():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    wait_for(lambda: metrics.exists() and '"step": 5' in metrics.read_text(), process)
+    assert "another command makes the runs there" in launch(*command, expect=2)
     process.send_signal(signal.SIGTERM)
     assert "the same command continues" in process.communicate(timeout=60)[1]
     assert process.returncode == 1
     stopped = max(records(metrics.parent))
-    assert 5 <= stopped < 400
-    assert f"{stopped} of 400 updates" in launch(*command, "--list")
+    assert 5 <= stopped < 200
+    assert f"{stopped} of 200 updates" in launch(*command, "--list")
+    assert launch(*command).count("finished") == 2
+    whole = tmp_path / "whole"
+    overrides = {"train.steps": 200, "train.decay_horizon": 1000, "checkpoint.every": 200, "evaluation.every": 50}
+    train(sweep.parent / "config.yaml", whole, {**overrides, "run.seed": 1, "sas.schedule": 0.1})
+    for kind in ("train", "evaluation"):
+        assert records(metrics.parent, kind) == records(whole, kind)
+    expected = weights(whole, 200)
+    assert all(tensor.equal(expected[name]) for name, tensor in weights(metrics.parent, 200).items())
+
+
+@pytest.mark.slow
+def test_stopped_while_it_starts_nothing_is_left_running(sweep, tmp_path):
+    """torchrun's workers are in sessions of their own."""
+    process = start(TOOL, sweep, "--output", tmp_path / "runs", "--processes", "2")
+    tree = psutil.Process(process.pid)
+
+    def workers():
+        return [p for p in tree.children(recursive=True) if p.ppid() not in (process.pid, 0)]
+
+    wait_for(lambda: len(workers()) >= 2, process)
+    found = workers()
+    process.send_signal(signal.SIGTERM)
+    assert "the same command continues" in process.communicate(timeout=90)[1]
+    assert not any(is_alive(worker.pid) for worker in found)
+
+
+def test_what_ignores_a_request_is_killed_with_its_children(tmp_path):
+    """A launcher that will not end, and its worker in a session of its own."""
+    code = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+print(worker.pid, flush=True)
+time.sleep(600)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    worker = int(process.stdout.readline())
+    stopping = runpy.run_path(str(TOOL))["Stopping"](grace=0.2)
+    stopping.ask(process, tmp_path)
+    assert is_alive(worker) and process.poll() is None
+    deadline = time.monotonic() + 30
+    while process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        stopping.ask(process, tmp_path)
+    stopping.ended(process)
+    wait_for(lambda: not is_alive(worker))
+    process.stdout.close()
+
+
+def start(*command):
+    """The command, running."""
+    clean = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**clean, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for(condition, process=None, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process is None or process.poll() is None
+        time.sleep(0.05)
