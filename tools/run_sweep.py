@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
-import fcntl
 import os
 import signal
 import subprocess
@@ -20,6 +18,7 @@ import numpy as np
 import psutil
 
 from megatron_sas.cli import InputError, progress, run_main
+from megatron_sas.directory_lock import DirectoryLock
 from megatron_sas.engine.signals import STOP
 from megatron_sas.metrics.records import FILE_NAME, read_records
 from megatron_sas.sweep import PlannedRun, Sweep, plan_sweep
@@ -42,8 +41,6 @@ COLUMNS = {"validation_mlm_loss": "MLM loss", "uas": "UAS", "blimp": "BLiMP"}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 60.0  # for a run that has trained nothing yet to end by itself; torchrun gives its workers 30
-LOCK = ".lock"
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def main() -> int:
@@ -58,7 +55,8 @@ def main() -> int:
             state = "finished" if run.finished else f"{run.steps_done} of {run.config.train.steps} updates"
             print(f"{index:4}  {run.name:32} {state}")
         return 0
-    with _alone(directory):
+    with contextlib.closing(DirectoryLock(directory, "wait for it or choose another --output")) as lock:
+        lock.take()
         sweep.write(directory)
         if arguments.slurm is not None:
             return submit(sweep, arguments, overrides)
@@ -139,28 +137,6 @@ def run_here(sweep: Sweep, directory: Path, jobs: int | None, processes: int) ->
         print("stopped; the same command continues", file=sys.stderr)
         return [run for run in sweep.runs if not run.finished]
     return failed
-
-
-@contextlib.contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Hold the directory of all runs for this command; on a file system without locks, nobody is kept out.
-
-    Raises:
-        InputError: another one holds it.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise InputError(
-                    f"{directory}: another command makes the runs there; wait for it or choose another --output"
-                ) from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -16,11 +16,11 @@ from megatron_sas.data.mixture import MixedData, open_training_data
 from megatron_sas.data.mlm_dataset import MLMDataset
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
+from megatron_sas.directory_lock import LOCK, DirectoryLock
 from megatron_sas.engine.branching import Branch, begin_branch, find_branch
 from megatron_sas.engine.checkpoint import CONFIG, load_moments, newest_checkpoint, read_state
 from megatron_sas.engine.engine import Engine
 from megatron_sas.engine.kernel_cache import build_attention_kernels, check_attention_backend
-from megatron_sas.engine.run_lock import LOCK, RunLock
 from megatron_sas.evaluation.live import LiveEvaluation
 from megatron_sas.files import write_text_atomic
 from megatron_sas.metrics.throughput import Throughput, flops_per_token, peak_flops
@@ -85,7 +85,7 @@ def agreed(action: Callable[[], Result]) -> Result:
     return result
 
 
-def build_parts(config: Config, say: Callable[[str], None], lock: RunLock | None = None) -> Parts:
+def build_parts(config: Config, say: Callable[[str], None], lock: DirectoryLock | None = None) -> Parts:
     """Open and check everything, and build the model with its initial or resumed weights.
 
     `lock` is the claim to the run's directory; None: a dry run, which writes nothing.
@@ -138,7 +138,7 @@ def _half_begun(path: Path) -> bool:
     return path.name == LOCK or path.name.startswith(f".{CONFIG}.")
 
 
-def _begin(config: Config, branch: Branch | None, lock: RunLock) -> None:
+def _begin(config: Config, branch: Branch | None, lock: DirectoryLock) -> None:
     run_dir = Path(config.run.output_dir)
     lock.take()
     write_text_atomic(run_dir / CONFIG, config.to_yaml())  # first: it makes the directory a run

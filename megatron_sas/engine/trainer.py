@@ -15,6 +15,7 @@ from megatron_sas.cli import progress
 from megatron_sas.config import Config
 from megatron_sas.data.mixture import stream_samples
 from megatron_sas.data.mlm_dataset import PrefetchLoader, Window
+from megatron_sas.directory_lock import DirectoryLock
 from megatron_sas.engine.checkpoint import CONFIG
 from megatron_sas.engine.engine import Engine
 from megatron_sas.engine.environment import initialize_distributed, use_deterministic_algorithms
@@ -22,10 +23,9 @@ from megatron_sas.engine.environment_checks import check_shared_directory
 from megatron_sas.engine.guard import SkippedUpdates
 from megatron_sas.engine.learning_rate import learning_rate
 from megatron_sas.engine.pending import PendingUpdate, read_pending
-from megatron_sas.engine.run_lock import RunLock
 from megatron_sas.engine.saving import Saver
 from megatron_sas.engine.setup import agreed, build_parts, data_facts, introduction, measure_throughput
-from megatron_sas.engine.signals import StopRequest, mark_for_requeue
+from megatron_sas.engine.signals import STOP, StopRequest, mark_for_requeue
 from megatron_sas.engine.watch import Watch
 from megatron_sas.engine.watchdog import Watchdog
 from megatron_sas.evaluation.live import evaluation_stride
@@ -64,7 +64,9 @@ class Trainer:
         if config.train.deterministic and device.type == "cuda":
             use_deterministic_algorithms()
         check_shared_directory(self.run_dir)
-        self.lock = RunLock(self.run_dir)  # rank 0's
+        # Rank 0's; two runs in one directory would overwrite each other's records and saves.
+        remedy = f"wait for it, or create the file {self.run_dir / STOP} to have it save and end"
+        self.lock = DirectoryLock(self.run_dir, remedy)
         agreed(self._claim_old_run)
         parts = build_parts(config, self.say, self.lock)
         self.parts, self.dataset = parts, parts.dataset

@@ -212,7 +212,7 @@ def test_a_dry_run_says_where_it_branches(config, parent, tmp_path, capsys):
     preflight._check_configured(settings, report)
     preflight._try_one_step(settings, report)
     output = capsys.readouterr().out
-    assert report.problems == 0, output
+    assert report.agree(), output
     newest = resolve_run(parent)
     assert f"ok       branch: from {newest}, changes train.steps" in output
     assert "disk space: 1 checkpoints of" in output

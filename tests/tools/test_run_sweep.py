@@ -14,6 +14,8 @@ import pytest
 from child_processes import is_alive
 from engine_runs import LAUNCHER_VARIABLES, ROOT, launch, records, train, weights, write_inputs
 
+from megatron_sas.directory_lock import DirectoryLock
+
 TOOL = ROOT / "tools" / "run_sweep.py"
 CONDITIONS = """
   minus: {sas.schedule: 0.1}
@@ -41,7 +43,8 @@ def test_runs_a_table_and_nothing_twice(sweep, done):
     runs, output = done
     assert output.count("finished") == 2
     assert "minus      1/1" in output and "release    1/1" in output  # the table
-    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file() and path.suffix != ".json"}
+    kept = [path for path in runs.rglob("*") if path.is_file() and path.suffix != ".json" and path.name != ".lock"]
+    before = {path: path.stat().st_mtime_ns for path in kept}
     again = launch(TOOL, sweep, "--output", runs)
     assert "minus      1/1" in again
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -75,7 +78,6 @@ def test_stopped_and_continued(sweep, tmp_path):
     process = start(*command)
     metrics = runs / "minus" / "seed-1" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and '"step": 5' in metrics.read_text(), process)
-    assert "another command makes the runs there" in launch(*command, expect=2)
     process.send_signal(signal.SIGTERM)
     assert "the same command continues" in process.communicate(timeout=60)[1]
     assert process.returncode == 1
@@ -90,6 +92,15 @@ def test_stopped_and_continued(sweep, tmp_path):
         assert records(metrics.parent, kind) == records(whole, kind)
     expected = weights(whole, 200)
     assert all(tensor.equal(expected[name]) for name, tensor in weights(metrics.parent, 200).items())
+
+
+def test_a_second_command_at_the_same_time_is_refused(sweep, tmp_path):
+    lock = DirectoryLock(tmp_path / "runs", "")
+    lock.take()
+    output = launch(TOOL, sweep, "--output", tmp_path / "runs", expect=2)
+    assert f"process {os.getpid()} on " in output and "choose another --output" in output
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [".lock"]
+    lock.close()
 
 
 @pytest.mark.slow

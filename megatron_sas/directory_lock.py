@@ -1,4 +1,4 @@
-"""One run directory, one run: a lock that ends with the process that holds it, however that ends."""
+"""One directory, one program that writes it: a lock that ends with the process that holds it, however that ends."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ LOCK = ".lock"
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-class RunLock:
-    """Rank 0's claim to a run directory. Two runs in one directory would overwrite each other's records and saves."""
+class DirectoryLock:
+    """A claim to a directory, taken later; `remedy` is what to do when another process has it."""
 
-    def __init__(self, run_dir: str | Path) -> None:
-        self.path = Path(run_dir) / LOCK
+    def __init__(self, directory: str | Path, remedy: str) -> None:
+        self.path, self.remedy = Path(directory) / LOCK, remedy
         self._file: IO[str] | None = None
 
     def take(self) -> None:
@@ -41,10 +41,7 @@ class RunLock:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 file.close()
-                raise InputError(
-                    f"{self.path.parent}: {holder} is running in this directory; wait for it, or create the file "
-                    f"{self.path.parent / 'stop'} to have it save and end"
-                ) from None
+                raise InputError(f"{self.path.parent}: {holder} is running in this directory; {self.remedy}") from None
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
