@@ -68,7 +68,36 @@ def updates() -> None:
         engine.update(window, 0.1, measure_sas=True)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("an update waits for the whole device")  # which the debug mode does not see
+
+    torch.cuda.synchronize = refuse  # DeepSpeed's accelerator calls it by this name
     for window in windows[4:]:
         engine.update(window, 0.1, measure_sas=True)
     torch.cuda.set_sync_debug_mode("default")
     print("nothing waited")
+
+
+def test_bf16_computes_in_bf16(config):
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_gpu_training as t; t.dtypes()"
+    assert "{torch.bfloat16}" in launch("-c", code, config)
+
+
+def dtypes() -> None:
+    """What the layers' matrices compute in, in an update of ZeRO-0 under bf16; in a process of its own."""
+    from megatron_sas.engine.engine import Engine
+    from megatron_sas.engine.environment import initialize_distributed
+    from megatron_sas.engine.setup import build_parts
+    from megatron_sas.objective.pretraining import MaskedLMWithSas
+
+    overrides = {"train.precision": "bf16", "train.compile": False}
+    config = load_config(sys.argv[1], override_arguments(overrides))
+    device = initialize_distributed(config.run.timeout_minutes)
+    parts = build_parts(config, lambda _: None)
+    engine = Engine(MaskedLMWithSas(parts.bert, config.sas_objective()), config.train, config.run.seed, device)
+    seen = set()
+    for layer in parts.bert.layers:
+        layer.up.register_forward_hook(lambda module, given, result: seen.add(result.dtype))
+    engine.update(parts.dataset.window(0), 0.1, measure_sas=True)
+    print(seen)
