@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from megatron_sas.kernels import dependency_attention
+from megatron_sas.kernels import backend_refusal, dependency_attention
 from megatron_sas.kernels.reference import attention_probs
 from megatron_sas.model.config import BertConfig
 
@@ -36,7 +36,11 @@ class SelfAttention(nn.Module):
         q, k, v = (part.view(batch, seq, self.num_heads, -1).transpose(1, 2) for part in parts)  # (B, H, S, D)
         if observer is not None:
             observer(attention_probs(q, k, seqlens, q.shape[-1] ** -0.5))
+        dropout_p = self.dropout_p if self.training else 0.0
+        backend = self.backend
+        if not self.training and backend_refusal(backend, q, seqlens is not None, dropout_p) is not None:
+            backend = "auto"  # chosen for training; evaluations have padding, and may run on another device
         out, to_head, to_dependent = dependency_attention(
-            q, k, v, heads, seqlens=seqlens, dropout_p=self.dropout_p if self.training else 0.0, backend=self.backend
+            q, k, v, heads, seqlens=seqlens, dropout_p=dropout_p, backend=backend
         )
         return self.output(out.transpose(1, 2).reshape(batch, seq, hidden)), to_head, to_dependent

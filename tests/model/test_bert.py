@@ -261,3 +261,16 @@ def test_load_model_refuses_what_does_not_fit(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values | {"intermediate_size": 95}))
     with pytest.raises(InputError, match="weights do not fit the configured model"):
         load_model(tmp_path)
+
+
+def test_a_backend_that_was_chosen_for_training_elsewhere_does_not_bind_evaluations():
+    """As of a checkpoint from a GPU, or with padding that the chosen kernel lacks."""
+    torch.manual_seed(0)
+    ours, ids = Bert(SMALL), random_ids(SMALL, 2, 9)
+    elsewhere = Bert(replace(SMALL, attention_backend="cudnn"))
+    elsewhere.load_state_dict(ours.state_dict())
+    seqlens = torch.tensor([9, 4])
+    with torch.no_grad():
+        assert elsewhere.eval()(ids, seqlens=seqlens).hidden.equal(ours.eval()(ids, seqlens=seqlens).hidden)
+    with pytest.raises(ValueError, match="cuDNN's flash kernel needs a GPU"):
+        elsewhere.train()(ids)
