@@ -8,10 +8,8 @@ points/step_%08d/items.npz  which edges and which minimal pairs were right, for 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
-import os
 import re
 import zipfile
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sas.cli import InputError
+from megatron_sas.directory_lock import LOCK, DirectoryLock
 from megatron_sas.files import atomic_directory, finite, remove, write_json_atomic, write_text_atomic
 
 TRAJECTORY = "trajectory"
@@ -82,14 +81,8 @@ def writing(directory: str | Path, settings: dict[str, Any]) -> Iterator[None]:
     if foreign and not path.is_file():
         raise InputError(f"{directory}: exists but is no trajectory (no {SETTINGS}); choose another --output")
     (directory / POINTS).mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-        except BlockingIOError:
-            raise InputError(
-                f"{directory}: another process writes there; wait for it or choose another --output"
-            ) from None
+    with contextlib.closing(DirectoryLock(directory, "wait for it or choose another --output")) as lock:
+        lock.take()
         if path.is_file():
             _refuse_other_settings(path, read_settings(directory), settings)
         else:
@@ -97,8 +90,6 @@ def writing(directory: str | Path, settings: dict[str, Any]) -> Iterator[None]:
         for leftover in (directory / POINTS).glob(".step_*"):
             remove(leftover)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def read_settings(directory: str | Path) -> dict[str, Any]:
@@ -162,7 +153,7 @@ def read_items(directory: str | Path, step: int) -> Items:
 
 def _is_foreign(path: Path) -> bool:
     """Whether a file is none that a killed writer may leave before there are settings."""
-    return path.name != POINTS and not path.name.startswith(f".{SETTINGS}.")
+    return path.name not in (POINTS, LOCK) and not path.name.startswith(f".{SETTINGS}.")
 
 
 def _arrays(items: Items) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from megatron_sas.kernels.edges import edge_probs
 from megatron_sas.kernels.reference import valid_heads
 
 
+@functools.cache
 def has_fa4() -> bool:
     """Whether FlashAttention-4 can be imported; asked only where it is wanted, as FlashAttention-2 is imported with it.
 

@@ -92,7 +92,7 @@ def test_a_second_writer_is_refused_while_the_first_lives(tmp_path):
     first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert first.stdout.readline() == "ready\n"
-        with pytest.raises(InputError, match="another process writes there"):
+        with pytest.raises(InputError, match=r"is running in this directory; wait for it or choose another --output"):
             writing(tmp_path / "t", SETTINGS).__enter__()
     finally:
         first.kill()
