@@ -35,7 +35,6 @@ def initialize_distributed(timeout_minutes: float) -> torch.device:
     if not cuda:
         # Without this DeepSpeed guesses the accelerator from installed packages.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        _share_cores()
     _quiet_deepspeed()
     import deepspeed
 
@@ -59,6 +58,17 @@ def use_deterministic_algorithms() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a help for finding bugs that costs time
+
+
+def share_cores() -> None:
+    """Where CPUs train, give each process of this host its share of the cores, unless OMP_NUM_THREADS decides.
+
+    torchrun sets OMP_NUM_THREADS=1 for several processes and the deepspeed launcher leaves it unset. To be called after
+    `initialize_distributed`, which knows the processes.
+    """
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def number_of_processes() -> int:
@@ -109,16 +119,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def _share_cores() -> None:
-    """Give each process of this host its share of the cores, unless OMP_NUM_THREADS decides.
-
-    torchrun sets OMP_NUM_THREADS=1 for several processes and the deepspeed launcher leaves it unset.
-    """
-    if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _quiet_deepspeed() -> None:

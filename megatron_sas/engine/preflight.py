@@ -23,7 +23,12 @@ from megatron_sas.data.tokenizer import load_tokenizer
 from megatron_sas.engine.branching import Branch
 from megatron_sas.engine.deepspeed_config import deepspeed_config
 from megatron_sas.engine.engine import Engine
-from megatron_sas.engine.environment import collective_timeout, initialize_distributed, number_of_processes
+from megatron_sas.engine.environment import (
+    collective_timeout,
+    initialize_distributed,
+    number_of_processes,
+    share_cores,
+)
 from megatron_sas.engine.environment_checks import CHECKS, check_compiler, check_shared_directory, existing_ancestor
 from megatron_sas.engine.memory import MemoryEstimate, PeakMemory, count_parameters, estimate_memory, show_bytes
 from megatron_sas.engine.preflight_report import Report
@@ -205,6 +210,7 @@ def _try_one_step(config: Config, report: Report) -> None:
     def step() -> tuple[str, int]:
         started = time.perf_counter()
         device = initialize_distributed(config.run.timeout_minutes)
+        share_cores()
         check_shared_directory(Path(config.run.output_dir))
         with PeakMemory(device) as memory:
             parts = build_parts(config, lambda _: None)

@@ -18,7 +18,7 @@ from megatron_sas.data.mlm_dataset import PrefetchLoader, Window
 from megatron_sas.directory_lock import DirectoryLock
 from megatron_sas.engine.checkpoint import CONFIG
 from megatron_sas.engine.engine import Engine
-from megatron_sas.engine.environment import initialize_distributed, use_deterministic_algorithms
+from megatron_sas.engine.environment import initialize_distributed, share_cores, use_deterministic_algorithms
 from megatron_sas.engine.environment_checks import check_shared_directory
 from megatron_sas.engine.guard import SkippedUpdates
 from megatron_sas.engine.learning_rate import learning_rate
@@ -61,6 +61,7 @@ class Trainer:
         self.stopping = False  # all ranks have agreed to stop
         self.owes_evaluation = False  # the one at this step was given up for that
         device = initialize_distributed(config.run.timeout_minutes)
+        share_cores()
         if config.train.deterministic and device.type == "cuda":
             use_deterministic_algorithms()
         check_shared_directory(self.run_dir)
