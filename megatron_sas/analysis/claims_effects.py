@@ -15,7 +15,7 @@ from megatron_sas.analysis.comparisons import (
     runs_of,
     whole_runs,
 )
-from megatron_sas.analysis.run_onsets import BLIMP, LOSS, UAS, Onsets, clear_step, onset_difference, spacing
+from megatron_sas.analysis.run_onsets import BLIMP, LOSS, UAS, Onsets, clear_bend, onset_difference, widest
 from megatron_sas.analysis.statistics import difference
 from megatron_sas.analysis.trajectories import Metric
 
@@ -155,7 +155,7 @@ def _early_break(found: Sequence[Condition], onsets: Onsets) -> Part:
     if not tests:
         missing = f"{MIN_RUNS} runs each of the base and of a condition with λ > 0 throughout whose loss breaks clearly"
         return Part(name, rule, NOT_TESTABLE, missing=missing, core=False)
-    resolution = _loss_spacing(found)
+    resolution = _loss_spacing(found, onsets)
     signs = [test.sign_shown() if abs(test.value.mean) >= resolution else 0 for test in tests.values()]
     verdict = SHOWN if -1 in signs else OPPOSITE if 1 in signs else NOT_SHOWN
     evidence = [
@@ -171,17 +171,17 @@ def _onset_difference(condition: Condition, found: Sequence[Condition], onsets: 
     """The condition's loss onset minus the base's; None unless most runs of both break clearly."""
     sides = []
     for group in (condition.runs, [run for run in runs_of(found) if run.is_base]):
-        steps = [(run.seed, step) for run in group if (step := clear_step(onsets, run, LOSS)) is not None]
+        steps = [(run.seed, bend.step) for run in group if (bend := clear_bend(onsets, run, LOSS)) is not None]
         if not enough(len(steps), len(group)):
             return None
         sides.append(steps)
-    value = onset_difference(difference(*sides), _loss_spacing(found))
+    value = onset_difference(difference(*sides), _loss_spacing(found, onsets))
     return Comparison(condition.label, base_name(runs_of(found)), LOSS_ONSET, value)
 
 
-def _loss_spacing(found: Sequence[Condition]) -> float:
-    """The widest usual distance of evaluations of the loss."""
-    return max(spacing(run.metric(LOSS)) or 0 for run in runs_of(found))
+def _loss_spacing(found: Sequence[Condition], onsets: Onsets) -> float:
+    """The widest distance of evaluations around the clear onsets of the loss."""
+    return widest([bend for run in runs_of(found) if (bend := clear_bend(onsets, run, LOSS)) is not None])
 
 
 def _to_base(condition: Condition, found: Sequence[Condition], metric: Metric) -> Comparison | None:

@@ -16,7 +16,7 @@ from megatron_sas.analysis.claims import (
     Part,
     enough,
 )
-from megatron_sas.analysis.run_onsets import BLIMP, LOSS, UAS, Onsets, clear_step, mean_distance, order_of, spacing
+from megatron_sas.analysis.run_onsets import BLIMP, LOSS, UAS, Onsets, clear_bend, mean_distance, order_of, widest
 from megatron_sas.analysis.trajectories import Curve, Metric, Run
 from megatron_sas.evaluation.onsets import Onset, break_point
 
@@ -36,7 +36,7 @@ def structure_onset(base: Sequence[Run], onsets: Onsets, delta: float) -> Claim:
         abrupt = Part("UAS rises abruptly.", rule, NOT_TESTABLE, missing=_missing(UAS.title))
     else:
         shares = [steepest_share(run.metric(UAS)) for run in usable]
-        clear = [clear_step(onsets, run, UAS) is not None for run in usable]
+        clear = [clear_bend(onsets, run, UAS) is not None for run in usable]
         count = sum(c and share >= ABRUPT_SHARE for c, share in zip(clear, shares, strict=True))
         evidence = [
             f"UAS breaks clearly in {sum(clear)} of {len(usable)} runs.",
@@ -63,7 +63,7 @@ def capabilities_onset(base: Sequence[Run], onsets: Onsets, delta: float) -> Cla
         missing = _missing("UAS and BLiMP")
         parts = [Part(name, rule, NOT_TESTABLE, missing=missing) for name, rule in zip(names, rules, strict=True)]
     else:
-        clear = sum(clear_step(onsets, run, BLIMP) is not None for run in usable)
+        clear = sum(clear_bend(onsets, run, BLIMP) is not None for run in usable)
         evidence = [f"BLiMP breaks clearly in {clear} of {len(usable)} runs."]
         breaks = Part(names[0], rules[0], SHOWN if enough(clear, len(usable)) else NOT_SHOWN, evidence)
         parts = [breaks, *_order_parts(usable, onsets, delta, names[1:], rules[1:])]
@@ -117,18 +117,13 @@ def complexity_phases(base: Sequence[Run], onsets: Onsets, delta: float) -> Clai
     ]
     verdicts = []
     for metric, title in ((UAS, "structure"), (BLIMP, "capabilities")):
-        pairs = [(bends[str(r.path)][0].step, clear_step(onsets, r, metric)) for r in clear]
-        distances = [step - onset for step, onset in pairs if onset is not None]
-        if not enough(len(distances), len(usable)):
-            evidence.append(f"Both it and {title} break clearly in {len(distances)} of {len(usable)} runs.")
+        pairs = [(bends[str(r.path)][0], clear_bend(onsets, r, metric)) for r in clear]
+        pairs = [(found, onset) for found, onset in pairs if onset is not None]
+        if not enough(len(pairs), len(usable)):
+            evidence.append(f"Both it and {title} break clearly in {len(pairs)} of {len(usable)} runs.")
             verdicts.append(NOT_SHOWN)
             continue
-        verdict, text = _coincide(
-            distances,
-            delta,
-            0.95,
-            _widest([run.metric(metric) for run in usable] + [run.curve("twonn") for run in usable]),
-        )
+        verdict, text = _coincide(pairs, delta, 0.95)
         verdicts.append(verdict)
         evidence.append(f"Distance to {title} onset: {text}.")
     verdict = SHOWN if SHOWN in verdicts else OPPOSITE if set(verdicts) == {OPPOSITE} else NOT_SHOWN
@@ -167,20 +162,18 @@ def _loss_drop(base: Sequence[Run], onsets: Onsets, delta: float) -> Part:
     usable = [run for run in base if _can_break(run, UAS, delta) and _can_break(run, LOSS, delta)]
     if len(usable) < MIN_RUNS:
         return Part(statement, rule, NOT_TESTABLE, missing=_missing("UAS and loss"))
-    pairs = [(clear_step(onsets, run, LOSS), clear_step(onsets, run, UAS)) for run in usable]
-    distances = [loss - uas for loss, uas in pairs if loss is not None and uas is not None]
-    evidence = [f"Both break clearly in {len(distances)} of {len(usable)} runs."]
-    if not enough(len(distances), len(usable)):
+    pairs = [(clear_bend(onsets, run, LOSS), clear_bend(onsets, run, UAS)) for run in usable]
+    pairs = [(loss, uas) for loss, uas in pairs if loss is not None and uas is not None]
+    evidence = [f"Both break clearly in {len(pairs)} of {len(usable)} runs."]
+    if not enough(len(pairs), len(usable)):
         return Part(statement, rule, NOT_SHOWN, evidence)
-    verdict, text = _coincide(
-        distances, delta, 0.9, _widest([run.metric(metric) for run in usable for metric in (UAS, LOSS)])
-    )
+    verdict, text = _coincide(pairs, delta, 0.9)
     return Part(statement, rule, verdict, [*evidence, f"The loss breaks at UAS's onset {text}."])
 
 
-def _coincide(distances: Sequence[float], delta: float, confidence: float, spacing: float) -> tuple[str, str]:
-    """Whether a mean distance is within ±Δ (`confidence`) or outside (95 %), as a verdict and in words."""
-    found = mean_distance(distances, spacing)
+def _coincide(pairs: Sequence[tuple[Onset, Onset]], delta: float, confidence: float) -> tuple[str, str]:
+    """Whether first - second onset is on average within ±Δ (`confidence`) or outside (95 %): verdict, and in words."""
+    found = mean_distance([first.step - second.step for first, second in pairs], widest([b for p in pairs for b in p]))
     low, high = found.interval(confidence)
     wide_low, wide_high = found.interval(0.95)
     verdict = (
@@ -197,11 +190,6 @@ def _can_break(run: Run, metric: Metric, delta: float) -> bool:
 def _spans(curve: Curve, delta: float) -> bool:
     """Whether a curve is long enough for a break at scale Δ to exist."""
     return len(curve) >= 3 and curve.steps[-1] - curve.steps[0] >= 2 * delta
-
-
-def _widest(curves: Sequence[Curve]) -> float:
-    """The widest usual distance of evaluations of these curves."""
-    return max(spacing(curve) or 0 for curve in curves)
 
 
 def _missing(what: str) -> str:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_sas.analysis.comparisons import WHOLE, Condition, runs_of, whole_runs
-from megatron_sas.analysis.run_onsets import Onsets, Order, RunOnset, order_of
-from megatron_sas.analysis.statistics import estimate
+from megatron_sas.analysis.run_onsets import Onsets, Order, RunOnset, mean_step, order_of
 from megatron_sas.analysis.trajectories import METRICS, TABLE_METRICS, Metric
 
 
@@ -77,23 +76,20 @@ def _onset_sentence(condition: Condition, onsets: Onsets) -> str:
 def _describe(metric: Metric, group: Sequence[RunOnset]) -> str:
     """One metric's onset over the runs of a condition, as a clause."""
     way = "upward" if metric.sign > 0 else "downward"
-    clear = [onset for onset in group if onset.bend.clear]
-    steps = estimate([onset.bend.step for onset in clear]) if clear else None
-    if len(group) == 1 and steps:
-        interval = group[0].interval
-        where = f" ({group[0].interval_kind} {interval[0]:g} to {interval[1]:g})" if interval else ""
-        return f"{metric.title} breaks {way} at step {steps.mean:.0f}{where}"
+    clear = [onset.bend for onset in group if onset.bend.clear]
+    steps = mean_step(clear) if clear else None
     if len(group) == 1:
-        bend = group[0].bend
+        bend, items, fit = group[0].bend, group[0].interval, group[0].change_interval
         if bend.step is None:
             return f"{metric.title} shows no break: {bend.reason}"
-        change = group[0].change
-        interval = None if change.low is None else (change.low, change.high)
-        fit = f"; a fit of straight pieces breaks between steps {interval[0]:g} and {interval[1]:g}" if interval else ""
-        return (
-            f"{metric.title} shows no clear break (its largest bend, {bend.strength:.3f} at step {bend.step:.0f}, "
-            f"could be noise{fit})"
-        )
+        if steps:
+            over = [f"95 % over items {items[0]:g} to {items[1]:g}"] if items else []
+        else:
+            doubt = bend.reason or "could be noise"
+            over = [f"its largest bend, {bend.strength:.3f} at step {bend.step:.0f}, is not clear: {doubt}"]
+        over += [f"a fit of straight pieces breaks between steps {fit[0]:g} and {fit[1]:g}"] if fit else []
+        what = f"breaks {way} at step {steps.mean:.0f}" if steps else "shows no clear break"
+        return f"{metric.title} {what}" + (f" ({'; '.join(over)})" if over else "")
     if steps is None:
         return f"{metric.title} shows no clear break in any run"
     spread = "" if steps.error is None else f" ± {steps.error:.0f}"
@@ -130,9 +126,10 @@ def _order_of_one(order: Order, onsets: Onsets, way: str) -> str:
     share = found.share(1 if found.lag > 0 else -1)
     if share is not None:
         return f"{text}; so it does in {share:.0%} of the resamplings of sentences and pairs."
-    uas, blimp = (onsets[str(found.run.path)][name].interval for name in ("uas", "blimp"))
+    uas, blimp = (onsets[str(found.run.path)][name].change_interval for name in ("uas", "blimp"))
     overlap = uas and blimp and uas[0] < blimp[1] and blimp[0] < uas[1]
-    return f"{text}{'; their intervals overlap, so the order is uncertain' if overlap else ''}."
+    doubt = "; the intervals of their change points overlap, so the order is uncertain" if overlap else ""
+    return f"{text}{doubt}."
 
 
 def _uas_sentence(condition: Condition) -> list[str]:
@@ -161,7 +158,7 @@ def _difference_sentence(condition: Condition) -> str:
         if round(abs(value.mean), 3) == 0:
             parts.append(f"{metric.title} equal{spread and f' ({spread.strip()})'}")
             continue
-        doubt = " (could be chance)" if value.p is not None and not comparison.sign_shown() else ""
+        doubt = " (not significant in this table)" if value.p is not None and not comparison.sign_shown() else ""
         way = "lower" if value.mean < 0 else "higher"
         parts.append(f"{metric.title} {abs(value.mean):.3f}{spread} {way}{doubt}")
     return f"Compared with the base (λ = 0), {condition.label} ends with {_join(parts)}."

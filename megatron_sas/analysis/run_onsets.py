@@ -28,14 +28,14 @@ class RunOnset:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval: over resampled items where there are any, else the change point's, else None."""
-        source = self.change if self.items is None else self.items
-        return None if source.low is None or source.high is None else (source.low, source.high)
+        """95 % interval of the bend over resampled items; None where there are none."""
+        found = self.items
+        return None if found is None or found.low is None or found.high is None else (found.low, found.high)
 
     @property
-    def interval_kind(self) -> str:
-        """Where `interval` comes from, in words."""
-        return "change-point interval" if self.items is None else "bootstrap interval over items"
+    def change_interval(self) -> tuple[float, float] | None:
+        """95 % interval of the change point, which is another estimate than the bend; None where there is none."""
+        return None if self.change.low is None or self.change.high is None else (self.change.low, self.change.high)
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Order:
 
     `lag` is BLiMP's onset minus UAS's (`mean_distance`); `first` and `last` count runs with UAS strictly first and
     last; `sign_p` is the two-sided sign test over these. `items` is the 95 % percentile interval of the mean lag over
-    resampled items, None unless every run has items. `spacing` is the widest usual distance of evaluations: nothing
-    shorter can be told.
+    resampled items, None unless every run has items. `spacing` is the widest distance of evaluations around these
+    onsets: nothing shorter can be told.
     """
 
     runs: tuple[RunOrder, ...]
@@ -127,9 +127,7 @@ def item_error(run: Run, metric: Metric) -> float | None:
         number = float(sum(_counts(run.nested("uas_relations"), "count")))
     elif metric == BLIMP:
         sets = run.nested("blimp_sets")
-        pairs = _counts(sets, "num_pairs")  # measured; live evaluations record the accuracy alone
-        if len(pairs) < len(sets) and isinstance(chosen := run.setting("evaluation.blimp_pairs_per_set"), int):
-            pairs = [chosen] * len(sets)
+        pairs = _counts(sets, "num_pairs")
         number = len(sets) ** 2 / sum(1 / n for n in pairs) if pairs and len(pairs) == len(sets) else 0.0
     else:
         return None
@@ -146,35 +144,48 @@ def _counts(rows: dict[str, Any], key: str) -> list[int]:
     return [count for count in found if isinstance(count, int) and count > 0]
 
 
-def clear_step(onsets: Onsets, run: Run, metric: Metric) -> float | None:
-    """The step of a run's onset where it is clear, else None."""
+def clear_bend(onsets: Onsets, run: Run, metric: Metric) -> Onset | None:
+    """A run's onset where it is clear, else None."""
     onset = onsets[str(run.path)].get(metric.name)
-    return onset.bend.step if onset and onset.bend.clear else None
+    return onset.bend if onset and onset.bend.clear else None
+
+
+def widest(bends: Sequence[Onset]) -> float:
+    """The widest distance of evaluations around these onsets; 0 for none."""
+    return max((bend.spacing or 0.0 for bend in bends), default=0.0)
 
 
 def order_of(runs: Sequence[Run], onsets: Onsets) -> Order | None:
     """Which comes first in a condition, structure (UAS) or capabilities (BLiMP); None where no run shows both."""
-    each = []
+    each, bends = [], []
     for run in runs:
-        uas, blimp = clear_step(onsets, run, UAS), clear_step(onsets, run, BLIMP)
+        uas, blimp = clear_bend(onsets, run, UAS), clear_bend(onsets, run, BLIMP)
         if uas is None or blimp is None:
             continue
+        bends += [uas, blimp]
         items = [onsets[str(run.path)][metric.name].items for metric in (UAS, BLIMP)]
-        each.append(RunOrder(run, blimp - uas, items[1].steps - items[0].steps if all(items) else None))
+        each.append(RunOrder(run, blimp.step - uas.step, items[1].steps - items[0].steps if all(items) else None))
     if not each:
         return None
     first, last = sum(e.lag > 0 for e in each), sum(e.lag < 0 for e in each)
-    widest = max(spacing(e.run.metric(metric)) or 0 for e in each for metric in (UAS, BLIMP))
     return Order(
         runs=tuple(each),
         num_runs=len(runs),
-        lag=mean_distance([e.lag for e in each], widest),
+        lag=mean_distance([e.lag for e in each], widest(bends)),
         first=first,
         last=last,
         sign_p=float(stats.binomtest(first, first + last).pvalue) if first + last else None,
         items=_interval_over_items([e.replicates for e in each]),
-        spacing=widest,
+        spacing=widest(bends),
     )
+
+
+def mean_step(bends: Sequence[Onset]) -> Estimate:
+    """Mean step of onsets over seeds, its standard error no smaller than rounding to evaluations leaves (below)."""
+    found = estimate([bend.step for bend in bends])
+    if found.error is None:
+        return found
+    return replace(found, error=max(found.error, widest(bends) / np.sqrt(12 * found.count)))
 
 
 def mean_distance(distances: Sequence[float], spacing: float) -> Estimate:

@@ -282,11 +282,12 @@ def _onset_cell(onset: RunOnset | None) -> dict[str, Any]:
     if onset is None:
         return {"step": NOT_MEASURED, "notes": ["not evaluated"], "is_clear": False}
     bend, change = onset.bend, onset.change
-    notes = [bend.reason or f"bend {bend.strength:.3f}" + ("" if bend.clear else ", within noise")]
+    doubt = "" if bend.clear else f", {bend.reason or 'within noise'}"
+    notes = [bend.reason if bend.step is None else f"bend {bend.strength:.3f}{doubt}"]
     if onset.items and onset.items.low is not None:
         notes.append(f"items: {onset.items.low:.0f} to {onset.items.high:.0f}")
-    known = change.low is not None and change.high is not None
-    notes.append(f"change point: {change.low:g} to {change.high:g}" if known else f"no change point: {change.reason}")
+    fit = onset.change_interval
+    notes.append(f"change point: {fit[0]:g} to {fit[1]:g}" if fit else f"no change point: {change.reason}")
     step = NOT_MEASURED if bend.step is None else f"{bend.step:.0f}"
     return {"step": step, "notes": notes, "is_clear": bend.clear}
 

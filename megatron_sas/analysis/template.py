@@ -188,10 +188,10 @@ same (paired t test, else Welch's); p is corrected (Holm) over all differences i
 lines mark
 onsets, the strongest bend of the curve at a scale of {{ "%g" | format(analysis.delta) }} steps, where it is larger
 than noise; dots
-at the foot are single runs' with their 95 % intervals (
-{%- if analysis.with_items %}{{ analysis.with_items | length }} of {{ run_rows | length }} runs: from
-{{ analysis.replicates }} resamplings of evaluation sentences and pairs; all other curves: {% endif -%}
-change-point fits).</p>
+at the foot are single runs'
+{%- if analysis.with_items %}, whiskers the middle 95 % over {{ analysis.replicates }} resamplings of
+evaluation sentences and pairs (UAS and BLiMP of {{ analysis.with_items | length }} of {{ run_rows | length }}
+runs){% endif %}.</p>
 </section>
 
 <section>

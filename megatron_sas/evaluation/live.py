@@ -80,7 +80,10 @@ class LiveEvaluation:
                 "blimp": result["blimp"],
                 "blimp_fields": result["fields"],
                 "blimp_terms": result["terms"],
-                "blimp_sets": {name: entry["accuracy"] for name, entry in result["sets"].items()},
+                "blimp_sets": {
+                    uid: {name: entry[name] for name in ("accuracy", "num_pairs")}
+                    for uid, entry in result["sets"].items()
+                },
             }
         values["seconds"] = time.perf_counter() - started
         return values

@@ -27,13 +27,17 @@ class Onset:
 
     `step` and `strength` (the change of the rise over Δ, in the curve's units, positive) are None when there is none,
     and `reason` says why. `noise` is the standard deviation of a single value: around its neighbours, or for want of
-    items, whichever is larger. `clear` is whether the bend exceeds what noise alone would produce as the largest bend
-    of such a curve.
+    items, whichever is larger. `spacing` is the widest distance between evaluations within Δ of `step`: it cannot be
+    told more precisely. `at_edge`: the bend is strongest where the search had to end, Δ from an end of the curve, so it
+    may lie beyond. `clear` is whether it does not, and exceeds what noise alone would produce as the largest bend of
+    such a curve.
     """
 
     step: float | None
     strength: float | None = None
     noise: float | None = None
+    spacing: float | None = None
+    at_edge: bool = False
     clear: bool = False
     reason: str = ""
 
@@ -80,7 +84,18 @@ def break_point(
     best = int(np.argmax(bend >= strength - tolerance))
     # Pure noise bends by σ√6; the largest of n such values grows with √(2 ln n). Of simulated noise 1 to 5 % passes.
     largest_by_chance = noise * np.sqrt(6) * (np.sqrt(2 * np.log(len(s))) + 1)
-    return Onset(float(grid[best]), float(strength), noise, bool(strength > largest_by_chance))
+    step, at_edge = float(grid[best]), best in (0, len(grid) - 1)
+    beyond = f"the search ends at step {step:g}, so it may lie {'after' if best else 'before'} that"
+    near = (s[1:] > step - delta) & (s[:-1] < step + delta)
+    return Onset(
+        step,
+        float(strength),
+        noise,
+        spacing=float(np.diff(s)[near].max()),
+        at_edge=at_edge,
+        clear=bool(strength > largest_by_chance) and not at_edge,
+        reason=beyond if at_edge else "",
+    )
 
 
 def strongest_bends(steps: Sequence[float], curves: np.ndarray, delta: float, sign: int = 1) -> np.ndarray:

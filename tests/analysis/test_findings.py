@@ -35,7 +35,7 @@ def test_single_runs(paths):
     assert abs(base["blimp"].bend.step - 460) <= 25 and base["blimp"].bend.clear
     assert not onsets[str(runs[1].path)]["uas"].bend.clear
     first, second, difference = sentences
-    assert f"UAS breaks upward at step {base['uas'].bend.step:.0f} (change-point interval" in first
+    assert f"UAS breaks upward at step {base['uas'].bend.step:.0f} (a fit of straight pieces breaks" in first
     assert "Structure (UAS) breaks" in first and "before capability" in first
     assert "0.35" in first and "untrained" in first
     assert "In minus-1" in second and "UAS shows no clear break" in second and "Structure" not in second

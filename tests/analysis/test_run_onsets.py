@@ -5,14 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sas.analysis.run_onsets import BLIMP, LOSS, UAS, find_onsets, item_error
+from megatron_sas.analysis.run_onsets import BLIMP, LOSS, UAS, find_onsets, item_error, order_of
 from megatron_sas.analysis.trajectories import Run
 
 STEPS = np.arange(0, 1001, 50)
 
 
 def run_with(blimp, *, sets=33, pairs_per_set=None, counts=None):
-    """A run with a BLiMP curve over `STEPS`; `counts` are pairs of each set as measurements record them."""
+    """A run with a BLiMP curve over `STEPS`; `counts` are pairs of each set, `pairs_per_set` those of all."""
+    if pairs_per_set is not None:
+        counts = [pairs_per_set] * sets
     rows = {f"set_{n}": 0.5 if counts is None else {"accuracy": 0.5, "num_pairs": counts[n]} for n in range(sets)}
     evaluations = [
         {
@@ -26,7 +28,7 @@ def run_with(blimp, *, sets=33, pairs_per_set=None, counts=None):
         }
         for step, value in zip(STEPS, blimp, strict=True)
     ]
-    return Run(Path("/run"), "base", {"evaluation": {"blimp_pairs_per_set": pairs_per_set}}, [], evaluations, [])
+    return Run(Path("/run"), "base", {}, [], evaluations, [])
 
 
 def clear(run):
@@ -49,3 +51,18 @@ def test_the_standard_error_of_a_value():
     assert item_error(unequal, BLIMP) == pytest.approx(np.sqrt(0.25 / 10 + 0.25 / 30) / 2)
     assert item_error(unequal, UAS) == pytest.approx(np.sqrt(0.2 * 0.8 / 400))
     assert item_error(unequal, LOSS) is None
+
+
+def test_no_order_finer_than_the_evaluations_around_it():
+    """UAS and BLiMP break one coarse interval apart, at evaluations that are dense elsewhere."""
+    steps = np.concatenate([np.arange(0, 10_000, 500), np.arange(10_000, 60_001, 5_000)])
+    uas, blimp = (
+        np.interp(steps, [0, start, start + 10_000, 60_000], [0.2, 0.2, 0.8, 0.8]) for start in (20_000, 21_000)
+    )
+    rows = [
+        {"kind": "evaluation", "step": int(step), "uas": u, "blimp": b}
+        for step, u, b in zip(steps, uas, blimp, strict=True)
+    ]
+    runs = [Run(Path(f"/run-{seed}"), "base", {}, [], rows, []) for seed in range(3)]
+    order = order_of(runs, find_onsets(runs, 10_000))
+    assert order.spacing == 5_000 and not order.established

@@ -216,3 +216,23 @@ def test_wrong_arguments():
         break_point([1, 2, 3], [1, 2, 3], 1, sign=2)
     with pytest.raises(ValueError, match="one length"):
         change_point([1, 2], [1])
+
+
+def test_the_distance_of_evaluations_is_that_around_the_onset():
+    """As in the paper's schedule: dense at first, then ten times coarser, where the onset lies."""
+    steps = np.concatenate([np.arange(0, 10_000, 500), np.arange(10_000, 100_001, 5_000)])
+    onset = break_point(steps, np.clip((steps - 22_000) / 5_000, 0, 1), 10_000)
+    assert onset.clear and onset.spacing == 5_000
+    early = break_point(steps, np.clip((steps - 4_000) / 1_000, 0, 1), 2_000)
+    assert early.clear and early.spacing == 500
+
+
+@pytest.mark.parametrize(("start", "side"), [(50, "before"), (950, "after")])
+def test_a_bend_where_the_search_ends_is_not_clear(start, side):
+    """A rise that has begun at the second evaluation, or one that has only begun: the break may lie beyond."""
+    steps = np.arange(0, 1001, 50)
+    onset = break_point(steps, np.clip((steps - start) / 200, 0, 1), 100)
+    assert onset.at_edge and not onset.clear and side in onset.reason
+    assert onset.step == (100 if side == "before" else 900)
+    inside = break_point(steps, np.clip((steps - 400) / 200, 0, 1), 100)
+    assert inside.clear and not inside.at_edge and inside.reason == ""

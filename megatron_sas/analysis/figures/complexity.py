@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from megatron_sas.analysis.comparisons import Condition, runs_of
 from megatron_sas.analysis.figures.style import GREY, STYLE, draw_curves, label_styles, new_figure, plain, scale_steps
-from megatron_sas.analysis.run_onsets import BLIMP, UAS, Onsets, clear_step
+from megatron_sas.analysis.run_onsets import BLIMP, UAS, Onsets, clear_bend
 
 MEASURES = (
     ("twonn", "intrinsic\ndimension"),
@@ -30,7 +30,7 @@ def draw_complexity(found: Sequence[Condition], onsets: Onsets, x_scale: str = "
     styles = label_styles(runs)
     marks = []
     for metric, dash, name in ((UAS, "--", "structure onset (base)"), (BLIMP, ":", "capabilities onset (base)")):
-        steps = [step for run in runs if run.is_base and (step := clear_step(onsets, run, metric)) is not None]
+        steps = [bend.step for run in runs if run.is_base and (bend := clear_bend(onsets, run, metric)) is not None]
         marks += [(float(np.mean(steps)), dash, name)] if steps else []
     with mpl.rc_context(STYLE):
         figure = new_figure(9.5, 1.7 * len(panels) + 1.0)

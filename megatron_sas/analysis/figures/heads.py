@@ -14,16 +14,16 @@ from megatron_sas.analysis.comparisons import Condition
 from megatron_sas.analysis.figures.style import STYLE, mean_curve, new_figure, plain
 from megatron_sas.analysis.trajectories import Curve, Run
 
-MAX_RELATIONS, MAX_PANELS = 14, 6
+MAX_RELATIONS = 14
 MAP = "viridis"
 DIRECTIONS = ("dep→head", "head→dep")
 
 
 def draw_relations(found: Sequence[Condition]) -> Figure | None:
-    """Accuracy of the best head per relation over steps, a panel per condition (the first six), mean over its runs."""
+    """Accuracy of the best head per relation over steps, a panel per condition, mean over its runs."""
     names = frequent_relations([run for condition in found for run in condition.runs])
     panels = [(c.label, [_mean_relation(c.runs, name) for name in names]) for c in found]
-    panels = [(label, curves) for label, curves in panels if any(len(curve) > 1 for curve in curves)][:MAX_PANELS]
+    panels = [(label, curves) for label, curves in panels if any(len(curve) > 1 for curve in curves)]
     if not panels:
         return None
     columns = min(3, len(panels))

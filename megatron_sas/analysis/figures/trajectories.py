@@ -18,8 +18,8 @@ from megatron_sas.analysis.trajectories import METRICS, Metric, Run, conditions
 def draw(runs: Sequence[Run], onsets: Onsets, x_scale: str = "linear") -> Figure:
     """A figure with one panel per metric that any run has, and one for λ where it is not always 0.
 
-    Dashed lines mark the mean of a condition's clear onsets; whiskers at the foot of a panel are each run's onset with
-    its interval, one row per condition.
+    Dashed lines mark the mean of a condition's clear onsets; dots at the foot of a panel are each run's onset, with its
+    interval over items where there is one, one row per condition.
     """
     panels = [metric for metric in METRICS if any(len(run.metric(metric)) for run in runs)]
     with_weight = any(not run.is_base for run in runs)
@@ -79,7 +79,7 @@ def _reference_line(axis: Axes, value: float, text: str, right: bool = False) ->
 
 
 def _mark_onsets(axis: Axes, group: Sequence[RunOnset | None], colour: str, height: float) -> None:
-    """The mean of a condition's clear onsets as a line, each run's with its interval at its foot (`height` 0 to 1)."""
+    """The mean of a condition's clear onsets as a line, each run's as a dot at its foot (`height` 0 to 1)."""
     clear = [onset for onset in group if onset is not None and onset.bend.clear]
     if not clear:
         return
@@ -87,8 +87,8 @@ def _mark_onsets(axis: Axes, group: Sequence[RunOnset | None], colour: str, heig
     across = axis.get_xaxis_transform()  # steps along x, share of the panel along y
     for rank, onset in enumerate(clear):
         y = 0.015 + 0.16 * (height + 0.1 * rank / len(clear))
-        low, high = onset.interval or (onset.bend.step, onset.bend.step)
-        axis.plot([low, high], [y, y], color=colour, linewidth=1.6, alpha=0.7, transform=across, zorder=5)
+        if onset.interval:
+            axis.plot(onset.interval, [y, y], color=colour, linewidth=1.6, alpha=0.7, transform=across, zorder=5)
         axis.plot(onset.bend.step, y, "o", color=colour, markersize=3.2, transform=across, zorder=6)
 
 
@@ -108,8 +108,10 @@ def _legend(figure: Figure, styles: dict[str, tuple[str, str]], onsets: Onsets) 
         Line2D([], [], color=colour, linestyle=dash, linewidth=2.2, label=plain(label))
         for label, (colour, dash) in styles.items()
     ]
-    if any(onset.bend.clear for by_metric in onsets.values() for onset in by_metric.values()):
+    clear = [onset for by_metric in onsets.values() for onset in by_metric.values() if onset.bend.clear]
+    if clear:
         handles.append(Line2D([], [], color=GREY, linestyle=(0, (4, 3)), linewidth=1.1, label="onset, mean"))
-        handles.append(Line2D([], [], color=GREY, marker="o", markersize=3.2, label="onset of a run, 95 %"))
+        over = ", 95 % over items" if any(onset.interval for onset in clear) else ""
+        handles.append(Line2D([], [], color=GREY, marker="o", markersize=3.2, label=f"onset of a run{over}"))
     handles.append(Line2D([], [], color=GREY, alpha=0.35, linewidth=0.9, label="training loss"))
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 5), frameon=False, fontsize=9.5)
