@@ -63,7 +63,7 @@ def main() -> None:
         required=True,
         metavar="KIND",
         help="permuted: each sentence's tree over randomly permuted words; offset:K: every dependent points K words "
-        "on; random_tree: random trees with the edge lengths of the sentence's own tree",
+        "on, or back where that leaves the sentence; random_tree: random trees with the sentence's own edge lengths",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random controls (default 0)")
     parser.add_argument("--name", help="NAME in the file names (default: KIND, with - for :)")

@@ -87,10 +87,14 @@ def base_name(runs: Sequence[Run]) -> str:
 
 
 def whole_runs(runs: Sequence[Run], metric: Metric) -> set[str]:
-    """Paths of the runs whose values of `metric` can be compared: their curves end where the longest ends, nearly."""
+    """Paths of the runs whose values of `metric` can be compared: their curves end where the longest ends, nearly.
+
+    GLUE is of a run's last step.
+    """
     if metric is GLUE:
-        return {str(run.path) for run in runs if run.measured.glue}
-    ends = {str(run.path): curve.steps[-1] for run in runs if len(curve := run.metric(metric))}
+        ends = {str(run.path): run.final_step for run in runs if run.measured.glue}
+    else:
+        ends = {str(run.path): curve.steps[-1] for run in runs if len(curve := run.metric(metric))}
     return {path for path, end in ends.items() if end >= WHOLE * max(ends.values())}
 
 

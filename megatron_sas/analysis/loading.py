@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from megatron_sas.metrics.records import FILE_NAME, read_records
 
 SWEEP_NAME = "sweep.json"
 MIN_POINTS = 3  # a curve with fewer has no break
-DENSITY = 0.5  # measured snapshots must be at least this share of the live evaluations that they replace
+LACKING = 1  # measured snapshots may be so many fewer than live evaluations, in any stretch of a run, to replace them
 REACHES = 0.9  # measured snapshots must cover this share of a run to stand for its curve
 # Keys of evaluation lines that belong together: one curve, and what is told about its last point.
 KEYS = {
@@ -31,6 +31,18 @@ KEYS = {
 }
 # What each is measured on, in a trajectory's settings.
 INPUTS = {"loss": "text", "uas": "treebank", "blimp": "blimp", "twonn": "text"}
+GLUE_HINTS = (*HINTS, "hub", "split")  # where examples are from; their checksum decides
+
+
+@dataclass(frozen=True)
+class GlueResult:
+    """A task that a model was fine-tuned on: `step` is the model's (None if unknown), `way` how and on what."""
+
+    run: Run
+    task: str
+    mean: float
+    step: int | None
+    way: str
 
 
 def read_inputs(paths: Sequence[str | Path], labels: Sequence[str] | None = None) -> tuple[list[Run], list[str]]:
@@ -56,7 +68,7 @@ def read_inputs(paths: Sequence[str | Path], labels: Sequence[str] | None = None
 
 
 def load_runs(paths: Sequence[str | Path], labels: Sequence[str] | None = None) -> list[Run]:
-    """Read run directories, with live evaluations as their curves (`read_inputs` also looks at measured ones).
+    """Read run directories, with live evaluations as their curves (`read_inputs` also looks at measured ones and GLUE).
 
     Raises `InputError` for a path that is not a run directory, a broken file, a run without evaluations, a path given
     twice, or labels that do not match the runs in number.
@@ -131,7 +143,7 @@ def _read_sweep_file(path: Path) -> dict[str, Any]:
 
 
 def read_measured(run: Path) -> Measured:
-    """What lies in a run's `trajectory/points` and `glue`; empty where there is nothing."""
+    """What lies in a run's `trajectory/points`; empty where there is nothing."""
     directory = run / TRAJECTORY
     records, counts, item_steps = [], {}, []
     relations, edge_counts = (), np.zeros(0, np.int64)
@@ -148,12 +160,6 @@ def read_measured(run: Path) -> Measured:
             counts[point["step"]] = np.array(table["correct"], np.int64)
         if (path / ITEMS).is_file():
             item_steps.append(point["step"])
-    glue = {}
-    for path in sorted(run.glob("glue/*.json")):
-        result = _read_json(path)
-        if result.get("format") != "megatron_sas glue" or not isinstance(result.get("mean"), (int, float)):
-            raise InputError(f"{path}: not a result of tools/finetune_glue.py; move it elsewhere")
-        glue[str(result.get("task", path.stem))] = float(result["mean"])
     return Measured(
         records,
         relations,
@@ -162,7 +168,6 @@ def read_measured(run: Path) -> Measured:
         directory,
         tuple(item_steps),
         read_settings(directory) if records else None,
-        glue,
     )
 
 
@@ -173,16 +178,63 @@ def choose_sources(runs: Sequence[Run], notes: list[str]) -> list[Run]:
     data or in different precision. Adds to `notes` what was decided against measurements that exist.
     """
     sources = {name: _measured_runs(runs, name, notes) for name in KEYS}
-    tasks = [counted for run in runs if (counted := run.measured.glue.keys() - NOT_AVERAGED)]
-    common = set.intersection(*tasks) if tasks else set()
+    glue = choose_glue(runs, notes)
+    return [_with_sources(run, sources, glue[run.path]) for run in runs]
+
+
+def choose_glue(runs: Sequence[Run], notes: list[str]) -> dict[Path, dict[str, float]]:
+    """Means of the GLUE tasks that all runs with GLUE have, by path of the run; without those that averages leave out.
+
+    Only results of a run's final step count, and of these, for each task, only those that were made in the most usual
+    way (of equally usual ones the first). Adds to `notes` what was left out.
+    """
+    results = [result for run in runs for result in _read_glue(run) if result.task not in NOT_AVERAGED]
+    fault = "are not known to be of their run's last step"
+    results = _keep(results, [r.step == r.run.final_step for r in results], fault, notes)
+    ways: dict[str, Counter[str]] = {}
+    for result in results:
+        ways.setdefault(result.task, Counter())[result.way] += 1
+    usual = {task: counter.most_common(1)[0][0] for task, counter in ways.items()}
+    fault = "were made on other data, or with other settings or seeds, than the rest"
+    results = _keep(results, [r.way == usual[r.task] for r in results], fault, notes)
+    means: dict[Path, dict[str, float]] = {run.path: {} for run in runs}
+    for result in results:
+        means[result.run.path][result.task] = result.mean
+    tasks = [found.keys() for found in means.values() if found]
+    common = set.intersection(*map(set, tasks)) if tasks else set()
     if any(task != common for task in tasks):
         notes.append(
             f"GLUE is the mean over the tasks that all runs with GLUE have: {', '.join(sorted(common)) or '–'}."
         )
-    return [_with_sources(run, sources, common) for run in runs]
+    return {path: {task: mean for task, mean in found.items() if task in common} for path, found in means.items()}
 
 
-def _with_sources(run: Run, sources: Mapping[str, set[Path]], glue_tasks: set[str]) -> Run:
+def _keep(results: Sequence[GlueResult], kept: Sequence[bool], fault: str, notes: list[str]) -> list[GlueResult]:
+    """The results that are `kept`; a note names the others, and their `fault`."""
+    if odd := [f"{r.run.label} ({r.run.name}) {r.task}" for r, keep in zip(results, kept, strict=True) if not keep]:
+        notes.append(f"GLUE: {len(odd)} of {len(results)} results {fault}, so they are left out: {_listed(odd)}.")
+    return [result for result, keep in zip(results, kept, strict=True) if keep]
+
+
+def _read_glue(run: Run) -> list[GlueResult]:
+    """What lies in a run's `glue`; `InputError` for anything but results of tools/finetune_glue.py."""
+    results = []
+    for path in sorted(run.path.glob("glue/*.json")):
+        content = _read_json(path)
+        try:
+            if content["format"] != "megatron_sas glue":
+                raise ValueError
+            sources = [content["data"]["train"], *content["data"]["validation"]]
+            data = [{k: v for k, v in source.items() if k not in GLUE_HINTS} for source in sources]
+            seeds = [seed["seed"] for seed in content["seeds"]]
+            way = json.dumps([content["metric"], content["settings"], data, seeds], sort_keys=True)
+            results.append(GlueResult(run, content["task"], float(content["mean"]), content.get("model_step"), way))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise InputError(f"{path}: not a result of tools/finetune_glue.py; move it elsewhere") from None
+    return results
+
+
+def _with_sources(run: Run, sources: Mapping[str, set[Path]], glue: dict[str, float]) -> Run:
     """The run with evaluations merged from live and measured records, by step."""
     not_live = {key for name in KEYS if sources[name] for key in KEYS[name]}
     measured = {name for name in KEYS if run.path in sources[name]}
@@ -192,7 +244,6 @@ def _with_sources(run: Run, sources: Mapping[str, set[Path]], glue_tasks: set[st
         merged.setdefault(record["step"], {}).update({k: v for k, v in record.items() if k not in not_live})
     for record in run.measured.records:
         merged.setdefault(record["step"], {}).update({k: v for k, v in record.items() if k not in not_measured})
-    glue = {task: value for task, value in run.measured.glue.items() if task in glue_tasks}
     with_items = {*run.measured.item_steps} >= {record["step"] for record in run.measured.records}
     return replace(
         run,
@@ -208,7 +259,7 @@ def _measured_runs(runs: Sequence[Run], name: str, notes: list[str]) -> set[Path
     Where no run has live values, these are the runs measured in the most usual way (of equally usual ones the first).
     """
     key = KEYS[name][0]
-    steps = [[r["step"] for r in run.measured.records if key in r] for run in runs]
+    steps = [_steps(run.measured.records, key) for run in runs]
     having = [run for run, has in zip(runs, steps, strict=True) if has]
     if not having:
         return set()
@@ -217,24 +268,48 @@ def _measured_runs(runs: Sequence[Run], name: str, notes: list[str]) -> set[Path
         usual = Counter(ways.values()).most_common(1)[0][0]
         odd = [run for run in having if ways[run.path] != usual]
         if odd:
-            named = ", ".join(f"{run.label} ({run.name})" for run in odd[:6]) + (" and others" if len(odd) > 6 else "")
+            named = _listed([f"{run.label} ({run.name})" for run in odd])
             notes.append(
                 f"{key}: {len(odd)} of {len(having)} runs were measured on other data or in another precision than the "
                 f"rest, so their values are left out: {named}."
             )
         return {run.path for run in having} - {run.path for run in odd}
-    wanted = [max(MIN_POINTS, DENSITY * sum(key in r for r in run.evaluations)) for run in runs]
     enough = all(
-        len(has) >= least and has[-1] >= REACHES * run.final_step
-        for run, has, least in zip(runs, steps, wanted, strict=True)
+        len(has) >= MIN_POINTS
+        and max(has) >= REACHES * run.final_step
+        and _most_lacking(_steps(run.evaluations, key), has) <= LACKING
+        for run, has in zip(runs, steps, strict=True)
     )
     if enough and len(set(ways.values())) == 1:
         return {run.path for run in runs}
     notes.append(
         f"{len(having)} of {len(runs)} runs have measured snapshots with {key}, but not all of them with the same "
-        "settings, to the end, and half as densely as live evaluations: live evaluations are used instead."
+        "settings, to the end, and everywhere as densely as live evaluations: live evaluations are used instead."
     )
     return set()
+
+
+def _steps(records: Sequence[Mapping[str, Any]], key: str) -> set[int]:
+    """The steps with a value of `key`."""
+    return {record["step"] for record in records if record.get(key) is not None}
+
+
+def _most_lacking(live: set[int], measured: set[int]) -> int:
+    """How many more live evaluations than snapshots there are in the stretch of a run where these lack most.
+
+    The whole run is such a stretch, and so is every part of it: many snapshots where nothing happens do not make up for
+    few where something does. Snapshots at slightly other steps lack one, those half as dense half.
+    """
+    most = lacking = 0  # anywhere so far, and in the worst stretch that ends at `step`
+    for step in sorted(live | measured):
+        lacking = max(0, lacking + (step in live) - (step in measured))
+        most = max(most, lacking)
+    return most
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first six names."""
+    return ", ".join(names[:6]) + (" and others" if len(names) > 6 else "")
 
 
 def _way(run: Run, part: str) -> list[Any]:

@@ -69,16 +69,19 @@ def permuted(heads: np.ndarray, marks: np.ndarray, seed: int, samples: np.ndarra
 
 
 def offset(heads: np.ndarray, marks: np.ndarray, distance: int) -> np.ndarray:
-    """Every word that had a head depends on the word `distance` words away (negative: before), if that is in its
-    sentence.
+    """Every word that had a head depends on the word `distance` words away (negative: before).
 
-    Args, result and errors as in `permuted`; nothing is random. Words whose target is outside get -1.
+    Where that is outside of the sentence, on the word as far away on the other side, so that as much is regularized as
+    with syntax; only words in the middle of a sentence of up to 2·|distance| - 1 words have neither, and get -1.
+
+    Args, result and errors as in `permuted`; nothing is random.
     """
     words = _words(heads, marks)
-    target = np.arange(len(words.head)) + distance
-    start = words.starts[words.sentence]
-    inside = (target >= start) & (target < start + words.sizes[words.sentence]) & (words.head >= 0)
-    return _to_heads(words, np.where(inside, target, -1), heads.shape)
+    head, start = np.full(len(words.head), -1), words.starts[words.sentence]
+    for target in (np.arange(len(head)) - distance, np.arange(len(head)) + distance):  # the second overrides
+        inside = (target >= start) & (target < start + words.sizes[words.sentence]) & (words.head >= 0)
+        head = np.where(inside, target, head)
+    return _to_heads(words, head, heads.shape)
 
 
 def random_tree(heads: np.ndarray, marks: np.ndarray, seed: int, samples: np.ndarray) -> np.ndarray:

@@ -142,20 +142,6 @@ class BlimpTask:
         }
 
 
-def evaluate_blimp(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    data: Sequence[PairSet],
-    *,
-    metric: str = "pll",
-    pairs_per_set: int | None = None,
-    batch_tokens: int = 8192,
-    max_length: int | None = None,
-) -> dict:
-    """`BlimpTask.evaluate` for one use."""
-    return BlimpTask(data, tokenizer, metric, pairs_per_set, max_length).evaluate(model, batch_tokens=batch_tokens)
-
-
 def _means_over_sets(sets: Mapping[str, dict], key: str) -> dict[str, float]:
     accuracies: dict[str, list[float]] = {}
     for result in sets.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
@@ -15,7 +16,6 @@ import numpy as np
 from megatron_sas.cli import InputError
 from megatron_sas.data.hub import read_rows
 from megatron_sas.evaluation.glue_tasks import SCORE_RANGE, Task
-from megatron_sas.files import sha256_file
 
 HUB = "nyu-mll/glue"
 MAX_BAD_SHARE = 0.01  # QQP as distributed has a few lines with too few columns; more of them are another layout
@@ -24,7 +24,7 @@ MAX_BAD_SHARE = 0.01  # QQP as distributed has a few lines with too few columns;
 @dataclass(frozen=True)
 class Examples:
     """`texts[k]` is the k-th example's sentence or pair; `labels` (N,) int64 class numbers or float32 scores; `source`
-    says where they are from: path and SHA-256, or the hub's name and split."""
+    says where they are from, path or the hub's name and split, and has the SHA-256 of texts and labels."""
 
     texts: list[tuple[str, ...]]
     labels: np.ndarray
@@ -76,7 +76,7 @@ def read_file(task: Task, path: str | Path, columns: Columns | None = None) -> E
         rows = _json_rows(path, lines)
     else:
         raise InputError(f"{path}: unknown kind of file {path.suffix!r}; name it .tsv or .jsonl")
-    return _examples(task, rows, columns, {"path": str(path.resolve()), "sha256": sha256_file(path)}, str(path))
+    return _examples(task, rows, columns, {"path": str(path.resolve())}, str(path))
 
 
 def read_hub(task: Task, split: str) -> Examples:
@@ -143,6 +143,11 @@ def _examples(task: Task, rows: Any, columns: Columns, source: dict[str, str], w
     if len(set(labels)) < 2:
         name = task.classes[labels[0]] if task.classes else f"{labels[0]:g}"
         raise InputError(f"{where}: all {len(labels)} labels are {name!r}; there is nothing to tell apart")
+    # Of what is learnt rather than of a file: the hub has none, and of a file the columns may be chosen.
+    digest = hashlib.sha256()
+    for text, label in zip(texts, labels, strict=True):
+        digest.update(json.dumps([*text, label]).encode() + b"\n")
+    source = {**source, "sha256": digest.hexdigest()}
     return Examples(texts, np.array(labels, np.float32 if task.is_regression else np.int64), source)
 
 

@@ -143,19 +143,6 @@ class PllTask:
         return result
 
 
-def score_sentences(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    sentences: Sequence[str],
-    metric: str = "pll",
-    *,
-    batch_tokens: int = 8192,
-    max_length: int | None = None,
-) -> np.ndarray:
-    """Pseudo-log-likelihood of each sentence, float64 (len(sentences),); see `PllTask` for `metric` and errors."""
-    return PllTask(sentences, tokenizer, metric, max_length).score(model, batch_tokens=batch_tokens)
-
-
 def _group(members: list[int], encoded: Any, tokenizer: Any, metric: str) -> _Group:
     """The group of the sentences `members`, which have equally many tokens."""
     tokens = np.array([encoded["input_ids"][index] for index in members], np.int64)

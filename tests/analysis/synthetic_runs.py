@@ -41,7 +41,7 @@ def write_run(
         "sas": {"schedule": schedule, "mode": "max"},
         "train": {"steps": steps, "global_batch_size": 64, "micro_batch_size": 64, "learning_rate": 5e-4},
     }
-    records = Records(path, None, tensorboard=False)
+    records = Records(path, -1, tensorboard=False)
     (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     records.write("event", 0, {"event": "start", "world_size": 2, "device": "cpu", "parameters": 1_250_000})
     for step in range(0, steps + 1, 5):
@@ -113,9 +113,27 @@ def write_sweep(root: Path, roles: dict[str, str], seeds: tuple[int, ...]) -> No
     (root / "sweep.json").write_text(json.dumps(content))
 
 
-def write_glue(run: Path, **means: float) -> None:
-    """A result per task."""
-    (run / "glue").mkdir()
+def write_glue(
+    run: Path,
+    *,
+    step: int | None = 900,
+    epochs: int = 3,
+    sha256: str = "g",
+    seeds: tuple[int, ...] = (1, 2),
+    **means: float,
+) -> None:
+    """A result per task, of the model at `step`."""
+    (run / "glue").mkdir(exist_ok=True)
     for task, mean in means.items():
-        result = {"format": "megatron_sas glue", "version": 1, "task": task, "metric": "accuracy", "mean": mean}
+        result = {
+            "format": "megatron_sas glue",
+            "version": 1,
+            "task": task,
+            "metric": "accuracy",
+            "mean": mean,
+            "seeds": [{"seed": seed, "metrics": {"accuracy": mean}} for seed in seeds],
+            "model_step": step,
+            "settings": {"epochs": epochs, "learning_rate": 2e-5},
+            "data": {"train": {"path": str(run), "sha256": sha256}, "validation": [{"path": "x", "sha256": "v"}]},
+        }
         (run / "glue" / f"{task}.json").write_text(json.dumps(result))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ from synthetic_runs import write_glue, write_run, write_sweep
 from trajectory_files import RELATIONS, write_trajectory
 
 from megatron_sas.analysis.analyse import analyse
-from megatron_sas.analysis.loading import load_runs, read_inputs, sweep_title
+from megatron_sas.analysis.comparisons import whole_runs
+from megatron_sas.analysis.loading import read_inputs, sweep_title
 from megatron_sas.analysis.report import Picture, report_html
 from megatron_sas.analysis.trajectories import GLUE, METRICS
 from megatron_sas.cli import InputError
+from megatron_sas.config import load_config
 
 LOSS, UAS, BLIMP = METRICS
 
@@ -128,15 +131,43 @@ def test_runs_measured_in_another_way_are_left_out(tmp_path, change):
     assert len(notes) == (1 if "precision" not in change else 3)
 
 
-def test_a_few_measured_snapshots_do_not_replace_dense_evaluations(tmp_path):
-    run = write_run(tmp_path / "run", every=50)  # 19 evaluations
-    write_trajectory(run, steps=range(0, 901, 100))
-    assert len(read_inputs([run])[0][0].metric(UAS)) == 10
-    shutil.rmtree(run / "trajectory")
-    write_trajectory(run, steps=range(0, 901, 300))
+EVERY_50 = {*range(0, 901, 50)}
+DENSE_EARLY = {*range(0, 301, 10), *range(300, 901, 100)}
+
+
+@pytest.mark.parametrize(
+    ("live", "measured", "used"),
+    [
+        (EVERY_50, EVERY_50, True),
+        (EVERY_50, {*range(25, 901, 50)}, True),  # between them
+        (EVERY_50, EVERY_50 - {450}, True),  # one is missing
+        (EVERY_50, EVERY_50 - {450, 500}, False),
+        (EVERY_50, {*range(0, 901, 100)}, False),
+        ({*range(0, 901, 100)}, EVERY_50, True),
+        (DENSE_EARLY, DENSE_EARLY | EVERY_50, True),
+        (DENSE_EARLY, {*range(0, 101, 10), *range(100, 901, 25)}, False),  # more over the whole run, but not early
+    ],
+)
+def test_measured_snapshots_replace_evaluations_where_nowhere_sparser(tmp_path, live, measured, used):
+    run = write_run(tmp_path / "run", every=10)
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(r) + "\n" for r in lines if r["kind"] != "evaluation" or r["step"] in live))
+    write_trajectory(run, steps=sorted(measured))
     (loaded,), notes = read_inputs([run])
-    assert len(loaded.metric(UAS)) == 19 and len(loaded.curve("twonn")) == 4
-    assert "half as densely" in notes[0]
+    for metric in (UAS, BLIMP):
+        assert loaded.metric(metric).steps.tolist() == sorted(measured if used else live)
+    assert loaded.curve("twonn").steps.tolist() == sorted(measured)  # not evaluated live
+    assert len(notes) == (0 if used else 2)
+    assert all("everywhere as densely as live evaluations" in note for note in notes)
+
+
+@pytest.mark.parametrize("name", ["paper-base.yaml", "experiments/mini-run.yaml", "experiments/toy-run.yaml"])
+def test_the_experiments_save_models_wherever_they_evaluate(name):
+    """Or what is measured of them afterwards would not become their curves."""
+    config = load_config(Path(__file__).parents[2] / "examples" / name)
+    last = config.train.steps
+    assert [s for s in range(last + 1) if config.evaluation.due(s, last) and not config.snapshots.due(s, last)] == []
 
 
 def test_onset_intervals_hold_the_truth_and_order_is_told(sweep):
@@ -144,13 +175,12 @@ def test_onset_intervals_hold_the_truth_and_order_is_told(sweep):
     analysis = analyse(runs, 90, replicates=100, notes=notes)
     for seed, run in enumerate(analysis.runs[:2], start=1):
         onsets = analysis.onsets[str(run.path)]
-        assert onsets["uas"].interval_kind == "bootstrap interval over items"
         low, high = onsets["uas"].interval
         assert low - 25 <= 400 + 20 * seed <= high + 25 and high - low <= 150  # evaluations are 50 steps apart
         assert low <= onsets["uas"].bend.step <= high
         low, high = onsets["blimp"].interval
         assert low - 25 <= 500 + 20 * seed <= high + 25
-        assert onsets["loss"].items is None and onsets["loss"].interval_kind == "change-point interval"
+        assert onsets["loss"].interval is None  # it has no items; its change point is another estimate
     order = analysis.orders["base"]
     assert order.items[0] > 0 and [run.share(1) > 0.95 for run in order.runs] == [True, True]
     assert sum(order.runs[0].share(sign) for sign in (-1, 0, 1)) == pytest.approx(1)
@@ -176,13 +206,48 @@ def test_glue_is_the_mean_over_common_tasks(tmp_path):
 def test_glue_leaves_wnli_out(tmp_path):
     """As tools/finetune_glue.py does; a run that has it is no different from one that has not."""
     runs = [write_run(tmp_path / f"base-{seed}", seed=seed, every=100) for seed in range(3)]
-    write_glue(runs[0], cola=0.4, sst2=0.8, wnli=0.0)
+    write_glue(runs[0], cola=0.4, sst2=0.8)
+    write_glue(runs[0], step=500, wnli=0.0)
     write_glue(runs[1], cola=0.4, sst2=0.8)
     write_glue(runs[2], wnli=0.5)
     loaded, notes = read_inputs(runs)
     assert [run.final(GLUE) for run in loaded] == [pytest.approx(0.6), pytest.approx(0.6), None]
-    assert load_runs(runs[:1])[0].final(GLUE) == pytest.approx(0.6)
     assert notes == []
+
+
+def test_glue_is_of_the_final_model(tmp_path):
+    """A run that went on after it was fine-tuned, or whose step the result does not know, has no final value."""
+    runs = [write_run(tmp_path / f"base-{seed}", seed=seed, every=100) for seed in range(3)]
+    write_glue(runs[0], cola=0.4, sst2=0.8)
+    write_glue(runs[1], step=500, cola=0.1, sst2=0.1)
+    write_glue(runs[2], step=None, cola=0.1)
+    loaded, notes = read_inputs(runs)
+    assert [run.final(GLUE) for run in loaded] == [pytest.approx(0.6), None, None]
+    assert notes == [
+        "GLUE: 3 of 5 results are not known to be of their run's last step, so they are left out: "
+        "base-1 (base-1) cola, base-1 (base-1) sst2, base-2 (base-2) cola."
+    ]
+    assert notes[0] in analyse(loaded, 90, replicates=0, notes=notes).notes
+
+
+@pytest.mark.parametrize("change", [{"epochs": 10}, {"sha256": "h"}, {"seeds": (1,)}])
+def test_glue_is_made_in_one_way(tmp_path, change):
+    """Where the data lie does not matter; what they are, settings and seeds do."""
+    runs = [write_run(tmp_path / f"base-{seed}", seed=seed, every=100) for seed in range(3)]
+    write_glue(runs[0], **change, cola=0.9)
+    write_glue(runs[0], sst2=0.9)
+    write_glue(runs[1], cola=0.4, sst2=0.8)
+    write_glue(runs[2], cola=0.6, sst2=0.8)
+    write_glue(runs[2], step=500, mrpc=0.5)
+    loaded, notes = read_inputs(runs[1:])
+    assert [run.final(GLUE) for run in loaded] == [pytest.approx(0.6), pytest.approx(0.7)] and len(notes) == 1
+    loaded, notes = read_inputs(runs)
+    assert [run.final(GLUE) for run in loaded] == [pytest.approx(0.9), pytest.approx(0.8), pytest.approx(0.8)]
+    assert notes[1:] == [
+        "GLUE: 1 of 6 results were made on other data, or with other settings or seeds, than the rest, so they are "
+        "left out: base-0 (base-0) cola.",
+        "GLUE is the mean over the tasks that all runs with GLUE have: sst2.",
+    ]
 
 
 def test_values_that_are_not_numbers_are_left_out(sweep, tmp_path):
@@ -226,5 +291,16 @@ def test_faults_are_one_line(sweep, tmp_path):
     assert "point.json: does not hold a JSON object" in fault([run])
     shutil.rmtree(run / "trajectory")
     (run / "glue").mkdir()
-    (run / "glue" / "cola.json").write_text('{"format": "x"}')
-    assert "finetune_glue" in fault([run])
+    for content in ('{"format": "x"}', '{"format": "megatron_sas glue", "mean": 0.5, "data": null}'):
+        (run / "glue" / "cola.json").write_text(content)
+        assert "finetune_glue" in fault([run])
+
+
+def test_glue_of_a_run_that_ended_early_is_not_compared(tmp_path):
+    """Its result is of its own last step, half as far as the others'."""
+    for name, steps in (("base-1", 900), ("base-2", 450)):
+        write_run(tmp_path / name, steps=steps)
+        write_glue(tmp_path / name, step=steps, cola=0.5)
+    runs, _ = read_inputs([tmp_path / "base-1", tmp_path / "base-2"])
+    assert all(run.measured.glue for run in runs)
+    assert whole_runs(runs, GLUE) == {str(runs[0].path)}

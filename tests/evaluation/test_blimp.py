@@ -10,8 +10,8 @@ import torch
 
 from megatron_sas.cli import InputError
 from megatron_sas.evaluation.batching import deal
-from megatron_sas.evaluation.blimp import BlimpTask, PairSet, evaluate_blimp, load_blimp
-from megatron_sas.evaluation.pll import METRICS, PllTask, score_sentences
+from megatron_sas.evaluation.blimp import BlimpTask, PairSet, load_blimp
+from megatron_sas.evaluation.pll import METRICS, PllTask
 
 SENTENCES = [
     "Who should Derek hug after shocking Richard?",
@@ -21,6 +21,10 @@ SENTENCES = [
     "The cats that the dog's owner sees annoy Kristin's well-behaved neighbours, don't they?",
     "Dogs barks.",
 ]
+
+
+def score_sentences(model, tokenizer, sentences, metric="pll", batch_tokens=8192):
+    return PllTask(sentences, tokenizer, metric).score(model, batch_tokens=batch_tokens)
 
 
 def naive_score(hf_model, tokenizer, sentence, metric):
@@ -102,7 +106,7 @@ def test_real_blimp(adapter, tokenizer, data_dir):
     data = load_blimp(data_dir / "blimp")
     assert len(data) == 67
     assert all(len(s.pairs) == 1000 for s in data)
-    result = evaluate_blimp(adapter, tokenizer, data, pairs_per_set=3, max_length=160)
+    result = BlimpTask(data, tokenizer, pairs_per_set=3, max_length=160).evaluate(adapter)
     assert (result["num_sets"], result["num_pairs"], result["num_sentences"]) == (67, 201, 402)
     scores = score_sentences(adapter, tokenizer, [x for s in data for pair in s.pairs[:3] for x in pair])
     correct = {

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import runpy
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +18,8 @@ import torch
 from bert_pairs import tiny_hf_bert
 from transformers import BertTokenizerFast
 
+from megatron_sas.analysis.loading import read_inputs
+from megatron_sas.analysis.trajectories import GLUE
 from megatron_sas.cli import InputError
 from megatron_sas.data.tokenizer import load_tokenizer, vocab_size
 from megatron_sas.evaluation.glue import Pretrained, Settings, encode, finetune
@@ -96,6 +101,7 @@ def test_layouts_of_the_download(name, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     again = read_file(task, path)
     assert (again.texts, again.labels.tolist()) == EXPECTED[name]
+    assert again.source["sha256"] == examples.source["sha256"] and again.source["path"] != examples.source["path"]
     validation[-1].unlink()
     with pytest.raises(InputError, match=rf"{validation[-1].name}: no such file"):
         task_files(task, tmp_path)
@@ -103,9 +109,13 @@ def test_layouts_of_the_download(name, tmp_path):
 
 def test_named_columns_and_class_names(tmp_path):
     path = tmp_path / "mine.tsv"
-    path.write_text("good\tid\twords\nacceptable\t1\tA cat.\nunacceptable\t2\tCat a.\n")
+    path.write_text("good\tbad\twords\nacceptable\t1\tA cat.\nunacceptable\t0\tCat a.\n")
     examples = read_file(TASKS["cola"], path, Columns(["words"], "good"))
     assert (examples.texts, examples.labels.tolist()) == ([("A cat.",), ("Cat a.",)], [1, 0])
+    # The same file with other columns is other data.
+    sums = {read_file(TASKS["cola"], path, Columns([text], "bad")).source["sha256"] for text in ("words", "good")}
+    assert len(sums) == 2
+    assert examples.source["sha256"] in sums
 
 
 def test_lines_with_too_few_columns(tmp_path, capsys):
@@ -247,6 +257,19 @@ def test_same_seed_same_result_and_more_seeds_are_added(result, cola_like, tmp_p
         run_tool(*arguments[:-1], again, *FAST)
 
 
+def test_the_report_reads_what_is_written(result, cola_like, tmp_path):
+    """The step of a run's final model is in its result, by which the analysis knows it."""
+    _, arguments = result
+    run, final = tmp_path / "run", tmp_path / "run" / "snapshots" / "step_00000007"
+    shutil.copytree(cola_like / "model", final)
+    run_tool(*arguments[:4], "--model", final, "--output", run / "glue", *FAST, "--seeds", 1)
+    (run / "config.yaml").write_text("run: {seed: 1}\n")
+    for step, expected in ((7, json.loads((run / "glue" / "cola.json").read_text())["mean"]), (8, None)):
+        (run / "metrics.jsonl").write_text(json.dumps({"kind": "evaluation", "step": step, "uas": 0.5}) + "\n")
+        (loaded,), notes = read_inputs([run])
+        assert loaded.final(GLUE) == expected and len(notes) == (expected is None)
+
+
 def test_a_killed_call_goes_on(result, tmp_path, monkeypatch):
     """Stopped in its second seed: no output, but the first seed is kept, and the next call makes only the second."""
     import megatron_sas.evaluation.glue as glue
@@ -338,6 +361,30 @@ def test_pairs_regression_and_two_validation_sets(cola_like, tmp_path):
     assert found["validation_examples_mismatched"] == 2
 
 
+def test_measuring_a_sweep_fine_tunes_its_final_models(tmp_path):
+    """examples/experiments/measure.sh with a stand-in for Python that writes down what it is asked for."""
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> "$LOG"\n')
+    (tmp_path / "python").chmod(0o755)
+    runs = [tmp_path / "runs" / name for name in ("base/seed-1", "minus/seed-1")]
+    for run in runs:
+        run.mkdir(parents=True)
+    script = Path(TOOL).parents[1] / "examples" / "experiments" / "measure.sh"
+    for glue in (None, tmp_path, tmp_path / "absent"):
+        log = tmp_path / f"{glue and glue.name}.log"
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log)}
+        environment |= {} if glue is None else {"GLUE": str(glue)}
+        command = ["bash", script, tmp_path / "runs", "TREEBANK", "BLIMP", "TEXT", "REPORT", "--workers", "2"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if glue == tmp_path / "absent":
+            assert done.returncode == 2 and "absent: no such folder" in done.stderr and not log.exists()
+            continue
+        assert done.returncode == 0, done.stderr
+        calls = [line.split() for line in log.read_text().splitlines()]
+        tuned = [["--model", f"{run}", "--task", "all", "--data", f"{glue}", "--output", f"{run}/glue"] for run in runs]
+        assert [call[1:] for call in calls if "finetune_glue" in call[0]] == (tuned if glue else [])
+        assert sum("eval_trajectory" in call[0] for call in calls) == 2 and "analyze_trajectory" in calls[-1][0]
+
+
 def test_all_tasks_into_a_folder(cola_like, tmp_path, capsys):
     for name, task in TASKS.items():
         (tmp_path / "data" / task.folder).mkdir(parents=True)
@@ -390,7 +437,8 @@ def test_data_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_sas.evaluation.glue_data.HUB", str(tmp_path))
     examples = read_hub(TASKS["mrpc"], "validation")
     assert (examples.texts, examples.labels.tolist()) == EXPECTED["mrpc"]
-    assert examples.source == {"hub": str(tmp_path), "split": "validation"}
+    assert examples.source.keys() == {"hub", "split", "sha256"}
+    assert (examples.source["hub"], examples.source["split"]) == (str(tmp_path), "validation")
 
 
 def test_no_network_is_one_line(cola_like, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import torch
 from bert_pairs import tiny_hf_bert
 from transformers import BertTokenizerFast
 
-from megatron_sas.evaluation.blimp import evaluate_blimp, load_blimp
+from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
 from megatron_sas.files import sha256_file
@@ -113,7 +113,7 @@ def test_blimp_writes_the_result_and_prints_the_table(inputs, tmp_path):
     record = json.loads(output.read_text())
     model, tokenizer = load_model(inputs / "model")
     data = load_blimp(inputs / "blimp")
-    expected = evaluate_blimp(model, tokenizer, data, metric="within_word_l2r", pairs_per_set=2)
+    expected = BlimpTask(data, tokenizer, "within_word_l2r", pairs_per_set=2).evaluate(model)
     timing = {"seconds", "sentences_per_second"}
     assert {key: record[key] for key in expected.keys() - timing} == {
         key: expected[key] for key in expected.keys() - timing
@@ -130,7 +130,7 @@ def test_blimp_writes_the_result_and_prints_the_table(inputs, tmp_path):
 def test_bf16_is_close_and_recorded(inputs, tmp_path):
     sentences = load_blimp(inputs / "blimp")
     model, tokenizer = load_model(inputs / "model", torch.device("cpu"))
-    exact = evaluate_blimp(model, tokenizer, sentences)
+    exact = BlimpTask(sentences, tokenizer).evaluate(model)
     done = run_tool(
         "eval_blimp.py", "--model", inputs / "model", "--blimp", inputs / "blimp", "--output", tmp_path / "out.json",
         "--precision", "bf16",
