@@ -185,11 +185,22 @@ def _refuse_other_run(run: PlannedRun) -> None:
     if old.run.branch_from and new.run.branch_from and _same_branch(old.run.branch_from, new.run.branch_from):
         new = new.model_copy(update={"run": new.run.model_copy(update={"branch_from": old.run.branch_from})})
     refuse_other_experiment(old, new, saved)
+    if finished and _data_names(old) != _data_names(new):  # nothing will compare their contents
+        raise InputError(
+            f"{saved}: the run there finished with other values of data.train or data.validation; restore them or "
+            "choose another --output"
+        )
     if finished and max(finished) > new.train.steps:
         raise InputError(
             f"{saved}: the run there finished after {max(finished)} updates, train.steps is now {new.train.steps}; "
             "restore it or choose another --output"
         )
+
+
+def _data_names(config: Config) -> tuple[list[tuple[str, float | None]], str | None]:
+    """Training data with their weights, and validation data, by name: a job may have them in a directory of its own."""
+    validation = config.data.validation
+    return [(Path(p).name, weight) for p, weight in config.data.parts()], validation and Path(validation).name
 
 
 def _same_branch(first: str, second: str) -> bool:

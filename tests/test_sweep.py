@@ -149,6 +149,16 @@ def test_a_run_that_was_begun_as_something_else_is_refused(write_sweep, tmp_path
         plan_sweep(write_sweep(before, "[7]"), runs, ["--train.learning_rate=0.5"])
 
 
+def test_a_finished_run_was_finished_with_the_data_of_the_sweep(config, write_sweep, tmp_path):
+    """Nothing will open them to compare: so their names, wherever a job has put them."""
+    path, runs = write_sweep("\n  base: {}", "[7]"), tmp_path / "runs"
+    begin(plan_sweep(path, runs).runs[0], finished_at=6)
+    assert plan_sweep(path, runs, ["--data.train=/node/data0", "--data.validation=/node/data1"]).runs[0].finished
+    for other in ("--data.train=/node/data2", "--data.validation=null", "--data.train=[/node/data0, data1]"):
+        with pytest.raises(InputError, match=r"finished with other values of data\.train or data\.validation"):
+            plan_sweep(path, runs, [other])
+
+
 def test_all_faults_at_once(write_sweep, tmp_path):
     with pytest.raises(InputError, match="2 faults") as caught:
         plan_sweep(write_sweep(" {a: {sas.mode: 3}, b: {train.step: 3}}"), tmp_path)

@@ -34,8 +34,9 @@ seeds may be added to the file. Fields given as --section.field value hold for a
 EPILOG = """\
 on a cluster:
   %(prog)s SWEEP.yaml --output DIR --slurm examples/slurm/sweep.sbatch
-submits one array for the unfinished runs, and a second one that waits for it where runs branch from others. The batch
-script asks for the arguments of its run with --arguments INDEX."""
+submits the unfinished runs as one array, and those that branch from one of them as an array that waits for that one.
+The batch script is started with SWEEP.yaml, DIR, the names of its array's runs (joined by commas) and the fields that
+hold for all runs; it asks for the arguments of a run with --arguments NAME."""
 
 COLUMNS = {"validation_mlm_loss": "MLM loss", "uas": "UAS", "blimp": "BLiMP"}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -48,12 +49,12 @@ def main() -> int:
     directory: Path = arguments.output
     sweep = plan_sweep(arguments.sweep, directory, overrides)
     if arguments.arguments is not None:
-        print("\n".join(trainer_arguments(sweep, _indexed(sweep, arguments.arguments))))
+        print("\n".join(trainer_arguments(sweep, _named(sweep, arguments.arguments, arguments.sweep))))
         return 0
     if arguments.list:
-        for index, run in enumerate(sweep.runs):
+        for run in sweep.runs:
             state = "finished" if run.finished else f"{run.steps_done} of {run.config.train.steps} updates"
-            print(f"{index:4}  {run.name:32} {state}")
+            print(f"{run.name:32} {state}")
         return 0
     with contextlib.closing(DirectoryLock(directory, "wait for it or choose another --output")) as lock:
         lock.take()
@@ -77,10 +78,10 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="processes, and GPUs, of each run (default: 1)"
     )
+    parser.add_argument("--list", action="store_true", help="only list the runs, by name, and how far they are")
     parser.add_argument(
-        "--list", action="store_true", help="only list the runs, with their numbers and how far they are"
+        "--arguments", metavar="NAME", help="only print the trainer's arguments for one run, CONDITION/seed-N"
     )
-    parser.add_argument("--arguments", type=int, metavar="INDEX", help="only print the trainer's arguments for one run")
     parser.add_argument(
         "--slurm", type=Path, metavar="SCRIPT", help="submit a Slurm array of this batch script instead"
     )
@@ -254,28 +255,32 @@ def _report(run: PlannedRun, code: int, directory: Path, bar: progress, stopped:
     bar.write(line, file=sys.stderr) if not bar.disable else print(line, flush=True)
 
 
-def _indexed(sweep: Sweep, index: int) -> PlannedRun:
-    if not 0 <= index < len(sweep.runs):
-        raise InputError(f"--arguments {index}: the sweep has runs 0 to {len(sweep.runs) - 1}")
-    return sweep.runs[index]
+def _named(sweep: Sweep, name: str, path: Path) -> PlannedRun:
+    for run in sweep.runs:
+        if run.name == name:
+            return run
+    raise InputError(f"--arguments {name}: {path} has no such run now; --list shows those it has")
 
 
 def submit(sweep: Sweep, arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Submit the unfinished runs as Slurm arrays: those that branch wait for the others."""
+    """Submit the unfinished runs as Slurm arrays: one of those that can start, and one of each run's branches.
+
+    The names of its runs are part of an array's command line, which Slurm keeps: the sweep file, where places shift
+    when a condition is added, may change while elements wait or are requeued.
+    """
     (arguments.output / "logs").mkdir(parents=True, exist_ok=True)
-    groups: list[list[int]] = []
-    depth: dict[Path, int] = {}
-    for index, run in enumerate(sweep.runs):
-        level = 0 if run.parent is None or run.parent not in depth else depth[run.parent] + 1
-        if not run.finished:
-            depth[run.directory] = level
-            groups += [[] for _ in range(level + 1 - len(groups))]
-            groups[level].append(index)
-    job = None
-    for group in groups:
-        command = ["sbatch", "--parsable", f"--array={','.join(map(str, group))}"]
-        command += [f"--dependency=afterok:{job}"] if job else []
-        command += [str(arguments.slurm), str(arguments.sweep), str(arguments.output), *overrides]
+    unfinished = {run.directory: run for run in sweep.runs if not run.finished}
+    arrays: dict[Path | None, list[PlannedRun]] = {}  # by the run to wait for, which stands in an array before
+    for run in unfinished.values():
+        arrays.setdefault(run.parent if run.parent in unfinished else None, []).append(run)
+    elements: dict[Path, str] = {}
+    for parent, runs in arrays.items():
+        command = ["sbatch", "--parsable", f"--array=0-{len(runs) - 1}"]
+        # Not afterok: what waits for a run that fails would stay in the queue for ever. The checkpoint may be there all
+        # the same; if it is not, the trainer says so, and the next submission has the branch again.
+        command += [f"--dependency=afterany:{elements[parent]}"] if parent else []
+        command += [str(arguments.slurm), str(arguments.sweep), str(arguments.output)]
+        command += [",".join(run.name for run in runs), *overrides]
         try:
             job = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout.strip().split(";")[0]
         except FileNotFoundError:
@@ -284,7 +289,9 @@ def submit(sweep: Sweep, arguments: argparse.Namespace, overrides: Sequence[str]
             raise InputError(
                 f"sbatch refused the array (exit code {error.returncode}); see its message above"
             ) from None
-        print(f"submitted job {job}: {len(group)} runs")
+        for index, run in enumerate(runs):
+            elements[run.directory] = f"{job}_{index}"
+            print(f"submitted {job}_{index}: {run.name}" + (f", after {elements[parent]}" if parent else ""))
     return 0
 
 

@@ -2,14 +2,26 @@
 # Everything measured on every snapshot of the runs of a sweep, then the report. Started again it goes on where it was.
 #
 #   bash examples/experiments/measure.sh RUNS TREEBANK BLIMP TEXT_PREFIX REPORT [option of eval_trajectory.py …]
+#
+# With the environment variable GLUE, a folder like the GLUE download, the final model of every run is fine-tuned on all
+# tasks as well, with three seeds, into RUN/glue: 8.6 million examples a run. If a run went on after that, its results are
+# of another model than its final one, and are refused: remove RUN/glue first.
 set -euo pipefail
 usage="usage: measure.sh RUNS TREEBANK BLIMP TEXT_PREFIX REPORT [option of eval_trajectory.py …]"
 runs=${1:?$usage} treebank=${2:?$usage} blimp=${3:?$usage} text=${4:?$usage} report=${5:?$usage}
 shift 5
+glue=${GLUE:-}
+if [ -n "$glue" ] && [ ! -d "$glue" ]; then
+    echo "error: GLUE=$glue: no such folder; give one like the GLUE download" >&2
+    exit 2
+fi
 here=$(cd "$(dirname "$0")/../.." && pwd)
 for run in "$runs"/*/seed-*; do
     printf '\n== measurements of %s\n' "$run"
     python "$here/tools/eval_trajectory.py" "$run" --treebank "$treebank" --blimp "$blimp" --text "$text" "$@"
+    if [ -n "$glue" ]; then
+        python "$here/tools/finetune_glue.py" --model "$run" --task all --data "$glue" --output "$run/glue"
+    fi
 done
 printf '\n== report\n'
 python "$here/tools/analyze_trajectory.py" "$runs" --output "$report" --overwrite

@@ -5,7 +5,8 @@
 #   bash examples/experiments/mini.sh DIRECTORY VOCAB TREEBANK.conllu BLIMP_DIR VALIDATION.jsonl TRAIN.jsonl …
 #
 # The texts may be compressed (.xz, .gz, .zst). Some 12M words of training text are enough for the four passes of
-# mini-run.yaml. WORKERS (default: all cores) is how many processes parse.
+# mini-run.yaml. WORKERS (default: all cores) is how many processes parse; with GLUE, a folder like the GLUE download, the
+# final models are fine-tuned as well (measure.sh).
 set -euo pipefail
 usage="usage: mini.sh DIRECTORY VOCAB TREEBANK.conllu BLIMP_DIR VALIDATION.jsonl TRAIN.jsonl …"
 out=${1:?$usage} vocabulary=${2:?$usage} treebank=${3:?$usage} blimp=${4:?$usage} validation=${5:?$usage}
