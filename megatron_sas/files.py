@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -10,7 +11,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,22 @@ def sha256_file(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_files(folder: str | Path, names: Iterable[str]) -> str:
+    """Hexadecimal SHA-256 of the files and folders `names` in `folder`, those that are there: of every file's path from
+    `folder` and its bytes, in alphabetical order, so that it is the same wherever `folder` lies. Read once a process.
+    """
+    paths = (path for name in names for path in (Path(folder, name), *Path(folder, name).rglob("*")) if path.is_file())
+    files = sorted((path.relative_to(folder).as_posix(), path, path.stat()) for path in paths)
+    return _sha256_of_files(tuple((name, path, stat.st_size, stat.st_mtime_ns) for name, path, stat in files))
+
+
+@functools.lru_cache(maxsize=16)
+def _sha256_of_files(files: tuple[tuple[str, Path, int, int], ...]) -> str:
+    """Of (name, path, size, time of change): the last two only let a file that was written anew be read anew."""
+    lines = (f"{sha256_file(path)} {name}\n" for name, path, *_ in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def obey_umask(path: str | Path) -> None:

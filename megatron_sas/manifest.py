@@ -49,19 +49,24 @@ def verify_manifest(directory: str | Path, names: Iterable[str] | None = None) -
     """Check the named files (default: all) against the manifest and return it.
 
     Raises:
-        InputError: a file is missing, or has another size or hash.
+        InputError: a file is missing, cannot be read, or has another size or hash.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
     for name in manifest["files"] if names is None else names:
-        entry, path = manifest["files"].get(name), directory / name
-        if entry is None or not path.is_file():
-            raise InputError(f"{path}: is missing; use another checkpoint")
-        if path.stat().st_size != entry["size"]:
-            raise InputError(
-                f"{path}: has {path.stat().st_size} bytes, not {entry['size']} as its manifest says; "
-                "use another checkpoint"
-            )
-        if sha256_file(path) != entry["sha256"]:
-            raise InputError(f"{path}: its SHA-256 differs from the manifest's; use another checkpoint")
+        try:
+            _verify_file(directory / name, manifest["files"].get(name))
+        except OSError as error:  # which may not say where
+            raise InputError(f"{directory / name}: cannot be read ({error.strerror}); use another checkpoint") from None
     return manifest
+
+
+def _verify_file(path: Path, entry: dict[str, Any] | None) -> None:
+    if entry is None or not path.is_file():
+        raise InputError(f"{path}: is missing; use another checkpoint")
+    if path.stat().st_size != entry["size"]:
+        raise InputError(
+            f"{path}: has {path.stat().st_size} bytes, not {entry['size']} as its manifest says; use another checkpoint"
+        )
+    if sha256_file(path) != entry["sha256"]:
+        raise InputError(f"{path}: its SHA-256 differs from the manifest's; use another checkpoint")

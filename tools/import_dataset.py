@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument(
         "--input",
         required=True,
-        metavar="hf:NAME[:CONFIG]:SPLIT",
+        metavar="hf:NAME[@REVISION][:CONFIG]:SPLIT",
         help="a dataset of the hub, a folder of its files, or one that save_to_disk wrote",
     )
     parser.add_argument("--tokenizer", required=True, metavar="VOCAB_OR_DIR", help="the tokenizer that made input_ids")

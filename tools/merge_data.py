@@ -4,8 +4,8 @@
 
 Takes the prefixes that tools/preprocess_data.py wrote, or their headers (PREFIX.json), of one tokenizer and sequence
 length. Headers of controls (PREFIX.heads-NAME.json) are passed over: make the controls anew for the result. Every file
-is compared with its checksum before it is used. Training can also take the shards as they are: `data.train` may be a
-list of prefixes.
+is compared with its checksum before it is used. Parts that hold the same text, as far as their headers tell, and sides
+of different splits are refused. Training can also take the shards as they are: `data.train` may be a list of prefixes.
 """
 
 from __future__ import annotations

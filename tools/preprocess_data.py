@@ -40,8 +40,8 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[PreprocessSetti
         required=True,
         metavar="FILE",
         help=".txt (a paragraph a line, documents separated by blank lines), .jsonl (a document a line, its paragraphs "
-        "separated by newlines), .conllu; each also .gz, .xz, .zst; or hf:NAME[:CONFIG]:SPLIT[@k/n], a "
-        "Hugging Face dataset, streamed (part k of n of it)",
+        "separated by newlines), .conllu; each also .gz, .xz, .zst; or "
+        "hf:NAME[@REVISION][:CONFIG]:SPLIT[@k/n], a Hugging Face dataset, streamed (part k of n of it)",
     )
     parser.add_argument(
         "--tokenizer",
@@ -65,6 +65,14 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[PreprocessSetti
     parser.add_argument("--workers", type=int, default=1, help="worker processes; 1 works in this process (1)")
     parser.add_argument("--text-field", default="text", help="field of JSON objects and datasets that holds the text")
     parser.add_argument(
+        "--rows-per-document",
+        type=int,
+        metavar="N",
+        help="for files and datasets of a sentence a row, such as BookCorpus: every N rows (lines with text of .txt, "
+        "JSON objects, rows of datasets, sentences of .conllu) are a document, each a paragraph or more of it; blank "
+        "lines and # newdoc mean nothing (default: documents as under --input)",
+    )
+    parser.add_argument(
         "--on-error",
         choices=("refuse", "skip"),
         default="refuse",
@@ -72,12 +80,17 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[PreprocessSetti
         "stop at the first (refuse, the default), or leave it out, show and count it (skip)",
     )
     parser.add_argument(
-        "--max-loss", type=float, default=0.05, help="fail when skipping loses more than this share of an input (0.05)"
+        "--max-loss",
+        type=float,
+        default=0.05,
+        help="fail when more than this share of an input is left out as broken, by --on-error skip, or by "
+        "--drop-foreign (0.05)",
     )
     parser.add_argument(
         "--drop-foreign",
         action="store_true",
-        help="leave out paragraphs in a language that is not the tokenizer's; they are counted in any case",
+        help="leave out paragraphs in a language that is not the tokenizer's, up to --max-loss; they are counted in "
+        "any case",
     )
     parser.add_argument(
         "--exclude", metavar="SURVEY.json", help="leave out the documents that tools/survey_corpus.py lists there"

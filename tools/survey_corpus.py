@@ -45,6 +45,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="what is listed for exclusion (both); repeated documents without the first of them",
     )
     parser.add_argument("--text-field", default="text", help="as for tools/preprocess_data.py")
+    parser.add_argument("--rows-per-document", type=int, metavar="N", help="as there, and with the same N")
     parser.add_argument("--on-error", choices=("refuse", "skip"), default="refuse", help="as there")
     parser.add_argument("--max-loss", type=float, default=0.05, help="as there (0.05)")
     parser.add_argument("--workers", type=int, default=1, help="processes; each takes whole inputs (1)")
@@ -79,6 +80,7 @@ def main() -> None:
         on_error=given.on_error,
         max_loss=given.max_loss,
         workers=given.workers,
+        rows_per_document=given.rows_per_document,
     )
     start = time.perf_counter()
     report = survey(settings)

@@ -13,7 +13,7 @@ from megatron_sas.cli import InputError
 from megatron_sas.data.sources import Unit, source_name
 
 SURVEY_FORMAT = "megatron_sas corpus survey"
-SURVEY_VERSION = 2
+SURVEY_VERSION = 3
 KEY_CHARACTERS = 1 << 20  # what a document's split depends on, and so what of it is held in memory
 Split = Literal["train", "validation"]
 
@@ -44,14 +44,18 @@ class Exclusions:
     excluded: dict[str, frozenset[int]]
 
     @staticmethod
-    def read(path: str, inputs: list[str], files: dict[str, dict[str, Any]]) -> Exclusions:
+    def read(
+        path: str, inputs: list[str], files: list[dict[str, Any]], rows_per_document: int | None = None
+    ) -> Exclusions:
         """The part of a survey that concerns `inputs`; they are matched by `source_name`.
 
         Args:
             files: their `input_files`, which must be those that were surveyed.
+            rows_per_document: what a document is, which must be what it was for the survey.
 
         Raises:
-            InputError: no survey, one that does not contain all inputs, or one of other files of these names.
+            InputError: no survey, one that does not contain all inputs, or one of other files or versions of datasets
+                of these names, or of other documents.
         """
         names = list(map(source_name, inputs))
         double = next((name for number, name in enumerate(names) if name in names[:number]), None)
@@ -65,6 +69,11 @@ class Exclusions:
                 raise ValueError(
                     f"format version {survey['version']}, this program reads {SURVEY_VERSION}; run it again"
                 )
+            if (rows := survey.get("rows_per_document")) != rows_per_document:
+                raise InputError(
+                    f"{path}: its documents are others: --rows-per-document was {rows} and is now {rows_per_document}; "
+                    "run tools/survey_corpus.py again"
+                )
             entries = {source_name(entry["name"]): entry for entry in survey["inputs"]}
             failed = {source_name(entry["name"]) for entry in survey.get("failed", [])}
             missing = [name for name in inputs if source_name(name) not in entries]
@@ -75,11 +84,11 @@ class Exclusions:
             if missing:
                 raise InputError(f"{path}: does not contain {missing[0]}; survey all inputs in one go")
             found = {name: entries[source_name(name)] for name in inputs}
-            for name, entry in found.items():
-                if entry["file"] != files.get(source_name(name)):
+            for (name, entry), file in zip(found.items(), files, strict=True):
+                if entry["file"] != file:
                     raise InputError(
-                        f"{name}: is not the {entry['name']} that was surveyed in {path} (SHA-256 differ); run "
-                        "tools/survey_corpus.py again"
+                        f"{name}: is not the {entry['name']} that was surveyed in {path} (SHA-256 or revision differ); "
+                        "run tools/survey_corpus.py again"
                     )
             return Exclusions(
                 {name: int(entry["documents"]) for name, entry in found.items()},

@@ -21,7 +21,7 @@ from megatron_sas.data.packed import SENTENCE_START, WORD_START
 from megatron_sas.data.packed_writer import PackedWriter, check_seq_length, relation_number
 from megatron_sas.data.packing import Packer
 from megatron_sas.data.parses import RelationNames
-from megatron_sas.data.sources import source_name
+from megatron_sas.data.sources import input_files, source_name
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_info
 
 COLUMNS = ("input_ids", "heads", "relns")
@@ -52,8 +52,8 @@ class _Row:
 def import_dataset(settings: ImportSettings) -> dict[str, Any]:
     """Write packed data and return its header, whose `counts` say what could be used and what was left out.
 
-    Word starts are pieces with a head or a relation; in text without a parse (between two special tokens), pieces that
-    continue no word by the tokenizer's own marking. A sentence starts at a word start that no edge spans.
+    Word starts are pieces with a head, a relation or a dependent; in text without a parse (between two special tokens),
+    pieces that continue no word by the tokenizer's own marking. A sentence starts at a word start that no edge spans.
 
     Raises:
         InputError: columns missing, no row that can be used, too many relations.
@@ -92,6 +92,7 @@ def import_dataset(settings: ImportSettings) -> dict[str, Any]:
             reader.names.names,
             parser={"name": "imported"},
             inputs=[source_name(settings.input)],
+            input_files=input_files([settings.input]),
             counts={name: counts[name] for name in COUNTS},
             report=reader.report(),
         )

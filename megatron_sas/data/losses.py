@@ -16,20 +16,40 @@ _PARTICULARS = re.compile(r"[(;:']|\s(?:at|is|in) |\s\d")
 
 @dataclass
 class _Input:
-    """Records are lines of text, documents of JSON lines and datasets, sentences of CoNLL-U."""
+    """Two stages, each with losses of its own: all of it is read, what is selected of that is used.
 
-    kept: int = 0
-    lost: int = 0
+    Records are lines of text, rows of JSON lines and datasets, sentences of CoNLL-U. Paragraphs are what they hold (a
+    sentence counts as one).
+    """
+
     unread: float = 0.0  # share of a damaged file that could not be read
-    # The places of the last losses: a record is lost once. Those in kept records (index 1) are known later than those
-    # of reading, the later the more processes work.
-    last: list[str] = field(default_factory=lambda: ["", ""])
+    records: int = 0
+    records_lost: int = 0
+    last_lost: str = ""  # its place: a record is lost once
+    paragraphs: int = 0
+    paragraphs_lost: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
 
     @property
-    def share(self) -> float:
-        """Share of the input that was lost."""
-        return 1 - (1 - self.unread) * (1 - self.lost / max(self.kept + self.lost, 1))
+    def share_read(self) -> float:
+        """Share of the input that could be read."""
+        return (1 - self.unread) * (1 - self.records_lost / max(self.records, 1))
+
+    @property
+    def share_kept(self) -> float:
+        """Share of the input that is left, if what was not selected would have lost as much as what was."""
+        return self.share_read * (1 - self.paragraphs_lost / max(self.paragraphs, 1))
+
+    def lost(self) -> str:
+        """What was lost, in words."""
+        parts = []
+        if self.records_lost:
+            parts.append(f"{self.records_lost} of {self.records} records left out")
+        if self.paragraphs_lost:
+            parts.append(f"{self.paragraphs_lost} of {self.paragraphs} paragraphs left out")
+        if self.unread:
+            parts.append(f"{self.unread:.1%} of the file unread")
+        return " and ".join(parts)
 
 
 @dataclass
@@ -39,7 +59,7 @@ class _Kind:
 
 
 class Losses:
-    """Records that were left out. `max_loss`: the share of any one input that may be. `show`: print examples."""
+    """What was left out. `max_loss`: the share of any one input that may be. `show`: print examples."""
 
     def __init__(self, max_loss: float = 1.0, show: bool = False) -> None:
         self.max_loss, self.show = max_loss, show
@@ -48,20 +68,26 @@ class Losses:
 
     @property
     def count(self) -> int:
-        """Pieces of input left out: records, and paragraphs of records."""
+        """Pieces of input left out: records, and paragraphs of others."""
         return sum(kind.count for kind in self._kinds.values())
 
     def keep(self, name: str) -> None:
         """One more good record of input `name`."""
-        self._of(name).kept += 1
+        self._of(name).records += 1
 
-    def lose(self, where: str, reason: str, *, part_of_kept: bool = False, unread: float = 0.0) -> None:
-        """The record at `where` ("input:line") is left out, or (`part_of_kept`) something in one that was counted."""
+    def use(self, name: str) -> None:
+        """One more paragraph of input `name` goes to the parser, which may lose it."""
+        self._of(name).paragraphs += 1
+
+    def lose(self, where: str, reason: str, *, used: bool = False, unread: float = 0.0) -> None:
+        """The record at `where` ("input:line") cannot be read, or a paragraph of it that is `used` is left out."""
         entry = self._of(where.rpartition(":")[0])
-        if where != entry.last[part_of_kept]:
-            entry.last[part_of_kept] = where
-            entry.lost += 1
-            entry.kept -= part_of_kept
+        if used:
+            entry.paragraphs_lost += 1
+        elif where != entry.last_lost:
+            entry.last_lost = where
+            entry.records += 1
+            entry.records_lost += 1
         entry.unread = max(entry.unread, unread)
         name = _PARTICULARS.split(reason, maxsplit=1)[0].strip()
         entry.kinds[name] += 1
@@ -75,15 +101,15 @@ class Losses:
             print("skipped: further input of this kind is counted, not shown", file=sys.stderr)
 
     def check(self, name: str | None = None) -> None:
-        """Raise `InputError` when input `name`, or any, has lost more than `max_loss`."""
+        """Raise `InputError` when reading input `name`, or anything in any input, has lost more than `max_loss`."""
         for key in self._inputs if name is None else [name]:
             entry = self._of(key)
-            if entry.share > self.max_loss:
+            # While it is read, nobody knows how many paragraphs will have been used in the end.
+            if (entry.share_kept if name is None else entry.share_read) < 1 - self.max_loss:
                 commonest = entry.kinds.most_common(1)[0][0]
-                missing = f" and {entry.unread:.1%} of the file unread" if entry.unread else ""
                 raise InputError(
-                    f"{key}: {entry.lost} of {entry.kept + entry.lost} records left out{missing}, mostly for "
-                    f"{commonest!r}; more than --max-loss {self.max_loss:g} allows: mend the file or raise it"
+                    f"{key}: {entry.lost()}, mostly for {commonest!r}; more than --max-loss {self.max_loss:g} allows: "
+                    "mend the file or raise it"
                 )
 
     def report(self) -> dict[str, Any]:

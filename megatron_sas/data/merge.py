@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sas.cli import InputError, progress
+from megatron_sas.data.overlap import Documents, refuse_repeated
 from megatron_sas.data.packed import PackedData, packed_header
 from megatron_sas.data.packed_writer import PackedWriter, relation_number
 from megatron_sas.data.parses import RelationNames
@@ -21,15 +23,21 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
     """Concatenate packed data and return the header of the result. Every file is compared with its header first.
 
     Data without a sequence (shards of too little text) add their counts only. Relations get common numbers. The header
-    has the `settings` that all parts were made with, or each of its `parts` has its own.
+    has the `settings` and the `parser` that all parts were made with, or each of its `parts` has its own.
 
     Raises:
-        InputError: a part is damaged, has another tokenizer or sequence length than the first, or another `--split`.
+        InputError: a part is damaged, has another tokenizer or sequence length than the first, another `--split` or
+            `--validation-share`, documents of another part, or is a part of another version of a Hugging Face dataset;
+            the output is among the parts.
     """
+    if Path(output).resolve() in [Path(prefix).resolve() for prefix in prefixes]:
+        raise InputError(f"--inputs: {output} is the --output itself; leave it out")
     headers = [packed_header(prefix) for prefix in prefixes]
     _check_splits(prefixes, headers)
-    settings = [header.get("settings") for header in headers]
-    common = settings[0] if all(value == settings[0] for value in settings) else None
+    _check_versions(prefixes, headers)
+    pairs = zip(prefixes, headers, strict=True)
+    refuse_repeated("--inputs", [Documents(prefix, header) for prefix, header in pairs if header["num_sequences"]])
+    differing = [name for name in ("settings", "parser") if any(h.get(name) != headers[0].get(name) for h in headers)]
     used = [prefix for prefix, header in zip(prefixes, headers, strict=True) if header["num_sequences"]]
     if not used:
         raise InputError(f"{', '.join(prefixes)}: hold no sequence; there is nothing to merge")
@@ -50,11 +58,11 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
                 writer.add(part.tokens[rows], part.heads[rows], part.marks[rows], numbers[part.relns[rows]])
                 bar.update(len(part.tokens[rows]))
             entry = {"name": Path(prefix).name, "num_sequences": len(part), "fingerprint": part.fingerprint}
-            if common is None:  # a part that is merged itself may have them in its own parts
-                entry |= {name: part.header[name] for name in ("settings", "parts") if name in part.header}
+            # A part that is merged itself may have them in its own parts.
+            entry |= {name: part.header[name] for name in (*differing, "parts") if name in part.header}
             parts.append(entry)
-        shared = {} if common is None else {"settings": common}
-        return writer.finish(names.names, **_joined(headers), **shared, parts=parts)
+        common = {} if "settings" in differing or "settings" not in headers[0] else {"settings": headers[0]["settings"]}
+        return writer.finish(names.names, **_joined(headers), **common, parts=parts)
 
 
 def _check_splits(prefixes: list[str], headers: list[dict[str, Any]]) -> None:
@@ -63,16 +71,39 @@ def _check_splits(prefixes: list[str], headers: list[dict[str, Any]]) -> None:
     for prefix, split in known:
         if split != known[0][1]:
             raise InputError(
-                f"{prefix}: was made with {split}, {known[0][0]} with {known[0][1]}; preprocess with one --split"
+                f"{prefix}: was made with {split}, {known[0][0]} with {known[0][1]}; preprocess with one --split and "
+                "--validation-share"
             )
 
 
 def _splits(header: dict[str, Any]) -> list[str]:
-    """What a header, or those of its parts, say of --split."""
+    """What a header, or those of its parts, say of --split and --validation-share."""
     if "settings" not in header:
         return [split for part in header.get("parts", []) for split in _splits(part)]
-    split = header["settings"].get("split")
-    return ["no --split" if split is None else f"--split {split}"]
+    split, share = header["settings"].get("split"), header["settings"].get("validation_share")
+    return ["no --split" if split is None else f"--split {split} --validation-share {share}"]
+
+
+def _check_versions(prefixes: list[str], headers: list[dict[str, Any]]) -> None:
+    """The parts of a dataset are of one version: jobs that do not name a revision may have found different ones."""
+    known: dict[str, tuple[str, dict[str, Any]]] = {}
+    for prefix, header in zip(prefixes, headers, strict=True):
+        files = header.get("input_files", [])
+        if not isinstance(files, list):
+            raise InputError(f"{prefix}.json: field input_files is that of an earlier program; preprocess again")
+        for file in files:
+            if part := re.fullmatch(r"(hf:.+)@\d+/\d+", file["name"]):
+                version = {key: value for key, value in file.items() if key != "name"}
+                other, first = known.setdefault(part[1], (prefix, version))
+                if version != first:
+                    raise InputError(
+                        f"{prefix}: is of another version of {part[1]} ({_shown(version)}) than {other} "
+                        f"({_shown(first)}); preprocess all parts of one (on the hub, name it: hf:NAME@REVISION)"
+                    )
+
+
+def _shown(version: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in version.items())
 
 
 def _check_fits(part: PackedData, first: PackedData) -> None:
@@ -98,10 +129,9 @@ def _joined(headers: list[dict[str, Any]]) -> dict[str, Any]:
     """What the headers say of the data's origin and content, together."""
     parsers = [header.get("parser") or {"name": "unknown"} for header in headers]
     same = all(parser == parsers[0] for parser in parsers)
-    counts, files, report = Counter(), {}, {}
+    counts, report = Counter(), {}
     for header in headers:
         counts.update(header.get("counts", {}))
-        files |= header.get("input_files", {})
         for kind, entry in header.get("report", {}).items():
             known = report.setdefault(kind, {"count": 0, "examples": []})
             known["count"] += entry["count"]
@@ -109,7 +139,7 @@ def _joined(headers: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "parser": parsers[0] if same else {"name": " + ".join(dict.fromkeys(parser["name"] for parser in parsers))},
         "inputs": [name for header in headers for name in header.get("inputs", [])],
-        "input_files": files,
+        "input_files": [file for header in headers for file in header.get("input_files", [])],
         "counts": dict(counts),
         "report": report,
     }

@@ -136,8 +136,13 @@ class PackedData:
             if sha256_file(path) != digest:
                 raise InputError(f"{path}: content does not match its checksum; copy it anew or preprocess again")
 
+    @property
+    def parts(self) -> list[PackedData]:
+        """The data that this consists of: itself (`MixedData` has several)."""
+        return [self]
+
     def locate(self, row: int) -> tuple[PackedData, int]:
-        """The data that sequence `row` lies in, and its number there (`MixedData` has several)."""
+        """The part that sequence `row` lies in, and its number there."""
         return self, row
 
     def __len__(self) -> int:

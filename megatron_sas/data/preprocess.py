@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_sas.cli import InputError, progress
-from megatron_sas.data.documents import Exclusions, Selection, Split
+from megatron_sas.data.documents import Exclusions, Selection, Split, input_of
 from megatron_sas.data.losses import Losses
 from megatron_sas.data.packed_writer import PackedWriter, check_seq_length, relation_number
 from megatron_sas.data.packing import Packer
@@ -22,6 +23,8 @@ from megatron_sas.data.text_lines import OnError
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_info
 from megatron_sas.data.workers import ChunkResult, WorkerSettings, chunks, process_chunks
 from megatron_sas.files import sha256_file
+
+_FOREIGN = "foreign to the tokenizer"
 
 
 @dataclass
@@ -42,6 +45,7 @@ class PreprocessSettings:
     split: Split | None = None
     validation_share: float = 0.005
     overwrite: bool = False
+    rows_per_document: int | None = None
 
 
 def preprocess(
@@ -58,7 +62,8 @@ def preprocess(
 
     Raises:
         InputError: for anything wrong in the settings or the input (with "skip", broken input is counted instead, up
-            to `max_loss` of an input), and when the text does not fill one sequence.
+            to `max_loss` of an input, and so is in any case what `drop_foreign` leaves out), and when the text does not
+            fill one sequence.
     """
     check_settings(settings)
     tokenizer = load_tokenizer(settings.tokenizer)
@@ -76,7 +81,8 @@ def preprocess(
         packer = Packer(settings.seq_length, info.cls_id, info.sep_id, writer.add)
         exclusions = None
         if settings.exclude is not None:
-            exclusions = Exclusions.read(settings.exclude, settings.inputs, provenance["input_files"])
+            files = provenance["input_files"]
+            exclusions = Exclusions.read(settings.exclude, settings.inputs, files, settings.rows_per_document)
         selection = Selection(settings.split, settings.validation_share, exclusions)
         counts, relations, report = _pack_inputs(settings, selection, worker, packer)
         if not packer.counts.sequences and not allow_empty:
@@ -93,10 +99,17 @@ def check_settings(settings: PreprocessSettings) -> None:
     check_seq_length(settings.seq_length)
     if settings.workers < 1:
         raise InputError(f"--workers {settings.workers}: must be at least 1")
+    if settings.rows_per_document is not None and settings.rows_per_document < 1:
+        raise InputError(f"--rows-per-document {settings.rows_per_document}: must be at least 1")
     for name in ("max_loss", "validation_share"):
         if not 0 <= getattr(settings, name) <= 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be a share from 0 to 1")
+    seen = set()
     for name in settings.inputs:
+        place = name if name.startswith("hf:") else Path(name).resolve()
+        if place in seen:
+            raise InputError(f"--input: {name} is given twice; leave one out")
+        seen.add(place)
         if (input_format(name) == "conllu") != (settings.parser == "conllu"):
             raise InputError(f"{name}: .conllu files need --parser conllu, and it needs .conllu files")
 
@@ -112,6 +125,7 @@ def provenance_of(settings: PreprocessSettings) -> dict[str, Any]:
         "input_files": input_files(settings.inputs),
         "settings": {
             "text_field": settings.text_field,
+            "rows_per_document": settings.rows_per_document,
             "on_error": settings.on_error,
             "drop_foreign": settings.drop_foreign,
             "exclude": settings.exclude and sha256_file(settings.exclude),
@@ -126,17 +140,19 @@ def _pack_inputs(
 ) -> tuple[dict[str, int], list[str], dict[str, Any]]:
     """Read, parse, align and pack everything; returns the counts, the relation names and what was found wrong."""
     losses = Losses(settings.max_loss, show=True)
-    reading = Reading(settings.text_field, settings.on_error, losses)
+    reading = Reading(settings.text_field, settings.on_error, losses, settings.rows_per_document)
     foreign = _Examples()
     names, totals = RelationNames(), Counter()
     with progress(unit=" words", unit_scale=True, desc="preprocessing") as bar:
-        groups = chunks(selection.apply(read_units(settings.inputs, reading)))
+        groups = chunks(_used(selection.apply(read_units(settings.inputs, reading)), losses))
         with contextlib.closing(process_chunks(groups, worker, settings.workers)) as results:
             for units, result in results:
                 for number, reason in result.bad:
-                    reading.bad(units[number].where, reason, part_of_kept=True)
+                    reading.bad(units[number].where, reason, used=True)
                 for number in result.foreign:
                     foreign.add(units[number])
+                    if settings.drop_foreign:  # as asked for, so never refused; but not without limit
+                        losses.lose(units[number].where, _FOREIGN, used=True)
                 _pack(packer, units, result, names)
                 totals.update(result.counts)
                 bar.update(result.counts["words"])
@@ -159,7 +175,15 @@ def _pack_inputs(
         "paragraphs_foreign": foreign.count,
         "skipped": losses.count,
     }
-    return counts | packed, names.names, losses.report() | foreign.report("foreign to the tokenizer")
+    return counts | packed, names.names, losses.report() | foreign.report(_FOREIGN)
+
+
+def _used(units: Iterable[Unit], losses: Losses) -> Iterator[Unit]:
+    """The units, counted as those that a parser may lose."""
+    for unit in units:
+        if unit.content is not None:
+            losses.use(input_of(unit))
+        yield unit
 
 
 class _Examples:

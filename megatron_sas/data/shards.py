@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_sas.cli import InputError
 from megatron_sas.data.packed import FORMAT_VERSION, PackedData, read_header
+from megatron_sas.data.packed_writer import remove_leftovers
 from megatron_sas.data.parses import describe_parser
 from megatron_sas.data.preprocess import PreprocessSettings, check_settings, preprocess, provenance_of
 from megatron_sas.data.text_lines import COMPRESSED
@@ -42,8 +43,8 @@ def preprocess_shards(
     is damaged is made again. A shard that fails, for whatever reason, does not keep the others from being made.
 
     Raises:
-        InputError: at the beginning, for wrong settings and for an output made with other settings (unless
-            `overwrite`); at the end, when shards have failed, naming them and why.
+        InputError: at the beginning, for wrong settings; at the end, when shards have failed, naming them and why. An
+            output made with other settings is such a failure (unless `overwrite`), and is left as it is.
     """
     check_settings(settings)
     load_tokenizer(settings.tokenizer)  # what is wrong with it or the parser is said once, not for every shard
@@ -79,6 +80,7 @@ def _one_shard(settings: PreprocessSettings, say: Callable[[str], None]) -> tupl
     if not settings.overwrite:
         header = _finished(settings, provenance, say)
         if header is not None:
+            remove_leftovers(Path(settings.output))  # a job that was killed may have been finished by another host
             return header, "done before"
     # What lies there without a header, or damaged, is an unfinished publication of the same shard.
     header, seconds = preprocess(replace(settings, overwrite=True), provenance, allow_empty=True)

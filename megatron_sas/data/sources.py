@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_sas.cli import InputError
 from megatron_sas.data.conllu import ConlluSentence, read_conllu
-from megatron_sas.data.hub import check_name, read_rows
+from megatron_sas.data.hub import check_name, dataset_version, read_rows
 from megatron_sas.data.losses import Losses
 from megatron_sas.data.text_lines import COMPRESSED, DamagedFile, OnError, handle_bad, read_lines
 from megatron_sas.files import sha256_file
@@ -36,17 +36,18 @@ class Unit:
 
 @dataclass
 class Reading:
-    """How to read: which field of JSON and datasets holds the text, what to do with broken input; and what happened."""
+    """How to read: the field that holds the text, what to do with broken input, what a document is; what happened."""
 
     text_field: str = "text"
     on_error: OnError = "refuse"
     losses: Losses = field(default_factory=Losses)
+    rows_per_document: int | None = None  # a document is so many records, whatever the input says
     paragraphs_cut: int = 0
     paragraphs_with_controls: int = 0  # control characters were taken out of them
 
-    def bad(self, where: str, reason: str, *, part_of_kept: bool = False) -> None:
+    def bad(self, where: str, reason: str, *, used: bool = False) -> None:
         """Refuse broken input or count it (see `Losses.lose`)."""
-        handle_bad(where, reason, self.on_error, lambda *what: self.losses.lose(*what, part_of_kept=part_of_kept))
+        handle_bad(where, reason, self.on_error, lambda *what: self.losses.lose(*what, used=used))
 
     def clean(self, line: str) -> str:
         """`line` without control characters and space around it."""
@@ -75,13 +76,18 @@ def source_name(name: str) -> str:
     return name if name.startswith("hf:") else Path(name).name
 
 
-def input_files(inputs: list[str]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every input that is a file, by `source_name`: what tells it from others of that name."""
-    return {
-        source_name(name): {"size": Path(name).stat().st_size, "sha256": sha256_file(name)}
+def input_files(inputs: list[str]) -> list[dict[str, Any]]:
+    """Of every input its `name` (`source_name`) and what tells it from others of that name: `size` and `sha256` of a
+    file, `dataset_version` of a dataset."""
+    return [
+        {"name": source_name(name)}
+        | (
+            dataset_version(name)
+            if name.startswith("hf:")
+            else {"size": Path(name).stat().st_size, "sha256": sha256_file(name)}
+        )
         for name in inputs
-        if not name.startswith("hf:")
-    }
+    ]
 
 
 def read_units(inputs: list[str], reading: Reading) -> Iterator[Unit]:
@@ -94,7 +100,10 @@ def read_units(inputs: list[str], reading: Reading) -> Iterator[Unit]:
     for name in inputs:
         unit = None
         try:
-            for unit in readers[input_format(name)](name, reading):
+            units = readers[input_format(name)](name, reading)
+            if reading.rows_per_document is not None:
+                units = _grouped(units, reading.rows_per_document)
+            for unit in units:
                 yield unit
         except DamagedFile as error:
             if reading.on_error == "refuse":
@@ -103,6 +112,17 @@ def read_units(inputs: list[str], reading: Reading) -> Iterator[Unit]:
             reason = str(error).removeprefix(f"{name}: ")
             reading.losses.lose(f"{name}:end", f"{reason}; nothing is read after {place}", unread=error.unread)
         reading.losses.check(name)
+
+
+def _grouped(units: Iterable[Unit], rows: int) -> Iterator[Unit]:
+    """The units of an input with a new document every `rows` records that could be read, and nowhere else."""
+    number, last = 0, ""
+    for unit in units:
+        unit.starts_document = unit.where != last and number % rows == 0
+        number += unit.where != last
+        last = unit.where
+        if unit.starts_document or unit.content is not None:
+            yield unit
 
 
 def _read_text(name: str, reading: Reading) -> Iterator[Unit]:
@@ -138,7 +158,7 @@ def _read_json_lines(name: str, reading: Reading) -> Iterator[Unit]:
 
 def _read_hub(name: str, reading: Reading) -> Iterator[Unit]:
     """One document a row of a Hugging Face dataset."""
-    for number, row in enumerate(read_rows(name), 1):
+    for number, row in enumerate(read_rows(name, reading.rows_per_document or 1), 1):
         yield from _record_units(row, f"{name}:{number}", reading)
 
 

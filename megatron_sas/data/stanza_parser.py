@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_sas.cli import InputError
 from megatron_sas.data.alignment import Parse
+from megatron_sas.files import sha256_files
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -20,18 +21,27 @@ if TYPE_CHECKING:
     from megatron_sas.data.parses import RelationNames
 
 PROCESSORS = "tokenize,mwt,pos,lemma,depparse"
+_FILES = (*PROCESSORS.split(","), "pretrain", "forward_charlm", "backward_charlm")  # their folders, and what they need
 
 
 def describe_stanza(language: str) -> dict[str, str]:
-    """Name and version for the header; `InputError` when Stanza or the language's models are not installed."""
+    """Name, version and SHA-256 for the header; `InputError` when Stanza or the language's models are not installed.
+
+    The SHA-256 is of all models of the processors that are there: which of several are loaded only Stanza knows.
+    """
     if importlib.util.find_spec("stanza") is None:
         raise InputError(f"--parser stanza:{language}: Stanza is not installed; pip install stanza")
-    if not (_models() / language / "depparse").is_dir():
+    folder = _models() / language
+    if not (folder / "depparse").is_dir():
         raise InputError(
-            f"--parser stanza:{language}: no parser in {_models() / language}; "
+            f"--parser stanza:{language}: no parser in {folder}; "
             f"python -c \"import stanza; stanza.download('{language}')\""
         )
-    return {"name": f"stanza:{language}", "version": importlib.metadata.version("stanza")}
+    return {
+        "name": f"stanza:{language}",
+        "version": importlib.metadata.version("stanza"),
+        "sha256": sha256_files(folder, _FILES),
+    }
 
 
 def _models() -> Path:

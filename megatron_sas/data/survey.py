@@ -51,6 +51,7 @@ class SurveySettings:
     on_error: OnError = "refuse"
     max_loss: float = 0.05
     workers: int = 1
+    rows_per_document: int | None = None
 
 
 @dataclass
@@ -61,7 +62,7 @@ class _Found:
     ids: np.ndarray
     words: int
     hits: list[tuple[int, int]]
-    file: dict[str, Any] | None  # size and SHA-256, None for a dataset
+    file: dict[str, Any]  # of `input_files`
     skipped: dict[str, Any]
 
 
@@ -124,6 +125,8 @@ def survey(settings: SurveySettings) -> dict[str, Any]:
         raise InputError("--input: two inputs have one name (folders do not count); rename one")
     if settings.workers < 1:
         raise InputError(f"--workers {settings.workers}: must be at least 1")
+    if settings.rows_per_document is not None and settings.rows_per_document < 1:
+        raise InputError(f"--rows-per-document {settings.rows_per_document}: must be at least 1")
     if settings.min_words < 2:
         raise InputError(f"--min-words {settings.min_words}: must be at least 2")
     found, failed, names = [], [], []
@@ -167,6 +170,7 @@ def survey(settings: SurveySettings) -> dict[str, Any]:
         "duplicates": {"count": len(twice), "examples": duplicates},
         "duplicate_ids": {"count": len(ids_twice), "examples": [place(a) for a in ids_twice[:_EXAMPLES]]},
         "contamination": _contamination(settings, names, found),
+        "rows_per_document": settings.rows_per_document,
         "excluded_for": list(settings.exclude),
         "failed": failed,
         "inputs": inputs,
@@ -213,7 +217,8 @@ def _start_worker() -> None:
 
 def _survey_input(name: str, settings: SurveySettings) -> _Found:
     index = SentenceIndex((s for sentences in settings.sentences.values() for s in sentences), settings.min_words)
-    reading = Reading(settings.text_field, settings.on_error, Losses(settings.max_loss, show=True))
+    losses = Losses(settings.max_loss, show=True)
+    reading = Reading(settings.text_field, settings.on_error, losses, settings.rows_per_document)
     texts, ids, words, hits = array("Q"), array("Q"), 0, []
     digest = hashlib.blake2b(digest_size=8)
     empty = True
@@ -232,8 +237,8 @@ def _survey_input(name: str, settings: SurveySettings) -> _Found:
         hits += [(len(ids) - 1, sentence) for sentence in index.find(found)]
     if ids:
         texts.append(0 if empty else _number(digest))
-    file = input_files([name]).get(source_name(name))
-    return _Found(np.array(texts, np.uint64), np.array(ids, np.uint64), words, hits, file, reading.losses.report())
+    (file,) = input_files([name])
+    return _Found(np.array(texts, np.uint64), np.array(ids, np.uint64), words, hits, file, losses.report())
 
 
 def _hash(text: str) -> int:

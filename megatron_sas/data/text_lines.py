@@ -84,6 +84,8 @@ def open_binary(path: str | Path) -> Iterator[BinaryIO]:
         elif path.suffix == ".zst":
             file = stack.enter_context(io.BufferedReader(_ZstdReader(file), 1 << 16))
         try:
+            if path.suffix in COMPRESSED and not path.stat().st_size:
+                raise EOFError("it is empty, without even a header")  # which not all of the readers notice
             yield file
         except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
             size, read = path.stat().st_size, raw.tell()

@@ -249,7 +249,7 @@ def test_not_a_survey(tmp_path):
         ("{", "not a survey"),
         ('{"format": "x"}', "another format"),
         ("[]", "not a survey"),
-        (old, "format version 1, this program reads 2; run it again"),
+        (old, "format version 1, this program reads 3; run it again"),
     ):
         (tmp_path / "s.json").write_text(content)
         with pytest.raises(InputError, match=message):

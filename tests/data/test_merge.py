@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -58,6 +60,7 @@ def test_merge(parts, tmp_path):
 
 def test_settings_of_parts(parts, tmp_path, vocab_file):
     """One record where they agree, each its own where they do not, also through a second merge; one --split in all."""
+    (tmp_path / "e.txt").write_text("the dog sat\n" * 10)
 
     def make(name, **options):
         settings = PreprocessSettings([str(tmp_path / "d.txt")], str(vocab_file), "none", str(tmp_path / name), 8)
@@ -71,10 +74,47 @@ def test_settings_of_parts(parts, tmp_path, vocab_file):
     nested = merge([str(tmp_path / "two"), parts[1]], str(tmp_path / "three"))["parts"]
     assert nested[0]["parts"] == header["parts"] and nested[1]["settings"]["on_error"] == "refuse"
     for given in ([parts[0], validation], [str(tmp_path / "three"), validation]):
-        message = r"side: was made with --split validation, .*/(a|three) with no --split; preprocess with one --split"
+        message = r"side: was made with --split validation --validation-share 1.0, .*/(a|three) with no --split; prepr"
         with pytest.raises(InputError, match=message):
             merge(given, str(tmp_path / "all"))
-    assert merge([validation, validation], str(tmp_path / "all"))["settings"]["split"] == "validation"
+    side = {"inputs": [str(tmp_path / "e.txt")], "split": "validation"}
+    share, more = make("share", **side, validation_share=0.9), make("more", **side, validation_share=1.0)
+    with pytest.raises(InputError, match=r"share 0\.9, .* --validation-share 1\.0; preprocess with one --split and"):
+        merge([validation, share], str(tmp_path / "all"))
+    assert merge([validation, more], str(tmp_path / "all"))["settings"]["split"] == "validation"
+
+
+def test_the_same_text_twice(parts, tmp_path, vocab_file):
+    """A part that is named twice, is made of the input of another, or is merged data with another; and the output."""
+    output = str(tmp_path / "out" / "all")
+    header = merge(parts, output)
+    for given, message in (
+        ([*parts, output], f"--inputs: {output} is the --output itself; leave it out"),
+        ([*parts, parts[0]], f"--inputs: {parts[0]} is given twice; leave one out"),
+    ):
+        with pytest.raises(InputError) as error:
+            merge(given, output, overwrite=True)
+        assert str(error.value) == message
+    assert PackedData(output).header == header  # as it was
+    with pytest.raises(InputError, match=r"^--inputs: .*/a and .*/all hold the same sequences; leave one out$"):
+        merge([parts[0], output], str(tmp_path / "more"))
+    (tmp_path / "e.txt").write_text("the dog sat\n" * 10)
+    inputs = [str(tmp_path / name) for name in ("e.txt", "d.txt")]
+    preprocess(PreprocessSettings(inputs, str(vocab_file), "none", str(tmp_path / "de"), 8))
+    with pytest.raises(InputError, match=r"^--inputs: .*/d and .*/de hold the same documents of d.txt; leave one out$"):
+        merge([parts[3], str(tmp_path / "de")], str(tmp_path / "more"))
+
+
+def test_parsers_of_parts(parts, tmp_path):
+    """Weights that differ are not lost where the name is the same."""
+    for prefix, digest in zip(parts[:2], ("1", "2"), strict=True):
+        path = Path(f"{prefix}.json")
+        parser = {"name": "spacy:en_pipeline", "version": "0.0.0", "sha256": digest}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"parser": parser}))
+    header = merge(parts[:2], str(tmp_path / "all"))
+    assert header["parser"] == {"name": "spacy:en_pipeline"}
+    assert [part["parser"]["sha256"] for part in header["parts"]] == ["1", "2"]
+    assert "parser" not in merge(parts[:1], str(tmp_path / "one"))["parts"][0]
 
 
 def test_misfits_and_damage(parts, tmp_path, vocab_file):
@@ -107,6 +147,29 @@ def test_headers_of_something_else(parts, tmp_path):
         with pytest.raises(InputError, match=r"a.heads-permuted.json: field format is not 'megatron_sas packed"):
             merge(given, str(tmp_path / "all"))
     assert not list(tmp_path.glob("*all*"))
+
+
+def test_inputs_of_one_name(tmp_path, vocab_file):
+    """Every input keeps its hash, also when its name without the folder is that of another."""
+    paths = [tmp_path / folder / "a.txt" for folder in ("one", "two")]
+    for number, path in enumerate(paths):
+        path.parent.mkdir()
+        path.write_text(f"the cat sat {'.!'[number]}\n" * 10)
+    files = [{"name": "a.txt", "size": 140, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in paths]
+    settings = PreprocessSettings(list(map(str, paths)), str(vocab_file), "none", str(tmp_path / "both"), 8)
+    assert preprocess(settings)[0]["input_files"] == files
+    prefixes = []
+    for path in paths:
+        settings.inputs, settings.output = [str(path)], str(path.with_suffix(""))
+        preprocess(settings)
+        prefixes.append(settings.output)
+    header = merge(prefixes, str(tmp_path / "all"))
+    assert header["inputs"] == ["a.txt", "a.txt"] and header["input_files"] == files
+    # A header that knows files by name alone has lost some.
+    path = Path(f"{prefixes[1]}.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "input_files": {"a.txt": files[1]}}))
+    with pytest.raises(InputError, match=r"two/a.json: field input_files is that of an earlier program; preprocess"):
+        merge(prefixes, str(tmp_path / "again"))
 
 
 def test_command_line(parts, tmp_path):

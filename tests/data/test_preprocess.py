@@ -20,6 +20,7 @@ from megatron_sas.data import workers
 from megatron_sas.data.packed import FILES, PackedData
 from megatron_sas.data.parses import ConlluParser, NoParser
 from megatron_sas.data.preprocess import PreprocessSettings, preprocess
+from megatron_sas.data.survey import SurveySettings, survey
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
@@ -244,7 +245,7 @@ def test_words_longer_than_a_sequence(vocab_file, tmp_path, count):
     )
     assert header["counts"]["skipped"] == 1 and header["counts"]["pieces"] == 18
     assert header["report"]["a word longer than a sequence"]["examples"][0]["where"] == f"{source}:10"
-    with pytest.raises(InputError, match=r"1 of 7 records left out, mostly for 'a word longer"):
+    with pytest.raises(InputError, match=r"1 of 7 paragraphs left out, mostly for 'a word longer"):
         run(source, vocab_file, "conllu", tmp_path / "more", seq_length=8, workers=count, on_error="skip")
 
 
@@ -272,6 +273,16 @@ def test_bad_input_leaves_nothing(vocab_file, tmp_path, name, content, parser, o
         run(tmp_path / name, vocab_file, parser, tmp_path / "out", **({"seq_length": 16} | options))
     assert "\n" not in str(error.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, "vocab.txt"])
+
+
+def test_an_input_that_is_given_twice(vocab_file, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("the cat sat\n" * 9)
+    monkeypatch.chdir(tmp_path)
+    for given in (["a.txt", "a.txt"], [tmp_path / "a.txt", "a.txt"], ["hf:x:train@0/2", "hf:x:train@0/2"]):
+        with pytest.raises(InputError) as error:
+            run(given, vocab_file, "none", tmp_path / "out", seq_length=8)
+        assert str(error.value) == f"--input: {given[1]} is given twice; leave one out"
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_too_many_relations(vocab_file, tmp_path):
@@ -399,19 +410,20 @@ def test_everything_bad_at_once(data_dir, tmp_path):
 
 
 def test_losses_of_reading_and_of_parsing_do_not_depend_on_the_workers(vocab_file, tmp_path, monkeypatch):
-    """Every document loses two of its three paragraphs to the parser, and after each comes a line that is no JSON."""
+    """40 documents lose two of their three paragraphs to the parser, and after each comes a line that is no JSON."""
     monkeypatch.setattr(workers, "CHUNK_CHARACTERS", 200)
     source = tmp_path / "a.jsonl"
     document = json.dumps({"text": "aaaaaaaa\nthe cat sat\nbbbbbbbb"})
     source.write_text(f"{document}\nno JSON\n" * 40 + '{"text": "the cat"}\n' * 80)
     for number in (1, 2):
-        options = {"seq_length": 8, "on_error": "skip", "max_loss": 0.5, "workers": number}
+        options = {"seq_length": 8, "on_error": "skip", "max_loss": 0.55, "workers": number}
         header = run(source, vocab_file, "none", tmp_path / f"out{number}", **options)
     assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
     kinds = [(kind, entry["count"]) for kind, entry in header["report"].items()]
     assert kinds == [("a word longer than a sequence", 80), ("invalid JSON", 40)]
-    with pytest.raises(InputError, match="80 of 160 records left out"):
-        run(source, vocab_file, "none", tmp_path / "out", **{**options, "max_loss": 0.49, "workers": 1})
+    # Three quarters of the records are kept, and of these three fifths of the paragraphs
+    with pytest.raises(InputError, match="40 of 160 records left out and 80 of 200 paragraphs left out, mostly for 'a"):
+        run(source, vocab_file, "none", tmp_path / "out", **{**options, "max_loss": 0.54, "workers": 1})
 
 
 def test_foreign_text(data_dir, tmp_path):
@@ -428,10 +440,60 @@ def test_foreign_text(data_dir, tmp_path):
     found = header["report"]["foreign to the tokenizer"]
     assert header["counts"]["paragraphs_foreign"] == found["count"] == 2
     assert [example["text"][:2] for example in found["examples"]] == ["Бы", "敏捷"]
-    dropped = run(source, vocab, "none", tmp_path / "english", seq_length=16, drop_foreign=True)
+    options = {"seq_length": 16, "drop_foreign": True}
+    dropped = run(source, vocab, "none", tmp_path / "english", **options, max_loss=0.4)
     words = sum(len(load_tokenizer(vocab).tokenize(text[name])) for name in ("en", "de"))
     assert words < dropped["counts"]["pieces"] < words + 6 < header["counts"]["pieces"]
-    assert dropped["counts"]["skipped"] == 0
+    assert dropped["counts"]["paragraphs_foreign"] == dropped["counts"]["skipped"] == 2
+    assert dropped["report"] == header["report"]
+    with pytest.raises(InputError, match=r"a.txt: 2 of 5 paragraphs left out, mostly for 'foreign to the tokenizer';"):
+        run(source, vocab, "none", tmp_path / "less", **options, max_loss=0.39)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "conllu", "hf"])
+def test_documents_of_so_many_rows(vocab_file, tmp_path, kind):
+    """A sentence a row: three of them are a document, for the survey as well; each stays a sentence."""
+    sentences = ["the cat", "sat", "the dog", "the cat", "sat", "the dog", "cannot run"]
+    name = str(tmp_path / f"a.{kind}")
+    if kind == "txt":
+        Path(name).write_text("\n\n".join(sentences[:2]) + "\n" + "\n".join(sentences[2:]))
+    elif kind == "conllu":
+        blocks = ["\n".join(row(n, w, n - 1) for n, w in enumerate(text.split(), 1)) for text in sentences]
+        Path(name).write_text("\n\n# newdoc\n".join(blocks) + "\n\n")
+    else:  # a row may hold nothing, or more than one paragraph
+        texts = ["the cat", "", "sat\nthe dog", "", "the cat", "sat\nthe dog", "cannot run"]
+        content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        if kind == "hf":
+            pytest.importorskip("datasets")
+            Path(name).mkdir()
+            (tmp_path / "a.hf" / "train.jsonl").write_text(content)
+            name = f"hf:{name}:train"
+        else:
+            Path(name).write_text(content)
+    parser = "conllu" if kind == "conllu" else "none"
+    header = run(name, vocab_file, parser, tmp_path / "out", seq_length=16, rows_per_document=3)
+    packed = PackedData(tmp_path / "out")
+    tokenizer = load_tokenizer(vocab_file)
+    expected = "[CLS] the cat sat the dog [SEP] the cat sat the dog [SEP] cannot run [SEP]"
+    assert " ".join(tokenizer.convert_ids_to_tokens(packed.tokens[0].tolist())) == expected
+    assert packed.marks[0].tolist() == [0, 3, 1, 3, 3, 1, 0, 3, 1, 3, 3, 1, 0, 3, 1, 0]
+    assert (header["counts"]["documents"], header["counts"]["empty_documents"]) == (3, 0)
+    assert header["settings"]["rows_per_document"] == 3
+    report = survey(SurveySettings([name], rows_per_document=3))
+    assert report["duplicates"] == {"count": 1, "examples": [f"{name}: document 1 repeats {name}: document 0"]}
+    assert [(entry["documents"], entry["exclude"]) for entry in report["inputs"]] == [(3, [1])]
+    (tmp_path / "survey.json").write_text(json.dumps(report))
+    options = {"seq_length": 10, "exclude": str(tmp_path / "survey.json")}
+    run(name, vocab_file, parser, tmp_path / "once", **options, rows_per_document=3)
+    tokens = PackedData(tmp_path / "once").tokens[0].tolist()
+    assert " ".join(tokenizer.convert_ids_to_tokens(tokens)) == "[CLS] the cat sat the dog [SEP] cannot run [SEP]"
+    with pytest.raises(InputError, match=r"survey.json: .* --rows-per-document was 3 and is now 2; run tools/"):
+        run(name, vocab_file, parser, tmp_path / "more", **options, rows_per_document=2)
+    for wrong in (0, -3):
+        with pytest.raises(InputError, match=f"^--rows-per-document {wrong}: must be at least 1$"):
+            run(name, vocab_file, parser, tmp_path / "more", rows_per_document=wrong)
+        with pytest.raises(InputError, match=f"^--rows-per-document {wrong}: must be at least 1$"):
+            survey(SurveySettings([name], rows_per_document=wrong))
 
 
 def command(*arguments):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -15,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from megatron_sas.cli import InputError
-from megatron_sas.data import shards
+from megatron_sas.data import shards, workers
 from megatron_sas.data.packed import FILES, PackedData
 from megatron_sas.data.packed_writer import remove_leftovers
+from megatron_sas.data.parses import NoParser, describe_parser
 from megatron_sas.data.preprocess import PreprocessSettings, preprocess
 from megatron_sas.data.shards import output_name, parse_shard, preprocess_shards
 
@@ -104,12 +106,80 @@ def test_other_settings_are_refused(sources, vocab_file, tmp_path):
     assert changed == {f"part-2.{name}" for name in ("bin", "idx", "json", "heads.bin", "marks.bin", "relns.bin")}
 
 
+def test_a_model_that_was_trained_again_is_another_parser(sources, vocab_file, tmp_path):
+    """`spacy train` gives every model the same name and version; the same model elsewhere is no other."""
+    spacy = pytest.importorskip("spacy")
+
+    def train(folder, seed):
+        spacy.util.fix_random_seed(seed)
+        nlp = spacy.blank("en")
+        nlp.add_pipe("parser").add_label("dep")
+        nlp.add_pipe("ner").add_label(f"X{seed}")  # which we do not load
+        nlp.initialize()
+        nlp.to_disk(folder)
+
+    def again(model, source=sources[0]):
+        return run([source], vocab_file, tmp_path / "out", parser=f"spacy:{model}")[1]
+
+    train(tmp_path / "model", 0)
+    described = describe_parser(f"spacy:{tmp_path / 'model'}")
+    again(tmp_path / "model")
+    shutil.copytree(tmp_path / "model", tmp_path / "host" / "model")
+    (tmp_path / "host" / "model" / "ner" / "model").write_bytes(b"")
+    assert "done before" in again(tmp_path / "host" / "model")[0]
+    train(tmp_path / "model", 1)
+    other = describe_parser(f"spacy:{tmp_path / 'model'}")
+    assert {name for name in other if other[name] != described[name]} == {"sha256"}
+    with pytest.raises(InputError, match=r"part-0.json: was made with other values of parser; choose another"):
+        again(tmp_path / "model")
+
+
 def test_a_bad_shard_does_not_stop_the_others(sources, vocab_file, tmp_path):
     sources[0].write_bytes(b"the cat\n\xff\n" * 20)
     with pytest.raises(InputError, match=r"1 of 4 shards failed: .*part-0.txt.* 20 of 40 records left out"):
         run(sources, vocab_file, tmp_path / "out", on_error="skip")
     assert len(list((tmp_path / "out").glob("*.json"))) == 3
     assert not list((tmp_path / "out").glob("*part-0*"))
+
+
+class _Fails(NoParser):
+    """A parser that cannot bear anything."""
+
+    def parse(self, contents, encodings, names):
+        if contents:
+            raise RuntimeError("out of memory")
+        return iter(())
+
+
+def test_losses_among_few_selected_documents_are_a_share_of_these(vocab_file, tmp_path, monkeypatch):
+    """A shard of which --split takes one document in fifty, and the parser none of them."""
+    source = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": f"the cat sat {'q ' * number}"}) for number in range(500)]
+    source.write_text("\n".join(lines + ["no JSON"] * 20))
+    options = {"on_error": "skip", "split": "validation", "validation_share": 0.02}
+    (header,), _ = run([source], vocab_file, tmp_path / "good", **options)  # the 20 are a share of all
+    selected = header["counts"]["documents"]
+    assert 0 < selected < 20 and header["counts"]["skipped"] == 20
+    with pytest.raises(InputError, match="20 of 520 records left out, mostly for 'invalid JSON'"):
+        run([source], vocab_file, tmp_path / "less", **options, max_loss=0.03)
+    monkeypatch.setattr(workers, "make_parser", lambda _: _Fails())
+    with pytest.raises(InputError, match=rf"20 of 520 records left out and {selected} of {selected} paragraphs left"):
+        run([source], vocab_file, tmp_path / "out", **options, max_loss=0.95)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_shard_that_is_all_foreign_fails(sources, data_dir, tmp_path):
+    """--drop-foreign is asked for, so a little of it is no error; an input of nothing else is."""
+    english = "The quick brown fox jumps over the lazy dog, as it has always done.\n"
+    russian = "Быстрая коричневая лиса перепрыгивает через ленивую собаку, как всегда.\n"
+    for source, text in zip(sources, (russian * 50, english * 50, english * 49 + russian, ""), strict=True):
+        source.write_text(text)
+    vocab = data_dir / "bert_vocab" / "vocab.txt"
+    with pytest.raises(InputError, match=r"^1 of 4 shards failed: .*part-0.txt: 50 of 50 paragraphs left out, mostly"):
+        run(sources, vocab, tmp_path / "out", drop_foreign=True)
+    assert sorted(path.stem for path in (tmp_path / "out").glob("*.json")) == ["part-1", "part-2", "part-3"]
+    _, said = run(sources[1:3], vocab, tmp_path / "more", drop_foreign=True)
+    assert [" 0 skipped," in said[0], " 1 skipped," in said[1]] == [True, True]
 
 
 def test_an_error_that_nobody_foresaw_fails_one_shard(sources, vocab_file, tmp_path, monkeypatch, capsys):
@@ -176,6 +246,24 @@ def test_killed_and_started_again(vocab_file, tmp_path):
     assert done.stdout.count("done before") == 1
     assert times(output)["part-0.bin"] == first
     assert contents(output) == contents(tmp_path / "whole")  # the hidden folder is gone, too
+
+
+def test_hidden_folders_of_shards_that_are_done(sources, vocab_file, tmp_path):
+    """What a killed job left goes when its shard was finished elsewhere, and what a living one writes stays."""
+    output = tmp_path / "out"
+    run(sources, vocab_file, output)
+    expected = contents(output)
+    folders = [output / f".part-{number}.aaaaaaaa.tmp" for number in (0, 2)]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "owner").write_text(socket.gethostname())
+    with open(folders[1] / "owner") as owner:
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        _, said = run(sources, vocab_file, output)
+    assert all(line.endswith("done before") for line in said)
+    assert [folder.exists() for folder in folders] == [False, True]
+    shutil.rmtree(folders[1])
+    assert contents(output) == expected
 
 
 def test_hidden_folders_of_others(tmp_path):

@@ -13,6 +13,7 @@ from megatron_sas.cli import InputError
 from megatron_sas.data import sources
 from megatron_sas.data.losses import Losses
 from megatron_sas.data.sources import Reading, input_format, read_units
+from megatron_sas.data.text_lines import DamagedFile
 
 
 def units(*inputs, **options):
@@ -133,6 +134,19 @@ def test_control_characters_are_taken_out(tmp_path):
     assert reading.paragraphs_with_controls == 2
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+def test_archives_of_no_bytes(tmp_path, suffix):
+    """What a full disk or a download that failed leaves is no empty input."""
+    pytest.importorskip("zstandard")
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(b"")
+    with pytest.raises(DamagedFile, match=r"a.txt\.\w+: damaged compressed file \(it is empty, without even a head"):
+        units(str(path))
+    with pytest.raises(InputError, match=r"1 of 1 records left out and 100.0% of the file unread, mostly for 'damaged"):
+        units(str(path), on_error="skip", losses=Losses(max_loss=0.99))
+    assert units(str(path), on_error="skip", losses=Losses(max_loss=1.0)) == []
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".xz"])
 def test_damaged_archives(tmp_path, suffix):
     """What comes before the damage is used when as much may be lost; a file that is cut off may lack anything."""
@@ -192,3 +206,54 @@ def test_parts_of_a_hub_dataset(tmp_path):
         assert parts == [[row["text"] for row in rows[part::3]] for part in range(3)]
     with pytest.raises(InputError, match="parts are numbered from 0 to 2"):
         units(f"hf:{folder}:train@3/3")
+
+
+def test_parts_of_a_hub_dataset_keep_the_rows_of_a_document_together(tmp_path):
+    """Rows of a document follow each other, whether parts are row groups, saved rows, or what is left of all rows."""
+    datasets = pytest.importorskip("datasets")
+    rows = [{"text": str(number)} for number in range(10)]
+    for kind in ("lines", "groups"):
+        (tmp_path / kind).mkdir()
+    (tmp_path / "lines" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "groups" / "train.parquet", batch_size=2)
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for kind in ("lines", "groups", "saved"):
+        found = []
+        for part in range(3):
+            for content, starts, _ in units(f"hf:{tmp_path / kind}:train@{part}/3", rows_per_document=3):
+                if starts:
+                    found.append([])
+                found[-1].append(int(content))
+        assert sorted(number for document in found for number in document) == list(range(10))
+        for document in found:
+            assert document == list(range(document[0], document[0] + len(document))) and len(document) <= 3
+        assert len(found) <= 6
+
+
+def test_a_loss_of_just_what_is_allowed():
+    """One of twenty is no more than 0.05."""
+    losses = Losses(max_loss=0.05)
+    for _ in range(19):
+        losses.keep("a.txt")
+    losses.lose("a.txt:20", "invalid UTF-8")
+    losses.check()
+    losses.lose("a.txt:21", "invalid UTF-8")
+    with pytest.raises(InputError, match=r"^a\.txt: 2 of 21 records left out"):
+        losses.check()
+
+
+def test_documents_of_rows_without_the_broken_ones(tmp_path):
+    """Also where a document would begin, and a line that is cut into parts is one row."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\n\xff\ntwo\n" + b"\xff\n" + b"word " * 5000 + b"\nfour\n\xff\n")
+    found = units(str(path), on_error="skip", rows_per_document=2)
+    assert [(content[:4], starts) for content, starts, _ in found] == [
+        ("one", True),
+        ("two", False),
+        ("word", True),
+        ("word", False),
+        ("four", False),
+    ]
+    other = tmp_path / "b.txt"
+    other.write_text("five\nsix")
+    assert [starts for _, starts, _ in units(str(other), str(other), rows_per_document=3)] == [True, False] * 2

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import shutil
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import ClassVar
@@ -92,7 +94,11 @@ def test_what_is_asked_of_stanza(stanza, tmp_path, monkeypatch):
         describe_parser("stanza:en")
     (tmp_path / "en" / "depparse").mkdir(parents=True)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: f"version of {name}")
-    assert describe_parser("stanza:en") == {"name": "stanza:en", "version": "version of stanza"}
+    assert describe_parser("stanza:en") == {
+        "name": "stanza:en",
+        "version": "version of stanza",
+        "sha256": hashlib.sha256(b"").hexdigest(),
+    }
     parser, names = make_parser("stanza:en"), RelationNames()
     assert stanza.Pipeline.made == [("en", str(tmp_path), PROCESSORS, None)]  # None: nothing is downloaded
     texts = ["The cat sat", "", "It runs"]
@@ -101,6 +107,21 @@ def test_what_is_asked_of_stanza(stanza, tmp_path, monkeypatch):
     assert [parse.heads.tolist() for parse in parses] == [[-1, 0, 1], [], [-1, 0]]
     assert [list(zip(parse.starts, parse.ends, strict=True)) for parse in parses][2] == [(0, 2), (3, 7)]
     assert names.names == ["", "root", "dep"] and parser.text("a b") == "a b"
+
+
+def test_other_models_are_another_parser(stanza, tmp_path, monkeypatch):
+    """Those of the processors that are used, and what these need; wherever they lie."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"version of {name}")
+    for name in ("depparse/combined_charlm.pt", "forward_charlm/1billion.pt", "ner/ontonotes.pt"):
+        (tmp_path / "en" / name).parent.mkdir(parents=True)
+        (tmp_path / "en" / name).write_text(name)
+    first = describe_parser("stanza:en")
+    (tmp_path / "en" / "ner" / "ontonotes.pt").write_text("other")
+    assert describe_parser("stanza:en") == first
+    monkeypatch.setenv("STANZA_RESOURCES_DIR", str(shutil.copytree(tmp_path / "en", tmp_path / "host" / "en").parent))
+    assert describe_parser("stanza:en") == first
+    (tmp_path / "host" / "en" / "forward_charlm" / "1billion.pt").write_text("other")
+    assert describe_parser("stanza:en")["sha256"] != first["sha256"]
 
 
 def test_from_text_to_packed_data_with_stanza_in_the_middle(stanza, tmp_path, vocab_file):

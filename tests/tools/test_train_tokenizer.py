@@ -24,10 +24,10 @@ from megatron_sas.model.conversion import to_hf
 NOUNS, VERBS = ("dog", "painter", "café", "Walker"), ("see", "help", "watch")
 
 
-def write_corpus(path):
+def write_corpus(path, repeats=8):
     """`The dog sees a painter.`, and so on, with trees."""
     with path.open("w") as file:
-        for subject, verb, thing, _ in itertools.product(NOUNS, VERBS, NOUNS, range(8)):
+        for subject, verb, thing, _ in itertools.product(NOUNS, VERBS, NOUNS, range(repeats)):
             words = [("The", 2, "det"), (subject, 3, "nsubj"), (f"{verb}s", 0, "root"), ("a", 5, "det")]
             words += [(thing, 3, "obj"), (".", 3, "punct")]
             for number, (word, head, relation) in enumerate(words, 1):
@@ -80,10 +80,12 @@ def test_every_kind_trains_and_evaluates(kind, size, tmp_path):
     rows, places = np.nonzero(packed.heads >= 0)
     assert starts[rows, packed.heads[rows, places]].all(), "and they point to first pieces of words"
 
+    held_out = [str(write_corpus(tmp_path / "held-out.conllu", repeats=1))]
+    preprocess(PreprocessSettings(held_out, str(tokenizer_path), "conllu", str(tmp_path / "held-out"), seq_length=32))
     config = write_inputs(tmp_path / "engine")
     trained = {
         "data.train": str(tmp_path / "packed"),
-        "data.validation": str(tmp_path / "packed"),
+        "data.validation": str(tmp_path / "held-out"),
         "train.steps": 2,
         "checkpoint.every": 2,
         "evaluation.every": 2,
