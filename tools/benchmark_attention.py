@@ -1,11 +1,12 @@
 """Time, memory and error of dependency attention, backend by backend, beside torch's own attention.
 
     python tools/benchmark_attention.py --seq-lengths 128 512 --head-dims 32 64 --output attention.json
-    python tools/benchmark_attention.py --batch 32 --num-heads 12 --maps 144 --precision bf16 --dropout 0.1
+    python tools/benchmark_attention.py --tokens 16384 --num-heads 12 --maps 144 --precision bf16 --dropout 0.1
 
-Forward and backward are timed apart, all variants taking turns. On a GPU a turn queues 20 calls between two of the
-GPU's time stamps, and `host ms` is how long Python took to queue a forward and a backward: where it is not the smaller
-number, Python was measured. The regularizer's gradient on the two probabilities of each token is
+q, k and v are views of one tensor, and gradients come token by token, as in the model. Forward and backward are timed
+apart, all variants taking turns. On a GPU a turn is one call that is not timed and then 1 to 20, as many as take 20 ms,
+between two of the GPU's time stamps; `host ms` is how long Python took to queue a forward and a backward: where it is
+not the smaller number, Python was measured. The regularizer's gradient on the two probabilities of each token is
 
     none      no edges are asked for
     max       non-zero in one of --maps (layer, head) pairs only, as the `max` regularizer's
@@ -30,13 +31,14 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_sas.cli import InputError, run_main
 from megatron_sas.device import DEVICE_HELP, choose_device
 from megatron_sas.files import refuse_existing, write_json_atomic
 from megatron_sas.kernels import BACKENDS, dependency_attention
-from megatron_sas.metrics.benchmark import Times, describe_device, time_interleaved
+from megatron_sas.metrics.benchmark import Times, describe_device, first_line, time_interleaved
 
 PEERS = {
     "cpu": {"torch sdpa": SDPBackend.FLASH_ATTENTION},
@@ -48,7 +50,7 @@ PEERS = {
 }
 """torch's own kernels by kind of device."""
 EXACT_SEQUENCES = 2  # whole maps in float64 are large; sequences do not depend on each other
-QUEUED = 20  # calls in a row on a GPU
+QUEUE_SECONDS = 0.02  # on a GPU
 GRADIENTS = ("none", "max", "uniform")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -58,7 +60,7 @@ class Variant:
 
     def __init__(self, name: str, attend: Callable[..., tuple], qkv: list[Tensor], gradients: list[Tensor]) -> None:
         self.name, self.attend, self.gradients = name, attend, gradients
-        self.qkv = [x.detach().clone().requires_grad_() for x in qkv]
+        self.qkv = [x.detach().requires_grad_() for x in qkv]  # of the same memory: a copy would lose the layout
         self.forward()
         self.backward()
 
@@ -81,20 +83,28 @@ def short_heads(batch: int, seq: int, device: torch.device) -> Tensor:
     return torch.where(without, -1, heads)
 
 
-def build_variants(arguments: argparse.Namespace, seq: int, dim: int, device: torch.device) -> list[tuple]:
-    """(backend, gradient, variant, the same in float64) for every backend that takes such inputs, and the peer."""
+def build_variants(
+    arguments: argparse.Namespace, batch: int, seq: int, dim: int, device: torch.device, left_out: dict[str, str]
+) -> list[tuple]:
+    """(backend, gradient, variant, the same in float64) for every backend that takes such inputs, and the peers.
+
+    `left_out` gets the others, with the reason.
+    """
+    torch._dynamo.reset()  # or FlexAttention would not be compiled for more than eight sizes
+    functorch_config.donated_buffer = False  # or what is compiled refuses to repeat a backward
     torch.manual_seed(arguments.seed)
-    shape = (arguments.batch, arguments.num_heads, seq, dim)
-    dtype = DTYPES[arguments.precision]
-    q, k, v, grad_out = (torch.randn(shape, device=device).to(dtype) for _ in range(4))
-    heads = short_heads(arguments.batch, seq, device)
+    num_heads, dtype = arguments.num_heads, DTYPES[arguments.precision]
+    q, k, v = torch.randn(batch, seq, 3, num_heads, dim, device=device).to(dtype).permute(2, 0, 3, 1, 4)
+    grad_out = torch.randn(batch, seq, num_heads, dim, device=device).to(dtype).transpose(1, 2)
+    heads = short_heads(batch, seq, device)
     rows = []
     for gradient in GRADIENTS:
         used, gradients = None, [grad_out]
         if gradient != "none":
             used = heads
-            chosen = torch.rand(2, *shape[:3], device=device) < (1 / arguments.maps if gradient == "max" else 1.0)
-            gradients += [(torch.randn(shape[:3], device=device) * wanted) for wanted in chosen]
+            shape = (2, batch, num_heads, seq)
+            chosen = torch.rand(shape, device=device) < (1 / arguments.maps if gradient == "max" else 1.0)
+            gradients += torch.randn(shape, device=device) * chosen
         exact = None
         if arguments.dropout == 0.0:
             exact = Variant(
@@ -109,9 +119,10 @@ def build_variants(arguments: argparse.Namespace, seq: int, dim: int, device: to
         for name, attend in candidates.items():
             try:
                 rows.append((name, gradient, Variant(f"{name}, {gradient}", attend, [q, k, v], gradients), exact))
-            except (ValueError, RuntimeError) as error:
-                if gradient == GRADIENTS[0]:
-                    print(f"{name}: left out ({str(error).splitlines()[0]})", file=sys.stderr)
+            except ValueError as error:  # a backend's refusal
+                left_out[name] = first_line(error)
+            except RuntimeError as error:
+                left_out[f"{name}, {gradient}, S {seq}, D {dim}"] = first_line(error)
     return rows
 
 
@@ -137,20 +148,23 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
-def measure(arguments: argparse.Namespace, seq: int, dim: int, device: torch.device) -> list[dict[str, Any]]:
-    """One record for each backend and gradient at this size."""
-    rows = build_variants(arguments, seq, dim, device)
+def measure(
+    arguments: argparse.Namespace, seq: int, dim: int, device: torch.device, left_out: dict[str, str]
+) -> list[dict[str, Any]]:
+    """One record for each backend and gradient at this size; `left_out` gets what has none, with the reason."""
+    batch = arguments.batch if arguments.tokens is None else max(1, arguments.tokens // seq)
+    rows = build_variants(arguments, batch, seq, dim, device, left_out)
     actions = {f"{row[2].name} {part}": getattr(row[2], part) for row in rows for part in ("forward", "backward")}
-    left_out: dict[str, str] = {}
-    times = time_interleaved(actions, arguments.rounds, device, queued=QUEUED, left_out=left_out)
-    for name, reason in left_out.items():
-        print(f"{name}: left out ({reason})", file=sys.stderr)
+    without_memory: dict[str, str] = {}
+    times = time_interleaved(actions, arguments.rounds, device, queue_seconds=QUEUE_SECONDS, left_out=without_memory)
+    left_out |= {f"{name}, S {seq}, D {dim}": reason for name, reason in without_memory.items()}
     records = []
     for backend, gradient, variant, exact in rows:
-        if any(f"{variant.name} {part}" in left_out for part in ("forward", "backward")):
+        if any(f"{variant.name} {part}" in without_memory for part in ("forward", "backward")):
             continue
         parts: dict[str, Times] = {part: times[f"{variant.name} {part}"] for part in ("forward", "backward")}
         record = {
+            "batch": batch,
             "seq_length": seq,
             "head_dim": dim,
             "backend": backend,
@@ -185,9 +199,9 @@ def peak_memory(variant: Variant, device: torch.device) -> int | None:
 def table(records: list[dict[str, Any]]) -> str:
     """The records as Markdown."""
     lines = [
-        "| S | D | backend | gradient | forward ms | backward ms | host ms | CPU ms | peak MiB | error of out "
+        "| B | S | D | backend | gradient | forward ms | backward ms | host ms | CPU ms | peak MiB | error of out "
         "| of gradients |",
-        "|---:|---:|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "|---:|---:|---:|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in records:
         cpu = r["forward_cpu_seconds"] + r["backward_cpu_seconds"]
@@ -196,7 +210,7 @@ def table(records: list[dict[str, Any]]) -> str:
         peak = "-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**20:,.0f}"
         errors = " | ".join(f"{r[n]:.1e}" if n in r else "-" for n in ("output_error", "gradient_error"))
         lines.append(
-            f"| {r['seq_length']} | {r['head_dim']} | {r['backend']} | {r['gradient']} "
+            f"| {r['batch']} | {r['seq_length']} | {r['head_dim']} | {r['backend']} | {r['gradient']} "
             f"| {1000 * r['forward_seconds']:.3f} | {1000 * r['backward_seconds']:.3f} | {queued} | {1000 * cpu:.2f} "
             f"| {peak} | {errors} |"
         )
@@ -209,6 +223,7 @@ def main() -> None:
     parser.add_argument("--seq-lengths", type=int, nargs="+", default=[128, 512], help="tokens (128 512)")
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64], help="dimensions of a head (64)")
     parser.add_argument("--batch", type=int, default=4, help="sequences (4)")
+    parser.add_argument("--tokens", type=int, help="instead of --batch: as many sequences as have so many")
     parser.add_argument("--num-heads", type=int, default=4, help="attention heads (4)")
     parser.add_argument("--maps", type=int, default=16, help="layers × heads among which `max` chooses one (16)")
     parser.add_argument("--dropout", type=float, default=0.0, help="of attention probabilities (0)")
@@ -220,9 +235,9 @@ def main() -> None:
     parser.add_argument("--output", metavar="FILE.json", help="write the records here")
     parser.add_argument("--overwrite", action="store_true", help="replace the output")
     arguments = parser.parse_args()
-    for name in ("seq_lengths", "head_dims", "batch", "num_heads", "maps", "rounds"):
+    for name in ("seq_lengths", "head_dims", "batch", "tokens", "num_heads", "maps", "rounds"):
         value = getattr(arguments, name)
-        if min(value if isinstance(value, list) else [value]) < 1:
+        if value is not None and min(value if isinstance(value, list) else [value]) < 1:
             raise InputError(f"--{name.replace('_', '-')}: must be at least 1")
     if not 0.0 <= arguments.dropout < 1.0:
         raise InputError("--dropout: must be at least 0 and less than 1")
@@ -231,20 +246,22 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = choose_device(arguments.device)
+    left_out: dict[str, str] = {}
     records = [
         record
         for seq in arguments.seq_lengths
         for dim in arguments.head_dims
-        for record in measure(arguments, seq, dim, device)
+        for record in measure(arguments, seq, dim, device, left_out)
     ]
     described = describe_device(device)
-    shape = {
-        name: getattr(arguments, name) for name in ("batch", "num_heads", "maps", "precision", "dropout", "rounds")
-    }
+    names = ("num_heads", "maps", "precision", "dropout", "rounds")
+    shape = {name: getattr(arguments, name) for name in names}
     print(", ".join(f"{name} {value}" for name, value in (described | shape).items()))
     print(f"\n{table(records)}")
+    for name, reason in left_out.items():
+        print(f"\n{name} is left out: {reason}")
     if arguments.output:
-        write_json_atomic(arguments.output, {"device": described, **shape, "records": records})
+        write_json_atomic(arguments.output, {"device": described, **shape, "records": records, "left_out": left_out})
 
 
 if __name__ == "__main__":

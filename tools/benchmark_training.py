@@ -8,18 +8,19 @@ Variants take turns on the same random tokens, masks and dependency heads, from 
     ours_max        this project with the `max` regularizer
     ours_uniform    this project with the `uniform` regularizer
     ours_mlm        this project without the regularizer (λ = 0, not measured)
-    ours_deepspeed  ours_max inside the trainer's DeepSpeed engine, with gradient clipping, ZeRO stage 0
+    ours_deepspeed  ours_max inside the trainer's DeepSpeed engine, ZeRO stage 0
     ours_flex       ours_max on FlexAttention with its logsumexp (GPU, no attention dropout)
     paper           the regularizer as the paper computes it: transformers' eager attention, `output_attentions=True`,
                     the maps stacked to [L, B, H, S, S], LM head on all positions; --paper-batch sequences a step,
                     by default on GPUs as many as fit beside the other variants
     hf_sdpa         transformers' sdpa attention without the regularizer, LM head on all positions
 
-Ours are compiled as the trainer would (on GPUs, unless --compile says otherwise). Hidden dropout is BERT's, attention
-dropout --dropout, 0 by default because not every attention kernel has it. Numbers are medians over rounds, ratios of
-seconds a token are medians of the ratios within a round. CPU time is that of all threads, and steadier than the clock
-where other programs run. What finds no GPU memory is left out, and the result says so. MFU counts the arithmetic of
-encoder, attention and head at masked tokens.
+All of them clip gradients to a norm of 1. Ours are compiled as the trainer would (on GPUs, unless --compile says
+otherwise). Hidden dropout is BERT's, attention dropout --dropout, 0 by default because not every attention kernel has
+it. Each round has an order of its own; on a GPU a turn is one step that is not timed, and then as many in a row as take
+0.2 s. Numbers are medians over rounds, ratios of seconds a token are medians of the ratios within a round. CPU time is
+that of all threads, and steadier than the clock where other programs run. What lacks GPU memory or a Python package is
+left out, and the result says so. MFU counts the arithmetic of encoder, attention and head at masked tokens.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ SAS_WEIGHT = 0.001
 VARIANTS = ("ours_max", "ours_uniform", "ours_mlm", "ours_deepspeed", "ours_flex", "paper", "hf_sdpa")
 CPU_VARIANTS = ("ours_max", "ours_mlm", "paper", "hf_sdpa")
 MASK_PROB = 0.15
+GRAD_CLIP = 1.0  # the trainer's default
+QUEUE_SECONDS = 0.2  # on a GPU
 RATIOS = (
     ("paper", "ours_max"),
     ("ours_max", "ours_mlm"),
@@ -184,6 +187,7 @@ def _training_step(module: nn.Module, loss: Callable[[], Tensor], setting: Setti
         with torch.autocast(setting.device.type, dtype=torch.bfloat16, enabled=setting.precision == "bf16"):
             value = loss()
         value.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), GRAD_CLIP)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -204,6 +208,7 @@ def _deepspeed_step(setting: Setting, batch: Batch) -> Callable[[], None]:
         micro_batch_size=sequences,
         precision=setting.precision,
         compile=setting.compiled,
+        grad_clip=GRAD_CLIP,
     )
     engine = Engine(MaskedLMWithSas(setting.bert(), SasObjective()), section, 0, setting.device)
     names = ("input_ids", "masked_positions", "labels", "heads")
@@ -268,7 +273,7 @@ def build_variants(names: list[str], setting: Setting, arguments: argparse.Names
             step = build_variant(name, setting, batch)
             if cuda:
                 step()
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, ImportError) as error:
             built.left_out[name] = first_line(error)
         if name in built.left_out:
             step = None
@@ -376,7 +381,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
         names = [n for n in VARIANTS if n != "ours_flex" or arguments.dropout == 0.0] if cuda else list(CPU_VARIANTS)
     built = build_variants(names, setting, arguments)
     sizes = built.sizes
-    times = time_interleaved(built.steps, arguments.pairs, device, left_out=built.left_out)
+    times = time_interleaved(built.steps, arguments.pairs, device, queue_seconds=QUEUE_SECONDS, left_out=built.left_out)
     per_token = {
         name: Times(*([t / (sizes[name] * arguments.seq_length) for t in kind] for kind in (value.wall, value.cpu)))
         for name, value in times.items()

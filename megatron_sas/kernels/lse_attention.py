@@ -38,6 +38,8 @@ def lse_refusal(backend: str, q: Tensor, has_seqlens: bool, dropout_p: float) ->
         return "the kernel cannot take empty tensors"
     if backend == "flex" and q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
         return "FlexAttention has no backward on CPU"
+    if backend == "flex" and q.device.type == "cuda" and not torch.is_grad_enabled():
+        return "FlexAttention is compiled for every shape, of which evaluations have many"
     if backend == "fa4":
         if not has_fa4():
             return "FlashAttention-4 cannot be imported (PyPI: flash-attn-4)"

@@ -98,7 +98,8 @@ class CudnnFlash:
         """Why this kernel cannot take such inputs."""
         if q.device.type == "cuda" and not torch.backends.cudnn.is_available():
             return "this build of torch has no cuDNN"
-        return _cuda_refusal("cuDNN's flash kernel", q, has_seqlens, 128)
+        reason = _cuda_refusal("cuDNN's flash kernel", q, has_seqlens, 128)
+        return "cuDNN's flash kernel takes no sequences of one token" if reason is None and q.shape[2] == 1 else reason
 
     @staticmethod
     def forward(

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_sas.kernels import dropout
 from megatron_sas.kernels.triton_backward import RANGE_BLOCK, grad_kv_kernel, grad_q_kernel, row_terms_kernel
 from megatron_sas.kernels.triton_forward import dropout_keys_kernel, finish_kernel, forward_kernel
+from megatron_sas.kernels.triton_parts import SEARCH_CLASSES
 
 INTERPRETED = triton.knobs.runtime.interpret  # Triton decides so when a kernel is defined
 MAX_HEAD_DIM = 128
@@ -44,7 +45,7 @@ HALF_CONFIGS = {
 SINGLE_CONFIGS = {kernel: [_config(32, 16, 4, 1), _config(16, 32, 4, 1)] for kernel in HALF_CONFIGS}
 """Tile sizes for float32, which without TF32 has no matrix instructions: products are unrolled into registers."""
 
-_SEARCH_KEYS = ["BLOCK_D", "SEQ_CLASS", "THRESHOLD", "EVEN"]  # Triton adds the dtypes
+_SEARCH_KEYS = ["BLOCK_D", *SEARCH_CLASSES, "THRESHOLD", "EVEN"]  # Triton adds the dtypes
 _SEARCHED = {
     kind: {
         kernel: triton.autotune(configs, key=_SEARCH_KEYS, cache_results=True)(kernel)
@@ -53,6 +54,8 @@ _SEARCHED = {
     for kind, kernels in (("half", HALF_CONFIGS), ("single", SINGLE_CONFIGS))
 }
 _LARGEST_TILE = 128
+_SEARCH_FROM = 2**16  # tokens × maps; fewer do not fill a GPU, and say little about the tile sizes of those that do
+_MANY_MAPS = 2**10  # more make no difference: a GPU is full many times
 
 
 def triton_refusal(q: Tensor) -> str | None:
@@ -200,7 +203,6 @@ def _shape_constants(q: Tensor, dropout_p: float) -> dict[str, Any]:
     return {
         "D": dim,
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
-        "SEQ_CLASS": max(_LARGEST_TILE, triton.next_power_of_2(seq)),  # lengths that share the result of a search
         "THRESHOLD": dropout.drop_threshold(dropout_p),
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",  # TF32 would cost 13 bits
         "EVEN": seq % _LARGEST_TILE == 0,
@@ -210,15 +212,23 @@ def _shape_constants(q: Tensor, dropout_p: float) -> dict[str, Any]:
 def _launch(kernel: Any, grid: Any, q: Tensor, *arguments: Any, **constants: Any) -> None:
     """Run a kernel with the tile sizes that measured fastest, or fixed ones.
 
-    The search runs once per GPU, shape and dtype and is kept in Triton's cache directory. Different tile sizes round
-    differently, so `torch.use_deterministic_algorithms(True)` takes fixed ones; so does the interpreter. Sequences
-    shorter than the largest tile are not worth a search.
+    The search runs once per GPU, class of shapes and dtype and is kept in Triton's cache directory, for later processes
+    too. Different tile sizes round differently, so `torch.use_deterministic_algorithms(True)` takes fixed ones; so does
+    the interpreter. What takes no time, or has sequences shorter than the largest tile, is not worth a search.
     """
     searched = _SEARCHED["single" if q.dtype == torch.float32 else "half"][kernel]
-    if q.shape[2] < _LARGEST_TILE or INTERPRETED or torch.are_deterministic_algorithms_enabled():
+    batch, num_heads, seq, _ = q.shape
+    constants |= _search_classes(batch * num_heads, seq)
+    small = seq < _LARGEST_TILE or batch * num_heads * seq < _SEARCH_FROM
+    if small or INTERPRETED or torch.are_deterministic_algorithms_enabled():
         kernel[grid](q, *arguments, **constants, **searched.configs[0].all_kwargs())
     else:
         searched[grid](q, *arguments, **constants)
+
+
+def _search_classes(maps: int, seq: int) -> dict[str, int]:
+    """Shapes with equal classes share the result of a search."""
+    return {"seq_class": triton.next_power_of_2(seq), "maps_class": min(triton.next_power_of_2(maps), _MANY_MAPS)}
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from megatron_sas.kernels.triton_parts import (
+    SEARCH_CLASSES,
     block_and_map,
     edge_limit,
     keeps,
@@ -101,16 +102,16 @@ def partner_range(RANGES, number, first, seq, BLOCK: tl.constexpr, WHICH: tl.con
     return low, high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SEARCH_CLASSES)
 def grad_kv_kernel(
     Q, K, V, HEADS, SEQLENS, KEYS, LSE, DELTA, RANGES, TO_HEAD, TO_DEPENDENT, GRAD_OUT, GRAD_TO_HEAD,
     GRAD_TO_DEPENDENT, GRAD_K, GRAD_V,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_dkb, stride_dkh, stride_dks, stride_thb, stride_thh, stride_tdb, stride_tdh,
-    num_maps, num_heads, seq, scale, score_scale, keep_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, SEQ_CLASS: tl.constexpr, HAS_TO_HEAD: tl.constexpr,
-    HAS_TO_DEPENDENT: tl.constexpr, HAS_SEQLENS: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    num_maps, num_heads, seq, scale, score_scale, keep_scale, seq_class, maps_class,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_TO_HEAD: tl.constexpr, HAS_TO_DEPENDENT: tl.constexpr,
+    HAS_SEQLENS: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dK and dV of one block of BLOCK_N columns; tiles are transposed. `score_scale` is scale / ln 2."""
     block, number = block_and_map(seq, BLOCK_N)
@@ -182,16 +183,16 @@ def grad_kv_kernel(
     store_tile(GRAD_V + where, columns[:, None], dims[None, :], stride_dks, seq, grad_v * keep_scale, D, EXACT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SEARCH_CLASSES)
 def grad_q_kernel(
     Q, K, V, HEADS, SEQLENS, KEYS, LSE, DELTA, RANGES, TO_HEAD, TO_DEPENDENT, GRAD_OUT, GRAD_TO_HEAD,
     GRAD_TO_DEPENDENT, GRAD_Q,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs, stride_thb, stride_thh, stride_tdb, stride_tdh,
-    num_maps, num_heads, seq, scale, score_scale, keep_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, SEQ_CLASS: tl.constexpr, HAS_TO_HEAD: tl.constexpr,
-    HAS_TO_DEPENDENT: tl.constexpr, HAS_SEQLENS: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    num_maps, num_heads, seq, scale, score_scale, keep_scale, seq_class, maps_class,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_TO_HEAD: tl.constexpr, HAS_TO_DEPENDENT: tl.constexpr,
+    HAS_SEQLENS: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dQ of one block of BLOCK_M rows. `score_scale` is scale / ln 2."""
     block, number = block_and_map(seq, BLOCK_M)

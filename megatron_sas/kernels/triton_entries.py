@@ -13,7 +13,12 @@ import triton.language as tl
 
 from megatron_sas.kernels.triton_parts import block_and_map, load_heads, load_tile, store_tile
 
-BLOCK = 64
+SCAN = 128  # tokens looked at together in search of partners
+
+
+def block_size(block_d: int) -> int:
+    """Tokens of a block: products of float32 are unrolled into registers, and larger blocks spill them."""
+    return 32 if block_d <= 64 else 16
 
 
 @triton.jit
@@ -24,18 +29,20 @@ def _load_g(G, tokens, seq, THERE: tl.constexpr):
 
 @triton.jit
 def _partner_tiles(HEADS, own_heads, own_counts, G_HEAD, G_DEPENDENT, first, seq, HAS_HEAD: tl.constexpr,
-                   HAS_DEPENDENT: tl.constexpr, BLOCK: tl.constexpr):
+                   HAS_DEPENDENT: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr):
     """Begin and end, multiples of BLOCK, of the tiles that hold the other end of an entry of these tokens."""
-    low, high = tl.where(own_counts, own_heads, seq), tl.where(own_counts, own_heads, -1)
-    for start in range(0, seq, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
+    low, high = tl.full([SCAN], seq, tl.int32), tl.full([SCAN], -1, tl.int32)
+    for start in range(0, seq, SCAN):
+        tokens = start + tl.arange(0, SCAN)
         heads = load_heads(HEADS, tokens, seq)
         counts = _load_g(G_HEAD, tokens, seq, HAS_HEAD) != 0.0
         counts = counts | (_load_g(G_DEPENDENT, tokens, seq, HAS_DEPENDENT) != 0.0)
         dependent = (heads >= first) & (heads < first + BLOCK) & counts
         low = tl.minimum(low, tl.where(dependent, tokens, seq))
         high = tl.maximum(high, tl.where(dependent, tokens, -1))
-    return tl.min(low, 0) // BLOCK * BLOCK, (tl.max(high, 0) // BLOCK + 1) * BLOCK
+    lowest = tl.minimum(tl.min(low, 0), tl.min(tl.where(own_counts, own_heads, seq), 0))
+    highest = tl.maximum(tl.max(high, 0), tl.max(tl.where(own_counts, own_heads, -1), 0))
+    return lowest // BLOCK * BLOCK, (highest // BLOCK + 1) * BLOCK
 
 
 @triton.jit
@@ -44,7 +51,7 @@ def entries_kernel(
     stride_dqb, stride_dqh, stride_dqs, stride_dkb, stride_dkh, stride_dks,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, num_heads, seq, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_HEAD: tl.constexpr, HAS_DEPENDENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, SCAN: tl.constexpr,
 ):
     """dq and dk of BLOCK tokens. HEADS int64 `(B, S)`, G_HEAD and G_DEPENDENT float32 `(B, H, S)`, contiguous."""
     block, number = block_and_map(seq, BLOCK)
@@ -58,7 +65,7 @@ def entries_kernel(
     own_head_g, own_dep_g = _load_g(G_HEAD, own, seq, HAS_HEAD), _load_g(G_DEPENDENT, own, seq, HAS_DEPENDENT)
     own_counts = (own_head_g != 0.0) | (own_dep_g != 0.0)
     begin, end = _partner_tiles(
-        HEADS, own_heads, own_counts, G_HEAD, G_DEPENDENT, first, seq, HAS_HEAD, HAS_DEPENDENT, BLOCK
+        HEADS, own_heads, own_counts, G_HEAD, G_DEPENDENT, first, seq, HAS_HEAD, HAS_DEPENDENT, BLOCK, SCAN
     )
     grad_q = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     grad_k = tl.zeros([BLOCK, BLOCK_D], tl.float32)
@@ -88,10 +95,12 @@ def add_entry_gradients_(grad_q, grad_k, q, k, heads, scale, g_head, g_dependent
     batch, num_heads, seq, dim = q.shape
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     g_head, g_dependent = (None if g is None else g.contiguous() for g in (g_head, g_dependent))
-    entries_kernel[(triton.cdiv(seq, BLOCK) * batch * num_heads,)](
+    block_d = max(16, triton.next_power_of_2(dim))
+    block = block_size(block_d)
+    entries_kernel[(triton.cdiv(seq, block) * batch * num_heads,)](
         grad_q, grad_k, q, k, heads.contiguous(), q if g_head is None else g_head,
         q if g_dependent is None else g_dependent,
         *grad_q.stride()[:3], *grad_k.stride()[:3], *q.stride()[:3], *k.stride()[:3], num_heads, seq, scale,
-        D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)),
-        HAS_HEAD=g_head is not None, HAS_DEPENDENT=g_dependent is not None, BLOCK=BLOCK,
+        D=dim, BLOCK_D=block_d, HAS_HEAD=g_head is not None, HAS_DEPENDENT=g_dependent is not None,
+        BLOCK=block, SCAN=SCAN,
     )

@@ -14,6 +14,7 @@ import triton.language as tl
 from megatron_sas.kernels.triton_parts import (
     COLUMNS,
     ROWS,
+    SEARCH_CLASSES,
     block_and_map,
     dropout_keys,
     edge_limit,
@@ -38,14 +39,13 @@ def dropout_keys_kernel(SEED, KEYS, num_maps, seq, BLOCK: tl.constexpr):
     tl.store(KEYS + at, dropout_keys(seed, number, COLUMNS, tokens).to(tl.int32, bitcast=True), mask=tokens < seq)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SEARCH_CLASSES)
 def forward_kernel(
     Q, K, V, HEADS, SEQLENS, KEYS, OUT, LSE, TO_HEAD, TO_DEPENDENT,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_ob, stride_oh, stride_os, num_maps, num_heads, seq, scale, keep_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, SEQ_CLASS: tl.constexpr, HAS_HEADS: tl.constexpr,
-    HAS_SEQLENS: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    stride_ob, stride_oh, stride_os, num_maps, num_heads, seq, scale, keep_scale, seq_class, maps_class,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_HEADS: tl.constexpr, HAS_SEQLENS: tl.constexpr,
+    THRESHOLD: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """One block of BLOCK_M query rows of one map.
 

@@ -18,6 +18,8 @@ MIX_1 = tl.constexpr(dropout.MIX_1)
 MIX_2 = tl.constexpr(dropout.MIX_2)
 ROWS = tl.constexpr(dropout.ROWS)
 COLUMNS = tl.constexpr(dropout.COLUMNS)
+SEARCH_CLASSES = ["seq_class", "maps_class"]
+"""Integers that no kernel reads or is compiled for: searches for tile sizes are told apart by a kernel's arguments."""
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 
 from megatron_sas.cli import progress
+
+MOST_QUEUED = 20  # calls in a row
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
@@ -47,14 +50,15 @@ class Times:
     """What one variant took, round by round."""
 
     wall: list[float] = field(default_factory=list)  # on a GPU by its own clock
-    cpu: list[float] = field(default_factory=list)  # seconds of all threads of this process
+    cpu: list[float] = field(default_factory=list)  # seconds of all threads of this process; without waiting for a GPU
     host: list[float] = field(default_factory=list)  # seconds until a call returned, its work only queued; GPUs only
 
-    def add(self, action: Callable[[], object], device: torch.device, queued: int = 1) -> None:
-        """Run `action` and record it; on a GPU `queued` times in a row, of which the means count.
+    def add(self, action: Callable[[], object], device: torch.device, queued: int = 0) -> None:
+        """Run `action` and record it; with `queued` on a GPU once untimed, then so often in a row, and the means count.
 
         Waiting for a kernel of 0.1 ms measures how long Python needs to start it. In a queue that does not show,
-        unless calls need the host for longer than the GPU: then `host` is as large as `wall`.
+        unless calls need the host for longer than the GPU: then `host` is as large as `wall`. While the GPU is busy
+        with the untimed call, the others are queued; that call also gets its memory back from other variants.
         """
         if device.type == "cuda":
             self._add_queued(action, device, queued)
@@ -68,15 +72,18 @@ class Times:
         stream = torch.cuda.current_stream(device)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
+        if queued:
+            action()
+        calls = max(queued, 1)
         host, cpu = time.perf_counter(), time.process_time()
         begin.record(stream)
-        for _ in range(queued):
+        for _ in range(calls):
             action()
         end.record(stream)
-        self.host.append((time.perf_counter() - host) / queued)
+        self.host.append((time.perf_counter() - host) / calls)
+        self.cpu.append((time.process_time() - cpu) / calls)
         torch.cuda.synchronize(device)
-        self.cpu.append((time.process_time() - cpu) / queued)
-        self.wall.append(begin.elapsed_time(end) / 1000 / queued)
+        self.wall.append(begin.elapsed_time(end) / 1000 / calls)
 
 
 def time_interleaved(
@@ -84,24 +91,31 @@ def time_interleaved(
     rounds: int,
     device: torch.device,
     warmup: int = 2,
-    queued: int = 1,
+    queue_seconds: float | None = None,
     left_out: dict[str, str] | None = None,
 ) -> dict[str, Times]:
-    """Seconds of every variant in every round; on a GPU of `queued` calls in a row each.
+    """Seconds of every variant in every round.
 
-    All variants run once in each round, in an order that rotates, so that a load which comes and goes hits them alike;
-    compare them by the median of the ratios within a round (`median_ratio`).
+    All variants run once in each round, in an order of its own (the same in every run and process), so that a load
+    which comes and goes, and what one variant leaves to the next, hit them alike; compare them by the median of the
+    ratios within a round (`median_ratio`). On a GPU a turn with `queue_seconds` is one call that is not timed, and then
+    as many in a row as take so long, 1 to `MOST_QUEUED` (see `Times.add`). Not for processes that wait for each other.
 
     A variant that finds no GPU memory is an error, or goes from the result to `left_out` with the reason.
     """
     names = list(variants)
     times = {name: Times() for name in names}
+    queued = dict.fromkeys(names, 0 if queue_seconds is None else 1)
+    order = random.Random(0)
     for number in progress(range(-warmup, rounds), unit="round", desc="timing"):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in order.sample(names, len(names)):
             if name not in times:
                 continue
             try:
-                (times[name] if number >= 0 else Times()).add(variants[name], device, queued)
+                found = times[name] if number >= 0 else Times()
+                found.add(variants[name], device, queued[name])
+                if number < 0 and queue_seconds is not None:
+                    queued[name] = min(max(int(queue_seconds / max(found.wall[-1], 1e-6)), 1), MOST_QUEUED)
                 continue
             except torch.OutOfMemoryError as error:
                 if left_out is None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 MODES = ("max", "uniform")
 DIRECTIONS = ("both", "to_head", "to_dependent")
@@ -44,8 +45,25 @@ def sas_term(
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
+class _JoinLayers(torch.autograd.Function):
+    """`(B, L·H, S)` from one `(B, H, S)` per layer, layer by layer.
+
+    The gradients are contiguous. Those of `torch.cat` are not, and compiled layers would copy them, one by one.
+    """
+
+    @staticmethod
+    def forward(ctx, *probs):  # noqa: ANN001
+        ctx.layers = len(probs)
+        return torch.cat(probs, dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # noqa: ANN001
+        return grad.unflatten(1, (ctx.layers, -1)).transpose(0, 1).contiguous().unbind(0)
+
+
 def _one_direction(probs: Sequence[Tensor], mode: str, p: float) -> Tensor:
-    stacked = torch.cat(tuple(probs), dim=1)  # (B, L·H, S), layer by layer
+    stacked = _JoinLayers.apply(*probs)
     if mode == "max":
         # argmax returns the first of equal maxima, so ties go to the lowest (layer, head); amax would share the
         # gradient among them.

@@ -18,19 +18,34 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
-from megatron_sas.kernels import dropout
-from megatron_sas.kernels.triton_attention import HALF_CONFIGS, SINGLE_CONFIGS
+from megatron_sas.kernels import dropout, triton_entries
+from megatron_sas.kernels.triton_attention import HALF_CONFIGS, SINGLE_CONFIGS, TOKEN_BLOCK
+from megatron_sas.kernels.triton_backward import RANGE_BLOCK, row_terms_kernel
+from megatron_sas.kernels.triton_entries import entries_kernel
+from megatron_sas.kernels.triton_forward import dropout_keys_kernel, finish_kernel
 
-INTEGER_POINTERS = {"HEADS": "*i64", "SEQLENS": "*i64", "KEYS": "*i32", "RANGES": "*i32"}
-FLOAT32_POINTERS = ("LSE", "DELTA", "TO_HEAD", "TO_DEPENDENT", "GRAD_TO_HEAD", "GRAD_TO_DEPENDENT")
-
+INTEGER_POINTERS = {"HEADS": "*i64", "SEQLENS": "*i64", "SEED": "*i64", "KEYS": "*i32", "RANGES": "*i32"}
+FLOAT32_POINTERS = (
+    "LSE", "DELTA", "TO_HEAD", "TO_DEPENDENT", "GRAD_TO_HEAD", "GRAD_TO_DEPENDENT", "G_HEAD", "G_DEPENDENT",
+)  # fmt: skip
 
 # A launch with one map of one token: Triton makes integers that are 1 part of the program.
-ONES = {"num_maps": 1, "num_heads": 1, "seq": 1, "SEQ_CLASS": 1, "EVEN": False}
+ONES = {"num_maps": 1, "num_heads": 1, "seq": 1, "EVEN": False}
 UNEVEN = {"EVEN": False, "HAS_SEQLENS": True}
 DROPOUT = {"HAS_HEADS": False, "HAS_TO_HEAD": False, "HAS_TO_DEPENDENT": False}
 PLAIN = {**DROPOUT, "THRESHOLD": 0}
 CASES = {"step": {}, "ones": ONES, "uneven": UNEVEN, "dropout": DROPOUT, "plain": PLAIN}
+
+
+def kernels_without_search(dim: int) -> dict[triton.JITFunction, list[triton.Config]]:
+    """The kernels whose blocks have one size."""
+    sizes = {
+        dropout_keys_kernel: {"BLOCK": TOKEN_BLOCK},
+        finish_kernel: {"BLOCK": TOKEN_BLOCK},
+        row_terms_kernel: {"BLOCK": RANGE_BLOCK.value},
+        entries_kernel: {"BLOCK": triton_entries.block_size(dim), "SCAN": triton_entries.SCAN},
+    }
+    return {kernel: [triton.Config(size)] for kernel, size in sizes.items()}
 
 
 def compile_kernel(
@@ -38,17 +53,20 @@ def compile_kernel(
 ) -> dict:
     """Compile one kernel as a training step with dropout and both probabilities would, but for `changes`."""
     constants = {
-        "D": dim, "BLOCK_D": dim, "SEQ_CLASS": 512, "THRESHOLD": dropout.drop_threshold(0.1),
+        "D": dim, "BLOCK_D": dim, "THRESHOLD": dropout.drop_threshold(0.1),
         "PRECISION": "ieee" if dtype == "fp32" else "tf32", "EVEN": True, "HAS_SEQLENS": False,
-        "HAS_HEADS": True, "HAS_TO_HEAD": True, "HAS_TO_DEPENDENT": True, **config.kwargs, **changes,
+        "HAS_HEADS": True, "HAS_TO_HEAD": True, "HAS_TO_DEPENDENT": True, "HAS_HEAD": True, "HAS_DEPENDENT": True,
+        **config.kwargs, **changes,
     }  # fmt: skip
+    # Entries are added to float32 gradients.
+    float32 = FLOAT32_POINTERS + (("GRAD_Q", "GRAD_K") if kernel is entries_kernel else ())
     signature, attributes, values = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name], values[(index,)] = "constexpr", constants[name]
             continue
         if name.isupper():
-            signature[name] = INTEGER_POINTERS.get(name, "*fp32" if name in FLOAT32_POINTERS else f"*{dtype}")
+            signature[name] = INTEGER_POINTERS.get(name, "*fp32" if name in float32 else f"*{dtype}")
         else:
             signature[name] = "fp32" if "scale" in name else "i32"
         if name.isupper() or name.startswith("stride") or name == "seq":
@@ -99,10 +117,14 @@ def longest_loop(sass: str) -> int:
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:  # dtype:dim:capability[:one of CASES[:all]]
+    for argument in sys.argv[1:]:  # dtype:dim:capability[:one of CASES[:all or others]]
         dtype, dim, capability, *more = argument.split(":")
-        case, searched = more[0] if more else "step", more[1:]
-        for kernel, configs in (SINGLE_CONFIGS if dtype == "fp32" else HALF_CONFIGS).items():
-            for config in configs if searched else configs[:1]:
+        case, which = (*more, *("step", "")[len(more) :])
+        searched = SINGLE_CONFIGS if dtype == "fp32" else HALF_CONFIGS
+        kernels = {kernel: configs if which == "all" else configs[:1] for kernel, configs in searched.items()}
+        if which == "others":
+            kernels = kernels_without_search(int(dim))
+        for kernel, configs in kernels.items():
+            for config in configs:
                 facts = compile_kernel(kernel, dtype, int(dim), int(capability), config, CASES[case])
                 print(json.dumps(facts), flush=True)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import AuxOutput
 
-from megatron_sas.kernels import choose_backend, dependency_attention, lse_attention
+from megatron_sas.kernels import backend_refusal, choose_backend, dependency_attention, edges, lse_attention
 from megatron_sas.kernels.sdpa import CudaFlash, CudnnFlash
 
 BACKEND_TYPES = [
@@ -301,6 +301,39 @@ def test_flash_refuses_float16():
     q = torch.zeros(1, 1, 4, 8, dtype=torch.float16)
     with pytest.raises(ValueError, match="float16"):
         dependency_attention(q, q, q, None, backend="sdpa")
+
+
+def test_cudnn_refuses_one_token(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    with FakeTensorMode():
+        one, two = (torch.empty(2, 3, seq, 64, device="cuda", dtype=torch.bfloat16) for seq in (1, 2))
+        assert backend_refusal("cudnn", one, False, 0.1) == "cuDNN's flash kernel takes no sequences of one token"
+        assert backend_refusal("cudnn", two, False, 0.1) is None
+        assert backend_refusal("sdpa", one, False, 0.1) is None
+
+
+def test_flex_attention_is_for_training_on_a_gpu():
+    """Compiled for every shape, it would soon be no longer compiled at all."""
+    with FakeTensorMode():
+        q = torch.empty(2, 3, 64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        assert backend_refusal("flex", q, False, 0.0) is None
+        for no_gradients in (torch.no_grad, torch.inference_mode):
+            with no_gradients():
+                assert backend_refusal("flex", q, False, 0.0).startswith("FlexAttention is compiled for every shape")
+
+
+@pytest.mark.parametrize(("dtype", "kernels"), [(torch.float32, ["Triton"]), (torch.float64, ["plain", "plain"])])
+def test_who_adds_entries_on_a_gpu(dtype, kernels, monkeypatch):
+    """Our kernel does not take float64."""
+    from megatron_sas.kernels import triton_entries
+
+    used = []
+    monkeypatch.setattr(triton_entries, "add_entry_gradients_", lambda *_: used.append("Triton"))
+    monkeypatch.setattr(edges, "_add_nonzero_entries_", lambda *_: used.append("plain"))
+    with FakeTensorMode():
+        q, g = (torch.empty(1, 2, 8, *dims, device="cuda", dtype=dtype) for dims in ((16,), ()))
+        edges.add_entry_gradients_(q, q, q, q, torch.empty(1, 8, device="cuda"), 0.2, g, g)
+    assert used == kernels
 
 
 def test_cuda_kernels_take_our_arguments():

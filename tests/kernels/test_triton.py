@@ -67,7 +67,10 @@ def test_equal_inputs_give_equal_bits():
 
 @pytest.mark.parametrize("integer", [torch.uint8, torch.int8, torch.int16, torch.int32])
 def test_integer_types_of_heads(integer):
-    """-1 for "beyond the valid part" is 255 to an unsigned type, and token 255 exists here."""
+    """-1 for "beyond the valid part" is 255 to an unsigned type, and token 255 exists here.
+
+    Too few tokens for a search, which each type would have of its own.
+    """
     torch.manual_seed(0)
     q = torch.randn(1, 1, 300, 16, device=DEVICE)
     heads = torch.randint(0, 120, (1, 300), device=DEVICE)
@@ -123,13 +126,26 @@ def test_every_grid_has_one_dimension(monkeypatch):
     assert grids[1] == (12,)
 
 
-def test_short_sequences_share_programs_and_are_not_searched(monkeypatch):
-    """A class of lengths costs a compilation, and a search that of all tile sizes."""
+def test_searches_are_told_apart_by_few_classes_of_shapes():
+    """Each class costs a search. Triton ignores keys that are not arguments of the kernel."""
     from megatron_sas.kernels import triton_attention
 
-    classes = {n: triton_attention._shape_constants(torch.empty(1, 1, n, 16), 0.0)["SEQ_CLASS"] for n in range(1, 600)}
-    assert {classes[n] for n in range(1, 129)} == {128}
-    assert {classes[n] for n in range(129, 257)} == {256}
+    assert {"seq_class", "maps_class"} <= set(triton_attention._SEARCH_KEYS)
+    for kernel in triton_attention.HALF_CONFIGS:
+        assert set(triton_attention._SEARCH_KEYS) <= set(kernel.arg_names)
+    searched = [
+        (maps, seq) for seq in range(128, 513) for maps in range(8, 3000, 8)
+        if maps * seq >= triton_attention._SEARCH_FROM
+    ]  # fmt: skip
+    classes = {tuple(triton_attention._search_classes(*shape).values()) for shape in searched}
+    first = {128: 9, 256: 8, 512: 7}  # powers of two of maps from which there are enough tokens
+    assert classes == {(seq, 2**n) for seq, low in first.items() for n in range(low, 11)}
+
+
+def test_short_sequences_and_few_tokens_are_not_searched(monkeypatch):
+    """The result is kept on disk: a first call that takes no time must not decide for all later ones."""
+    from megatron_sas.kernels import triton_attention
+
     launched = []
 
     class Launched:
@@ -142,9 +158,9 @@ def test_short_sequences_share_programs_and_are_not_searched(monkeypatch):
     kernel, searched = Launched("fixed"), Launched("searched")
     monkeypatch.setattr(triton_attention, "_SEARCHED", {"single": {kernel: searched}})
     monkeypatch.setattr(triton_attention, "INTERPRETED", False)
-    for seq in (1, 127, 128, 1000):
-        triton_attention._launch(kernel, (1,), torch.empty(1, 1, seq, 16))
-    assert launched == ["fixed", "fixed", "searched", "searched"]
+    for batch, seq in ((1, 1), (1000, 127), (2, 1000), (127, 512), (512, 128), (64, 1024)):
+        triton_attention._launch(kernel, (1,), torch.empty(batch, 1, seq, 16))
+    assert launched == ["fixed"] * 4 + ["searched"] * 2
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,18 @@ def test_fixed_tiles_fit_every_gpu():
 
 
 @pytest.mark.slow
+def test_the_other_kernels_fit_every_gpu():
+    """Entries are also added for torch's flash kernel, whose heads may have 256 dimensions."""
+    cases = ("bf16:64:90", "fp32:64:86", "bf16:128:80", "bf16:256:86")
+    found = compile_ahead(*(f"{case}:step:others" for case in cases), "bf16:64:90:ones:others")
+    names = {"dropout_keys_kernel", "finish_kernel", "row_terms_kernel", "entries_kernel"}
+    assert len(found) == 20 and {facts["kernel"] for facts in found} == names
+    for facts in found:
+        assert facts["shared_bytes"] <= SHARED_BYTES[facts["capability"]], facts
+        assert facts["spilled_bytes"] == 0, facts
+
+
+@pytest.mark.slow
 def test_other_ways_to_call_them():
     assert len(compile_ahead("bf16:64:90:ones", "fp16:64:80:uneven", "bf16:64:80:plain")) == 9
 

@@ -97,6 +97,14 @@ def test_ties_go_to_the_lowest_layer_and_head_alone():
     assert layers[1].grad.tolist() == [[[0, 0, 1], [0, 0, 0]]]
 
 
+@pytest.mark.parametrize(("mode", "p"), [("max", 1.0), ("uniform", 1.0), ("uniform", 2.0)])
+def test_gradients_are_contiguous(mode, p):
+    """A compiled layer copies others before it uses them."""
+    to_head, to_dependent = random_probs(0, 3, 2, 2, 5, 1000)
+    term = sas_term(to_head, to_dependent, mode=mode, p=p)
+    assert all(grad.is_contiguous() for grad in torch.autograd.grad(term.sum(), to_head + to_dependent))
+
+
 def test_unused_direction_has_no_gradient():
     to_head, to_dependent = random_probs(0, 2, 2, 2, 5, 1000)
     sas_term(to_head, to_dependent, directions="to_dependent").sum().backward()

@@ -91,15 +91,40 @@ def test_deepspeed_and_other_batches(tmp_path):
 
 def test_attention_benchmark(tmp_path):
     output = tmp_path / "out.json"
-    arguments = ["--seq-lengths", "8", "20", "--head-dims", "16", "--batch", "2", "--rounds", "1", "--device", "cpu"]
+    arguments = ["--seq-lengths", "8", "20", "--head-dims", "16", "--tokens", "40", "--rounds", "1", "--device", "cpu"]
     done = run_tool("benchmark_attention", *arguments, "--output", str(output))
     assert done.returncode == 0, done.stderr
-    records = json.loads(output.read_text())["records"]
+    result = json.loads(output.read_text())
+    records = result["records"]
     assert {r["backend"] for r in records} == {"reference", "sdpa", "chunked", "torch sdpa"}
     assert {r["gradient"] for r in records} == {"none", "max", "uniform"}
-    assert {r["seq_length"] for r in records} == {8, 20}
+    assert {(r["batch"], r["seq_length"]) for r in records} == {(5, 8), (2, 20)}
     assert all(0 < r["gradient_error"] < 1e-5 for r in records)
     assert all(r["forward_host_seconds"] is None for r in records)  # a CPU queues nothing
+    assert {"cudnn", "flex"} <= set(result["left_out"])
+    assert f"cudnn is left out: {result['left_out']['cudnn']}\n" in done.stdout
+
+
+def test_attention_is_measured_on_the_models_layout(monkeypatch):
+    """Views of one projection, gradients token by token; and what is compiled can repeat its backward."""
+    from torch._functorch import config as functorch_config
+
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.setattr(functorch_config, "donated_buffer", True)
+    import benchmark_attention as tool
+
+    arguments = argparse.Namespace(num_heads=2, precision="fp32", seed=0, dropout=0.0, maps=4)
+    attend = torch.compile(lambda q, k, v: (q @ k.mT).softmax(-1).sin() @ v, backend="aot_eager")
+    monkeypatch.setattr(tool, "BACKENDS", ("compiled",))
+    monkeypatch.setattr(tool, "GRADIENTS", ("none",))
+    monkeypatch.setattr(tool, "_ours", lambda *_: lambda *qkv: (attend(*qkv),))
+    left_out: dict[str, str] = {}
+    rows = tool.build_variants(arguments, 3, 10, 8, torch.device("cpu"), left_out)
+    assert left_out == {}
+    for _, _, variant, _ in rows:
+        for x in variant.qkv:
+            assert x.shape == (3, 2, 10, 8) and x.stride() == (10 * 48, 8, 48, 1)
+        assert variant.gradients[0].stride() == (10 * 16, 8, 16, 1)
 
 
 def test_the_papers_way_computes_the_same_objective(monkeypatch):
@@ -121,15 +146,23 @@ def test_the_papers_way_computes_the_same_objective(monkeypatch):
 
 
 def test_variants_take_turns():
-    calls = []
-    variants = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    times = time_interleaved(variants, rounds=3, device=torch.device("cpu"), warmup=0)
-    assert "".join(calls) == "abcbcacab"
-    assert all(len(times[name].wall) == len(times[name].cpu) == 3 for name in "abc")
+    """Each once in a round, after every other one equally often; in the same order when it is done again."""
+    runs = []
+    for _ in range(2):
+        calls = []
+        variants = {name: (lambda name=name, calls=calls: calls.append(name)) for name in "abc"}
+        times = time_interleaved(variants, rounds=300, device=torch.device("cpu"), warmup=0)
+        assert all(len(times[name].wall) == len(times[name].cpu) == 300 for name in "abc")
+        runs.append("".join(calls))
+    assert runs[0] == runs[1]
+    rounds = [runs[0][i : i + 3] for i in range(0, 900, 3)]
+    assert all(sorted(round_) == ["a", "b", "c"] for round_ in rounds)
+    assert all(80 < sum(pair in round_ for round_ in rounds) < 120 for pair in ("ab", "ba", "ac", "ca", "bc", "cb"))
 
 
-def test_calls_are_queued_between_time_stamps_of_the_gpu(monkeypatch):
-    """With a stand-in for the GPU: what is called in which order, and what becomes of the numbers."""
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """A stand-in for the GPU, whose time between two stamps is 5 ms a call of "a": what is called in which order."""
     calls = []
 
     class Event:
@@ -137,19 +170,35 @@ def test_calls_are_queued_between_time_stamps_of_the_gpu(monkeypatch):
             assert enable_timing
 
         def record(self, stream):
+            self.at = len(calls)
             calls.append(f"record {stream}")
 
         def elapsed_time(self, end):
-            return 40.0  # milliseconds
+            return 5.0 * calls[self.at : end.at].count("a")
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("synchronize"))
-    variants = {"a": lambda: calls.append("a")}
-    times = time_interleaved(variants, rounds=1, device=torch.device("cuda"), warmup=0, queued=4)["a"]
-    assert calls == ["synchronize", "record stream", *"aaaa", "record stream", "synchronize"]
-    assert times.wall == [0.01]
+    return calls
+
+
+def test_calls_are_queued_between_time_stamps_of_the_gpu(fake_gpu):
+    """One that is not timed keeps the GPU busy meanwhile; how many more is what the warm-up said."""
+    variants = {"a": lambda: fake_gpu.append("a")}
+    gpu = torch.device("cuda")
+    times = time_interleaved(variants, rounds=1, device=gpu, warmup=1, queue_seconds=0.02)["a"]
+    turns = [["synchronize", "a", "record stream", *"a" * n, "record stream", "synchronize"] for n in (1, 4)]
+    assert fake_gpu == turns[0] + turns[1]
+    assert times.wall == [0.005]
     assert len(times.host) == len(times.cpu) == 1
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(0.001, 1), (1.0, 20), (None, 1)])
+def test_queues_are_not_too_short_nor_too_long(fake_gpu, seconds, most):
+    variants = {"a": lambda: fake_gpu.append("a")}
+    time_interleaved(variants, rounds=2, device=torch.device("cuda"), warmup=2, queue_seconds=seconds)
+    last = fake_gpu[-fake_gpu[::-1].index("synchronize", 1) :]
+    assert last.count("a") == most + (seconds is not None)  # a save, for instance, is not made once more
 
 
 def test_a_variant_without_memory_is_left_out():
@@ -168,6 +217,27 @@ def test_a_variant_without_memory_is_left_out():
     calls.clear()
     with pytest.raises(torch.OutOfMemoryError):
         time_interleaved(variants, rounds=4, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["ours_max", "paper", "hf_sdpa"])
+def test_every_bare_step_clips_gradients(name, monkeypatch):
+    """As the trainer does, with which it is compared."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import benchmark_training as tool
+
+    cpu, clipped = torch.device("cpu"), []
+    config = tool.BertConfig(**tool.SIZES["tiny"], vocab_size=50)
+    setting = tool.Setting(config, cpu, "fp32", False, tool.Bert(config).state_dict())
+    step = tool.build_variant(
+        name, setting, tool.random_batch(2, argparse.Namespace(seq_length=8, vocab_size=50, seed=0), cpu)
+    )
+    monkeypatch.setattr(
+        tool.nn.utils,
+        "clip_grad_norm_",
+        lambda parameters, norm: clipped.append((norm, any(p.grad is not None for p in parameters))),
+    )
+    step()
+    assert clipped == [(1.0, True)]
 
 
 def test_the_largest_batch_that_fits(monkeypatch):
@@ -194,6 +264,8 @@ def test_the_papers_way_gets_what_the_others_leave(monkeypatch):
             if name == "ours_uniform" or (name == "paper" and len(batch.input_ids) > 11):
                 raise torch.OutOfMemoryError("no memory")
 
+        if name == "ours_deepspeed":
+            raise ModuleNotFoundError("No module named 'deepspeed'")
         return step
 
     monkeypatch.setattr(tool, "build_variant", build)
@@ -204,9 +276,10 @@ def test_the_papers_way_gets_what_the_others_leave(monkeypatch):
     )
     arguments = argparse.Namespace(seq_length=8, vocab_size=50, seed=0, batch=4, paper_batch=None)
     setting = argparse.Namespace(device=torch.device("cuda"))
-    built = tool.build_variants(["paper", "ours_max", "ours_uniform", "hf_sdpa"], setting, arguments)
+    names = ["paper", "ours_max", "ours_uniform", "ours_deepspeed", "hf_sdpa"]
+    built = tool.build_variants(names, setting, arguments)
     assert built.sizes == {"ours_max": 4, "hf_sdpa": 4, "paper": 11}
-    assert built.left_out == {"ours_uniform": "no memory"}
+    assert built.left_out == {"ours_uniform": "no memory", "ours_deepspeed": "No module named 'deepspeed'"}
     assert log[:3] == [("ours_max", 4), ("ours_uniform", 4), ("hf_sdpa", 4)]
     assert set(built.steps) == set(built.sizes)
     assert {len(batch.input_ids) for batch in built.batches.values()} == {4, 11}
