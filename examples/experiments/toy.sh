@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The paper's experiment on the embedded language, from nothing to a report: corpus, packed data, controls, 9 conditions ×
-# 3 seeds, measurements of every snapshot, report. Started again it goes on where it was.
+# The paper's experiment on the embedded language, from nothing to a report: corpus, packed data, controls, 11 conditions
+# × 3 seeds, measurements of every snapshot, report. Started again it goes on where it was.
 #
 #   bash examples/experiments/toy.sh DIRECTORY [JOBS]
 set -euo pipefail
