@@ -9,7 +9,7 @@ import os
 import sys
 import time
 
-from megatron_sas.engine.signals import StopRequest
+from megatron_sas.engine.signals import StopRequest, rank_by_launcher
 
 
 def main() -> int:
@@ -21,7 +21,8 @@ def main() -> int:
     try:
         return train(stop)
     except KeyboardInterrupt:
-        print(f"error: rank {distributed.rank()}: interrupted twice; nothing was saved", file=sys.stderr)
+        what = "interrupted" if stop.reason is None else "interrupted twice; nothing was saved"
+        print(f"error: rank {distributed.rank()}: {what}", file=sys.stderr)
         return 130
     except RuntimeError as error:
         if not distributed.lost_contact(error):
@@ -43,6 +44,7 @@ def train(stop: StopRequest) -> int:
     try:
         arguments, overrides = parse_arguments()
         if arguments.dry_run:
+            stop.no_longer_listen()  # there is nothing to save
             from megatron_sas.engine.preflight import preflight
 
             return preflight(arguments.config, overrides)
@@ -50,11 +52,8 @@ def train(stop: StopRequest) -> int:
         from megatron_sas.engine.trainer import Trainer  # deepspeed: not needed for --help and bad configurations
 
         trainer = Trainer(config, stop)
-    except (InputError, OSError) as error:  # the same on every rank
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            time.sleep(2)  # a launcher that sees a process end stops the others: let rank 0 speak first
+    except (InputError, OSError) as error:  # on every rank, or on some
+        say_what_is_wrong(error, stop)
         return 2
     try:
         trainer.run()
@@ -63,6 +62,20 @@ def train(stop: StopRequest) -> int:
         return 2
     distributed.leave()
     return 0
+
+
+def say_what_is_wrong(error: Exception, stop: StopRequest) -> None:
+    """Print why this process cannot begin; one line in all where every rank fails alike."""
+    rank = rank_by_launcher()
+    if rank == 0:
+        print(f"error: {error}", file=sys.stderr)
+        return
+    from megatron_sas.cli import CommonError
+
+    asked = stop.reason
+    time.sleep(2)  # a launcher that sees a process end stops the others: let rank 0 speak first
+    if not isinstance(error, CommonError) and stop.reason == asked:  # otherwise another has spoken and ended
+        print(f"error: rank {rank}: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,10 @@ class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: file, line or field; what is wrong; what to do."""
 
 
+class CommonError(InputError):
+    """One that every process of a run raises alike, so that the first may speak for all."""
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a tool's `main` and exit: 0 on success, 2 with one line on stderr for wrong input or an unusable file."""
     try:

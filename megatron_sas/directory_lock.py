@@ -22,6 +22,11 @@ class DirectoryLock:
         self.path, self.remedy = Path(directory) / LOCK, remedy
         self._file: IO[str] | None = None
 
+    @property
+    def held(self) -> bool:
+        """Whether the directory is ours."""
+        return self._file is not None
+
     def take(self) -> None:
         """Claim the directory, which is made if need be; nothing happens if it is ours already.
 
@@ -30,7 +35,7 @@ class DirectoryLock:
         Raises:
             InputError: a process that still lives has it.
         """
-        if self._file is not None:
+        if self.held:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115

@@ -29,6 +29,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
 
 
+def local_world_size() -> int:
+    """Processes on this host: `LOCAL_WORLD_SIZE`, or `LOCAL_SIZE` as the `deepspeed` launcher has it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def is_main() -> bool:
     """Whether this is global rank 0, the only one that writes shared files."""
     return rank() == 0

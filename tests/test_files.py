@@ -32,6 +32,23 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
+def test_one_hash_of_several_files(tmp_path, monkeypatch):
+    """Of names and contents, wherever they lie; read again only when a file has changed."""
+    read, whole = [], files.sha256_file
+    monkeypatch.setattr(files, "sha256_file", lambda path: read.append(Path(path).name) or whole(path))
+    for folder in ("one", "two"):
+        (tmp_path / folder / "b").mkdir(parents=True)
+        for name in ("b/y", "b/x", "a", "other"):
+            (tmp_path / folder / name).write_text(name if name != "other" else folder)
+    first = files.sha256_files(tmp_path / "one", ["b", "a", "missing"])
+    lines = "".join(f"{hashlib.sha256(name.encode()).hexdigest()} {name}\n" for name in ("a", "b/x", "b/y"))
+    assert first == hashlib.sha256(lines.encode()).hexdigest() == files.sha256_files(tmp_path / "one", ["a", "b"])
+    assert read == ["a", "x", "y"]
+    assert files.sha256_files(tmp_path / "two", ["a", "b"]) == first
+    (tmp_path / "two" / "b" / "x").rename(tmp_path / "two" / "b" / "z")
+    assert files.sha256_files(tmp_path / "two", ["a", "b"]) != first
+
+
 def test_write_atomic_creates_parents_and_obeys_umask(tmp_path):
     with umask(0o027):
         write_json_atomic(tmp_path / "a" / "b" / "file.json", {"z": 1, "a": "ä"})

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from engine_runs import ROOT, free_port, launch, records, train, write_inputs
 
+import pretrain_mlm
+from megatron_sas.cli import CommonError, InputError
+from megatron_sas.engine.signals import StopRequest
+
 SCRIPT = ROOT / "pretrain_mlm.py"
 NO_COMPILER = {"CXX": "/nowhere/g++", "TORCH_EXTENSIONS_DIR": "/nowhere"}
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
@@ -64,6 +68,30 @@ def test_the_deepspeed_launcher(config, expected, tmp_path):
     assert refused.count("error: global batch 8 is not a multiple of micro batch 8 × 2 processes") == 1
     assert "Traceback" not in refused
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "stopped", "said"),
+    [
+        (0, CommonError("x"), False, "error: x\n"),
+        (1, CommonError("x"), False, ""),
+        (1, InputError("x"), False, "error: rank 1: x\n"),
+        (1, OSError(5, "Input/output error", "x"), False, "error: rank 1: [Errno 5] Input/output error: 'x'\n"),
+        (1, InputError("x"), True, ""),  # another has failed first, and the launcher stops this one
+    ],
+)
+def test_a_fault_of_one_rank_is_said_and_one_of_all_is_said_once(monkeypatch, capsys, rank, error, stopped, said):
+    stop = StopRequest()
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(pretrain_mlm.time, "sleep", lambda _: setattr(stop, "reason", "SIGTERM" if stopped else None))
+    pretrain_mlm.say_what_is_wrong(error, stop)
+    assert capsys.readouterr().err == said
+
+
+def test_a_configuration_that_the_second_host_lacks(tmp_path):
+    second = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    output = launch(SCRIPT, "--config", tmp_path / "config.yaml", expect=2, **second)
+    assert output.startswith(f"error: rank 1: {tmp_path / 'config.yaml'}: no such file")
 
 
 def test_a_wrong_configuration_is_a_few_lines_and_no_run(config, tmp_path):

@@ -165,6 +165,30 @@ def test_the_deepspeed_launcher_is_stopped_by_a_file(tmp_path):
     assert not list(ROOT.glob(".hostfile.*"))
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_signal_while_the_deepspeed_launcher_imports_is_not_lost(tmp_path, exists):
+    """The run's directory does not exist yet, or the ranks, which start later, take the file for a leftover."""
+    run = tmp_path / "run"
+    if exists:
+        run.mkdir()
+        (run / "config.yaml").touch()
+    script, two_nodes = "multi_node_deepspeed.sbatch", {"nodes": 2, "tasks": 1}
+    code, output = trainer_job(tmp_path, script, "c.yaml", run, **two_nodes, TRAINER_IMPORTS="1.5")
+    assert code == 0, output
+    assert output.count("stopped before its end (the file stop): job") == 1
+    assert len((run / "started-1").read_text().splitlines()) == 2
+    assert not (run / "stop").exists()
+
+
+def test_what_the_signal_kills_is_requeued(tmp_path):
+    """A run that ends without a word, but after the signal."""
+    script, two_nodes = "multi_node_deepspeed.sbatch", {"nodes": 2, "tasks": 1}
+    code, output = trainer_job(tmp_path, script, "c.yaml", tmp_path / "run", **two_nodes, TRAINER_DIES="3")
+    assert code == 0, output
+    assert output.count("stopped before its end (after a signal, with code ") == 1
+    assert len((tmp_path / "run" / "started-0").read_text().splitlines()) == 2
+
+
 @pytest.mark.parametrize("script", ["single_node.sbatch", "multi_node_srun.sbatch", "multi_node_deepspeed.sbatch"])
 def test_a_failure_is_not_requeued(tmp_path, script):
     (tmp_path / "run").mkdir()
@@ -177,34 +201,102 @@ def test_a_failure_is_not_requeued(tmp_path, script):
     assert all(len(path.read_text().splitlines()) == 1 for path in started)
 
 
+def run_sweep(directory: Path, *options: str, python: object = sys.executable) -> tuple[str, str]:
+    """Run tools/run_sweep.py on directory/sweep.yaml; returns its output and that of the elements, run by `python`."""
+    environment = {
+        **{name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES},
+        "PATH": f"{STAND_INS}:{os.environ['PATH']}",
+        "STAND_IN": str(directory),
+        "JOB_ID": str(free_job_id()),
+        "PYTHON": str(python),
+        "OMP_NUM_THREADS": "1",
+        "SBATCH_OPTIONS": "--ntasks-per-node=1",
+    }
+    command = [sys.executable, "tools/run_sweep.py", directory / "sweep.yaml", "--output", directory / "runs", *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+SUBMIT = ("--slurm", "examples/slurm/sweep.sbatch")
+
+
 @pytest.mark.slow
 def test_a_sweep_is_an_array_of_runs(config, tmp_path):
     sweep, runs = tmp_path / "sweep.yaml", tmp_path / "runs"
     sweep.write_text(
         f"config: {config}\nseeds: [1]\nconditions:\n  base: {{sas.schedule: 0}}\n  minus: {{sas.schedule: 0.1}}\n"
     )
-    script = ["--slurm", "examples/slurm/sweep.sbatch"]
-    environment = {
-        **{name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES},
-        "PATH": f"{STAND_INS}:{os.environ['PATH']}",
-        "STAND_IN": str(tmp_path),
-        "JOB_ID": str(free_job_id()),
-        "PYTHON": sys.executable,
-        "OMP_NUM_THREADS": "1",
-        "SBATCH_OPTIONS": "--ntasks-per-node=1",
-    }
-
-    def run_sweep(*options: str) -> str:
-        command = [sys.executable, "tools/run_sweep.py", sweep, "--output", runs, *options, "--train.steps=2"]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    assert "2 runs" in run_sweep(*script)
-    assert run_sweep("--list").count("finished") == 2
+    steps = "--train.steps=2"
+    assert run_sweep(tmp_path, *SUBMIT, steps)[0] == "submitted 1_0: base/seed-1\nsubmitted 1_1: minus/seed-1\n"
+    assert run_sweep(tmp_path, "--list", steps)[0].count("finished") == 2
     for condition, weight in (("base", 0.0), ("minus", 0.1)):
         assert records(runs / condition / "seed-1")[2]["sas_weight"] == weight
-    assert run_sweep(*script) == ""  # nothing is left to do
+    assert run_sweep(tmp_path, *SUBMIT, steps)[0] == ""  # nothing is left to do
+
+
+@pytest.mark.slow
+def test_an_element_keeps_its_run_when_the_sweep_file_changes(config, tmp_path):
+    """While the first element trains, for the first time, its condition moves down and the next one's is removed."""
+    sweep, edited, python = tmp_path / "sweep.yaml", tmp_path / "edited.yaml", tmp_path / "python"
+    head = f"config: {config}\nseeds: [1]\nconditions:\n"
+    sweep.write_text(f"{head}  base: {{sas.schedule: 0}}\n  minus: {{}}\n  plus: {{sas.schedule: -0.1}}\n")
+    edited.write_text(f"{head}  plus: {{sas.schedule: -0.1}}\n  new: {{}}\n  base: {{sas.schedule: 0}}\n")
+    python.write_text(
+        f"""#!/usr/bin/env bash
+[[ $1 != tools/* ]] || exec {sys.executable} "$@"
+cp {edited} {sweep}
+exec {STAND_INS}/trainer "$@"
+"""
+    )
+    python.chmod(0o755)
+    submitted, output = run_sweep(tmp_path, *SUBMIT, python=python)
+    names = ["base/seed-1", "minus/seed-1", "plus/seed-1"]
+    assert submitted == "".join(f"submitted 1_{index}: {name}\n" for index, name in enumerate(names))
+    runs = tmp_path / "runs"
+    assert {path.parent for path in runs.rglob("started-0")} == {runs / "base" / "seed-1", runs / "plus" / "seed-1"}
+    for name, weight in (("base", "0"), ("plus", "-0.1")):
+        first, requeued = (runs / name / "seed-1" / "started-0").read_text().splitlines()
+        assert first == requeued and f"--sas.schedule={weight} --run.output_dir={runs / name / 'seed-1'}" in first
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert errors == [f"error: --arguments minus/seed-1: {sweep} has no such run now; --list shows those it has"]
+    assert [(tmp_path / "ended" / f"1_{element}").read_text() for element in range(3)] == ["0\n", "2\n", "0\n"]
+
+
+@pytest.mark.slow
+def test_branches_wait_for_their_own_parent_however_it_ends(config, tmp_path):
+    runs = tmp_path / "runs"
+    (tmp_path / "sweep.yaml").write_text(
+        f"""
+config: {config}
+seeds: [1, 2]
+conditions:
+  minus: {{sas.schedule: 0.1}}
+  release: {{sas.schedule: [{{start: 0, end: 3, value: 0.1}}], run.branch_from: minus@3}}
+"""
+    )
+    obstacle = runs / "minus" / "seed-1" / "of another program"
+    obstacle.mkdir(parents=True)
+    submitted, output = run_sweep(tmp_path, *SUBMIT)
+    assert submitted.splitlines() == [
+        "submitted 1_0: minus/seed-1",
+        "submitted 1_1: minus/seed-2",
+        "submitted 2_0: release/seed-1, after 1_0",
+        "submitted 3_0: release/seed-2, after 1_1",
+    ]
+    waiting = [line.split()[2] for line in (tmp_path / "submitted").read_text().splitlines()[1:]]
+    assert waiting == ["--dependency=afterany:1_0", "--dependency=afterany:1_1"]
+    ended = {path.name: path.read_text().strip() for path in (tmp_path / "ended").iterdir()}
+    assert ended == {"1_0": "2", "1_1": "0", "2_0": "2", "3_0": "0"}
+    assert records(runs / "release" / "seed-2")[6]["sas_weight"] == 0
+    missing = f"error: run.branch_from: {runs}/minus/seed-1/checkpoints/step_00000003: no such directory; "
+    assert sum(line.startswith(missing) for line in output.splitlines()) == 1
+    assert not (runs / "release" / "seed-1").exists()
+
+    obstacle.rmdir()
+    submitted, output = run_sweep(tmp_path, *SUBMIT)
+    assert submitted == "submitted 4_0: minus/seed-1\nsubmitted 5_0: release/seed-1, after 4_0\n", output
+    assert records(runs / "release" / "seed-1")[6]["sas_weight"] == 0
 
 
 def test_array_of_shards(tmp_path):

@@ -30,6 +30,8 @@ MAY_CHANGE_TOO = (
     "data.heads",
     *(f"train.{field}" for field in ("steps", "zero_stage", "deepspeed_config", "max_nonfinite_updates")),
 )
+BY_CONTENT = ("data.train", "data.validation", "data.tokenizer")
+"""Paths whose contents are compared when they are opened, for a branch and a continued run alike."""
 RECORDED = ("sas", "data", "train")
 """Sections whose changes lineage.json names: the others do not touch what is trained."""
 
@@ -130,13 +132,13 @@ def _may_change(name: str) -> bool:
 
 
 def _changes(old: Config, new: Config, sections: tuple[str, ...] | None = None) -> dict[str, list[Any]]:
-    """`section.field` of what differs, with both values as JSON has them."""
+    """`section.field` of what differs, with both values as JSON has them; where data lie does not count."""
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     return {
         f"{section}.{field}": [before[section][field], after[section][field]]
         for section in sections or before
         for field in before[section]
-        if before[section][field] != after[section][field]
+        if before[section][field] != after[section][field] and f"{section}.{field}" not in BY_CONTENT
     }
 
 

@@ -83,9 +83,12 @@ def gather_share(engine: Engine, step: int, with_moments: bool) -> Share:
     return Share(weights, moments)
 
 
-def partial_directory(run_dir: str | Path, step: int) -> Path:
-    """Where the checkpoint after `step` updates is written before it is renamed."""
-    return checkpoints_directory(run_dir) / f".{checkpoint_name(step)}.tmp"
+def partial_directory(run_dir: str | Path, step: int, token: str) -> Path:
+    """Where the checkpoint after `step` updates is written before it is renamed.
+
+    `token` tells this start of the run from others: an orphan of an earlier one may still be writing to its own.
+    """
+    return checkpoints_directory(run_dir) / f".{checkpoint_name(step)}.{token}.tmp"
 
 
 def write_share(directory: Path, share: Share) -> None:
@@ -120,18 +123,19 @@ def write_description(
         fsync_file(file)
 
 
-def publish(run_dir: str | Path, step: int) -> None:
+def publish(partial: Path, step: int) -> None:
     """Make a checkpoint of what all ranks have written and flushed, and point `latest` at it; rank 0 alone.
 
     Raises:
-        OSError: a rank's shard is not here, so that rank writes to another disk.
+        OSError: a rank's shard is not here, so that rank writes to another disk; or one is that no rank has written.
     """
-    partial = partial_directory(run_dir, step)
     final = partial.with_name(checkpoint_name(step))
-    shards = [optimizer_shard(rank, distributed.world_size()) for rank in range(distributed.world_size())]
-    absent = [shard for shard in shards if step > 0 and not (partial / shard).is_file()]
-    if absent:
+    ranks = range(distributed.world_size() if step > 0 else 0)  # AdamW has no moments before its first update
+    shards = [optimizer_shard(rank, len(ranks)) for rank in ranks]
+    if absent := [shard for shard in shards if not (partial / shard).is_file()]:
         raise OSError(f"{absent[0]} is not there: run.output_dir must be one directory that all hosts share")
+    if foreign := {path.name for path in partial.glob(f"{OPTIMIZER_PREFIX}*")}.difference(shards):
+        raise OSError(f"{min(foreign)} is another program's: only this run may write to its run.output_dir")
     write_manifest(partial, format=FORMAT, version=VERSION, step=step)
     for path in [*partial.rglob("*"), partial]:
         if path.is_dir():
@@ -187,10 +191,13 @@ def newest_checkpoint(run_dir: str | Path, say: Callable[[str], None]) -> Path |
     Says which newer ones were passed over and why.
 
     Raises:
-        InputError: there are checkpoints but all of them are damaged.
+        InputError: there are checkpoints but all of them are damaged or cannot be read.
+        OSError: nobody can say whether there are any.
     """
-    parent = checkpoints_directory(run_dir)
-    names = sorted((path.name for path in parent.glob("step_*") if step_of(path) is not None), reverse=True)
+    parent, found = checkpoints_directory(run_dir), []
+    with contextlib.suppress(FileNotFoundError):
+        found = os.listdir(parent)  # not glob, which takes a directory that may not be read for an empty one
+    names = sorted((name for name in found if step_of(Path(name)) is not None), reverse=True)
     with contextlib.suppress(OSError):  # first the one that was published last
         latest = (parent / LATEST).read_text(encoding="utf-8").strip()
         names.sort(key=lambda name: name != latest)
@@ -198,10 +205,13 @@ def newest_checkpoint(run_dir: str | Path, say: Callable[[str], None]) -> Path |
         try:
             verify_checkpoint(parent / name)
             return parent / name
-        except InputError as error:
+        except (InputError, OSError) as error:
             say(f"checkpoint {name} is passed over: {error}")
     if names:
-        raise InputError(f"{parent}: none of the {len(names)} checkpoints is whole; choose another run.output_dir")
+        raise InputError(
+            f"{parent}: none of the {len(names)} checkpoints is whole and readable; restore one, or choose another "
+            "run.output_dir"
+        )
     return None
 
 

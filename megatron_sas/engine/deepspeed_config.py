@@ -44,17 +44,7 @@ FIXED = {
 }
 """Keys of the JSON that nobody can choose, and why."""
 
-OFFLOAD = {
-    "device",
-    "nvme_path",
-    "buffer_count",
-    "buffer_size",
-    "max_in_cpu",
-    "pin_memory",
-    "pipeline_read",
-    "pipeline_write",
-    "fast_init",
-}
+OFFLOAD = {"device", "pin_memory"}
 
 ALLOWED = {
     "": {
@@ -64,7 +54,6 @@ ALLOWED = {
         "memory_breakdown",
         "steps_per_print",
         "comms_logger",
-        "aio",
     },
     "zero_optimization.": {
         "contiguous_gradients",
@@ -90,8 +79,8 @@ ALLOWED = {
         "log_trace_cache_warnings",
         "enable_sanity_checks",
     },
-    "zero_optimization.offload_optimizer.": OFFLOAD - {"buffer_size", "max_in_cpu"},
-    "zero_optimization.offload_param.": OFFLOAD - {"pipeline_read", "pipeline_write", "fast_init"},
+    "zero_optimization.offload_optimizer.": OFFLOAD,
+    "zero_optimization.offload_param.": OFFLOAD,
 }
 """Keys of the JSON, by the object that they are in, that change speed and memory but not what is trained.
 
@@ -149,6 +138,8 @@ def _faults(section: dict[str, Any], prefix: str, path: str) -> list[str]:
             faults.append(f"{name} (set {OWNED[name]} in the YAML instead)")
         elif name in FIXED:
             faults.append(f"{name} ({FIXED[name]}; remove it)")
+        elif (key, value) == ("device", "nvme"):  # AdamW's state, swapped out, could be neither created nor saved
+            faults.append(f"{name} to nvme (checkpoints need everything in memory; choose cpu)")
         elif key not in ALLOWED[prefix]:
             unknown.append(name)
         elif f"{name}." in ALLOWED and value is not None:

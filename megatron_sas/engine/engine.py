@@ -183,7 +183,7 @@ class Engine:
     def weight_norm(self) -> float:
         """Euclidean norm of all weights, in the precision that the model computes with. A collective."""
         if self.train_section.zero_stage == 3:
-            parts = [parameter.ds_tensor for _, parameter in self.named_parameters()]
+            parts = [_own_elements(parameter) for _, parameter in self.named_parameters()]
         else:
             parts = [parameter.detach() for _, parameter in self.named_parameters()]
         total = (
@@ -256,6 +256,12 @@ class Engine:
                 safe_set_full_fp32_param(parameter, value)
             else:
                 safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _own_elements(parameter: nn.Parameter) -> Tensor:
+    """ZeRO-3: this rank's partition without the padding, which DeepSpeed never initialises."""
+    before = parameter.ds_tensor.numel() * distributed.rank()  # elements that lower ranks hold
+    return parameter.ds_tensor[: max(parameter.ds_numel - before, 0)]
 
 
 def _set_partition(parameter: nn.Parameter, key: str | None, value: Tensor) -> None:

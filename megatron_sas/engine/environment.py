@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 
 from megatron_sas.cli import InputError
-from megatron_sas.distributed import local_rank
+from megatron_sas.distributed import gather_objects, local_rank, local_world_size
 from megatron_sas.engine.kernel_cache import use_local_caches
 
 SHORTEST_TIMEOUT_MINUTES = 30.0  # while a run starts, ranks may wait long for one that reads slowly
@@ -68,7 +68,23 @@ def share_cores() -> None:
     """
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, cores // local_world_size()))
+
+
+def threads_of_processes() -> list[int] | None:
+    """Threads of every process where CPUs train: how sums round depends on them. None on GPUs. A collective."""
+    return None if torch.cuda.is_available() else gather_objects(torch.get_num_threads())
+
+
+def other_threads(before: list[int] | None, now: list[int] | None) -> str | None:
+    """A line for a run that as many processes continue, but with other threads; None where nothing differs."""
+    if not before or not now or len(before) != len(now) or before == now:
+        return None
+    then, here = (str(counts[0] if len(set(counts)) == 1 else counts) for counts in (before, now))
+    return (
+        f"threads per process: {here}, where the checkpoint was made with {then}; from here the run equals an "
+        f"uninterrupted one within rounding, not bit for bit (OMP_NUM_THREADS decides how many there are)"
+    )
 
 
 def number_of_processes() -> int:

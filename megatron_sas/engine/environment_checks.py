@@ -14,13 +14,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_sas import distributed
-from megatron_sas.cli import InputError
+from megatron_sas.cli import CommonError, InputError
 from megatron_sas.engine.checkpoint import CONFIG
 
 OLDEST_TORCH = (2, 11)
@@ -74,24 +73,16 @@ def check_triton() -> str:
     return "found"
 
 
-def check_compiler(zero_optimization: dict[str, Any]) -> str:
-    """A compiler where something is compiled: Triton's launchers on GPUs, DeepSpeed's access to NVMe for offloading."""
-    reasons = []
-    if torch.cuda.is_available():
-        reasons.append(("Triton builds its launchers with it", (os.environ.get("CC", "cc"), "gcc", "clang")))
-    if any(
-        (zero_optimization.get(key) or {}).get("device") == "nvme" for key in ("offload_optimizer", "offload_param")
-    ):
-        reasons.append(("DeepSpeed builds its NVMe access with it", (os.environ.get("CXX", "c++"), "g++")))
-    found = []
-    for reason, names in reasons:
-        path = next(filter(None, map(shutil.which, names)), None)
-        if path is None:
-            raise InputError(
-                f"no compiler ({' or '.join(names[1:])}) on PATH, but {reason}; install one or set CC / CXX"
-            )
-        found.append(path)
-    return ", ".join(found) or "not needed: nothing is compiled in this setting"
+def check_compiler() -> str:
+    """A C compiler on GPUs, for Triton."""
+    if not torch.cuda.is_available():
+        return "not needed on a CPU"
+    path = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+    if path is None:
+        raise InputError(
+            "no compiler (gcc or clang) on PATH, with which Triton builds its launchers; install one or set CC"
+        )
+    return path
 
 
 def check_apex() -> str:
@@ -143,7 +134,7 @@ def check_shared_directory(run_dir: Path) -> str:
     A run that does not exist yet is looked for in the nearest directory above it that does. Nothing is left behind.
 
     Raises:
-        InputError: the same on every rank.
+        CommonError: what one rank cannot do, or does not see.
     """
     if distributed.world_size() == 1:
         return "a single process"
@@ -158,7 +149,7 @@ def check_shared_directory(run_dir: Path) -> str:
             fault = f"run.output_dir: {places[level]} cannot be written ({error.strerror}); choose another directory"
     level, name, fault = distributed.broadcast_object((level, name, fault))
     if fault is not None:
-        raise InputError(fault)
+        raise CommonError(fault)
     path = places[level] / name
     try:
         seen = _appears(path)
@@ -168,7 +159,7 @@ def check_shared_directory(run_dir: Path) -> str:
             path.unlink(missing_ok=True)
     blind = [where for where in found if where is not None]
     if blind:
-        raise InputError(
+        raise CommonError(
             f"run.output_dir: {run_dir} is not one directory for all processes: {', '.join(blind)} cannot see what "
             "rank 0 writes there; choose a directory on a file system that all hosts share"
         )
@@ -191,6 +182,7 @@ CHECKS: tuple[tuple[str, Callable[[], str]], ...] = (
     ("torch", check_torch),
     ("collectives", check_collectives),
     ("triton", check_triton),
+    ("compiler", check_compiler),
     ("apex", check_apex),
     ("temporary files", check_temporary_directory),
     ("open files", check_open_files),

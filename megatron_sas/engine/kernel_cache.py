@@ -1,4 +1,4 @@
-"""Kernels that are compiled on first use: kept on each host's own disk, and built there by one process."""
+"""What is compiled on first use: kept on each host's own disk; one process builds attention's kernels there."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from megatron_sas.distributed import barrier, local_rank
 from megatron_sas.kernels import backend_refusal, dependency_attention
 from megatron_sas.model.config import BertConfig
 
-# torch's extensions are not told apart by version when their directory is given.
-CACHES = {"TRITON_CACHE_DIR": "triton", "TORCH_EXTENSIONS_DIR": f"torch_extensions-{torch.__version__}"}
+# torch's directories are not told apart by version when they are given.
+CACHES = {
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": f"inductor-{torch.__version__}",
+    "TORCH_EXTENSIONS_DIR": f"torch_extensions-{torch.__version__}",
+}
 
 
 def use_local_caches() -> None:
-    """Let Triton and DeepSpeed keep what they compile below $SLURM_TMPDIR or $TMPDIR, unless the user says where.
+    """Have what is compiled kept below $SLURM_TMPDIR or $TMPDIR, unless the user says where.
 
-    Their default is the home directory, which on a cluster all nodes write at once, over the network. A directory that
-    belongs to somebody else is not used: what lies in it is executed.
+    By default most of it is in the home directory, which on a cluster all nodes write at once, over the network. A
+    directory that belongs to somebody else is not used: what lies in it is executed.
     """
     directory = Path(os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()) / f"megatron_sas-{os.getuid()}"
     try:
@@ -70,7 +74,7 @@ def build_attention_kernels(
     winners = torch.arange(seq_length, device=device) % 64 == 0
     with first_of_each_host_first():
         for edges in (heads, None):
-            q, k, v = (torch.zeros(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
+            q, k, v = (torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
             out, *probabilities = dependency_attention(
                 q, k, v, edges, dropout_p=config.attention_dropout, backend=config.attention_backend
             )

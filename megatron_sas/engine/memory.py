@@ -158,7 +158,7 @@ def activation_bytes(
 
 
 def _on_host(section: Any) -> bool:
-    return isinstance(section, dict) and section.get("device") in ("cpu", "nvme")
+    return isinstance(section, dict) and section.get("device") == "cpu"
 
 
 class PeakMemory:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -18,9 +17,11 @@ from megatron_sas import distributed
 from megatron_sas.cli import InputError
 from megatron_sas.config import Config, load_config
 from megatron_sas.data.mixture import MixedData, open_training_data
+from megatron_sas.data.overlap import refuse_overlap
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer
 from megatron_sas.engine.branching import Branch
+from megatron_sas.engine.checkpoint import CONFIG
 from megatron_sas.engine.deepspeed_config import deepspeed_config
 from megatron_sas.engine.engine import Engine
 from megatron_sas.engine.environment import (
@@ -29,7 +30,7 @@ from megatron_sas.engine.environment import (
     number_of_processes,
     share_cores,
 )
-from megatron_sas.engine.environment_checks import CHECKS, check_compiler, check_shared_directory, existing_ancestor
+from megatron_sas.engine.environment_checks import CHECKS, check_shared_directory, existing_ancestor
 from megatron_sas.engine.memory import MemoryEstimate, PeakMemory, count_parameters, estimate_memory, show_bytes
 from megatron_sas.engine.preflight_report import Report
 from megatron_sas.engine.setup import build_parts, check_tokenizer, where_to_start
@@ -79,13 +80,15 @@ def _check_configured(config: Config, report: Report) -> None:
             f"ZeRO-{config.train.zero_stage}"
         ),
     )
-    zero = (deepspeed or {}).get("zero_optimization", {})
-    report.check("compiler", lambda: check_compiler(zero))
     packed = report.check("training data", lambda: _open_data(config, data.parts(), data.heads, report), _describe_data)
+    validation = None
     if data.validation is not None:
-        report.check(
+        validation = report.check(
             "validation data", lambda: _open_data(config, [(data.validation, None)], None, report), _describe_data
         )
+    begins = config.run.branch_from is None and not Path(config.run.output_dir, CONFIG).is_file()
+    if packed is not None and begins:
+        report.check("overlap", lambda: refuse_overlap(packed.parts, validation), lambda _: "none by the headers")
     if section.treebank is not None:
         report.check("treebank", lambda: load_treebank(section.treebank), lambda found: f"{len(found)} sentences")
     if section.blimp is not None:
@@ -177,7 +180,7 @@ def check_memory(estimate: MemoryEstimate) -> str:
     if torch.cuda.is_available():
         free, place = torch.cuda.mem_get_info(distributed.local_rank())[0], "the GPU"
     else:
-        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free = psutil.virtual_memory().available // distributed.local_world_size()
         place = "a process's share of this host"
     if estimate.total > free:
         raise InputError(

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_sas.cli import InputError
 from megatron_sas.engine.environment import environment_from_launcher, number_of_processes
+from megatron_sas.engine.signals import rank_by_launcher
 
 Result = TypeVar("Result")
 
@@ -33,7 +34,7 @@ class Report:
     """
 
     def __init__(self) -> None:
-        self.rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+        self.rank = rank_by_launcher()
         self.where = f"{socket.gethostname()} (rank {self.rank})"
         self.timeout = timedelta(minutes=30)  # for a process to come, which may read slowly
         self._problems: list[str] = []  # of this process, since they were last exchanged

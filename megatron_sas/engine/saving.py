@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import secrets
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -50,6 +51,7 @@ class Saver:
         self.step: int | None = None  # of the newest checkpoint that was begun
         self.published = -1  # step of the newest that is whole; rank 0
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._token = distributed.broadcast_object(secrets.token_hex(4))  # the same for all ranks of this start
         self._where = self.run_dir  # for messages
         self._unpublished: int | None = None  # step of a checkpoint that is being written
         self._writing: Future | None = None
@@ -73,7 +75,7 @@ class Saver:
             if distributed.is_main():
                 jobs.append(partial(self._write_snapshot, self._where, share))
         if checkpoint:
-            directory = partial_directory(self.run_dir, step)
+            directory = self._partial(step)
             self._where = checkpoints_directory(self.run_dir) / checkpoint_name(step)
             self.step = self._unpublished = step
             jobs.append(partial(write_share, directory, share))
@@ -113,7 +115,7 @@ class Saver:
         except OSError:
             if distributed.is_main() and self._unpublished is not None:
                 with contextlib.suppress(OSError):  # what could not be written may not be removed either
-                    remove(partial_directory(self.run_dir, self._unpublished))
+                    remove(self._partial(self._unpublished))
             raise
         finally:
             self._writing = self._publishing = self._unpublished = None
@@ -124,12 +126,15 @@ class Saver:
             if work is not None:
                 work.exception()
 
+    def _partial(self, step: int) -> Path:
+        return partial_directory(self.run_dir, step, self._token)
+
     def _start_publishing(self) -> None:
         if distributed.is_main() and self._unpublished is not None and self._publishing is None:
             self._publishing = self._executor.submit(self._publish, self._unpublished)
 
     def _publish(self, step: int) -> None:
-        publish(self.run_dir, step)
+        publish(self._partial(step), step)
         self.published = step
         section = self.config.checkpoint
         if section.keep_last is not None:

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from megatron_sas import __version__, distributed
-from megatron_sas.cli import InputError
+from megatron_sas.cli import CommonError, InputError
 from megatron_sas.config import Config, load_config
 from megatron_sas.data.mixture import MixedData, open_training_data
 from megatron_sas.data.mlm_dataset import MLMDataset
+from megatron_sas.data.overlap import refuse_overlap
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
 from megatron_sas.directory_lock import LOCK, DirectoryLock
-from megatron_sas.engine.branching import Branch, begin_branch, find_branch
+from megatron_sas.engine.branching import BY_CONTENT, Branch, begin_branch, find_branch
 from megatron_sas.engine.checkpoint import CONFIG, load_moments, newest_checkpoint, read_state
 from megatron_sas.engine.engine import Engine
 from megatron_sas.engine.kernel_cache import build_attention_kernels, check_attention_backend
 from megatron_sas.evaluation.live import LiveEvaluation
 from megatron_sas.files import write_text_atomic
+from megatron_sas.metrics.records import FILE_NAME, read_records
 from megatron_sas.metrics.throughput import Throughput, flops_per_token, peak_flops
 from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
-from megatron_sas.model.pretrained import architecture_differences, load_state, read_model
+from megatron_sas.model.pretrained import architecture_differences, checkpoints_directory, load_state, read_model
+from megatron_sas.model.trajectory import read_lineage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 MAY_CHANGE = ("run", "checkpoint", "snapshots", "evaluation", "logging", "watch")
-MAY_CHANGE_IN_TRAIN = ("steps", "zero_stage", "deepspeed_config", "max_nonfinite_updates")
+MAY_CHANGE_IN_TRAIN = ("train.steps", "train.zero_stage", "train.deepspeed_config", "train.max_nonfinite_updates")
 
 
 @dataclass
@@ -72,7 +76,7 @@ def agreed(action: Callable[[], Result]) -> Result:
     """Run `action`, which must not communicate, on every rank; if it fails anywhere, raise the same error everywhere.
 
     Raises:
-        InputError: with the first rank's message.
+        CommonError: with the first rank's message.
     """
     fault, result = None, None
     try:
@@ -81,7 +85,7 @@ def agreed(action: Callable[[], Result]) -> Result:
         fault = str(error)
     fault = next((f for f in distributed.gather_objects(fault) if f is not None), None)
     if fault is not None:
-        raise InputError(fault)
+        raise CommonError(fault)
     return result
 
 
@@ -91,7 +95,7 @@ def build_parts(config: Config, say: Callable[[str], None], lock: DirectoryLock 
     `lock` is the claim to the run's directory; None: a dry run, which writes nothing.
 
     Raises:
-        InputError: anything that the user must mend, the same on every rank.
+        InputError: anything that the user must mend; a CommonError where every rank raises it.
     """
     start = agreed(lambda: where_to_start(config, say) if distributed.is_main() else None)
     checkpoint, branch = distributed.broadcast_object(start)
@@ -106,7 +110,7 @@ def build_parts(config: Config, say: Callable[[str], None], lock: DirectoryLock 
     if device.type == "cuda":
         build_attention_kernels(parts.bert.config, config.train.micro_batch_size, seq_length, dtype, device)
     if lock is not None:  # last, so that a run which is refused leaves no directory behind
-        agreed(lambda: _begin(config, branch, lock) if distributed.is_main() else None)
+        agreed(lambda: _begin(config, checkpoint, branch, lock) if distributed.is_main() else None)
     return parts
 
 
@@ -114,7 +118,8 @@ def where_to_start(config: Config, say: Callable[[str], None]) -> tuple[Path | N
     """The checkpoint that the run continues from, or the branch that it begins, or neither for a new run.
 
     Raises:
-        InputError: the directory is something else, or the checkpoint belongs to something else.
+        InputError: the directory is something else, the checkpoint belongs to something else, or there were checkpoints
+            that are gone.
     """
     run_dir = Path(config.run.output_dir)
     saved = run_dir / CONFIG
@@ -127,6 +132,8 @@ def where_to_start(config: Config, say: Callable[[str], None]) -> tuple[Path | N
     if checkpoint is not None:
         refuse_other_experiment(load_config(saved), config, saved)
         return checkpoint, None
+    if (run_dir / FILE_NAME).is_file():
+        _refuse_lost_checkpoints(run_dir)
     if config.run.branch_from is not None:
         branch = find_branch(config, say)
         return branch.checkpoint, branch
@@ -138,24 +145,61 @@ def _half_begun(path: Path) -> bool:
     return path.name == LOCK or path.name.startswith(f".{CONFIG}.")
 
 
-def _begin(config: Config, branch: Branch | None, lock: DirectoryLock) -> None:
+def _refuse_lost_checkpoints(run_dir: Path) -> None:
+    """Refuse (`InputError`) to begin a run anew whose records prove that it had a checkpoint.
+
+    A save begins when the one before is published, so records beyond the second one that was due prove the first. So
+    does a run that was continued, stopped or finished later than it began.
+    """
+    old, records = load_config(run_dir / CONFIG), read_records(run_dir / FILE_NAME)
+    last, began, first = old.train.steps, 0, 0
+    if old.run.branch_from is not None:  # its records begin with its parent's, its checkpoints after that
+        began = read_lineage(run_dir)[1]
+        first = began + 1
+    skipped = {record["step"] for record in records if record.get("event") == "skipped_update"}  # nothing is saved then
+    saved = (step for step in range(first, last + 1) if old.checkpoint.due(step, last) and step not in skipped)
+    second = next(islice(saved, 1, None), last)
+    for step, event in ((record["step"], record.get("event")) for record in records):
+        later = event in ("start", "stopped", "finished") and step > began and step not in skipped
+        if step > second or later:
+            raise InputError(
+                f"{checkpoints_directory(run_dir)}: holds no checkpoint, but the run's records reach update "
+                f"{max(record['step'] for record in records)}; restore the newest, choose another run.output_dir, or "
+                f"remove {run_dir} to begin anew"
+            )
+
+
+def _begin(config: Config, checkpoint: Path | None, branch: Branch | None, lock: DirectoryLock) -> None:
     run_dir = Path(config.run.output_dir)
-    lock.take()
-    write_text_atomic(run_dir / CONFIG, config.to_yaml())  # first: it makes the directory a run
+    if not lock.held:  # where to start was decided without it, because nothing was there
+        lock.take()
+        if (run_dir / CONFIG).exists():
+            raise InputError(
+                f"{run_dir}: another process has begun this run meanwhile; start the same command again to continue it"
+            )
+    if checkpoint is None or branch is not None:  # records of an earlier attempt must not be taken for this one's
+        (run_dir / FILE_NAME).unlink(missing_ok=True)
+    write_text_atomic(run_dir / CONFIG, config.to_yaml())  # it makes the directory a run
     if branch is not None:
         begin_branch(run_dir, branch)
 
 
 def refuse_other_experiment(old: Config, new: Config, saved: Path) -> None:
-    """A run continues only as what it began as; its length, records and sharding may change (`InputError`)."""
+    """A run continues only as what it began as (`InputError`).
+
+    Its length, records and sharding may change, and where its data lie.
+    """
     before, after = old.model_dump(), new.model_dump()
     changed = [
         f"{section}.{field}"
         for section in before
         if section not in MAY_CHANGE
         for field in before[section]
-        if before[section][field] != after[section][field] and not (section == "train" and field in MAY_CHANGE_IN_TRAIN)
+        if before[section][field] != after[section][field]
     ]
+    # The reduction `sum` is over the micro-batch, which is then part of what λ means.
+    sharding = () if old.sas.reduction == "sum" else ("train.micro_batch_size",)
+    changed = [name for name in changed if name not in (*MAY_CHANGE_IN_TRAIN, *BY_CONTENT, *sharding)]
     changed += [f"run.{field}" for field in ("seed", "branch_from") if before["run"][field] != after["run"][field]]
     if changed:
         raise InputError(
@@ -174,6 +218,8 @@ def _build(config: Config, checkpoint: Path | None) -> Parts:
     if data.validation is not None:
         validation = PackedData(data.validation)
         check_tokenizer(tokenizer, tokenizer_path, validation)
+    if checkpoint is None:  # a run goes on with the data that it began with
+        refuse_overlap(packed.parts, validation)
     for name, part in (("train", packed), ("validation", validation)):
         if part is not None and part.seq_length > config.model.max_position_embeddings:
             raise InputError(
@@ -193,7 +239,7 @@ def _build(config: Config, checkpoint: Path | None) -> Parts:
     state = {"step": 0, "tokens": 0, "seconds": 0.0} if checkpoint is None else read_state(checkpoint)
     if state["step"] > train.steps:
         raise InputError(f"train.steps: {train.steps} is less than the {state['step']} updates that are already done")
-    refuse_other_data(state.get("data", {}), packed)
+    refuse_other_data(state.get("data", {}), packed, validation)
     bert_config = config.bert_config(packed.tokenizer.vocab_size, packed.tokenizer.pad_id)
     bert = _model(bert_config, config, checkpoint, tokenizer)
     return Parts(tokenizer, dataset, bert, LiveEvaluation(config, tokenizer, validation), checkpoint, state)
@@ -208,8 +254,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str, packed: Packe
         )
 
 
-def data_facts(packed: PackedData | MixedData) -> dict[str, Any]:
-    """What a checkpoint remembers of its training data: enough to recognise it and to say how it was made."""
+def data_facts(packed: PackedData | MixedData, validation: PackedData | None) -> dict[str, Any]:
+    """What a checkpoint remembers of its data: enough to recognise them and to say how those for training were made."""
     header = packed.header
     return {
         "prefix": packed.prefix,
@@ -218,11 +264,18 @@ def data_facts(packed: PackedData | MixedData) -> dict[str, Any]:
         "num_sequences": packed.num_sequences,
         "heads": packed.heads_name,
         "heads_fingerprint": packed.heads_fingerprint,
+        "validation": _fingerprints(validation),
         **{name: header[name] for name in ("inputs", "parser", "counts") if name in header},
     }
 
 
-def refuse_other_data(facts: dict[str, Any], packed: PackedData | MixedData) -> None:
+def _fingerprints(validation: PackedData | None) -> list[str | None] | None:
+    return None if validation is None else [validation.fingerprint, validation.heads_fingerprint]
+
+
+def refuse_other_data(
+    facts: dict[str, Any], packed: PackedData | MixedData, validation: PackedData | None = None
+) -> None:
     """Refuse (`InputError`) data other than those of a checkpoint's `data_facts`; earlier versions recorded less."""
     if facts.get("fingerprint", packed.fingerprint) != packed.fingerprint:
         raise InputError(
@@ -235,6 +288,13 @@ def refuse_other_data(facts: dict[str, Any], packed: PackedData | MixedData) -> 
         raise InputError(
             f"{source}: {packed.prefix} has other heads than when the run was started (SHA-256 differs); restore them "
             "or choose another run.output_dir"
+        )
+    now = _fingerprints(validation)
+    if facts.get("validation", now) != now:
+        prefix = "none" if validation is None else validation.prefix
+        raise InputError(
+            f"data.validation: {prefix} is not what the run was started with (SHA-256 differs); restore it or choose "
+            "another run.output_dir"
         )
 
 

@@ -7,9 +7,11 @@ SIGUSR1), hence the file. What to do next is told by another file, because launc
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -20,23 +22,41 @@ REQUEUE = "requeue"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+def rank_by_launcher() -> int:
+    """This process's rank before it has joined the others."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
 class StopRequest:
     """What this process was asked."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self._since = time.time()
+        self._before: dict[signal.Signals, Callable | int | None] = {}
 
     def listen(self) -> None:
         """Take signals for requests from now on; only the main thread can say so."""
-        for number in SIGNALS:
-            signal.signal(number, self._receive)
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+
+    def no_longer_listen(self) -> None:
+        """Have signals do again what they did before `listen`, at once if one has come since."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self.reason is not None:
+            came, self.reason = signal.Signals[self.reason], None
+            signal.raise_signal(came)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason == signal.SIGINT.name:  # the second one: now
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             raise KeyboardInterrupt
-        self.reason = signal.Signals(number).name
+        before, self.reason = self.reason, signal.Signals(number).name
+        if self.reason != before and rank_by_launcher() == 0:
+            start = "\n" if os.isatty(2) else ""  # below a progress bar
+            more = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
+            with contextlib.suppress(OSError):  # not `print`, which may be what the signal interrupted
+                os.write(2, f"{start}{self.reason}: stopping after this update{more}\n".encode())
 
     def look_for_file(self, run_dir: str | Path) -> None:
         """Take a file `stop` in the run's directory for a request."""

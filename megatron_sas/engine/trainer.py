@@ -18,7 +18,13 @@ from megatron_sas.data.mlm_dataset import PrefetchLoader, Window
 from megatron_sas.directory_lock import DirectoryLock
 from megatron_sas.engine.checkpoint import CONFIG
 from megatron_sas.engine.engine import Engine
-from megatron_sas.engine.environment import initialize_distributed, share_cores, use_deterministic_algorithms
+from megatron_sas.engine.environment import (
+    initialize_distributed,
+    other_threads,
+    share_cores,
+    threads_of_processes,
+    use_deterministic_algorithms,
+)
 from megatron_sas.engine.environment_checks import check_shared_directory
 from megatron_sas.engine.guard import SkippedUpdates
 from megatron_sas.engine.learning_rate import learning_rate
@@ -54,7 +60,7 @@ class Trainer:
             stop: where requests to stop arrive; None: only as a file.
 
         Raises:
-            InputError: anything that the user must mend, the same on every rank.
+            InputError: anything that the user must mend; a CommonError where every rank raises it.
         """
         self.config, self.run_dir = config, Path(config.run.output_dir)
         self.stop = stop or StopRequest()
@@ -62,6 +68,7 @@ class Trainer:
         self.owes_evaluation = False  # the one at this step was given up for that
         device = initialize_distributed(config.run.timeout_minutes)
         share_cores()
+        self.threads = threads_of_processes()
         if config.train.deterministic and device.type == "cuda":
             use_deterministic_algorithms()
         check_shared_directory(self.run_dir)
@@ -76,6 +83,8 @@ class Trainer:
         if parts.checkpoint is not None:
             parts.load_optimizer(self.engine)
             self.say(parts.origin)
+            if line := other_threads(parts.state.get("threads"), self.threads):
+                self.say(line)
         self.saver = Saver(config, self.engine, parts.bert.config, parts.tokenizer)
         self.watchdog = Watchdog(config.run.timeout_minutes)
         self.last_step = config.train.steps
@@ -129,7 +138,7 @@ class Trainer:
         if self.parts.branch is not None:
             self._event(start, event="branched", parent=self.parts.branch.lineage["parent_run"])
         facts, line = introduction(self.config, self.parts, self.engine)
-        self._event(start, event="start", versions=VERSIONS, **facts)
+        self._event(start, event="start", versions=VERSIONS, threads=self.threads, **facts)
         self.say(line)
         quiet = not distributed.is_main() or not sys.stderr.isatty()
         with contextlib.closing(self.lock), self.watchdog:
@@ -271,7 +280,8 @@ class Trainer:
                 "skipped": self.skipped.state(),
                 "thinning": {"seconds": self.evaluation_seconds, "skipped": self.skipped_evaluations},
                 "versions": VERSIONS,
-                "data": data_facts(self.dataset.packed),
+                "threads": self.threads,
+                "data": data_facts(self.dataset.packed, self.parts.evaluation.validation),
                 "lineage": self.parts.state.get("lineage", []),
             }
             directory = SNAPSHOTS

@@ -60,12 +60,6 @@ class GpuMonitor:
                 continue
         return values
 
-    def close(self) -> None:
-        """Release NVML."""
-        if self.active:
-            self._handle = None
-            self._nvml.nvmlShutdown()
-
 
 def _handle(nvml: Any, uuid: str) -> Any:
     """NVML's handle of the device with CUDA's `uuid` (bare): a whole GPU, or a MIG slice of one."""

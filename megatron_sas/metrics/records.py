@@ -27,19 +27,16 @@ KINDS = ("train", "evaluation", "event")
 class Records:
     """Writes the metrics of one run; only rank 0 has one."""
 
-    def __init__(self, run_dir: str | Path, resume_step: int | None, tensorboard: bool) -> None:
+    def __init__(self, run_dir: str | Path, resume_step: int, tensorboard: bool) -> None:
         """Open `run_dir/metrics.jsonl` and, if `tensorboard`, an event file in `run_dir/tensorboard`.
 
-        `resume_step` None starts a new file and raises `InputError` if one exists. A number s keeps the lines with
-        step <= s (-1 keeps none) and hides later TensorBoard points, so a resumed run has neither gaps nor overlaps.
+        Lines up to `resume_step` (-1: none) are kept, and later TensorBoard points hidden, so that a resumed run has
+        neither gaps nor overlaps.
         """
         self.path = Path(run_dir) / FILE_NAME
         self._written: set[tuple[str, int]] = set()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if resume_step is None:
-            if os.path.lexists(self.path):
-                raise InputError(f"{self.path}: exists already; resume this run or choose another run directory")
-        elif self.path.exists():
+        if self.path.exists():
             self._cut_back(resume_step)
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._board = None
@@ -47,8 +44,7 @@ class Records:
             # Imported here: it takes a second, and a run without TensorBoard does not need the package.
             from torch.utils.tensorboard import SummaryWriter
 
-            purge_step = None if resume_step is None else resume_step + 1
-            self._board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=purge_step)
+            self._board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append one line and its TensorBoard points.

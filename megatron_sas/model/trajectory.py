@@ -55,7 +55,11 @@ def _models_of_run(run: Path) -> dict[int, Path]:
     lineage: list[Path] = [run]
     limits: list[int | None] = [None]  # up to which step the models of each are part of this run's past
     while (lineage[-1] / LINEAGE).is_file():
-        parent, step = _read_lineage(lineage[-1])
+        parent, step = read_lineage(lineage[-1])
+        if not parent.is_dir():
+            raise InputError(
+                f"{lineage[-1] / LINEAGE}: the parent run {parent} is not there; put it back or correct parent_run"
+            )
         if parent in [member.resolve() for member in lineage]:
             raise InputError(f"{lineage[-1] / LINEAGE}: {parent} is also a descendant of this run; correct parent_run")
         lineage.append(parent)
@@ -70,7 +74,7 @@ def _models_of_run(run: Path) -> dict[int, Path]:
     return models
 
 
-def _read_lineage(run: Path) -> tuple[Path, int]:
+def read_lineage(run: Path) -> tuple[Path, int]:
     """The parent's directory, and the step up to which its past is also this run's."""
     path = run / LINEAGE
     try:
@@ -80,8 +84,6 @@ def _read_lineage(run: Path) -> tuple[Path, int]:
         parent, step = (run / str(value["parent_run"])).resolve(), int(value["step"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: is not a lineage that this program reads ({error}); copy it anew") from None
-    if not parent.is_dir():
-        raise InputError(f"{path}: the parent run {parent} is not there; put it back or correct parent_run")
     return parent, step
 
 

@@ -14,7 +14,7 @@ from megatron_sas.config import load_config
 from megatron_sas.engine import branching, preflight, setup
 from megatron_sas.engine.setup import build_parts
 from megatron_sas.files import sha256_file
-from megatron_sas.metrics.records import read_records
+from megatron_sas.metrics.records import lines_until, read_records
 from megatron_sas.model.conversion import to_hf
 from megatron_sas.model.pretrained import resolve_run
 
@@ -111,26 +111,41 @@ def test_a_branch_resumes_and_no_longer_needs_its_parent(config, parent, combine
 @pytest.mark.parametrize("call", ["write_json_atomic", "write_bytes_atomic", "remove_directory", "write_text_atomic"])
 def test_a_branch_killed_while_it_begins_begins_anew(config, parent, combined, tmp_path, monkeypatch, call):
     """Between any two writes; an earlier attempt has left snapshots and TensorBoard points."""
-    run, changed = tmp_path / "run", {"sas.schedule": RELEASE, "run.branch_from": str(parent), **BOARD}
+    run, changed = tmp_path / "run", {"sas.schedule": RELEASE, "run.branch_from": str(checkpoint(parent, 3)), **BOARD}
     if call != "write_text_atomic":
+        settings = load_config(config, override_arguments({**changed, "run.output_dir": str(run)}))
         run.mkdir()
+        (run / "config.yaml").write_text(settings.to_yaml())
+        branching.begin_branch(run, branching.find_branch(settings, print))
+        (run / "metrics.jsonl").write_bytes(lines_until(parent / "metrics.jsonl", 5))
         shutil.copytree(parent / "tensorboard", run / "tensorboard")
         (run / "snapshots" / "step_00000002").mkdir(parents=True)
-        shutil.copy(parent / "config.yaml", run)
-        shutil.copy(parent / "metrics.jsonl", run)
 
     def die(path, *_):
         path.parent.mkdir(exist_ok=True)
         path.with_name(f".{path.name}.x.tmp").touch()
         raise KeyboardInterrupt  # which nothing catches
 
-    changed["run.branch_from"] = str(checkpoint(parent, 3))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(setup if call == "write_text_atomic" else branching, call, die)
         train(config, run, changed)
     train(config, run, changed)
     assert_same_run(run, combined)
     assert not (run / "snapshots").exists()
+
+
+def test_a_branch_that_has_lost_its_checkpoints_is_not_begun_anew(config, parent, branch, combined, tmp_path):
+    """The parent's records prove nothing."""
+    run, changed = tmp_path / "run", {"sas.schedule": RELEASE, "run.branch_from": str(checkpoint(parent, 3)), **BOARD}
+    shutil.copytree(branch, run, ignore=shutil.ignore_patterns("checkpoints"))
+    (run / "snapshots" / "step_00000004").mkdir(parents=True)
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match="holds no checkpoint, but the run's records reach update 6"):
+        train(config, run, changed)
+    assert (run / "snapshots" / "step_00000004").exists() and (run / "metrics.jsonl").read_bytes() == before
+    (run / "metrics.jsonl").write_bytes(lines_until(run / "metrics.jsonl", 3))  # killed before its first update
+    train(config, run, changed)
+    assert_same_run(run, combined)
 
 
 def test_a_chain(config, parent, branch, combined, tmp_path):
@@ -190,6 +205,17 @@ def test_what_is_no_checkpoint_of_a_run_is_refused(config, parent, tmp_path):
     assert "is not in the run that wrote it" in refusal(config, tmp_path / "c", at(tmp_path / "step_00000003"))
     (tmp_path / "step_00000003" / "state.json").write_text("{}")
     assert "state.json: has 2 bytes, not" in refusal(config, tmp_path / "d", at(tmp_path / "step_00000003"))
+
+
+def test_a_branch_may_find_its_data_elsewhere(config, parent, tmp_path):
+    """Their contents count, and the lineage does not name them as changed."""
+    shutil.copytree(config.parent, tmp_path / "node", ignore=shutil.ignore_patterns("run"))
+    first, second = (str(tmp_path / "node" / name) for name in ("data0", "data1"))
+    changed = {"data.train": first, "data.validation": second, "run.branch_from": str(checkpoint(parent, 3))}
+    settings = load_config(config, override_arguments({**changed, "run.output_dir": str(tmp_path / "run")}))
+    assert build_parts(settings, print).branch.lineage["changed"] == {}
+    changed |= {"data.train": second, "data.validation": first}
+    assert "is not the data that the run was started with" in refusal(config, tmp_path / "run", changed)
 
 
 def test_other_heads_and_another_regularizer_may_begin_at_a_branch(config, parent, tmp_path):

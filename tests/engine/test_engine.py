@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import types
 
 import pytest
 import torch
 from bert_pairs import hf_model
 from engine_runs import largest_difference, override_arguments, records, train, weights
 
+from megatron_sas import distributed
 from megatron_sas.config import load_config
 from megatron_sas.data.mlm_dataset import MLMDataset
 from megatron_sas.data.packed import PackedData
+from megatron_sas.engine.engine import Engine
 from megatron_sas.model.bert import Embeddings
 from megatron_sas.model.huggingface import from_hf_state
 from megatron_sas.model.pretrained import read_model_config
@@ -216,6 +219,23 @@ def test_the_first_update_of_a_warm_up_changes_nothing_and_stages_begin_on_time(
     ]
     assert differences[:2] == [0.0, 0.0]
     assert differences[2] > 0.0
+
+
+@pytest.mark.parametrize("count", [4, 5, 6])
+def test_the_norm_of_sharded_weights_leaves_out_their_padding(monkeypatch, count):
+    """A parameter over three processes in parts of two; what is beyond its end is memory as DeepSpeed found it."""
+    padded = torch.cat([torch.arange(1.0, count + 1), torch.full((6 - count,), torch.nan)])
+    squares = []
+    for rank, part in enumerate(padded.split(2)):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parameter = types.SimpleNamespace(ds_numel=count, ds_tensor=part)
+        engine = types.SimpleNamespace(
+            train_section=types.SimpleNamespace(zero_stage=3),
+            named_parameters=lambda parameter=parameter: [("weight", parameter)],
+            device=torch.device("cpu"),
+        )
+        squares.append(Engine.weight_norm(engine) ** 2)
+    assert sum(squares) == pytest.approx(sum(n * n for n in range(1, count + 1)))
 
 
 def test_the_sign_of_the_weight_moves_the_term(config, tmp_path):

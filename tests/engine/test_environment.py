@@ -6,9 +6,16 @@ import os
 from unittest import mock
 
 import pytest
+import torch
 
 from megatron_sas.cli import InputError
-from megatron_sas.engine.environment import environment_from_launcher, number_of_processes
+from megatron_sas.distributed import local_world_size
+from megatron_sas.engine.environment import (
+    environment_from_launcher,
+    number_of_processes,
+    other_threads,
+    share_cores,
+)
 
 ALLOCATION = {  # what a shell inside an allocation of two nodes has, which srun did not start
     "SLURM_JOB_ID": "1",
@@ -68,3 +75,30 @@ def test_tasks_that_cannot_meet(environment, name):
     del environment[name]
     with pytest.raises(InputError, match=f"6 processes were started, but {name} is not set.*common.sh"):
         environment_from_launcher()
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [({}, 1), ({"LOCAL_SIZE": "4"}, 4), ({"LOCAL_WORLD_SIZE": "2"}, 2)],
+    ids=["python", "deepspeed", "torchrun"],
+)
+def test_each_process_of_a_host_takes_its_share_of_the_cores(environment, monkeypatch, variables, expected):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    environment.update(variables)
+    share_cores()
+    assert (local_world_size(), threads) == (expected, [8 // expected])
+    environment["OMP_NUM_THREADS"] = "3"
+    share_cores()
+    assert len(threads) == 1
+
+
+def test_other_threads_are_named_where_results_could_be_the_same_bits():
+    assert other_threads([1, 1], [1, 1]) is None
+    assert other_threads([1], [1, 1]) is None  # another number of processes, which nobody takes for the same run
+    assert other_threads(None, [1]) is None and other_threads([1], None) is None  # an old checkpoint, a GPU
+    line = "threads per process: {}, where the checkpoint was made with {}; "
+    assert other_threads([1, 1], [2, 2]).startswith(line.format(2, 1))
+    assert other_threads([4, 4], [4, 8]).startswith(line.format([4, 8], 4))

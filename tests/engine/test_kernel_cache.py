@@ -8,6 +8,7 @@ import textwrap
 import pytest
 import torch
 from engine_runs import launch
+from torch._inductor.runtime import cache_dir_utils
 
 from megatron_sas.engine import kernel_cache
 from megatron_sas.engine.kernel_cache import CACHES, build_attention_kernels, use_local_caches
@@ -30,6 +31,12 @@ def test_caches_are_local_and_private(clean):
     assert (clean / f"megatron_sas-{os.getuid()}").stat().st_mode & 0o777 == 0o700
 
 
+def test_what_torch_compiles_is_kept_there_by_version(clean):
+    use_local_caches()
+    expected = clean / f"megatron_sas-{os.getuid()}" / f"inductor-{torch.__version__}"
+    assert cache_dir_utils.cache_dir() == str(expected)
+
+
 def test_what_the_user_says_stays(clean, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
     use_local_caches()
@@ -46,6 +53,7 @@ def test_kernels_are_run_with_and_without_edges(monkeypatch):
     calls, original = [], kernel_cache.dependency_attention
 
     def spy(q, k, v, heads, **options):
+        assert q.std() > 0.5  # tile sizes are timed on it, and a GPU runs faster on zeros
         calls.append((tuple(q.shape), q.dtype, heads is None, options))
         return original(q, k, v, heads, **options)
 

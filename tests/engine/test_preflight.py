@@ -17,7 +17,7 @@ from engine_runs import ROOT, launch, records, train
 from megatron_sas.cli import InputError
 from megatron_sas.config import load_config
 from megatron_sas.engine import environment_checks as checks
-from megatron_sas.engine import preflight, preflight_report
+from megatron_sas.engine import preflight, preflight_report, setup
 from megatron_sas.engine.memory import MemoryEstimate
 
 SCRIPT = ROOT / "pretrain_mlm.py"
@@ -188,6 +188,19 @@ def test_altered_data_is_found(config, capsys):
     assert f"{path}: content does not match its checksum" in capsys.readouterr().out
 
 
+def test_validation_data_that_are_trained_on(config, tmp_path, capsys, monkeypatch):
+    data = load_config(config).data.train
+    overrides = [f"--run.output_dir={tmp_path / 'run'}", f"--data.validation={data}"]
+    assert preflight.preflight(str(config), overrides) == 2
+    output = capsys.readouterr().out
+    assert f"problem  overlap: data.validation: {data} and {data} of data.train hold the same sequences; take" in output
+    assert output.count("problem ") == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, "refuse_overlap", lambda *_: None)
+        train(config, tmp_path / "run", {"data.validation": data, "train.steps": 1})
+    assert preflight.preflight(str(config), overrides) == 0  # it would go on
+
+
 def test_disk_space(config, tmp_path, monkeypatch):
     settings = load_config(config, [f"--run.output_dir={tmp_path / 'a' / 'b'}"])
     assert preflight.check_disk_space(settings, 1_000).startswith("3 checkpoints of 12 KiB need 35 KiB, ")
@@ -214,6 +227,15 @@ def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
 def test_a_model_that_does_not_fit():
     with pytest.raises(InputError, match=r"do not fit into the .* lower train\.micro_batch_size"):
         preflight.check_memory(MemoryEstimate(1e15, 0, 0, 0, 0))
+
+
+def test_a_process_has_its_share_of_the_hosts_memory(monkeypatch):
+    """As the deepspeed launcher says how many there are."""
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=8 * 2**30))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    assert preflight.check_memory(MemoryEstimate(1, 0, 0, 0, 0)).endswith("of 2.0 GiB free")
 
 
 class TestEnvironment:
@@ -253,13 +275,10 @@ class TestEnvironment:
     def test_a_compiler_only_where_one_is_needed(self, monkeypatch):
         monkeypatch.setenv("PATH", "/nowhere")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert checks.check_compiler({}).startswith("not needed")
-        assert checks.check_compiler({"offload_optimizer": {"device": "cpu"}}).startswith("not needed")
-        with pytest.raises(InputError, match=r"no compiler .* NVMe"):
-            checks.check_compiler({"offload_optimizer": {"device": "nvme"}})
+        assert checks.check_compiler().startswith("not needed")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         with pytest.raises(InputError, match=r"no compiler .* Triton"):
-            checks.check_compiler({})
+            checks.check_compiler()
 
     def test_foreign_apex(self, monkeypatch):
         monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: object())

@@ -15,6 +15,7 @@ from megatron_sas.cli import InputError
 from megatron_sas.config import load_config
 from megatron_sas.config_sections import EvaluationSection
 from megatron_sas.data.packed import PackedData
+from megatron_sas.engine import setup
 from megatron_sas.engine.setup import build_parts, data_facts, refuse_other_data
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
 from megatron_sas.evaluation.live import GRACE_SECONDS, evaluation_stride
@@ -75,6 +76,17 @@ def test_a_killed_run_loses_what_came_after_its_checkpoint(config, whole, tmp_pa
     assert records(run, "evaluation") == records(whole, "evaluation")
     assert largest_difference(weights(run, 6), weights(whole, 6)) == 0.0
     assert not partial.exists()
+
+
+def test_other_threads_than_the_checkpoints_are_named(config, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    line = "threads per process: 3, where the checkpoint was made with 1; from here the run equals an uninterrupted one"
+    for steps, threads in ((1, 1), (2, 1), (3, 3), (4, 3)):
+        monkeypatch.setattr("megatron_sas.engine.trainer.threads_of_processes", lambda threads=threads: [threads])
+        train(config, run, {"train.steps": steps})
+        assert capsys.readouterr().out.count(line) == (steps == 3)
+    starts = [line for line in read_records(run / "metrics.jsonl") if line.get("event") == "start"]
+    assert [line["threads"] for line in starts] == [[1], [1], [3], [3]]
 
 
 def test_a_finished_run_stays_as_it_is(config, whole, tmp_path):
@@ -224,6 +236,63 @@ def test_what_may_change_in_a_continued_run(config, whole, tmp_path):
     assert sorted(records(tmp_path / "moved")) == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_the_micro_batch_may_change_in_a_continued_run(config, tmp_path):
+    """After running out of memory, or for another number of GPUs: the same curve within rounding, without dropout."""
+    settings = {"model.hidden_dropout": 0.0}
+    train(config, tmp_path / "whole", settings)
+    train(config, tmp_path / "run", {**settings, "train.steps": 3})
+    train(config, tmp_path / "run", {**settings, "train.micro_batch_size": 4})
+    assert largest_difference(weights(tmp_path / "run", 6), weights(tmp_path / "whole", 6)) < 1e-5
+    lines = records(tmp_path / "whole")
+    assert sorted(records(tmp_path / "run")) == sorted(lines)
+    for step, line in records(tmp_path / "run").items():
+        assert line == pytest.approx(lines[step], rel=1e-5)
+
+
+def test_the_micro_batch_of_the_sum_over_it_may_not_change(config, tmp_path):
+    settings = {"sas.reduction": "sum", "train.steps": 1}
+    train(config, tmp_path / "run", settings)
+    message = refusal(config, tmp_path / "run", {**settings, "train.micro_batch_size": 4})
+    assert "was started with other values of train.micro_batch_size; restore them" in message
+
+
+def test_a_continued_run_may_find_its_data_elsewhere(config, whole, tmp_path):
+    """Staged by each job into a directory of its own: the contents are compared, not the paths."""
+    run, node = tmp_path / "run", tmp_path / "node-42"
+    train(config, run, {"train.steps": 3})
+    shutil.copytree(config.parent, node, ignore=shutil.ignore_patterns("run"))
+    staged = {
+        "data.train": [str(node / "data0")],
+        "data.validation": str(node / "data1"),
+        "data.tokenizer": str(node / "vocab.txt"),
+    }
+    train(config, run, staged)
+    assert largest_difference(weights(run, 6), weights(whole, 6)) == 0.0
+    assert records(run, "evaluation") == records(whole, "evaluation")
+    other = write_packed(node, seed=2, sequences=10)
+    assert "data2 is not the data that the run was started with" in refusal(config, run, {"data.train": other})
+    for name in (other, None):
+        message = refusal(config, run, {"data.validation": name})
+        assert message.startswith(f"data.validation: {name or 'none'} is not what the run was started with (SHA-256")
+
+
+def test_a_run_that_another_process_has_begun_meanwhile_is_not_begun_again(config, tmp_path, monkeypatch):
+    """It was new when this process looked, and the other has come and gone before this one claims the directory."""
+    run, build = tmp_path / "run", setup._build
+
+    def build_while_another_trains(*arguments):
+        monkeypatch.setattr(setup, "_build", build)
+        train(config, run, {"train.steps": 3})
+        return build(*arguments)
+
+    monkeypatch.setattr(setup, "_build", build_while_another_trains)
+    with pytest.raises(InputError, match="another process has begun this run meanwhile; start the same command again"):
+        train(config, run)
+    assert sorted(records(run)) == [1, 2, 3]
+    train(config, run)
+    assert sorted(records(run)) == [1, 2, 3, 4, 5, 6]
+
+
 def test_output_directories_that_are_refused(config, whole, tmp_path):
     assert "exists and is not empty" in refusal(config, whole, {"run.resume": "never"})
     (tmp_path / "full").mkdir()
@@ -266,16 +335,32 @@ def test_data_that_does_not_fit_is_refused(config, whole, tmp_path):
     assert "is not the data that the run was started with" in refusal(config, tmp_path / "run", moved)
 
 
+def test_what_a_run_may_not_begin_with(config, tmp_path, monkeypatch):
+    """Training data twice, or those of validation; a run that began with them under an earlier version goes on."""
+    train_data = load_config(config).data.train
+    twice = [{"prefix": train_data, "weight": weight} for weight in (1, 2)]
+    message = refusal(config, tmp_path / "a", {"data.train": twice})
+    assert message == f"data.train: {train_data} is given twice; leave one out"
+    overrides = {"data.validation": train_data, "train.steps": 1}
+    message = refusal(config, tmp_path / "run", overrides)
+    assert message.startswith(f"data.validation: {train_data} and {train_data} of data.train hold the same sequences; ")
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, "refuse_overlap", lambda *_: None)
+        train(config, tmp_path / "run", overrides)
+    train(config, tmp_path / "run", overrides | {"train.steps": 2})
+    assert sorted(records(tmp_path / "run")) == [1, 2]
+
+
 def test_what_is_remembered_of_the_heads(config):
     packed = PackedData(load_config(config).data.train)
-    facts = data_facts(packed)
+    facts = data_facts(packed, None)
     refuse_other_data(facts, packed)
     other = facts | {"heads_fingerprint": "0" * 64}
     with pytest.raises(InputError, match="has other heads"):
         refuse_other_data(other, packed)
     refuse_other_data(other | {"heads": "permuted"}, packed)  # a branch from a run with a control
-    del other["heads_fingerprint"]  # of earlier versions
-    refuse_other_data(other, packed)
+    del other["heads_fingerprint"], other["validation"]  # of earlier versions
+    refuse_other_data(other, packed, packed)
 
 
 def test_a_run_is_a_model_for_the_tools(whole):
@@ -295,4 +380,5 @@ def test_a_mixture_resumes_exactly(config, tmp_path):
     assert largest_difference(weights(tmp_path / "run", 6), weights(tmp_path / "whole", 6)) == 0.0
     assert records(tmp_path / "run") == records(tmp_path / "whole")
     mixture[1]["weight"] = 2
-    assert "other values of data.train" in refusal(config, tmp_path / "run", {"data.train": mixture})
+    message = refusal(config, tmp_path / "run", {"data.train": mixture})
+    assert "is not the data that the run was started with (SHA-256 or weights differ)" in message

@@ -22,7 +22,7 @@ RUN = {
     "evaluation.every": 16,
     "logging.every": 3,
 }
-POINTS = {0: 130, 1: 16}  # of two saves in a row: rank 0 (with a snapshot, the description, publishing), other ranks
+PARTS = 10  # a point costs at most the 4 updates between two snapshots, so that a run has time for 12
 
 
 def check_after_kill(run):
@@ -36,27 +36,31 @@ def check_after_kill(run):
 
 def killed_over_and_over(zygote, config, run, kills, ranks):
     """Start the run once for each (rank, point) of `kills`, and to its end after that."""
-    done = 0
     for rank, point in kills:
-        wound = {"kill_at": point, "rank": rank, "from_step": 1}
+        wound = {"kill_at": point, "rank": rank, "from_step": 1, "run": str(run)}
         job = zygote.start(config, run, RUN, ranks=ranks, wound=wound)
-        codes = job.wait_as_launchers_do()
-        if codes == [0] * ranks:  # so near the end that the point never came
-            break
-        assert -9 in codes, job.output()
+        assert job.wait_as_launchers_do()[rank] == -9, f"rank {rank}, {point}\n{job.output()}"
         check_after_kill(run)
-        done += 1
     zygote.train(config, run, RUN, ranks=ranks)
-    return done
 
 
 @pytest.fixture(scope="module")
 def wholes(zygote, config, tmp_path_factory):
-    """The same runs without a kill, with one process and with two."""
+    """The same runs without a kill, with one process and with two, which also write down their write points."""
     directory = tmp_path_factory.mktemp("whole")
     for ranks in (1, 2):
-        zygote.train(config, directory / str(ranks), RUN, ranks=ranks)
+        run = directory / str(ranks)
+        wound = {"points": str(directory / f"points-{ranks}"), "from_step": 1, "run": str(run)}
+        job = zygote.start(config, run, RUN, ranks=ranks, wound=wound)
+        assert job.wait() == [0] * ranks, job.output()
     return directory
+
+
+def points(wholes, ranks, rank):
+    """The names of the points that a rank comes by while it saves."""
+    names = (wholes / f"points-{ranks}-{rank}").read_text().splitlines()
+    chance = "after mkdir checkpoints/.step.tmp"  # of two processes the first that comes makes it
+    return [name for name in names if ranks == 1 or name != chance]
 
 
 def check_at_the_end(run, whole):
@@ -70,32 +74,33 @@ def check_at_the_end(run, whole):
     assert sorted(names) == [f"step_{step:08d}" for step in range(0, STEPS + 1, 4)]
 
 
-def spread(count, points, seed):
-    """`count` points, one from each of as many equal parts of the whole, in random order."""
-    chance = random.Random(seed)
-    parts = [chance.randint(1 + points * i // count, points * (i + 1) // count) for i in range(count)]
-    chance.shuffle(parts)
-    return parts
+def spread(count, names, seed):
+    """`count` of the names, one from each of as many equal parts of the list, in random order."""
+    chance, size = random.Random(seed), len(names)
+    chosen = [chance.choice(names[size * i // count : size * (i + 1) // count]) for i in range(count)]
+    chance.shuffle(chosen)
+    return chosen
 
 
 def test_one_process(zygote, config, wholes, tmp_path):
-    kills = [(0, point) for point in spread(7, POINTS[0], seed=1)]
-    assert killed_over_and_over(zygote, config, tmp_path / "run", kills, ranks=1) >= 6
+    kills = [(0, point) for point in spread(7, points(wholes, 1, 0), seed=1)]
+    killed_over_and_over(zygote, config, tmp_path / "run", kills, ranks=1)
     check_at_the_end(tmp_path / "run", wholes / "1")
 
 
 def test_two_processes(zygote, config, wholes, tmp_path):
-    kills = [(0, point) for point in spread(2, POINTS[0], seed=2)] + [(1, point) for point in spread(2, POINTS[1], 3)]
-    assert killed_over_and_over(zygote, config, tmp_path / "run", kills, ranks=2) >= 3
+    kills = [(rank, point) for rank in (0, 1) for point in spread(2, points(wholes, 2, rank), seed=2 + rank)]
+    killed_over_and_over(zygote, config, tmp_path / "run", kills, ranks=2)
     check_at_the_end(tmp_path / "run", wholes / "2")
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("part", range(10))
+@pytest.mark.parametrize("part", range(PARTS))
 def test_every_point(zygote, config, wholes, tmp_path, part):
-    """Every point of rank 0 and of rank 1; a tenth of them in each run, because a kill costs up to two updates."""
+    """Every point of one process and of either of two; a tenth of them in each run."""
     for ranks in (1, 2):
-        kills = [(rank, n) for rank in range(ranks) for n in range(1 + part, POINTS[rank] + 1, 10)]
+        kills = [(rank, point) for rank in range(ranks) for point in points(wholes, ranks, rank)]
+        assert 100 < len(kills) <= 12 * PARTS
         run = tmp_path / str(ranks)
-        assert killed_over_and_over(zygote, config, run, kills, ranks) >= len(kills) - 1
+        killed_over_and_over(zygote, config, run, kills[part::PARTS], ranks)
         check_at_the_end(run, wholes / str(ranks))

@@ -47,6 +47,7 @@ def test_a_signal_to_any_rank_stops_all(zygote, config, tmp_path, ranks, number,
     assert job.wait() == [0] * ranks, job.output()
     step = check_stopped(run, number.name)
     assert f"stopped after {step} updates ({number.name}); start the same command again to continue" in job.output()
+    assert job.output().count(f"{number.name}: stopping after this update") == (0 in to)  # at once
 
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(zygote, config, tmp_path):
@@ -88,6 +89,19 @@ def test_a_signal_before_torch_is_imported_is_not_lost(config, tmp_path):
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 0
     assert (run / "requeue").read_text() == "SIGTERM\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_signal_ends_a_dry_run_at_once(config, tmp_path, number, code):
+    command = [sys.executable, "pretrain_mlm.py", "--config", config, "--run.output_dir", tmp_path / "run", "--dry-run"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(list(map(str, command)), cwd=ROOT, **pipes) as process:
+        assert process.stdout.readline() == "ok       processes: 1\n"
+        process.send_signal(number)
+        rest = process.stdout.read()
+        assert process.wait(60) == code, rest
+    assert "ready" not in rest and "Traceback" not in rest
+    assert rest.endswith("error: rank 0: interrupted\n") == (number == signal.SIGINT)
 
 
 def test_a_directory_belongs_to_one_run_at_a_time(zygote, config, tmp_path):

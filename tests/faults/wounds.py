@@ -1,13 +1,15 @@
 """Faults put into a training process before it starts, by replacing functions of the modules it uses.
 
 A write point is a moment before, in the middle of, or after a call that changes the file system. They are counted from
-the moment at which the checkpoint of a given step begins (-1: from the start), in all threads.
+the moment at which the checkpoint of a given step begins (-1: from the start), in all threads. Their names say what is
+done to which file of the run, without steps and what is drawn at random, so that they are the same in every save.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -18,14 +20,15 @@ from safetensors.torch import save_file
 
 
 def wound(what: dict[str, Any], rank: int) -> None:
-    """Prepare this process: {"kill_at": n | "count": file, "from_step": s, "rank": r}, or {"batches": file}; and
-    {"drop_at": s} has the records say that the loss fell then, on every rank."""
+    """Prepare this process: {"kill_at": number or name | "points": file, "from_step": s, "run": directory} or
+    {"batches": file}, with "rank": r on that rank alone; {"drop_at": s} has the records say that the loss fell then."""
     if "drop_at" in what:
         _tell_of_a_drop(what["drop_at"])
     if what.get("rank", rank) != rank:
         return
     if "from_step" in what:
-        _WritePoints(what.get("kill_at"), what.get("count"), what["from_step"])
+        names = Path(f"{what['points']}-{rank}") if "points" in what else None
+        _WritePoints(what.get("kill_at"), names, what["from_step"], what.get("run", "/"))
     if "batches" in what:
         _write_down_batches(Path(f"{what['batches']}-{rank}"))
 
@@ -65,13 +68,14 @@ def _write_down_batches(path: Path) -> None:
 
 
 class _WritePoints:
-    """Counts write points; kills the process at one of them, or writes all their names to a file when it ends."""
+    """Counts write points; kills the process at one of them, or writes down their names, each once."""
 
-    def __init__(self, kill_at: int | None, count: str | None, from_step: int) -> None:
+    def __init__(self, kill_at: int | str | None, names: Path | None, from_step: int, run: str) -> None:
         from megatron_sas.engine import saving
         from megatron_sas.model import pretrained
 
-        self.kill_at, self.count, self.names, self.active = kill_at, count, [], from_step < 0
+        self.kill_at, self.names, self.run, self.active = kill_at, names, run, from_step < 0
+        self.number, self.seen = 0, set()
         self.lock = threading.Lock()
         begin = saving.Saver.begin
 
@@ -90,28 +94,39 @@ class _WritePoints:
         if not self.active:
             return
         with self.lock:
-            self.names.append(name)
-            if self.count is not None:
-                Path(self.count).write_text("\n".join(self.names))
-            if len(self.names) == self.kill_at:
+            self.number += 1
+            if self.kill_at in (self.number, name):
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.names is not None and name not in self.seen:
+                self.seen.add(name)
+                with open(self.names, "a") as file:
+                    file.write(f"{name}\n")
 
     def _around(self, name: str, call: Callable) -> Callable:
-        def wounded(*arguments: object, **options: object) -> object:
-            target = arguments[0] if isinstance(arguments[0], str | Path) else "…"
-            self.point(f"before {name} {target}")
-            result = call(*arguments, **options)
-            self.point(f"after {name} {target}")
+        def wounded(target: object, *arguments: object, **options: object) -> object:
+            what = f"{name} {self._place(target, options.get('dir_fd'))}"
+            self.point(f"before {what}")
+            result = call(target, *arguments, **options)
+            self.point(f"after {what}")
             return result
 
         return wounded
+
+    def _place(self, target: object, directory: int | None = None) -> str:
+        """A path or descriptor, maybe relative to a directory's descriptor, as part of a name."""
+        if isinstance(target, int):
+            target = os.readlink(f"/proc/self/fd/{target}")
+        elif directory is not None:
+            target = Path(os.readlink(f"/proc/self/fd/{directory}"), target)
+        path = os.path.relpath(target, self.run)
+        return re.sub(r"\.[a-z0-9_]{8}\.tmp", ".tmp", re.sub(r"step_\d+", "step", path))
 
     def _torn_write(self, write: Callable) -> Callable:
         def wounded(descriptor: int, content: bytes) -> int:
             if not content.startswith(b'{"kind"'):
                 return write(descriptor, content)
             self.point("before a record")
-            if len(self.names) + 1 == self.kill_at and self.active:
+            if self.active and self.kill_at in (self.number + 1, "in a record"):
                 write(descriptor, content[: len(content) // 2])
             self.point("in a record")
             return write(descriptor, content)
@@ -119,10 +134,11 @@ class _WritePoints:
         return wounded
 
     def _torn_file(self, tensors: dict, path: Path, metadata: dict) -> None:
-        self.point(f"before {path.name}")
+        what = f"writing {self._place(path)}"
+        self.point(f"before {what}")
         save_file(tensors, path, metadata=metadata)
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2])
-        self.point(f"in {path.name}")
+        self.point(f"in {what}")
         path.write_bytes(content)
-        self.point(f"after {path.name}")
+        self.point(f"after {what}")

@@ -22,16 +22,11 @@ class FakeNvml(types.ModuleType):
     def __init__(self, driver=True):
         super().__init__("pynvml")
         self.driver = driver
-        self.open = 0
         self.devices = {"GPU-aaa": 0, "GPU-bbb": 1, "MIG-ccc": 2}
 
     def nvmlInit(self):
         if not self.driver:
             raise self.NVMLError("driver not loaded")
-        self.open += 1
-
-    def nvmlShutdown(self):
-        self.open -= 1
 
     def nvmlDeviceGetHandleByUUID(self, uuid):
         if uuid not in self.devices:
@@ -65,23 +60,17 @@ def cuda(monkeypatch):
 
 def install(monkeypatch, module):
     monkeypatch.setitem(sys.modules, "pynvml", module)
-    return module
 
 
 def test_devices_are_found_by_uuid_not_by_index(monkeypatch, cuda):
-    nvml = install(monkeypatch, FakeNvml())
-    monitor = GpuMonitor(0)
-    assert monitor.read() == {
+    install(monkeypatch, FakeNvml())
+    assert GpuMonitor(0).read() == {
         "gpu_utilization": 91.0,
         "gpu_power": pytest.approx(350.501),
         "gpu_temperature": 61.0,
         "gpu_memory_gib": 2.0,
     }
     assert GpuMonitor().read()["gpu_utilization"] == 90.0
-    monitor.close()
-    monitor.close()
-    assert monitor.read() == {}
-    assert nvml.open == 1
 
 
 def test_missing_sensors_are_left_out(monkeypatch, cuda):
@@ -97,13 +86,10 @@ def test_inactive_without_nvml_or_gpu(monkeypatch, cuda, case):
     monitor = GpuMonitor(3 if case == "unknown device" else 0)
     assert not monitor.active
     assert monitor.read() == {}
-    monitor.close()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_real_device():
-    monitor = GpuMonitor()
-    values = monitor.read()
+    values = GpuMonitor().read()
     assert set(values) <= NAMES and "gpu_memory_gib" in values
     assert 0 < values["gpu_memory_gib"] < 1000
-    monitor.close()

@@ -26,7 +26,7 @@ def write_steps(records, steps):
 
 
 def test_lines_are_what_was_written(tmp_path):
-    records = Records(tmp_path / "run", None, tensorboard=False)
+    records = Records(tmp_path / "run", -1, tensorboard=False)
     before = time.time()
     records.write("event", 0, {"event": "start", "hosts": ["a", "b"]})
     records.write("train", 1, {"loss": torch.tensor(2.5), "lr": np.float32(0.5), "tokens": np.int64(7)})
@@ -41,7 +41,7 @@ def test_lines_are_what_was_written(tmp_path):
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path):
-    records = Records(tmp_path, None, tensorboard=True)
+    records = Records(tmp_path, -1, tensorboard=True)
     bad = {
         "loss": math.nan,
         "nested": {"a": -math.inf},
@@ -66,7 +66,7 @@ def test_numbers_that_json_lacks_become_null(tmp_path):
 )
 def test_resume_keeps_exactly_the_lines_up_to_its_step(tmp_path_factory, written, resume, torn):
     run = tmp_path_factory.mktemp("run")
-    records = Records(run, None, tensorboard=False)
+    records = Records(run, -1, tensorboard=False)
     for kind, step in written:
         records.write(kind, step, {"loss": step / 2})
     records.close()
@@ -91,7 +91,7 @@ def test_resume_keeps_exactly_the_lines_up_to_its_step(tmp_path_factory, written
 
 
 def test_resume_drops_broken_lines_and_says_so(tmp_path, capsys):
-    records = Records(tmp_path, None, tensorboard=False)
+    records = Records(tmp_path, -1, tensorboard=False)
     write_steps(records, [1])
     os.write(records._descriptor, b'{"kind": "train", "st\n[1]\n{"kind": "train"}\n\xff\n')
     write_steps(records, [2])
@@ -99,12 +99,6 @@ def test_resume_drops_broken_lines_and_says_so(tmp_path, capsys):
     Records(tmp_path, 5, tensorboard=False).close()
     assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == [1, 2]
     assert "dropped 4 unreadable line(s)" in capsys.readouterr().err
-
-
-def test_a_new_run_does_not_append_to_an_old_one(tmp_path):
-    Records(tmp_path, None, tensorboard=False).close()
-    with pytest.raises(InputError, match="exists already"):
-        Records(tmp_path, None, tensorboard=False)
 
 
 def test_resume_without_a_file_starts_one(tmp_path):
@@ -115,7 +109,7 @@ def test_resume_without_a_file_starts_one(tmp_path):
 
 
 def test_wrong_use(tmp_path):
-    records = Records(tmp_path, None, tensorboard=False)
+    records = Records(tmp_path, -1, tensorboard=False)
     with pytest.raises(ValueError, match="unknown kind"):
         records.write("test", 1, {})
     with pytest.raises(ValueError, match="reserved names"):
@@ -126,7 +120,7 @@ def test_wrong_use(tmp_path):
 
 
 def test_a_full_disk_leaves_no_partial_line(tmp_path, monkeypatch):
-    records = Records(tmp_path, None, tensorboard=False)
+    records = Records(tmp_path, -1, tensorboard=False)
     write_steps(records, [1])
     real_write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: real_write(descriptor, data[:9]))
@@ -141,7 +135,7 @@ def test_a_full_disk_leaves_no_partial_line(tmp_path, monkeypatch):
 def test_a_killed_writer_leaves_whole_lines(tmp_path):
     program = """
         from megatron_sas.metrics.records import Records
-        records = Records({path!r}, None, tensorboard=False)
+        records = Records({path!r}, -1, tensorboard=False)
         step = 0
         while True:
             records.write("train", step, {{"loss": 1.5, "filler": "x" * 2000}})
@@ -183,7 +177,7 @@ def scalars(run):
 
 
 def test_tensorboard_has_nested_tags_and_no_overlap_after_resume(tmp_path):
-    first = Records(tmp_path, None, tensorboard=True)
+    first = Records(tmp_path, -1, tensorboard=True)
     for step in range(1, 7):
         first.write("train", step, {"mlm_loss": float(step), "note": "text", "missing": None})
     values = {"uas": 0.5, "blimp_fields": {"syntax": 0.75}, "uas_relations": {"nsubj": {"accuracy": 0.25}}}
