@@ -110,7 +110,6 @@ def test_attention_is_measured_on_the_models_layout(monkeypatch):
     from torch._functorch import config as functorch_config
 
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    monkeypatch.setattr(functorch_config, "donated_buffer", True)
     import benchmark_attention as tool
 
     arguments = argparse.Namespace(num_heads=2, precision="fp32", seed=0, dropout=0.0, maps=4)
@@ -119,7 +118,8 @@ def test_attention_is_measured_on_the_models_layout(monkeypatch):
     monkeypatch.setattr(tool, "GRADIENTS", ("none",))
     monkeypatch.setattr(tool, "_ours", lambda *_: lambda *qkv: (attend(*qkv),))
     left_out: dict[str, str] = {}
-    rows = tool.build_variants(arguments, 3, 10, 8, torch.device("cpu"), left_out)
+    with functorch_config.patch(donated_buffer=True):
+        rows = tool.build_variants(arguments, 3, 10, 8, torch.device("cpu"), left_out)
     assert left_out == {}
     for _, _, variant, _ in rows:
         for x in variant.qkv:
