@@ -120,15 +120,20 @@ def sha256_files(folder: str | Path, names: Iterable[str]) -> str:
     `folder` and its bytes, in alphabetical order, so that it is the same wherever `folder` lies. Read once a process.
     """
     paths = (path for name in names for path in (Path(folder, name), *Path(folder, name).rglob("*")) if path.is_file())
-    files = sorted((path.relative_to(folder).as_posix(), path, path.stat()) for path in paths)
-    return _sha256_of_files(tuple((name, path, stat.st_size, stat.st_mtime_ns) for name, path, stat in files))
-
-
-@functools.lru_cache(maxsize=16)
-def _sha256_of_files(files: tuple[tuple[str, Path, int, int], ...]) -> str:
-    """Of (name, path, size, time of change): the last two only let a file that was written anew be read anew."""
-    lines = (f"{sha256_file(path)} {name}\n" for name, path, *_ in files)
+    files = sorted((path.relative_to(folder).as_posix(), path) for path in paths)
+    lines = (f"{sha256_file_once(path)} {name}\n" for name, path in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def sha256_file_once(path: str | Path) -> str:
+    """`sha256_file`, but a process reads a file once as long as it keeps its size and time of change."""
+    status = os.stat(path)
+    return _sha256_of_state(str(path), status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _sha256_of_state(path: str, size: int, mtime_ns: int) -> str:
+    return sha256_file(path)
 
 
 def obey_umask(path: str | Path) -> None:

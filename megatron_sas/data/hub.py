@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sas.cli import InputError
-from megatron_sas.files import sha256_file
+from megatron_sas.files import sha256_file_once
 
 _NAME = re.compile(
     r"hf:(?P<dataset>[^:@]+)(@(?P<revision>[^:@]+))?(:(?P<config>[^:@]+))?:(?P<split>[^:@]+)"
@@ -55,7 +55,7 @@ def open_dataset(name: str, block: int = 1) -> Any:
             files, rows = rows, rows.reshard()
             if rows.num_shards < parts:
                 print(
-                    f"{name}: has fewer files and row groups than parts: all rows are read to keep every {parts}th",
+                    f"{name}: has fewer files and row groups than parts: all rows are read to keep a part of them",
                     file=sys.stderr,
                 )
                 return files.filter(lambda _, index: index // block % parts == part, with_indices=True)
@@ -164,14 +164,7 @@ def _is_cached(builder: Any) -> bool:
 def _content(paths: Iterable[str]) -> dict[str, Any]:
     """Total size and SHA-256 of files in this order, whatever their names."""
     size, digest = 0, hashlib.sha256()
-    for path in paths:
-        status = os.stat(path)
-        size += status.st_size
-        digest.update(_sha256(path, status.st_size, status.st_mtime_ns).encode())
+    for path in paths:  # read once a process, which may do many parts: all of the files tell their version
+        size += os.stat(path).st_size
+        digest.update(sha256_file_once(path).encode())
     return {"size": size, "sha256": digest.hexdigest()}
-
-
-@functools.cache
-def _sha256(path: str, size: int, mtime_ns: int) -> str:
-    """Of a file as it is now: a process may do many parts of a dataset, and all of its files tell their version."""
-    return sha256_file(path)

@@ -35,10 +35,10 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
     headers = [packed_header(prefix) for prefix in prefixes]
     _check_splits(prefixes, headers)
     _check_versions(prefixes, headers)
-    pairs = zip(prefixes, headers, strict=True)
-    refuse_repeated("--inputs", [Documents(prefix, header) for prefix, header in pairs if header["num_sequences"]])
+    filled = [(prefix, header) for prefix, header in zip(prefixes, headers, strict=True) if header["num_sequences"]]
+    refuse_repeated("--inputs", [Documents(prefix, header) for prefix, header in filled])
     differing = [name for name in ("settings", "parser") if any(h.get(name) != headers[0].get(name) for h in headers)]
-    used = [prefix for prefix, header in zip(prefixes, headers, strict=True) if header["num_sequences"]]
+    used = [prefix for prefix, _ in filled]
     if not used:
         raise InputError(f"{', '.join(prefixes)}: hold no sequence; there is nothing to merge")
     first = PackedData(used[0])
