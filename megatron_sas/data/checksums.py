@@ -6,8 +6,7 @@ identifies data.
 Every process compares the blocks that it touches itself. One alone reads all rows of a block: a twentieth of its work,
 in the first epoch only. Of R processes each reads one row in R, but still nearly every block in an epoch, until R
 reaches the rows of a block (256 of 512 tokens); then each row first costs a block of each stream, for several epochs.
-That was some 80 µs for a row of 512 tokens, at worst 4 million tokens/s a process (benchmarks/cpu). Smaller blocks
-would lower the worst, but cost more with few processes, and lengthen the headers.
+Smaller blocks would lower that, but cost more with few processes, and lengthen the headers.
 """
 
 from __future__ import annotations
