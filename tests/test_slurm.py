@@ -284,8 +284,9 @@ conditions:
         "submitted 2_0: release/seed-1, after 1_0",
         "submitted 3_0: release/seed-2, after 1_1",
     ]
-    waiting = [line.split()[2] for line in (tmp_path / "submitted").read_text().splitlines()[1:]]
-    assert waiting == ["--dependency=afterany:1_0", "--dependency=afterany:1_1"]
+    commands = [line.split() for line in (tmp_path / "submitted").read_text().splitlines()]
+    assert [command[2] for command in commands[1:]] == ["--dependency=afterany:1_0", "--dependency=afterany:1_1"]
+    assert all(f"--output={runs}/logs/slurm-%A_%a.out" in command for command in commands)
     ended = {path.name: path.read_text().strip() for path in (tmp_path / "ended").iterdir()}
     assert ended == {"1_0": "2", "1_1": "0", "2_0": "2", "3_0": "0"}
     assert records(runs / "release" / "seed-2")[6]["sas_weight"] == 0

@@ -268,7 +268,8 @@ def submit(sweep: Sweep, arguments: argparse.Namespace, overrides: Sequence[str]
     The names of its runs are part of an array's command line, which Slurm keeps: the sweep file, where places shift
     when a condition is added, may change while elements wait or are requeued.
     """
-    (arguments.output / "logs").mkdir(parents=True, exist_ok=True)
+    logs = arguments.output / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
     unfinished = {run.directory: run for run in sweep.runs if not run.finished}
     arrays: dict[Path | None, list[PlannedRun]] = {}  # by the run to wait for, which stands in an array before
     for run in unfinished.values():
@@ -279,8 +280,8 @@ def submit(sweep: Sweep, arguments: argparse.Namespace, overrides: Sequence[str]
         # Not afterok: what waits for a run that fails would stay in the queue for ever. The checkpoint may be there all
         # the same; if it is not, the trainer says so, and the next submission has the branch again.
         command += [f"--dependency=afterany:{elements[parent]}"] if parent else []
-        command += [str(arguments.slurm), str(arguments.sweep), str(arguments.output)]
-        command += [",".join(run.name for run in runs), *overrides]
+        command += [f"--output={logs / 'slurm-%A_%a.out'}", str(arguments.slurm), str(arguments.sweep)]
+        command += [str(arguments.output), ",".join(run.name for run in runs), *overrides]
         try:
             job = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout.strip().split(";")[0]
         except FileNotFoundError:
