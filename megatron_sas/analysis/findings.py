@@ -85,8 +85,8 @@ def _describe(metric: Metric, group: Sequence[RunOnset]) -> str:
         if steps:
             over = [f"95 % over items {items[0]:g} to {items[1]:g}"] if items else []
         else:
-            doubt = bend.reason or "could be noise"
-            over = [f"its largest bend, {bend.strength:.3f} at step {bend.step:.0f}, is not clear: {doubt}"]
+            doubt = f": {bend.reason}" if bend.reason else ", could be noise"
+            over = [f"its largest bend, {bend.strength:.3f} at step {bend.step:.0f}{doubt}"]
         over += [f"a fit of straight pieces breaks between steps {fit[0]:g} and {fit[1]:g}"] if fit else []
         what = f"breaks {way} at step {steps.mean:.0f}" if steps else "shows no clear break"
         return f"{metric.title} {what}" + (f" ({'; '.join(over)})" if over else "")

@@ -112,6 +112,7 @@ def _legend(figure: Figure, styles: dict[str, tuple[str, str]], onsets: Onsets) 
     if clear:
         handles.append(Line2D([], [], color=GREY, linestyle=(0, (4, 3)), linewidth=1.1, label="onset, mean"))
         over = ", 95 % over items" if any(onset.interval for onset in clear) else ""
-        handles.append(Line2D([], [], color=GREY, marker="o", markersize=3.2, label=f"onset of a run{over}"))
+        dot = {"color": GREY, "marker": "o", "markersize": 3.2, "linestyle": "-" if over else ""}
+        handles.append(Line2D([], [], label=f"onset of a run{over}", **dot))
     handles.append(Line2D([], [], color=GREY, alpha=0.35, linewidth=0.9, label="training loss"))
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 5), frameon=False, fontsize=9.5)
