@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from megatron_sas.cli import InputError, run_main
-from megatron_sas.config_sections import When
+from megatron_sas.config import load_config
 from megatron_sas.engine.memory import count_parameters, estimate_memory
 from megatron_sas.engine.preflight import CHECKPOINT_BYTES
 from megatron_sas.files import write_text_atomic
@@ -333,8 +333,11 @@ def failures(cluster: Cluster) -> str:
 
 def disk(_: Cluster) -> str:
     """Packed data, checkpoints and snapshots."""
-    dense = When(every=5_000, dense_every=500, dense_until=10_000)  # examples/paper-base.yaml
-    points = sum(dense.due(step, 100_000) for step in range(100_001))
+    config = load_config(Path(__file__).resolve().parents[1] / "examples" / "paper-base.yaml")
+    last = config.train.steps
+    checkpoints, snapshots = (
+        sum(when.due(step, last) for step in range(last + 1)) for when in (config.checkpoint, config.snapshots)
+    )
     rows = [
         ("Packed data, per token", "6 bytes: token 2, head 2, marks 1, relation 1"),
         ("Wikipedia and BookCorpus, 3.3 G words (Devlin et al.), about 4.4 G tokens", f"{4.4e9 * 6 / 1e9:.0f} GB"),
@@ -344,9 +347,10 @@ def disk(_: Cluster) -> str:
         n = model.parameters
         rows.append(
             (
-                f"{model.name}: {points} points of examples/paper-base.yaml",
-                f"{points * n * CHECKPOINT_BYTES / 1e9:,.0f} GB as checkpoints, {points * n * 4 / 1e9:,.0f} GB as "
-                f"float32 weights, {points * n * 2 / 1e9:,.0f} GB as bf16 weights",
+                f"{model.name}, on the schedules of examples/paper-base.yaml",
+                f"{checkpoints * n * CHECKPOINT_BYTES / 1e9:,.0f} GB for {checkpoints} checkpoints, "
+                f"{snapshots * n * 4 / 1e9:,.0f} GB for {snapshots} snapshots in float32, "
+                f"{snapshots * n * 2 / 1e9:,.0f} GB in bf16",
             )
         )
     return table(("What", "How much"), rows).replace("| --: |", "| --- |")
