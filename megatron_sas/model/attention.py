@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from megatron_sas.kernels import backend_refusal, dependency_attention
+from megatron_sas.kernels.linear import Linear
 from megatron_sas.kernels.reference import attention_probs
 from megatron_sas.model.config import BertConfig
 
@@ -21,8 +22,8 @@ class SelfAttention(nn.Module):
         self.num_heads = config.num_heads
         self.dropout_p = config.attention_dropout
         self.backend = config.attention_backend
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.output = Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self, x: Tensor, heads: Tensor | None, seqlens: Tensor | None, observer: ProbsObserver | None = None

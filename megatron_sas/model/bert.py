@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_sas.kernels.linear import Linear, linear
 from megatron_sas.model.attention import SelfAttention
 from megatron_sas.model.config import BertConfig
 
@@ -55,8 +56,8 @@ class Layer(nn.Module):
         self.pre_norm = config.norm_placement == "pre"
         self.attention = SelfAttention(config)
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.up = Linear(config.hidden_size, config.intermediate_size)
+        self.down = Linear(config.intermediate_size, config.hidden_size)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
@@ -84,7 +85,7 @@ class LMHead(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.vocab_size = config.vocab_size
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.padded_vocab_size))
 
@@ -93,7 +94,7 @@ class LMHead(nn.Module):
         hidden = self.norm(F.gelu(self.dense(hidden)))
         padding = len(self.bias) - self.vocab_size
         bias = F.pad(self.bias[: self.vocab_size], (0, padding), value=float("-inf"))
-        return F.linear(hidden, embedding, bias)
+        return linear(hidden, embedding, bias)
 
 
 class Bert(nn.Module):
