@@ -70,7 +70,14 @@ class _OneDnnLinear(torch.autograd.Function):
     def backward(ctx, grad):  # noqa: ANN001
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = _product(rows, weight.t()).view(x.shape) if needs_x else None
-        grad_weight = _product(rows.t(), x.reshape(-1, x.shape[-1]).t()) if needs_weight else None
-        return grad_x, grad_weight, rows.sum(0) if needs_bias else None
+        grad, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        grad_x = _product(grad, weight.t()).view(x.shape) if needs_x else None
+        grad_weight = _weight_gradient(grad, rows) if needs_weight else None
+        return grad_x, grad_weight, grad.sum(0) if needs_bias else None
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """`gradᵀ · x`, `(out, in)`, of `(M, out)` and `(M, in)`; a first factor with strides is copied: the smaller one."""
+    if grad.shape[1] <= x.shape[1]:
+        return _product(grad.t(), x.t())
+    return _product(x.t(), grad.t()).t().contiguous()

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from megatron_sas.data.mlm_dataset import IGNORED
 from megatron_sas.model.bert import Bert
 from megatron_sas.objective.sas import sas_term
 
@@ -113,9 +115,48 @@ class MaskedLMWithSas(nn.Module):
 
 
 def mlm_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Σ over M positions of -log softmax(logits)[label], in float32, from logits `(M, V)` and labels `(M,)`.
+    """Σ over M positions of -log softmax(logits)[label], in float32, from logits `(M, V)` and int64 labels `(M,)`.
 
     Positions whose label is -100 do not count.
     Columns of the padded vocabulary are -inf: they take no probability and get no gradient.
+    A backward overwrites the logits with their gradient, and can be run once.
     """
-    return F.cross_entropy(logits.float(), labels, reduction="sum")
+    if torch.compiler.is_compiling():  # which needs no copies of the logits for this
+        return F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORED)
+    return _SummedCrossEntropy.apply(logits, labels)
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """A few rows at a time in float32, and the gradient in the logits' own memory.
+
+    `F.cross_entropy` makes three more arrays of the logits' size, which on a CPU takes as long as a small layer.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels):  # noqa: ANN001
+        counted = labels != IGNORED
+        lse = torch.cat([torch.logsumexp(part.float(), dim=1) for part in logits.split(_rows_at_a_time(logits))])
+        label_logits = logits.gather(1, torch.where(counted, labels, 0)[:, None]).squeeze(1)
+        ctx.save_for_backward(logits, labels, lse)
+        return torch.where(counted, lse - label_logits.float(), 0.0).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # noqa: ANN001
+        logits, labels, lse = ctx.saved_tensors
+        counted = labels != IGNORED
+        factors, columns = torch.where(counted, grad, 0.0)[:, None], torch.where(counted, labels, 0)[:, None]
+        rows = _rows_at_a_time(logits)
+        for start in range(0, len(logits), rows):
+            part = slice(start, start + rows)
+            logits_part = logits[part]
+            gradient = logits_part.float().sub_(lse[part, None]).exp_()  # the softmax, in place if float32
+            gradient.scatter_add_(1, columns[part], gradient.new_full((1, 1), -1.0).expand(len(gradient), 1))
+            logits_part.copy_(gradient.mul_(factors[part]))
+        return logits, None
+
+
+def _rows_at_a_time(logits: Tensor) -> int:
+    """As many as fit into a cache of every CPU thread; on other devices few calls matter more."""
+    values = 2**18 * torch.get_num_threads() if logits.device.type == "cpu" else 2**26
+    return max(1, values // logits.shape[1])

@@ -194,6 +194,41 @@ def test_mlm_loss_ignores_padded_columns():
     assert mlm_loss_sum(logits[:0], labels[:0]) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "size"), [((1, 1), 1.0), ((309, 4099), 1.0), ((67, 9001), 30.0), ((5, 300_001), 1.0)]
+)
+def test_mlm_loss_and_its_gradient(dtype, shape, size):
+    """Against float64, over several parts of the rows, with some that do not count; the gradient is rounded once."""
+    torch.manual_seed(0)
+    logits = (size * torch.randn(shape)).to(dtype).double().requires_grad_()
+    labels = torch.randint(0, shape[1], shape[:1])
+    labels[1::3] = -100
+    expected = F.cross_entropy(logits, labels, reduction="sum")
+    (expected * 0.37).backward()
+    tested = logits.detach().to(dtype).requires_grad_()
+    loss = mlm_loss_sum(tested.view(shape), labels)
+    assert loss.dtype == torch.float32
+    (loss * 0.37).backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-5)
+    rtol = {torch.float32: 3e-6 * max(1.0, size), torch.bfloat16: 2**-8}[dtype]
+    torch.testing.assert_close(tested.grad.double(), logits.grad, rtol=rtol, atol=3e-7)
+
+
+def test_mlm_loss_is_differentiated_once():
+    logits = torch.randn(4, 9, requires_grad=True) * 2.0
+    loss = mlm_loss_sum(logits, torch.tensor([3, -100, 5, 8]))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_labels_outside_of_the_vocabulary_are_refused():
+    for label in (-1, 9):
+        with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+            mlm_loss_sum(torch.randn(2, 9), torch.tensor([3, label]))
+
+
 @pytest.mark.parametrize("sas_scale", [0.0, 0.3])
 def test_compiled_parts_compute_the_same(sas_scale, monkeypatch):
     """Through the same tracing as on a GPU; only the generated code differs."""
