@@ -40,6 +40,31 @@ def test_loader_benchmark(tmp_path):
     assert (done.returncode, done.stderr) == (2, f"error: --batch 41: {data} has only 40 sequences\n")
 
 
+def test_linear_benchmark(tmp_path):
+    output = tmp_path / "out.json"
+    arguments = [
+        "--model",
+        "tiny",
+        "--batch",
+        "1",
+        "--seq-length",
+        "20",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+        "--output",
+        str(output),
+    ]
+    done = run_tool("benchmark_linear", *arguments)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(output.read_text())["matrices"]
+    assert [row["rows"] for row in rows] == [20, 20, 20, 20, 3, 3]
+    assert all(row[d][who] > 0 for row in rows for d in ("forward", "backward") for who in ("ours", "torch", "ratio"))
+    assert "| LM head, decoder | 3 × 128 × 30528 |" in done.stdout
+    assert run_tool("benchmark_linear", *arguments).returncode == 2  # the output exists
+
+
 def test_saving_benchmark(tmp_path):
     config, output = write_inputs(tmp_path), tmp_path / "out.json"
     arguments = ["--config", str(config), "--every", "2", "--rounds", "2", "--threads", "1"]
