@@ -17,6 +17,7 @@ def main() -> int:
     stop = StopRequest()
     stop.listen()  # before torch and deepspeed are imported, which takes seconds
     from megatron_sas import distributed
+    from megatron_sas.cli import first_line
 
     try:
         return train(stop)
@@ -28,7 +29,7 @@ def main() -> int:
         if not distributed.lost_contact(error):
             raise
         print(
-            f"error: rank {distributed.rank()}: lost contact with another process ({str(error).splitlines()[0]}); "
+            f"error: rank {distributed.rank()}: lost contact with another process ({first_line(error)}); "
             "started again, the run continues from its newest checkpoint",
             file=sys.stderr,
         )

@@ -34,6 +34,11 @@ def run_main(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind if it says nothing; torch and others go on to explain."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def progress(iterable: Iterable | None = None, **options: Any) -> tqdm:
     """`tqdm` on stderr, silent when stderr is not a terminal. Options are tqdm's (`total`, `unit`, `desc`, …)."""
     options.setdefault("disable", not sys.stderr.isatty())

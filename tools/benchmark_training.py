@@ -39,14 +39,13 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import torch
 from torch import Tensor, nn
 
-from megatron_sas.cli import InputError, run_main
+from megatron_sas.cli import InputError, first_line, run_main
 from megatron_sas.device import DEVICE_HELP, choose_device
 from megatron_sas.files import refuse_existing, write_json_atomic
 from megatron_sas.kernels import choose_backend
 from megatron_sas.metrics.benchmark import (
     Times,
     describe_device,
-    first_line,
     median_ratio,
     release_memory,
     time_interleaved,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from megatron_sas.cli import InputError
+from megatron_sas.cli import InputError, first_line
 from megatron_sas.data.alignment import Parse
 from megatron_sas.data.conllu import ConlluSentence
 from megatron_sas.data.stanza_parser import StanzaParser, describe_stanza
@@ -160,13 +160,13 @@ def make_parser(specification: str) -> Parser:
     except InputError:
         raise
     except Exception as error:  # of the library's own kinds: files cut off, another version, no memory on the device
-        raise InputError(f"--parser {specification}: cannot be loaded ({first_line(error)})") from error
+        raise InputError(f"--parser {specification}: cannot be loaded ({kind_and_reason(error)})") from error
 
 
-def first_line(error: Exception) -> str:
+def kind_and_reason(error: Exception) -> str:
     """The kind of an error of a library and the first line of what it says."""
-    reason = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+    kind, reason = type(error).__name__, first_line(error)
+    return kind if reason == kind else f"{kind}: {reason}"
 
 
 def describe_parser(specification: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_sas.cli import InputError
 from megatron_sas.data.alignment import Parse, align
-from megatron_sas.data.parses import RelationNames, first_line, make_parser
+from megatron_sas.data.parses import RelationNames, kind_and_reason, make_parser
 from megatron_sas.data.sources import Unit
 from megatron_sas.data.tokenizer import plain_text_tokenizer
 from megatron_sas.processes import end_with_parent
@@ -84,7 +84,7 @@ class Worker:
         try:
             return self._chunk(contents, {})
         except Exception as error:  # parsers are large programs: a text that one cannot bear must not end hours of work
-            reason = f"the parser fails ({first_line(error)})"
+            reason = f"the parser fails ({kind_and_reason(error)})"
         # Out here nothing holds on to the memory that the failed attempt took.
         if len(contents) == 1:
             return self._chunk(contents, {0: reason})

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_sas.cli import InputError
+from megatron_sas.cli import InputError, first_line
 from megatron_sas.engine.environment import environment_from_launcher, number_of_processes
 from megatron_sas.engine.signals import rank_by_launcher
 
@@ -82,7 +82,7 @@ class Report:
                 self._store.wait(keys, self.timeout)
             found = [json.loads(self._store.get(key)) if self._store.check([key]) else None for key in keys]
         except RuntimeError as error:
-            print(f"problem  {self.where}: processes: lost contact with the first ({_first_line(error)})", flush=True)
+            print(f"problem  {self.where}: processes: lost contact with the first ({first_line(error)})", flush=True)
             self._store = None
             return False
         self._exchanges += 1
@@ -143,7 +143,7 @@ class Report:
         except (RuntimeError, ValueError) as error:
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             message = (
-                f"cannot meet the others at {place} ({_first_line(error)}); is MASTER_ADDR the first host, and "
+                f"cannot meet the others at {place} ({first_line(error)}); is MASTER_ADDR the first host, and "
                 "MASTER_PORT free there and open to the others?"
             )
             if self.rank > 0:  # the first will not hear of it
@@ -189,7 +189,3 @@ def _of_others(found: list[dict[str, Any] | None]) -> list[str]:
         there = " but ".join(f"{device} on {', '.join(who)}" for device, who in sorted(devices.items()))
         lines.append(f"processes: {there}; all must train on the same")
     return lines
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_sas.cli import progress
+from megatron_sas.cli import first_line, progress
 
 MOST_QUEUED = 20  # calls in a row
 
@@ -124,11 +124,6 @@ def time_interleaved(
             del times[name]
             release_memory(device)  # not before the error is gone, which holds its frames and they their tensors
     return times
-
-
-def first_line(error: Exception) -> str:
-    """An error's message, cut where torch goes on to explain."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def release_memory(device: torch.device) -> None:
