@@ -8,11 +8,13 @@ import warnings
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.lines import Line2D
 from synthetic_runs import FIELDS, RELATIONS, write_run
 
 from megatron_sas.analysis.analyse import analyse
 from megatron_sas.analysis.comparisons import summarize
-from megatron_sas.analysis.figures.style import label_styles
+from megatron_sas.analysis.figures.style import draw_legend, finish_grid, label_styles, new_figure
 from megatron_sas.analysis.figures.trajectories import draw
 from megatron_sas.analysis.loading import load_runs
 from megatron_sas.analysis.report import write_analysis
@@ -182,3 +184,25 @@ def test_relations_and_fields_are_means_over_runs(runs):
     fields = {row["name"]: row for row in breakdown_rows(found, "blimp_fields")}
     expected = [run.evaluations[0]["blimp_fields"]["determiner_noun"] for run in runs[:2]]
     assert fields["determiner noun"]["cells"][0]["untrained"] == pytest.approx(sum(expected) / 2)
+
+
+@pytest.mark.parametrize(("width", "columns"), [(9.5, 5), (6.0, 4), (4.5, 3), (1.0, 1)])
+def test_legends_are_as_wide_as_their_figure_allows(width, columns):
+    figure = new_figure(width, 3.0)
+    handles = [Line2D([], [], label=f"condition-{i}") for i in range(11)]
+    draw_legend(figure, handles)
+    (legend,) = figure.legends
+    assert legend._ncols == columns
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    assert columns == 1 or legend.get_window_extent(renderer).width <= figure.bbox.width
+    assert [text.get_text() for text in legend.get_texts()] == [f"condition-{i}" for i in range(11)]
+
+
+@pytest.mark.parametrize(("panels", "labelled"), [(2, [0, 1]), (3, [0, 1, 2]), (5, [2, 3, 4]), (6, [3, 4, 5])])
+def test_grids_have_steps_below_every_column(panels, labelled):
+    axes = new_figure(5, 3).subplots(-(-panels // 3), 3, sharex=True, squeeze=False)
+    finish_grid(axes, panels)
+    flat = list(axes.flat)
+    assert [i for i, axis in enumerate(flat) if axis.get_xlabel()] == labelled
+    assert all(flat[i].xaxis.get_tick_params()["labelbottom"] for i in labelled)
+    assert [axis.axison for axis in flat] == [i < panels for i in range(len(flat))]

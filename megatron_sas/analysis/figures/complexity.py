@@ -10,7 +10,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from megatron_sas.analysis.comparisons import Condition, runs_of
-from megatron_sas.analysis.figures.style import GREY, STYLE, draw_curves, label_styles, new_figure, plain, scale_steps
+from megatron_sas.analysis.figures.style import (
+    GREY,
+    STYLE,
+    draw_curves,
+    draw_legend,
+    label_styles,
+    new_figure,
+    plain,
+    scale_steps,
+)
 from megatron_sas.analysis.run_onsets import BLIMP, UAS, Onsets, clear_bend
 
 MEASURES = (
@@ -50,6 +59,5 @@ def draw_complexity(found: Sequence[Condition], onsets: Onsets, x_scale: str = "
             Line2D([], [], color=colour, linestyle=dash, linewidth=2.2, label=plain(label))
             for label, (colour, dash) in styles.items()
         ] + [Line2D([], [], color=GREY, linestyle=dash, linewidth=1.2, label=name) for _, dash, name in marks]
-        columns = min(len(handles), 5)
-        figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=9.5)
+        draw_legend(figure, handles)
     return figure

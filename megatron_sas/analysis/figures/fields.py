@@ -14,6 +14,8 @@ from megatron_sas.analysis.figures.style import (
     GREY,
     STYLE,
     draw_curves,
+    draw_legend,
+    finish_grid,
     label_styles,
     marker_of,
     new_figure,
@@ -37,8 +39,6 @@ def draw_fields_over_steps(found: Sequence[Condition], x_scale: str = "linear") 
     with mpl.rc_context(STYLE):
         figure = new_figure(9.5, 2.3 * rows + 0.6)
         axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for axis in axes.flat[len(names) :]:
-            axis.set_axis_off()
         for axis, name in zip(axes.flat, names, strict=False):
             for condition in found:
                 curves = [curve for run in condition.runs if len(curve := field_curve(run, name))]
@@ -47,8 +47,7 @@ def draw_fields_over_steps(found: Sequence[Condition], x_scale: str = "linear") 
             axis.axhline(0.5, color=GREY, linewidth=0.9, linestyle=":")
             axis.set_title(plain(name.replace("_", " ")), fontsize=10)
         scale_steps(axes[0, 0], runs, x_scale)
-        for axis in axes[-1]:
-            axis.set_xlabel("training step")
+        finish_grid(axes, len(names))
         for axis in axes[:, 0]:
             axis.set_ylabel("accuracy")
         _legend(figure, styles, line=True)
@@ -109,4 +108,4 @@ def _legend(figure: Figure, styles: dict[str, tuple[str, str]], line: bool) -> N
         else Line2D([], [], color=colour, linestyle="", marker=marker_of(dash), label=plain(label))
         for label, (colour, dash) in styles.items()
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 5), frameon=False, fontsize=9.5)
+    draw_legend(figure, handles)

@@ -11,7 +11,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from megatron_sas.analysis.comparisons import Condition
-from megatron_sas.analysis.figures.style import STYLE, mean_curve, new_figure, plain
+from megatron_sas.analysis.figures.style import STYLE, finish_grid, mean_curve, new_figure, plain
 from megatron_sas.analysis.trajectories import Curve, Run
 
 MAX_RELATIONS = 14
@@ -31,12 +31,10 @@ def draw_relations(found: Sequence[Condition]) -> Figure | None:
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         figure = new_figure(3.6 * columns + 1.4, rows * (0.24 * len(names) + 0.8) + 0.3)
         axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for axis in axes.flat[len(panels) :]:
-            axis.set_axis_off()
         for axis, (label, curves) in zip(axes.flat, panels, strict=False):
             mesh = _heat(axis, curves)
             axis.set_title(plain(label), fontsize=10)
-            axis.set_xlabel("training step")
+        finish_grid(axes, len(panels))
         axes[0, 0].set_yticks(np.arange(len(names)), names)
         figure.colorbar(mesh, ax=axes, label="accuracy of the best head", shrink=0.8)
     return figure

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_sas.analysis.comparisons import Condition
-from megatron_sas.analysis.figures.style import GREY, PALETTE, STYLE, new_figure, plain
+from megatron_sas.analysis.figures.style import GREY, PALETTE, STYLE, draw_legend, new_figure, plain
 from megatron_sas.analysis.responses import ResponsePoint, StageResponse
 from megatron_sas.analysis.statistics import Estimate
 from megatron_sas.analysis.trajectories import METRICS, Metric
@@ -38,8 +38,7 @@ def draw_weight_response(points: Sequence[ResponsePoint], controls: Sequence[Res
             axis.margins(x=0.08)
             axis.set_xlabel("λ")
             axis.set_title(metric.title, fontsize=10)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9.5)
+        draw_legend(figure, axes[0].get_legend_handles_labels()[0])
     return figure
 
 
@@ -58,8 +57,7 @@ def draw_stage_response(response: StageResponse, base: Condition | None) -> Figu
             axis.set_xlabel("step of release")
             axis.set_title(metric.title, fontsize=10)
             axis.set_xlim(left=0)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9.5)
+        draw_legend(figure, axes[0].get_legend_handles_labels()[0])
     return figure
 
 

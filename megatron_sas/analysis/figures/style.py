@@ -7,7 +7,9 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
@@ -42,6 +44,16 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG or SVG, by the path's suffix, without the time of writing in it."""
     with mpl.rc_context(STYLE):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
+
+
+def draw_legend(figure: Figure, handles: Sequence[Artist], most_columns: int = 5) -> None:
+    """A legend above everything else, in as many columns as the figure is wide enough for."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for columns in range(max(1, min(len(handles), most_columns)), 0, -1):
+        legend = figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=9.5)
+        if columns == 1 or legend.get_window_extent(renderer).width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def label_styles(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
@@ -88,6 +100,15 @@ def draw_curves(axis: Axes, curves: Sequence[Curve], colour: str, dash: str) -> 
     if several:
         mean = mean_curve(curves)
         axis.plot(mean.steps, mean.values, color=colour, linestyle=dash, linewidth=2.2, zorder=4)
+
+
+def finish_grid(axes: np.ndarray, panels: int) -> None:
+    """Of a grid `(rows, columns)` whose first panels are drawn: hide the others, and label steps below each column."""
+    for axis in axes.flat[panels:]:
+        axis.set_axis_off()
+    for axis in axes.flat[max(0, panels - axes.shape[1]) : panels]:
+        axis.set_xlabel("training step")
+        axis.tick_params(labelbottom=True)
 
 
 def scale_steps(axis: Axes, runs: Sequence[Run], x_scale: str) -> None:

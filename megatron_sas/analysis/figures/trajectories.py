@@ -10,7 +10,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from megatron_sas.analysis.figures.style import GREY, STYLE, draw_curves, label_styles, new_figure, plain, scale_steps
+from megatron_sas.analysis.figures.style import (
+    GREY,
+    STYLE,
+    draw_curves,
+    draw_legend,
+    label_styles,
+    new_figure,
+    plain,
+    scale_steps,
+)
 from megatron_sas.analysis.run_onsets import Onsets, RunOnset
 from megatron_sas.analysis.trajectories import METRICS, Metric, Run, conditions
 
@@ -115,4 +124,4 @@ def _legend(figure: Figure, styles: dict[str, tuple[str, str]], onsets: Onsets) 
         dot = {"color": GREY, "marker": "o", "markersize": 3.2, "linestyle": "-" if over else ""}
         handles.append(Line2D([], [], label=f"onset of a run{over}", **dot))
     handles.append(Line2D([], [], color=GREY, alpha=0.35, linewidth=0.9, label="training loss"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 5), frameon=False, fontsize=9.5)
+    draw_legend(figure, handles)
