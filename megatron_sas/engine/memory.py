@@ -112,18 +112,19 @@ def estimate_memory(
         optimizer = gradients = 0.0
     if _on_host(zero.get("offload_param")) and cuda:
         weights -= compute * n / world_size
+    masked = round(micro_batch_size * seq_length * mask_prob)
     activations = activation_bytes(
         config,
         micro_batch_size=micro_batch_size,
         seq_length=seq_length,
-        masked=round(micro_batch_size * seq_length * mask_prob),
+        masked=masked,
         autocast=bf16 and zero_stage == 0,
         compute=compute,
         sas=sas,
         cuda=cuda,
     )
-    # The logits and their gradient, beside the log-softmax that is kept.
-    head = 2 * FP32 * round(micro_batch_size * seq_length * mask_prob) * config.padded_vocab_size
+    # The gradient of the logits: in compiled code beside them, else in their place.
+    head = (BF16 if bf16 else FP32) * masked * config.padded_vocab_size if cuda else 0
     return MemoryEstimate(weights, gradients, optimizer, buffers, activations + head)
 
 
@@ -153,7 +154,7 @@ def activation_bytes(
     if sas:
         layer += 2 * FP32 * heads + 8  # the two probabilities, int64 heads
     embeddings = 2 * norm_input * c + mask * c + 16
-    head = masked * (4 * inner * c + FP32 * vocab)
+    head = masked * inner * (4 * c + vocab)
     return micro_batch_size * seq_length * (config.num_layers * layer + embeddings) + head
 
 

@@ -94,8 +94,10 @@ def test_a_signal_before_torch_is_imported_is_not_lost(config, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_a_signal_ends_a_dry_run_at_once(config, tmp_path, number, code):
     command = [sys.executable, "pretrain_mlm.py", "--config", config, "--run.output_dir", tmp_path / "run", "--dry-run"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(list(map(str, command)), cwd=ROOT, **pipes) as process:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+    # Where the tests are a background job of a shell, they and their children ignore SIGINT.
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(list(map(str, command)), **options) as process:
         assert process.stdout.readline() == "ok       processes: 1\n"
         process.send_signal(number)
         rest = process.stdout.read()
