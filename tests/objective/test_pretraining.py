@@ -200,19 +200,20 @@ def test_mlm_loss_ignores_padded_columns():
 )
 def test_mlm_loss_and_its_gradient(dtype, shape, size):
     """Against float64, over several parts of the rows, with some that do not count; the gradient is rounded once."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     logits = (size * torch.randn(shape)).to(dtype).double().requires_grad_()
     labels = torch.randint(0, shape[1], shape[:1])
     labels[1::3] = -100
     expected = F.cross_entropy(logits, labels, reduction="sum")
     (expected * 0.37).backward()
-    tested = logits.detach().to(dtype).requires_grad_()
-    loss = mlm_loss_sum(tested.view(shape), labels)
+    tested = logits.detach().to(device, dtype).requires_grad_()
+    loss = mlm_loss_sum(tested.view(shape), labels.to(device))
     assert loss.dtype == torch.float32
     (loss * 0.37).backward()
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(loss.double().cpu(), expected, rtol=1e-6, atol=1e-5)
     rtol = {torch.float32: 3e-6 * max(1.0, size), torch.bfloat16: 2**-8}[dtype]
-    torch.testing.assert_close(tested.grad.double(), logits.grad, rtol=rtol, atol=3e-7)
+    torch.testing.assert_close(tested.grad.double().cpu(), logits.grad, rtol=rtol, atol=3e-7)
 
 
 def test_mlm_loss_is_differentiated_once():
