@@ -58,6 +58,7 @@ def analyse(
     ordered = runs_of(found)
     onsets = find_onsets(ordered, delta, replicates, seed)
     syntax, controls = weight_response(found)
+    to_controls = compare_to_controls(found, ordered)
     return Analysis(
         runs=ordered,
         found=found,
@@ -65,12 +66,12 @@ def analyse(
         replicates=replicates,
         onsets=onsets,
         orders={condition.label: order_of(condition.runs, onsets) for condition in found},
-        to_controls=compare_to_controls(found, ordered),
+        to_controls=to_controls,
         weights=syntax,
         control_weights=controls,
         stages=stage_responses(found),
         claims=answer_claims(found, onsets, delta),
-        findings=narrate(found, onsets),
+        findings=narrate(found, onsets, to_controls),
         notes=[*notes, *caveats(found)],
         title=title or TITLE,
     )

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sas.analysis.comparisons import WHOLE, Condition, runs_of, whole_runs
+from megatron_sas.analysis.comparisons import WHOLE, Comparison, Condition, runs_of, whole_runs
 from megatron_sas.analysis.run_onsets import Onsets, Order, RunOnset, mean_step, order_of
-from megatron_sas.analysis.trajectories import METRICS, TABLE_METRICS, Metric
+from megatron_sas.analysis.trajectories import METRICS, Metric
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,22 @@ class Finding:
     text: str
 
 
-def narrate(found: Sequence[Condition], onsets: Onsets) -> list[Finding]:
-    """Plain sentences about what happened, and what did not, computed from the data alone."""
+def narrate(found: Sequence[Condition], onsets: Onsets, to_controls: Sequence[Comparison] = ()) -> list[Finding]:
+    """Plain sentences about what happened, and what did not, computed from the data alone.
+
+    `to_controls` are those of `compare_to_controls`, with the same λ on either side.
+    """
     findings = []
     for condition in found:
         sentences = [_onset_sentence(condition, onsets), *_order_sentence(condition, onsets), *_uas_sentence(condition)]
         findings.append(Finding(condition.label, " ".join(sentences)))
-    findings += [Finding(c.label, _difference_sentence(c)) for c in found if c.difference]
+    for condition in found:
+        if condition.difference:
+            differences = list(condition.difference.values())
+            findings.append(Finding(condition.label, _difference_sentence("the base (λ = 0)", differences)))
+    for left, right in dict.fromkeys((c.left, c.right) for c in to_controls):
+        differences = [c for c in to_controls if (c.left, c.right) == (left, right)]
+        findings.append(Finding(left, _difference_sentence(f"{right} (the same λ)", differences)))
     return findings
 
 
@@ -147,13 +156,10 @@ def _uas_sentence(condition: Condition) -> list[str]:
     return [f"UAS ends at {condition.final['uas'].mean:.3f} ({', '.join(beside)})."] if beside else []
 
 
-def _difference_sentence(condition: Condition) -> str:
+def _difference_sentence(beside: str, comparisons: Sequence[Comparison]) -> str:
     parts = []
-    for metric in TABLE_METRICS:
-        comparison = condition.difference.get(metric.name)
-        if comparison is None:
-            continue
-        value = comparison.value
+    for comparison in comparisons:
+        metric, value = comparison.metric, comparison.value
         spread = "" if value.error is None else f" ± {value.error:.3f}"
         if round(abs(value.mean), 3) == 0:
             parts.append(f"{metric.title} equal{spread and f' ({spread.strip()})'}")
@@ -161,7 +167,7 @@ def _difference_sentence(condition: Condition) -> str:
         doubt = " (not significant in this table)" if value.p is not None and not comparison.sign_shown() else ""
         way = "lower" if value.mean < 0 else "higher"
         parts.append(f"{metric.title} {abs(value.mean):.3f}{spread} {way}{doubt}")
-    return f"Compared with the base (λ = 0), {condition.label} ends with {_join(parts)}."
+    return f"Compared with {beside}, {comparisons[0].left} ends with {_join(parts)}."
 
 
 def _join(parts: Sequence[str]) -> str:

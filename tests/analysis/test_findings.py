@@ -5,7 +5,7 @@ import statistics
 import pytest
 from synthetic_runs import write_run
 
-from megatron_sas.analysis.comparisons import summarize
+from megatron_sas.analysis.comparisons import compare_to_controls, summarize
 from megatron_sas.analysis.findings import caveats, narrate
 from megatron_sas.analysis.loading import load_runs
 from megatron_sas.analysis.run_onsets import default_delta, find_onsets
@@ -103,3 +103,23 @@ def test_default_delta(tmp_path, paths):
     assert default_delta(runs) == 90
     assert default_delta(load_runs([write_run(tmp_path / "sparse", steps=600, every=100)])) == 100
     assert default_delta(load_runs([write_run(tmp_path / "start", steps=0)])) == 1
+
+
+def test_controls_are_compared_at_the_same_weight(tmp_path):
+    """Same seeds, same λ: what the regularizer does to grammar beyond what its control does."""
+    conditions = {"base": (0.0, None, 0.25), "minus": (0.015, None, 0.2), "permuted": (0.015, "permuted", 0.0)}
+    paths, labels = [], []
+    for label, (weight, heads, blimp) in conditions.items():
+        for seed in range(3):
+            path = tmp_path / f"{label}-{seed}"
+            paths.append(write_run(path, seed=seed, weight=weight, heads=heads, blimp_gain=blimp))
+            labels.append(label)
+    runs = load_runs(paths, labels)
+    found, onsets = summarize(runs), find_onsets(runs, 90)
+    comparisons = compare_to_controls(found, runs)
+    sentences = [finding.text for finding in narrate(found, onsets, comparisons)]
+    (beside,) = [s for s in sentences if s.startswith("Compared with permuted (the same λ), minus ends with ")]
+    blimp = next(c for c in comparisons if c.metric.name == "blimp")
+    assert f"BLiMP {blimp.value.mean:.3f} ± {blimp.value.error:.3f} higher" in beside and "MLM loss" in beside
+    assert sentences.index(beside) == len(sentences) - 1
+    assert not any("same λ" in finding.text for finding in narrate(found, onsets))
