@@ -3,8 +3,8 @@
     python tools/benchmark_linear.py --model mini --batch 4 --threads 1 --output linear.json
 
 Every matrix of a model, float32, forward and backward (gradients of input, weight and bias) in turns with
-`torch.nn.functional.linear`. The ratio is the median of the ratios within a round. Where ours has nothing better
-(other dtypes and devices, CPUs without AVX-512) it is torch's own, so the ratio is 1.
+`torch.nn.functional.linear`. The ratio is the median of the ratios within a round. On CPUs without AVX-512 ours is
+torch's own, so the ratio is 1.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class Finding:
     text: str
 
 
-def narrate(found: Sequence[Condition], onsets: Onsets, to_controls: Sequence[Comparison] = ()) -> list[Finding]:
+def narrate(found: Sequence[Condition], onsets: Onsets, to_controls: Sequence[Comparison]) -> list[Finding]:
     """Plain sentences about what happened, and what did not, computed from the data alone.
 
     `to_controls` are those of `compare_to_controls`, with the same λ on either side.

@@ -129,7 +129,7 @@ def mlm_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
 class _SummedCrossEntropy(torch.autograd.Function):
     """A few rows at a time in float32, and the gradient in the logits' own memory.
 
-    `F.cross_entropy` makes three more arrays of the logits' size, and on a CPU memory is what it waits for.
+    `F.cross_entropy` makes three more arrays of the logits' size.
     """
 
     @staticmethod

@@ -13,7 +13,7 @@ from megatron_sas.analysis.run_onsets import default_delta, find_onsets
 
 def analyse(runs, delta=90):
     onsets, found = find_onsets(runs, delta), summarize(runs)
-    return onsets, found, [finding.text for finding in narrate(found, onsets)]
+    return onsets, found, [finding.text for finding in narrate(found, onsets, [])]
 
 
 @pytest.fixture(scope="module")
@@ -122,4 +122,4 @@ def test_controls_are_compared_at_the_same_weight(tmp_path):
     blimp = next(c for c in comparisons if c.metric.name == "blimp")
     assert f"BLiMP {blimp.value.mean:.3f} ± {blimp.value.error:.3f} higher" in beside and "MLM loss" in beside
     assert sentences.index(beside) == len(sentences) - 1
-    assert not any("same λ" in finding.text for finding in narrate(found, onsets))
+    assert not any("same λ" in finding.text for finding in narrate(found, onsets, []))

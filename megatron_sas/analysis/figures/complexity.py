@@ -13,11 +13,11 @@ from megatron_sas.analysis.comparisons import Condition, runs_of
 from megatron_sas.analysis.figures.style import (
     GREY,
     STYLE,
+    condition_lines,
     draw_curves,
     draw_legend,
     label_styles,
     new_figure,
-    plain,
     scale_steps,
 )
 from megatron_sas.analysis.run_onsets import BLIMP, UAS, Onsets, clear_bend
@@ -55,9 +55,7 @@ def draw_complexity(found: Sequence[Condition], onsets: Onsets, x_scale: str = "
         scale_steps(axes[-1], runs, x_scale)
         axes[-1].set_xlabel("training step")
         figure.align_ylabels(axes)
-        handles = [
-            Line2D([], [], color=colour, linestyle=dash, linewidth=2.2, label=plain(label))
-            for label, (colour, dash) in styles.items()
-        ] + [Line2D([], [], color=GREY, linestyle=dash, linewidth=1.2, label=name) for _, dash, name in marks]
+        handles = condition_lines(styles)
+        handles += [Line2D([], [], color=GREY, linestyle=dash, linewidth=1.2, label=name) for _, dash, name in marks]
         draw_legend(figure, handles)
     return figure

@@ -13,6 +13,7 @@ from megatron_sas.analysis.comparisons import Condition, runs_of
 from megatron_sas.analysis.figures.style import (
     GREY,
     STYLE,
+    condition_lines,
     draw_curves,
     draw_legend,
     finish_grid,
@@ -50,7 +51,7 @@ def draw_fields_over_steps(found: Sequence[Condition], x_scale: str = "linear") 
         finish_grid(axes, len(names))
         for axis in axes[:, 0]:
             axis.set_ylabel("accuracy")
-        _legend(figure, styles, line=True)
+        draw_legend(figure, condition_lines(styles))
     return figure
 
 
@@ -79,7 +80,11 @@ def draw_final_fields(found: Sequence[Condition]) -> Figure | None:
         axis.set_xticks(np.arange(len(names)), [plain(name.replace("_", "\n")) for name in names])
         axis.grid(visible=False, axis="x")
         axis.set_ylabel("accuracy at the end")
-        _legend(figure, styles, line=False)
+        handles = [
+            Line2D([], [], color=colour, linestyle="", marker=marker_of(dash), label=plain(label))
+            for label, (colour, dash) in styles.items()
+        ]
+        draw_legend(figure, handles)
     return figure
 
 
@@ -99,13 +104,3 @@ def field_curve(run: Run, name: str) -> Curve:
         value = (record.get("blimp_fields") or {}).get(name, (record.get("blimp_terms") or {}).get(name))
         points += [(record["step"], value)] if value is not None else []
     return Curve(*np.array(points, np.float64).reshape(-1, 2).T)
-
-
-def _legend(figure: Figure, styles: dict[str, tuple[str, str]], line: bool) -> None:
-    handles = [
-        Line2D([], [], color=colour, linestyle=dash, linewidth=2.2, label=plain(label))
-        if line
-        else Line2D([], [], color=colour, linestyle="", marker=marker_of(dash), label=plain(label))
-        for label, (colour, dash) in styles.items()
-    ]
-    draw_legend(figure, handles)

@@ -11,6 +11,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import ScalarFormatter
 
 from megatron_sas.analysis.trajectories import Curve, Run, conditions
@@ -46,10 +47,18 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
 
 
-def draw_legend(figure: Figure, handles: Sequence[Artist], most_columns: int = 5) -> None:
-    """A legend above everything else, in as many columns as the figure is wide enough for."""
+def condition_lines(styles: dict[str, tuple[str, str]]) -> list[Artist]:
+    """A legend's entries for the lines of conditions."""
+    return [
+        Line2D([], [], color=colour, linestyle=dash, linewidth=2.2, label=plain(label))
+        for label, (colour, dash) in styles.items()
+    ]
+
+
+def draw_legend(figure: Figure, handles: Sequence[Artist]) -> None:
+    """A legend above everything else, in as many columns as the figure is wide enough for, at most five."""
     renderer = FigureCanvasAgg(figure).get_renderer()
-    for columns in range(max(1, min(len(handles), most_columns)), 0, -1):
+    for columns in range(max(1, min(len(handles), 5)), 0, -1):
         legend = figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=9.5)
         if columns == 1 or legend.get_window_extent(renderer).width <= figure.bbox.width:
             return

@@ -13,11 +13,11 @@ from matplotlib.lines import Line2D
 from megatron_sas.analysis.figures.style import (
     GREY,
     STYLE,
+    condition_lines,
     draw_curves,
     draw_legend,
     label_styles,
     new_figure,
-    plain,
     scale_steps,
 )
 from megatron_sas.analysis.run_onsets import Onsets, RunOnset
@@ -113,10 +113,7 @@ def _draw_weight(axis: Axes, runs: Sequence[Run], styles: dict[str, tuple[str, s
 
 
 def _legend(figure: Figure, styles: dict[str, tuple[str, str]], onsets: Onsets) -> None:
-    handles = [
-        Line2D([], [], color=colour, linestyle=dash, linewidth=2.2, label=plain(label))
-        for label, (colour, dash) in styles.items()
-    ]
+    handles = condition_lines(styles)
     clear = [onset for by_metric in onsets.values() for onset in by_metric.values() if onset.bend.clear]
     if clear:
         handles.append(Line2D([], [], color=GREY, linestyle=(0, (4, 3)), linewidth=1.1, label="onset, mean"))
