@@ -126,7 +126,7 @@ def test_the_dry_run_of_two_nodes(config, tmp_path):
     assert output.count("ok       processes: 2\n") == output.count("ready: nothing was written\n") == 1
     missing = ("--data.train=nothing", "--data.validation=null")
     code, output = Job(tmp_path, "multi_node_srun.sbatch", *arguments, *missing, options=options).finish(60)
-    assert code == 2, output
+    assert code in (2, 137), output  # 137: the task that ended last was killed because the other had ended with 2
     assert output.count("problem ") == output.count("1 problem; a run would fail\n") == 1
     assert not (tmp_path / "run").exists()
 
