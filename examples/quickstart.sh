@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole loop of the paper on one machine, with the embedded corpus: corpus → packed data → three runs (base, SAS-,
-# SAS+) → evaluation of the exported model → report. About eight minutes on two cores.
+# SAS+) → evaluation of the exported model → report. Five to eight minutes on two cores.
 #
 #   bash examples/quickstart.sh DIRECTORY
 set -euo pipefail

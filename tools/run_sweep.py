@@ -108,7 +108,7 @@ def run_here(sweep: Sweep, directory: Path, jobs: int | None, processes: int) ->
         raise InputError(f"--jobs {jobs} × --processes {processes}: there are {len(devices)} GPUs; lower one of them")
     free = [devices[i * processes : (i + 1) * processes] for i in range(jobs)]
     waiting = [run for run in sweep.runs if not run.finished]
-    running: dict[subprocess.Popen, tuple[PlannedRun, list[str]]] = {}
+    running: dict[subprocess.Popen, Running] = {}
     failed: list[PlannedRun] = []
     stopping = Stopping()
     (directory / "logs").mkdir(parents=True, exist_ok=True)
@@ -117,27 +117,51 @@ def run_here(sweep: Sweep, directory: Path, jobs: int | None, processes: int) ->
     with _listening() as asked, progress(total=total, unit="step", desc="sweep") as bar:
         while running or (waiting and not asked):
             while free and not asked and (run := _next(waiting, running)):
-                gpus = free.pop()
-                running[_start(sweep, run, directory, gpus, jobs, processes)] = (run, gpus)
+                started = Running(run, free.pop(), _log(run, directory))
+                running[_start(sweep, started, jobs, processes)] = started
             if asked:
-                for process, (run, _) in running.items():
-                    stopping.ask(process, run.directory)
+                for process, started in running.items():
+                    stopping.ask(process, started.run.directory)
             time.sleep(POLL_SECONDS)
             for process in [p for p in running if p.poll() is not None]:
-                run, gpus = running.pop(process)
+                ended = running.pop(process)
+                run = ended.run
                 stopping.ended(process)
-                free.append(gpus)
+                free.append(ended.gpus)
                 done[run.directory] = run.steps_done
-                _report(run, process.returncode, directory, bar, stopped=bool(asked))
+                _say(ended.outcome(process.returncode, stopped=bool(asked)), bar)
                 if not run.finished and not asked:
-                    failed += _give_up(run, waiting)
-            done |= {run.directory: run.steps_done for run, _ in running.values()}
+                    lost = _branches_lost(run, waiting)
+                    failed += [run, *lost]
+                    for branch in lost:
+                        _say(f"{branch.name}: not started, because {run.name} failed", bar)
+            done |= {started.run.directory: started.run.steps_done for started in running.values()}
             bar.n = sum(done.values())
             bar.refresh()
     if asked:
         print("stopped; the same command continues", file=sys.stderr)
         return [run for run in sweep.runs if not run.finished]
     return failed
+
+
+class Running:
+    """A run that is being made, on which GPUs, and its log, which earlier attempts have begun."""
+
+    def __init__(self, run: PlannedRun, gpus: list[str], log: Path) -> None:
+        self.run, self.gpus, self.log = run, gpus, log
+        self._begin = log.stat().st_size if log.exists() else 0
+
+    def outcome(self, code: int, stopped: bool) -> str:
+        """How it ended, in words."""
+        if self.run.finished:
+            return f"{self.run.name}: finished"
+        if stopped:
+            return f"{self.run.name}: stopped after {self.run.steps_done} updates"
+        lines = self.log.read_bytes()[self._begin :].decode(errors="replace").strip().splitlines()
+        last = next((text for text in reversed(lines) if "error" in text.lower()), lines[-1] if lines else "no output")
+        signals = {number.value: number.name for number in signal.Signals}
+        how = f"failed with exit code {code}" if code >= 0 else f"was killed by {signals.get(-code, f'signal {-code}')}"
+        return f"{self.run.name}: {how} ({last}); see {self.log}"
 
 
 @contextlib.contextmanager
@@ -162,19 +186,19 @@ def _devices() -> list[str]:
     return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
 
 
-def _give_up(run: PlannedRun, waiting: list[PlannedRun]) -> list[PlannedRun]:
-    """A run that failed, and those taken out of `waiting` that would branch from it."""
-    branches = [other for other in waiting if other.parent == run.directory]
-    for branch in branches:
-        waiting.remove(branch)
-    return [run, *(lost for branch in branches for lost in _give_up(branch, waiting))]
+def _branches_lost(run: PlannedRun, waiting: list[PlannedRun]) -> list[PlannedRun]:
+    """Take out of `waiting` what would branch, in turn, from a run that failed before that checkpoint."""
+    lost = []
+    for other in [other for other in waiting if other.parent == run.directory]:
+        if not Path(other.config.run.branch_from).is_dir():
+            waiting.remove(other)
+            lost += [other, *_branches_lost(other, waiting)]
+    return lost
 
 
-def _next(
-    waiting: list[PlannedRun], running: dict[subprocess.Popen, tuple[PlannedRun, list[str]]]
-) -> PlannedRun | None:
+def _next(waiting: list[PlannedRun], running: dict[subprocess.Popen, Running]) -> PlannedRun | None:
     """Take the first run out of `waiting` that need not wait for another."""
-    busy = {run.directory for run in waiting} | {run.directory for run, _ in running.values()}
+    busy = {run.directory for run in waiting} | {started.run.directory for started in running.values()}
     for run in waiting:
         if run.parent not in busy:
             waiting.remove(run)
@@ -182,20 +206,18 @@ def _next(
     return None
 
 
-def _start(
-    sweep: Sweep, run: PlannedRun, directory: Path, gpus: list[str], jobs: int, processes: int
-) -> subprocess.Popen:
+def _start(sweep: Sweep, started: Running, jobs: int, processes: int) -> subprocess.Popen:
     environment = dict(os.environ)
-    if gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    if started.gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(started.gpus)
     threads = max(1, len(os.sched_getaffinity(0)) // (jobs * processes))
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     launcher = [sys.executable]
     if processes > 1:  # --standalone finds a free port, so that several runs do not meet
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    with _log(run, directory).open("a") as log:
+    with started.log.open("a") as log:
         return subprocess.Popen(
-            [*launcher, str(ROOT / "pretrain_mlm.py"), *trainer_arguments(sweep, run)],
+            [*launcher, str(ROOT / "pretrain_mlm.py"), *trainer_arguments(sweep, started.run)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -242,16 +264,7 @@ def _log(run: PlannedRun, directory: Path) -> Path:
     return directory / "logs" / f"{run.condition}-{run.directory.name}.log"
 
 
-def _report(run: PlannedRun, code: int, directory: Path, bar: progress, stopped: bool) -> None:
-    """Say how a run ended."""
-    if run.finished:
-        line = f"{run.name}: finished"
-    elif stopped:
-        line = f"{run.name}: stopped after {run.steps_done} updates"
-    else:
-        lines = _log(run, directory).read_text(errors="replace").strip().splitlines()
-        last = next((text for text in reversed(lines) if "error" in text.lower()), lines[-1] if lines else "no output")
-        line = f"{run.name}: failed with exit code {code} ({last}); see {_log(run, directory)}"
+def _say(line: str, bar: progress) -> None:
     bar.write(line, file=sys.stderr) if not bar.disable else print(line, flush=True)
 
 

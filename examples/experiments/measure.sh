@@ -16,7 +16,12 @@ if [ -n "$glue" ] && [ ! -d "$glue" ]; then
     exit 2
 fi
 here=$(cd "$(dirname "$0")/../.." && pwd)
+has_models() { compgen -G "$1/snapshots/step_*" || compgen -G "$1/checkpoints/step_*" || [ -e "$1/lineage.json" ]; }
 for run in "$runs"/*/seed-*; do
+    if ! has_models "$run" >/dev/null; then
+        printf '\n== %s has no models yet and is passed over\n' "$run"
+        continue
+    fi
     printf '\n== measurements of %s\n' "$run"
     python "$here/tools/eval_trajectory.py" "$run" --treebank "$treebank" --blimp "$blimp" --text "$text" "$@"
     if [ -n "$glue" ]; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's experiment with BERT mini on Wikipedia: parse, pack, controls, 9 conditions × 3 seeds on the GPUs of this
+# The paper's experiment with BERT mini on Wikipedia: parse, pack, controls, 12 conditions × 3 seeds on the GPUs of this
 # machine, measurements of every snapshot, report. Started again it goes on where it was.
 #
 #   bash examples/experiments/mini.sh DIRECTORY VOCAB TREEBANK.conllu BLIMP_DIR VALIDATION.jsonl TRAIN.jsonl …

@@ -155,8 +155,8 @@ def _early_break(found: Sequence[Condition], onsets: Onsets) -> Part:
     if not tests:
         missing = f"{MIN_RUNS} runs each of the base and of a condition with λ > 0 throughout whose loss breaks clearly"
         return Part(name, rule, NOT_TESTABLE, missing=missing, core=False)
-    resolution = _loss_spacing(found, onsets)
-    signs = [test.sign_shown() if abs(test.value.mean) >= resolution else 0 for test in tests.values()]
+    resolution = {c.label: _loss_spacing(c, found, onsets) for c in found}
+    signs = [test.sign_shown() if abs(test.value.mean) >= resolution[test.left] else 0 for test in tests.values()]
     verdict = SHOWN if -1 in signs else OPPOSITE if 1 in signs else NOT_SHOWN
     evidence = [
         f"In {test.left} the loss breaks {abs(test.value.mean):.0f} ± {test.value.error:.0f} steps "
@@ -175,13 +175,14 @@ def _onset_difference(condition: Condition, found: Sequence[Condition], onsets: 
         if not enough(len(steps), len(group)):
             return None
         sides.append(steps)
-    value = onset_difference(difference(*sides), _loss_spacing(found, onsets))
+    value = onset_difference(difference(*sides), _loss_spacing(condition, found, onsets))
     return Comparison(condition.label, base_name(runs_of(found)), LOSS_ONSET, value)
 
 
-def _loss_spacing(found: Sequence[Condition], onsets: Onsets) -> float:
-    """The widest distance of evaluations around the clear onsets of the loss."""
-    return widest([bend for run in runs_of(found) if (bend := clear_bend(onsets, run, LOSS)) is not None])
+def _loss_spacing(condition: Condition, found: Sequence[Condition], onsets: Onsets) -> float:
+    """The widest distance of evaluations around the clear onsets of the loss in the condition and the base."""
+    runs = [*condition.runs, *(run for run in runs_of(found) if run.is_base)]
+    return widest([bend for run in runs if (bend := clear_bend(onsets, run, LOSS)) is not None])
 
 
 def _to_base(condition: Condition, found: Sequence[Condition], metric: Metric) -> Comparison | None:

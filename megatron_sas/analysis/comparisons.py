@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -15,12 +16,26 @@ WHOLE = 0.95  # a run whose curve ends before this share of the longest does not
 
 @dataclass(frozen=True)
 class Condition:
-    """Runs of one label with their final values by metric name; `difference` is to the base, empty for the base."""
+    """Runs of one label with their final values by metric name; `difference` is to the base, empty for the base.
+
+    `ending` has, by metric, the runs that final values are of: the whole ones (`whole_runs`), or, where there are none,
+    all that have values, which are then compared with nothing.
+    """
 
     label: str
     runs: list[Run]
-    final: dict[str, Estimate]
+    ending: dict[str, list[Run]]
     difference: dict[str, Comparison]
+
+    @cached_property
+    def final(self) -> dict[str, Estimate]:
+        """Final values by metric name; absent where no run has one."""
+        by_name = {metric.name: metric for metric in TABLE_METRICS}
+        return {
+            name: estimate([value for run in runs if (value := run.final(by_name[name])) is not None])
+            for name, runs in self.ending.items()
+            if runs
+        }
 
     @property
     def is_base(self) -> bool:
@@ -66,13 +81,12 @@ def summarize(runs: Sequence[Run]) -> list[Condition]:
     corrected = {c.key: c for c in correct(comparisons)}
     result = []
     for label, group in groups.items():
-        final = {}
+        ending = {}
         for metric in TABLE_METRICS:
-            values = [value for run in group if (value := run.final(metric)) is not None]
-            if values:
-                final[metric.name] = estimate(values)
+            having = [run for run in group if run.final(metric) is not None]
+            ending[metric.name] = [run for run in having if str(run.path) in whole[metric.name]] or having
         differences = {m: c for (left, _, m), c in corrected.items() if left == label}
-        result.append(Condition(label, group, final, differences))
+        result.append(Condition(label, group, ending, differences))
     return result
 
 

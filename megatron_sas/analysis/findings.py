@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,23 +54,49 @@ def caveats(found: Sequence[Condition]) -> list[str]:
     runs = runs_of(found)
     unfinished = [run for run in runs if run.planned_steps and run.final_step < run.planned_steps]
     if unfinished:
-        names = ", ".join(f"{run.label}/{run.name} ({run.final_step} of {run.planned_steps})" for run in unfinished[:6])
-        more = f" and {len(unfinished) - 6} more" if len(unfinished) > 6 else ""
-        notes.append(f"Not finished: {names}{more}.")
-    last = sorted({run.final_step for run in runs})
-    shorter = {m: {str(r.path) for r in runs if r.final(m) is not None} - whole_runs(runs, m) for m in METRICS}
-    if len(last) > 1 and any(shorter.values()):
-        notes.append(
-            f"The runs do not end at the same step (they end at {last[0]} to {last[-1]}). Means of final values are of "
-            f"all runs; differences leave out runs that end before {WHOLE:.0%} of the longest."
-        )
+        names = [f"{run.label}/{run.name} ({run.final_step} of {run.planned_steps})" for run in unfinished]
+        notes.append(f"Not finished: {_listed(names)}.")
+    notes += _missing_values(found)
     for condition in found:
+        seeds = Counter(run.seed for run in condition.runs if run.seed is not None)
+        if alike := [str(seed) for seed, count in seeds.items() if count > 1]:
+            notes.append(
+                f"Runs of {condition.label} have the same seed ({', '.join(alike)}): they show less spread than seeds "
+                "have, so errors and p are too small."
+            )
         if len(schedules := {run.describe_schedule() for run in condition.runs}) > 1:
             notes.append(f"Runs of {condition.label} differ in λ: {'; '.join(sorted(schedules))}.")
+    return notes
+
+
+def _missing_values(found: Sequence[Condition]) -> list[str]:
+    """Which metrics some runs do not have to the end, or at all."""
+    notes, runs = [], runs_of(found)
+    ending: dict[str, list[str]] = {}  # titles of metrics by the runs where they end early, which are often the same
+    for metric in METRICS:
+        whole = whole_runs(runs, metric)
+        curves = [(run, run.metric(metric)) for run in runs]
+        without = [f"{run.label}/{run.name}" for run, curve in curves if not len(curve)]
+        if without and len(without) < len(runs):
+            notes.append(f"{metric.title} was not evaluated in {_listed(without)}.")
+        early = [(run, curve) for run, curve in curves if len(curve) and str(run.path) not in whole]
+        if early:
+            steps = [f"{run.label}/{run.name} (step {curve.steps[-1]:.0f})" for run, curve in early]
+            ending.setdefault(_listed(steps), []).append(metric.title)
+    for named, titles in ending.items():
+        notes.append(
+            f"{_join(titles)} end{'s' if len(titles) == 1 else ''} before {WHOLE:.0%} of the longest curve in {named}: "
+            "no difference is taken with these runs, and means leave them out where the condition has others."
+        )
     missing = [m.title for m in METRICS if not any(m.name in condition.final for condition in found)]
     if missing:
         notes.append(f"Not evaluated in these runs: {', '.join(missing)}.")
     return notes
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first six names, and how many more there are."""
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _onset_sentence(condition: Condition, onsets: Onsets) -> str:
@@ -145,9 +172,10 @@ def _uas_sentence(condition: Condition) -> list[str]:
     """UAS at the end beside what it must be compared with: the best of the untrained heads, and fixed offsets."""
     if "uas" not in condition.final:
         return []
-    curves = [run.curve("uas") for run in condition.runs]
-    start = [curve.values[0] for curve in curves if len(curve) and curve.steps[0] == 0]
-    baseline = [run.uas_baseline for run in condition.runs if run.uas_baseline is not None]
+    runs = condition.ending["uas"]
+    curves = [run.curve("uas") for run in runs]
+    start = [curve.values[0] for curve in curves if curve.steps[0] == 0]
+    baseline = [run.uas_baseline for run in runs if run.uas_baseline is not None]
     beside = []
     if start:
         beside.append(f"{np.mean(start):.3f} untrained")

@@ -31,6 +31,8 @@ KEYS = {
 }
 # What each is measured on, in a trajectory's settings.
 INPUTS = {"loss": "text", "uas": "treebank", "blimp": "blimp", "twonn": "text"}
+# What an evaluation line tells of its items: the table, and the count in each of its rows.
+ITEM_COUNTS = {"uas": ("uas_relations", "count"), "blimp": ("blimp_sets", "num_pairs")}
 GLUE_HINTS = (*HINTS, "hub", "split")  # where examples are from; their checksum decides
 
 
@@ -93,7 +95,8 @@ def load_run(path: Path, label: str) -> Run:
     if not by_kind["evaluation"] and not measured.records:
         raise InputError(f"{path / FILE_NAME}: no evaluations; train with live evaluation switched on")
     config = _read_config(path / CONFIG_NAME)
-    return Run(path, label, config, by_kind["train"], by_kind["evaluation"], by_kind["event"], measured=measured)
+    run = Run(path, label, config, by_kind["train"], by_kind["evaluation"], by_kind["event"], measured=measured)
+    return replace(run, training_loss=not _steps(run.evaluations, KEYS["loss"][0]))
 
 
 def read_sweep(directory: Path) -> tuple[list[Run], list[str]]:
@@ -175,11 +178,55 @@ def choose_sources(runs: Sequence[Run], notes: list[str]) -> list[Run]:
     """Runs whose curves come from one source per metric: measured snapshots where all runs have them, else live.
 
     The two are never mixed within a metric, since they rest on different sentences; nor are measurements on different
-    data or in different precision. Adds to `notes` what was decided against measurements that exist.
+    data or in different precision, nor live evaluations of other edges or pairs. The training loss stands for a loss on
+    held-out text where no run has one. Adds to `notes` what was decided against values that exist.
     """
     sources = {name: _measured_runs(runs, name, notes) for name in KEYS}
+    for name in ITEM_COUNTS:
+        if not sources[name]:
+            runs = _on_the_same_items(runs, name, notes)
     glue = choose_glue(runs, notes)
-    return [_with_sources(run, sources, glue[run.path]) for run in runs]
+    chosen = [_with_sources(run, sources, glue[run.path]) for run in runs]
+    held_out = any(_steps(run.evaluations, KEYS["loss"][0]) for run in chosen)
+    if not held_out:
+        notes.append("No run has a loss on held-out text: the loss is that of training, averaged between evaluations.")
+    return [replace(run, training_loss=not held_out) for run in chosen]
+
+
+def _on_the_same_items(runs: Sequence[Run], name: str, notes: list[str]) -> list[Run]:
+    """Runs whose live values of a metric are all of the same edges or pairs, as far as the records count them.
+
+    `evaluation` may change while a run goes on, and in a branch: of a run the newest items count, of all runs the most
+    usual ones (of equally usual ones the first).
+    """
+    newest = {run.path: next(filter(None, (_items(r, name) for r in reversed(run.evaluations))), None) for run in runs}
+    known = Counter(filter(None, newest.values()))
+    usual = known.most_common(1)[0][0] if known else None
+    result, changed, odd = [], [], []
+    for run in runs:
+        others = [_items(record, name) not in (None, usual) for record in run.evaluations]
+        if any(others):
+            (changed if newest[run.path] == usual else odd).append(f"{run.label} ({run.name})")
+        records = [
+            {key: value for key, value in record.items() if key not in KEYS[name]} if other else record
+            for record, other in zip(run.evaluations, others, strict=True)
+        ]
+        result.append(replace(run, evaluations=records))
+    what = f"{KEYS[name][0]}: live evaluations of {len(runs)} run{'s' if len(runs) > 1 else ''}"
+    if changed:
+        notes.append(f"{what} changed to other items on the way; earlier values are left out: {_listed(changed)}.")
+    if odd:
+        notes.append(f"{what} are not of the same items; those unlike the rest are left out: {_listed(odd)}.")
+    return result
+
+
+def _items(record: Mapping[str, Any], name: str) -> str | None:
+    """The numbers of edges or pairs that an evaluation line's value is of, as text; None where it does not tell."""
+    table, count = ITEM_COUNTS[name]
+    rows = record.get(table)
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) and row.get(count) for row in rows.values()):
+        return None
+    return json.dumps({key: row[count] for key, row in rows.items()}, sort_keys=True) if rows else None
 
 
 def choose_glue(runs: Sequence[Run], notes: list[str]) -> dict[Path, dict[str, float]]:

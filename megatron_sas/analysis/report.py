@@ -84,7 +84,6 @@ def write_figures(analysis: Analysis, directory: Path, x_scale: str) -> dict[str
 def draw_all(analysis: Analysis, x_scale: str) -> dict[str, tuple[Figure, str]]:
     """Every figure that the runs have data for, with a description, by name."""
     found = analysis.found
-    base = next((condition for condition in found if condition.is_base), None)
     drawn = {
         "trajectories": (
             draw(analysis.runs, analysis.onsets, x_scale),
@@ -106,7 +105,7 @@ def draw_all(analysis: Analysis, x_scale: str) -> dict[str, tuple[Figure, str]]:
     for response in analysis.stages:
         name = "stage_length" if len(analysis.stages) == 1 else f"stage_length_{response.weight:g}"
         text = f"Final loss, UAS and BLiMP over the step at which λ = {response.weight:g} is released"
-        drawn[name] = (draw_stage_response(response, base), text)
+        drawn[name] = (draw_stage_response(response), text)
     return {name: (figure, text) for name, (figure, text) in drawn.items() if figure is not None}
 
 
@@ -134,6 +133,7 @@ def report_html(analysis: Analysis, pictures: dict[str, Picture]) -> str:
         set_rows=breakdown_rows(found, "blimp_sets"),
         run_rows=run_rows(runs),
         uas_baseline=mean([run.uas_baseline for run in runs]),
+        training_loss=any(run.training_loss for run in runs),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sas.analysis.comparisons import Condition, runs_of, whole_runs
+from megatron_sas.analysis.comparisons import Condition, base_name, runs_of, whole_runs
 from megatron_sas.analysis.statistics import Estimate, estimate
 from megatron_sas.analysis.trajectories import METRICS, TABLE_METRICS, Metric, Run
 
@@ -25,11 +25,14 @@ class ResponsePoint:
 
 @dataclass(frozen=True)
 class StageResponse:
-    """Conditions that suppress with `weight` until `x` and then let go, and the one that never does, if there is."""
+    """Conditions that suppress with `weight` until `x` and then let go.
+
+    `levels`, to compare them with, are final values by name: of the base, and of what never lets go, if there are such.
+    """
 
     weight: float
     points: list[ResponsePoint]
-    never_released: Condition | None
+    levels: dict[str, dict[str, Estimate]]
 
 
 def weight_response(found: Sequence[Condition]) -> tuple[list[ResponsePoint], list[ResponsePoint]]:
@@ -42,7 +45,7 @@ def weight_response(found: Sequence[Condition]) -> tuple[list[ResponsePoint], li
 
 
 def stage_responses(found: Sequence[Condition]) -> list[StageResponse]:
-    """Effect of stage length, one per λ that some condition releases."""
+    """Effect of stage length, one per λ that some condition releases; all values are of whole runs."""
     released: dict[float, list[ResponsePoint]] = {}
     whole = _whole(found)
     for condition in found:
@@ -50,11 +53,14 @@ def stage_responses(found: Sequence[Condition]) -> list[StageResponse]:
         if condition.role == "release" and run.release_step is not None:
             weight = run.released[0] if run.released else _first_weight(run)
             released.setdefault(weight, []).append(_point(run.release_step, condition, whole))
-    never = {c.runs[0].constant_weight: c for c in found if c.role == "suppress"}
-    return [
-        StageResponse(weight, sorted(points, key=lambda point: point.x), never.get(weight))
-        for weight, points in sorted(released.items())
-    ]
+    base = [run for run in runs_of(found) if run.is_base]
+    responses = []
+    for weight, points in sorted(released.items()):
+        levels = {base_name(base): base} if base else {}
+        levels |= {c.label: c.runs for c in found if c.role == "suppress" and c.runs[0].constant_weight == weight}
+        finals = {name: _finals(runs, whole)[0] for name, runs in levels.items()}
+        responses.append(StageResponse(weight, sorted(points, key=lambda point: point.x), finals))
+    return responses
 
 
 def mean_over_training(run: Run, metric: Metric) -> float | None:
@@ -74,16 +80,21 @@ def _whole(found: Sequence[Condition]) -> dict[str, set[str]]:
 
 
 def _point(x: float, condition: Condition, whole: dict[str, set[str]]) -> ResponsePoint:
-    values, area = {}, {}
-    for metric in TABLE_METRICS:
+    final, values = _finals(condition.runs, whole)
+    area = {}
+    for metric in METRICS:
         runs = [run for run in condition.runs if str(run.path) in whole[metric.name]]
-        finals = [value for run in runs if (value := run.final(metric)) is not None]
-        if finals:
-            values[metric.name] = finals
-        areas = []
-        if metric in METRICS:
-            areas = [value for run in runs if (value := mean_over_training(run, metric)) is not None]
+        areas = [value for run in runs if (value := mean_over_training(run, metric)) is not None]
         if areas:
             area[metric.name] = estimate(areas)
-    final = {name: estimate(finals) for name, finals in values.items()}
     return ResponsePoint(x, condition, final, values, area)
+
+
+def _finals(runs: Sequence[Run], whole: dict[str, set[str]]) -> tuple[dict[str, Estimate], dict[str, list[float]]]:
+    """Final values of the whole runs by metric name: their mean and error, and each."""
+    values = {}
+    for metric in TABLE_METRICS:
+        finals = [run.final(metric) for run in runs if str(run.path) in whole[metric.name]]
+        if finals:
+            values[metric.name] = finals
+    return {name: estimate(finals) for name, finals in values.items()}, values

@@ -153,7 +153,7 @@ def relation_rows(found: Sequence[Condition]) -> list[dict[str, Any]]:
                 mean(
                     [
                         run.nested("uas_relations", first=first).get(relation, {}).get("accuracy")
-                        for run in condition.runs
+                        for run in condition.ending["uas"]
                     ]
                 )
                 for first in (True, False)
@@ -180,10 +180,10 @@ def breakdown_rows(found: Sequence[Condition], key: str) -> list[dict[str, Any]]
             "name": name.replace("_", " "),
             "cells": [
                 {
-                    "untrained": mean([_accuracy(run.nested(key, first=True).get(name)) for run in condition.runs]),
-                    "final": mean([_accuracy(run.nested(key).get(name)) for run in condition.runs]),
+                    "untrained": mean([_accuracy(run.nested(key, first=True).get(name)) for run in runs]),
+                    "final": mean([_accuracy(run.nested(key).get(name)) for run in runs]),
                 }
-                for condition in found
+                for runs in (condition.ending["blimp"] for condition in found)
             ],
         }
         for name in names

@@ -184,7 +184,9 @@ same (paired t test, else Welch's); p is corrected (Holm) over all differences i
 <section>
 <h2>Trajectories</h2>
 {{ picture("trajectories") }}
-<p class="note">Curves: evaluations on held-out data, means over runs thick; faint: training loss. Dashed vertical
+<p class="note">Curves: evaluations on held-out data
+{%- if training_loss %} (but the loss is that of training, averaged between evaluations){% endif %}, means over runs
+thick; faint: training loss. Thin vertical
 lines mark
 onsets, the strongest bend of the curve at a scale of {{ "%g" | format(analysis.delta) }} steps, where it is larger
 than noise; dots

@@ -74,6 +74,7 @@ class Run:
 
     `assigned_role`, `assigned_seed` and `assigned_release` are a sweep's, None where the configuration has to tell.
     `item_metrics` names the metrics whose curves were measured item by item, so that items can be resampled.
+    `training_loss`: the loss is that of training, averaged between evaluations, since there is none on held-out text.
     """
 
     path: Path
@@ -87,6 +88,7 @@ class Run:
     assigned_release: int | None = None
     measured: Measured = field(default_factory=Measured)
     item_metrics: frozenset[str] = frozenset()
+    training_loss: bool = False
 
     @property
     def name(self) -> str:
@@ -106,10 +108,9 @@ class Run:
         return Curve(np.array(list(points), np.float64), np.array(list(points.values()), np.float64))
 
     def metric(self, metric: Metric) -> Curve:
-        """The curve of a `Metric`; where no validation loss exists, the training loss averaged between evaluations."""
-        curve = self.curve(metric.key)
-        if len(curve) or metric.name != "loss":
-            return curve
+        """The curve of a `Metric`."""
+        if metric.name != "loss" or not self.training_loss:
+            return self.curve(metric.key)
         train = self.curve("mlm_loss", "train")
         groups = np.searchsorted([record["step"] for record in self.evaluations], train.steps)
         means = [(train.steps[groups == g].mean(), train.values[groups == g].mean()) for g in np.unique(groups)]

@@ -1,5 +1,7 @@
 """Verdicts on sweeps whose answers are known, and on sweeps in which there is nothing to find."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from simulated_sweeps import CONDITIONS, simulate
@@ -8,6 +10,7 @@ from megatron_sas.analysis.analyse import answer_claims
 from megatron_sas.analysis.claims import NOT_SHOWN, NOT_TESTABLE, OPPOSITE, SHOWN, Claim, Part
 from megatron_sas.analysis.comparisons import summarize
 from megatron_sas.analysis.run_onsets import find_onsets, mean_distance, order_of
+from megatron_sas.analysis.trajectories import METRICS
 
 DELTA = 160
 EFFECTS = {
@@ -93,10 +96,16 @@ def test_onsets_that_agree_to_the_evaluation_are_tested(base_seeds, validation):
             else:  # the training loss averaged between evaluations
                 del record["validation_mlm_loss"]
                 run.train.append({"kind": "train", "step": record["step"], "mlm_loss": loss})
+    runs = [replace(run, training_loss=not validation) for run in runs]
     part = answer(runs)[3].parts[2]
     error = 100 / np.sqrt(18) if len(base_seeds) == 3 else 100 * np.sqrt((1 / 3 + 1 / 4) / 12)
     assert part.verdict == SHOWN
     assert f"breaks 400 ± {error:.0f} steps earlier than in base" in part.evidence[0]
+    plus = simulate(rng, {"plus": {}}, seeds=(1,))
+    for record in plus[0].evaluations:
+        record["validation_mlm_loss"] = 6 - 2 * np.clip((record["step"] - 400) / 100, 0, 1)
+    del plus[0].evaluations[5]  # evaluations of another condition that are farther apart change nothing here
+    assert answer(runs + plus)[3].parts[2] == part
 
 
 def test_simultaneous_onsets_have_no_order():
@@ -181,7 +190,11 @@ def test_unfinished_runs_are_left_out_of_differences():
     del runs[3].evaluations[-4:]
     (cut,) = (c for c in summarize(runs) if c.label == "minus")
     value = cut.difference["loss"].value
-    assert (value.counts, value.paired) == ((2, 3), False) and cut.final["loss"].count == 3
+    assert (value.counts, value.paired) == ((2, 3), False)
+    assert cut.final["loss"].mean == pytest.approx(np.mean([run.final(METRICS[0]) for run in runs[4:6]]))
+    del runs[4].evaluations[-4:], runs[5].evaluations[-4:]
+    (cut,) = (c for c in summarize(runs) if c.label == "minus")
+    assert cut.final["loss"].count == 3 and cut.difference == {}  # shown, but compared with nothing
 
 
 @pytest.mark.parametrize(

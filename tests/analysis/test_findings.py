@@ -81,7 +81,28 @@ def test_caveats(tmp_path, paths):
     notes = " ".join(caveats(found))
     assert "No run with λ = 0" in notes and "Not evaluated in these runs: BLiMP" in notes
     notes = " ".join(caveats(summarize(load_runs([short, paths / "base-0", paths / "base-1"], ["s", "b", "b"]))))
-    assert "single run of s:" in notes and "(they end at 300 to 900)" in notes and "Not evaluated" not in notes
+    assert "single run of s:" in notes and "Not evaluated" not in notes
+    assert "MLM loss and UAS end before 95% of the longest curve in s/short (step 300): no difference is taken" in notes
+    assert "BLiMP was not evaluated in s/short." in notes
+
+
+def test_a_metric_that_ends_early_in_one_run_is_told(paths):
+    """The runs themselves are of one length: an interrupted measurement, or values that are no numbers."""
+    runs = load_runs([paths / f"base-{seed}" for seed in range(3)], ["base"] * 3)
+    for record in runs[2].evaluations:
+        if record["step"] > 450:
+            record["uas"] = None
+    found = summarize(runs)
+    assert found[0].final["uas"].count == 2 and found[0].final["loss"].count == 3
+    (note,) = caveats(found)
+    assert note.startswith("UAS ends before 95% of the longest curve in base/base-2 (step 450): ")
+
+
+def test_repetitions_with_one_seed_are_told(paths):
+    runs = load_runs([paths / f"base-{seed}" for seed in range(3)], ["base"] * 3)
+    runs[1].config["run"]["seed"] = runs[0].seed
+    (note,) = caveats(summarize(runs))
+    assert note.startswith("Runs of base have the same seed (0): ")
 
 
 def test_too_short_to_tell(tmp_path):

@@ -93,6 +93,64 @@ def test_sources_are_not_mixed(sweep, tmp_path):
     assert {run.item_metrics for run in runs} == {frozenset({"blimp"})}
 
 
+def test_the_training_loss_stands_for_all_runs_or_none(sweep, tmp_path):
+    """One run without a loss on held-out text has none; its training loss is not compared with the others'."""
+    other = shutil.copytree(sweep, tmp_path / "sweep")
+
+    def forget(run):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            line.pop("validation_mlm_loss", None)
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    forget(other / "minus" / "seed-2")
+    runs, notes = read_inputs([other])
+    assert [len(run.metric(LOSS)) for run in runs] == [10, 10, 10, 0]
+    assert "MLM loss was not evaluated in minus/seed-2." in analyse(runs, 90, replicates=0).notes
+    assert not any("training" in note for note in notes)
+    for run in other.glob("*/seed-*"):
+        forget(run)
+    runs, notes = read_inputs([other])
+    assert all(len(run.metric(LOSS)) > 9 for run in runs)
+    assert notes[-1].startswith("No run has a loss on held-out text: the loss is that of training")
+
+
+def change_items(run, since, until=10_000):
+    """A treebank and sets of half the size in some of a run's live evaluations."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "evaluation":
+            line["blimp_sets"] = {name: {"accuracy": 0.9, "num_pairs": 100} for name in line["blimp_sets"]}
+        if line["kind"] == "evaluation" and since <= line["step"] < until:
+            for row in line["uas_relations"].values():
+                row["count"] //= 2
+            for row in line["blimp_sets"].values():
+                row["num_pairs"] = 50
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_live_evaluations_on_other_items_are_no_curve(tmp_path):
+    """`evaluation` may change on the way, and a branch starts with its parent's records."""
+    paths = [write_run(tmp_path / f"run-{seed}", seed=seed, every=100) for seed in range(3)]
+    change_items(paths[0], 10_000)
+    change_items(paths[1], 0, 400)
+    change_items(paths[2], 0)
+    runs, notes = read_inputs(paths)
+    for metric in (UAS, BLIMP):
+        assert [len(run.metric(metric)) for run in runs] == [10, 6, 0]
+    assert runs[1].metric(UAS).steps[0] == 400 and all(len(run.metric(LOSS)) == 10 for run in runs)
+    assert runs[1].nested("uas_relations", first=True) == {} == runs[2].nested("uas_relations")
+    first = "uas: live evaluations of 3 runs "
+    assert notes[:2] == [
+        first + "changed to other items on the way; earlier values are left out: run-1 (run-1).",
+        first + "are not of the same items; those unlike the rest are left out: run-2 (run-2).",
+    ]
+    assert len(notes) == 4
+    (run,), notes = read_inputs(paths[1:2])
+    assert len(run.metric(UAS)) == 6 and notes[0].startswith("uas: live evaluations of 1 run changed")
+    assert read_inputs(paths[2:])[1] == []
+
+
 def test_the_intrinsic_dimension_has_one_source(sweep, tmp_path):
     """Live values at other steps and on other text do not enter a measured curve."""
     other = shutil.copytree(sweep, tmp_path / "sweep")
@@ -128,7 +186,7 @@ def test_runs_measured_in_another_way_are_left_out(tmp_path, change):
     assert ["uas" in run.item_metrics for run in runs] == [False, True, True]
     expected = "uas: 1 of 3 runs were measured on other data or in another precision than the rest"
     assert expected in notes[0] and "base-0" in notes[0]
-    assert len(notes) == (1 if "precision" not in change else 3)
+    assert len(notes) == (2 if "precision" not in change else 4)  # the last: the loss is that of training
 
 
 EVERY_50 = {*range(0, 901, 50)}

@@ -22,7 +22,7 @@ def test_conditions_by_weight_and_by_stage_length():
     assert base.values["uas"] == finals and base.final["uas"].mean == pytest.approx(np.mean(finals))
     (response,) = stage_responses(found)
     assert (response.weight, [point.x for point in response.points]) == (0.02, [200, 800])
-    assert response.never_released.label == "minus"
+    assert list(response.levels) == ["base", "minus"] and response.levels["base"] == base.final
 
 
 def test_runs_that_do_not_reach_the_end_are_left_out():
@@ -30,6 +30,19 @@ def test_runs_that_do_not_reach_the_end_are_left_out():
     del runs[0].evaluations[-3:]
     base = weight_response(summarize(runs))[0][0]
     assert base.values["uas"] == [runs[1].evaluations[-1]["uas"]] and base.area["uas"].count == 1
+
+
+def test_the_lines_beside_stage_lengths_are_of_whole_runs():
+    """Half of a sweep: a base that has just begun would make every release look good."""
+    runs = simulate(np.random.default_rng(3), seeds=(1, 2))
+    for run in runs:
+        if run.label in ("base", "minus") and run.seed == 2:
+            del run.evaluations[2:]
+    (response,) = stage_responses(summarize(runs))
+    for label in ("base", "minus"):
+        (whole,) = (run for run in runs if run.label == label and run.seed == 1)
+        assert response.levels[label]["loss"].count == 1
+        assert response.levels[label]["loss"].mean == whole.evaluations[-1]["validation_mlm_loss"]
 
 
 def test_area_under_the_curve_is_its_mean():

@@ -367,7 +367,8 @@ def test_measuring_a_sweep_fine_tunes_its_final_models(tmp_path):
     (tmp_path / "python").chmod(0o755)
     runs = [tmp_path / "runs" / name for name in ("base/seed-1", "minus/seed-1")]
     for run in runs:
-        run.mkdir(parents=True)
+        (run / "snapshots" / "step_00000000").mkdir(parents=True)
+    (tmp_path / "runs" / "minus" / "seed-2" / "snapshots").mkdir(parents=True)  # it has just begun
     script = Path(TOOL).parents[1] / "examples" / "experiments" / "measure.sh"
     for glue in (None, tmp_path, tmp_path / "absent"):
         log = tmp_path / f"{glue and glue.name}.log"
@@ -379,6 +380,7 @@ def test_measuring_a_sweep_fine_tunes_its_final_models(tmp_path):
             assert done.returncode == 2 and "absent: no such folder" in done.stderr and not log.exists()
             continue
         assert done.returncode == 0, done.stderr
+        assert done.stdout.count("minus/seed-2 has no models yet and is passed over") == 1
         calls = [line.split() for line in log.read_text().splitlines()]
         tuned = [["--model", f"{run}", "--task", "all", "--data", f"{glue}", "--output", f"{run}/glue"] for run in runs]
         assert [call[1:] for call in calls if "finetune_glue" in call[0]] == (tuned if glue else [])

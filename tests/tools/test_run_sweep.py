@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -66,7 +67,31 @@ def test_a_failure_is_named_and_takes_its_branches_along(sweep, tmp_path):
     output = launch(TOOL, sweep, "--output", tmp_path / "runs", "--data.heads=absent", expect=1)
     assert "minus/seed-1: failed with exit code 2 (error: " in output and "heads-absent" in output
     assert f"see {tmp_path / 'runs' / 'logs' / 'minus-seed-1.log'}" in output
+    assert "release/seed-1: not started, because minus/seed-1 failed" in output
     assert not (tmp_path / "runs" / "release").exists()
+
+
+def test_a_failed_parent_takes_along_only_branches_without_their_checkpoint(tmp_path):
+    def run(name, parent, checkpoint):
+        section = SimpleNamespace(branch_from=str(tmp_path / checkpoint))
+        return SimpleNamespace(directory=name, parent=parent, config=SimpleNamespace(run=section))
+
+    (tmp_path / "saved").mkdir()
+    parent, other = run("a", None, "-"), run("x", "y", "saved")
+    early, late, later = run("b", "a", "saved"), run("c", "a", "missing"), run("d", "c", "missing")
+    waiting = [early, late, other, later]
+    assert runpy.run_path(str(TOOL))["_branches_lost"](parent, waiting) == [late, later]
+    assert waiting == [early, other]
+
+
+def test_only_the_last_attempt_tells_why_a_run_failed(tmp_path):
+    run, log = SimpleNamespace(name="base/seed-1", finished=False), tmp_path / "log"
+    log.write_text("error: data of the first attempt\n")
+    started = runpy.run_path(str(TOOL))["Running"](run, [], log)
+    assert started.outcome(-9, False) == f"base/seed-1: was killed by SIGKILL (no output); see {log}"
+    with log.open("a") as file:
+        file.write("step 1\nerror: of the second\nbye\n")
+    assert started.outcome(2, False) == f"base/seed-1: failed with exit code 2 (error: of the second); see {log}"
 
 
 @pytest.mark.slow

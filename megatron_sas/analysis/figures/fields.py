@@ -68,7 +68,8 @@ def draw_final_fields(found: Sequence[Condition]) -> Figure | None:
             colour, dash = styles[condition.label]
             shift = 0.7 * ((rank + 0.5) / len(found) - 0.5)
             for place, name in enumerate(names):
-                finals = [curve.values[-1] for run in condition.runs if len(curve := field_curve(run, name))]
+                curves = [field_curve(run, name) for run in condition.ending["blimp"]]
+                finals = [curve.values[-1] for curve in curves if len(curve)]
                 if not finals:
                     continue
                 value = estimate(finals)

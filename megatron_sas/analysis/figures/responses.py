@@ -8,11 +8,12 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_sas.analysis.comparisons import Condition
 from megatron_sas.analysis.figures.style import GREY, PALETTE, STYLE, draw_legend, new_figure, plain
 from megatron_sas.analysis.responses import ResponsePoint, StageResponse
 from megatron_sas.analysis.statistics import Estimate
 from megatron_sas.analysis.trajectories import METRICS, Metric
+
+LEVELS = (("#000000", "--"), (PALETTE[1], ":"), (PALETTE[2], "-."), (PALETTE[3], (0, (1, 3))))  # colours and dashes
 
 
 def draw_weight_response(points: Sequence[ResponsePoint], controls: Sequence[ResponsePoint]) -> Figure | None:
@@ -42,8 +43,8 @@ def draw_weight_response(points: Sequence[ResponsePoint], controls: Sequence[Res
     return figure
 
 
-def draw_stage_response(response: StageResponse, base: Condition | None) -> Figure | None:
-    """Final loss, UAS and BLiMP over the step of release, with the base and the run never released as lines."""
+def draw_stage_response(response: StageResponse) -> Figure | None:
+    """Final loss, UAS and BLiMP over the step of release, with the base and what is never released as lines."""
     metrics = _measured(response.points)
     if not metrics:
         return None
@@ -52,8 +53,9 @@ def draw_stage_response(response: StageResponse, base: Condition | None) -> Figu
         axes = figure.subplots(1, len(metrics), squeeze=False)[0]
         for axis, metric in zip(axes, metrics, strict=True):
             _draw_points(axis, response.points, metric, PALETTE[0], "o-", f"λ = {response.weight:g} until the step")
-            for condition, colour, dash in ((base, "#000000", "--"), (response.never_released, PALETTE[1], ":")):
-                _draw_level(axis, condition, metric, colour, dash)
+            for (label, final), (colour, dash) in zip(response.levels.items(), LEVELS, strict=False):
+                if metric.name in final:
+                    _draw_level(axis, label, final[metric.name], colour, dash)
             axis.set_xlabel("step of release")
             axis.set_title(metric.title, fontsize=10)
             axis.set_xlim(left=0)
@@ -83,11 +85,8 @@ def _draw_errors(axis: Axes, points: Sequence[tuple[float, Estimate]], colour: s
         axis.errorbar(x, means, errors, fmt=form, color=colour, capsize=3, markersize=5, linewidth=1.6, label=label)
 
 
-def _draw_level(axis: Axes, condition: Condition | None, metric: Metric, colour: str, dash: str) -> None:
-    """A condition's final value as a horizontal line, its standard error as a band."""
-    if condition is None or metric.name not in condition.final:
-        return
-    value = condition.final[metric.name]
-    axis.axhline(value.mean, color=colour, linestyle=dash, linewidth=1.4, label=plain(condition.label))
+def _draw_level(axis: Axes, label: str, value: Estimate, colour: str, dash: str) -> None:
+    """A final value as a horizontal line, its standard error as a band."""
+    axis.axhline(value.mean, color=colour, linestyle=dash, linewidth=1.4, label=plain(label))
     if value.error:
         axis.axhspan(value.mean - value.error, value.mean + value.error, color=colour, alpha=0.1, linewidth=0)

@@ -17,6 +17,7 @@ from megatron_sas.analysis.figures.style import (
     draw_curves,
     draw_legend,
     label_styles,
+    marker_of,
     new_figure,
     scale_steps,
 )
@@ -27,8 +28,8 @@ from megatron_sas.analysis.trajectories import METRICS, Metric, Run, conditions
 def draw(runs: Sequence[Run], onsets: Onsets, x_scale: str = "linear") -> Figure:
     """A figure with one panel per metric that any run has, and one for λ where it is not always 0.
 
-    Dashed lines mark the mean of a condition's clear onsets; dots at the foot of a panel are each run's onset, with its
-    interval over items where there is one, one row per condition.
+    Vertical lines mark the mean of a condition's clear onsets; dots at the foot of a panel are each run's onset, with
+    its interval over items where there is one, one row per condition. Where colours repeat, lines and dots tell apart.
     """
     panels = [metric for metric in METRICS if any(len(run.metric(metric)) for run in runs)]
     with_weight = any(not run.is_base for run in runs)
@@ -61,7 +62,7 @@ def _draw_metric(
                 axis.plot(train.steps, train.values, color=colour, alpha=0.22, linewidth=0.8, zorder=1)
         if curves:
             draw_curves(axis, curves, colour, dash)
-        _mark_onsets(axis, [onsets[str(run.path)].get(metric.name) for run in group], colour, rank / len(groups))
+        _mark_onsets(axis, [onsets[str(run.path)].get(metric.name) for run in group], colour, dash, rank / len(groups))
     baselines = {run.uas_baseline for run in runs} - {None}
     if metric.name == "blimp":
         _reference_line(axis, 0.5, "chance", right=True)
@@ -87,18 +88,19 @@ def _reference_line(axis: Axes, value: float, text: str, right: bool = False) ->
     )
 
 
-def _mark_onsets(axis: Axes, group: Sequence[RunOnset | None], colour: str, height: float) -> None:
+def _mark_onsets(axis: Axes, group: Sequence[RunOnset | None], colour: str, dash: str, height: float) -> None:
     """The mean of a condition's clear onsets as a line, each run's as a dot at its foot (`height` 0 to 1)."""
     clear = [onset for onset in group if onset is not None and onset.bend.clear]
     if not clear:
         return
-    axis.axvline(np.mean([o.bend.step for o in clear]), color=colour, linestyle=(0, (4, 3)), linewidth=1.1, zorder=2)
+    mean = np.mean([onset.bend.step for onset in clear])
+    axis.axvline(mean, color=colour, linestyle=dash, linewidth=1.1, alpha=0.7, zorder=2)
     across = axis.get_xaxis_transform()  # steps along x, share of the panel along y
     for rank, onset in enumerate(clear):
         y = 0.015 + 0.16 * (height + 0.1 * rank / len(clear))
         if onset.interval:
             axis.plot(onset.interval, [y, y], color=colour, linewidth=1.6, alpha=0.7, transform=across, zorder=5)
-        axis.plot(onset.bend.step, y, "o", color=colour, markersize=3.2, transform=across, zorder=6)
+        axis.plot(onset.bend.step, y, marker_of(dash), color=colour, markersize=3.2, transform=across, zorder=6)
 
 
 def _draw_weight(axis: Axes, runs: Sequence[Run], styles: dict[str, tuple[str, str]]) -> None:
@@ -116,7 +118,7 @@ def _legend(figure: Figure, styles: dict[str, tuple[str, str]], onsets: Onsets) 
     handles = condition_lines(styles)
     clear = [onset for by_metric in onsets.values() for onset in by_metric.values() if onset.bend.clear]
     if clear:
-        handles.append(Line2D([], [], color=GREY, linestyle=(0, (4, 3)), linewidth=1.1, label="onset, mean"))
+        handles.append(Line2D([], [], color=GREY, marker="|", markersize=11, linestyle="", label="onset, mean"))
         over = ", 95 % over items" if any(onset.interval for onset in clear) else ""
         dot = {"color": GREY, "marker": "o", "markersize": 3.2, "linestyle": "-" if over else ""}
         handles.append(Line2D([], [], label=f"onset of a run{over}", **dot))
