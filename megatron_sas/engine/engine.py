@@ -168,10 +168,12 @@ class Engine:
         """Before AdamW's step: have it change nothing, its step count included, when the gradient's norm is not finite.
 
         AdamW reads `found_inf` on the device, so the host does not wait. Stage 3 never comes here with such a norm:
-        DeepSpeed reads it, and leaves the step out, itself.
+        DeepSpeed reads it, and leaves the step out, itself. Offloaded parameters are on the CPU, where AdamW would not
+        wait for a copy from the GPU.
         """
         norm = self._norm if self.train_section.zero_stage == 0 else self._engine.optimizer._global_grad_norm
-        optimizer.found_inf = (~torch.isfinite(torch.as_tensor(norm, device=self.device))).float()
+        device = optimizer.param_groups[0]["params"][0].device
+        optimizer.found_inf = (~torch.isfinite(torch.as_tensor(norm, device=device))).float()
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)

@@ -24,7 +24,7 @@ def initialize_distributed(timeout_minutes: float) -> torch.device:
     give up after twice `timeout_minutes`: the watchdog, which knows more, speaks first.
 
     Raises:
-        InputError: there are several processes, and nothing says where they meet.
+        InputError: there are several processes, and nothing says where they meet, or there is no GPU for this one.
     """
     environment_from_launcher()
     if "RANK" not in os.environ:  # plain python
@@ -42,10 +42,21 @@ def initialize_distributed(timeout_minutes: float) -> torch.device:
         _leave_out_shared_memory_op()
     device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
     if cuda:
+        refuse_missing_gpu()
         torch.cuda.set_device(device)
     timeout = collective_timeout(timeout_minutes)
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout)
     return device
+
+
+def refuse_missing_gpu() -> None:
+    """Raise `InputError` if this process, one of several on the host, has no GPU of its own."""
+    gpus = torch.cuda.device_count()
+    if torch.cuda.is_available() and local_rank() >= gpus:
+        raise InputError(
+            f"process {local_rank()} of this host needs a GPU of its own but sees only {gpus}; start fewer processes "
+            "a host, or show each of them all GPUs (Slurm: --gpus-per-node, not --gpus-per-task)"
+        )
 
 
 def collective_timeout(timeout_minutes: float) -> timedelta:

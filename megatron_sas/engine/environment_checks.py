@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron_sas import distributed
 from megatron_sas.cli import CommonError, InputError
 from megatron_sas.engine.checkpoint import CONFIG
+from megatron_sas.engine.environment import refuse_missing_gpu
 
 OLDEST_TORCH = (2, 11)
 OPEN_FILES = 1024
@@ -34,6 +35,7 @@ def check_torch() -> str:
     if found < OLDEST_TORCH:
         raise InputError(f"torch {torch.__version__} is too old; pip install -r requirements.txt")
     if torch.cuda.is_available():
+        refuse_missing_gpu()
         return f"{torch.__version__}, {torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
     if GPU_DEVICE.exists():
         if torch.version.cuda is None:

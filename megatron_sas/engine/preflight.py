@@ -28,6 +28,7 @@ from megatron_sas.engine.environment import (
     collective_timeout,
     initialize_distributed,
     number_of_processes,
+    refuse_missing_gpu,
     share_cores,
 )
 from megatron_sas.engine.environment_checks import CHECKS, check_shared_directory, existing_ancestor
@@ -178,6 +179,7 @@ def check_disk_space(config: Config, parameters: int, branch: Branch | None = No
 def check_memory(estimate: MemoryEstimate) -> str:
     """Whether the estimate fits in what is free now, on the GPU or in this process's share of the host."""
     if torch.cuda.is_available():
+        refuse_missing_gpu()
         free, place = torch.cuda.mem_get_info(distributed.local_rank())[0], "the GPU"
     else:
         free = psutil.virtual_memory().available // distributed.local_world_size()

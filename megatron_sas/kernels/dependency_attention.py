@@ -9,7 +9,6 @@ has the forward and backward of these entries; the backends differ in how they c
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from collections.abc import Callable
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_sas.kernels.chunked import chunked_attention
+from megatron_sas.kernels.edges import HAS_TRITON
 from megatron_sas.kernels.lse_attention import lse_attention, lse_refusal
 from megatron_sas.kernels.reference import reference_attention
 from megatron_sas.kernels.sdpa import sdpa_attention, sdpa_refusal
@@ -24,8 +24,6 @@ from megatron_sas.kernels.sdpa import sdpa_attention, sdpa_refusal
 BACKENDS = ("auto", "triton", "sdpa", "cudnn", "flex", "fa4", "chunked", "reference")
 """By name: our kernels; torch's flash kernel of the device; cuDNN's; FlexAttention; FlashAttention-4; plain tensor
 operations in bounded memory; plain tensor operations on whole maps."""
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 INTEGER_TYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 

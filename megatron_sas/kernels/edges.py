@@ -11,10 +11,14 @@ entry, is exact (the softmax Jacobian applied to a sparse gradient).
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
 from megatron_sas.kernels.reference import accumulation_dtype
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def rows_at(x: Tensor, heads: Tensor) -> Tensor:
@@ -56,8 +60,8 @@ def add_entry_gradients_(
 
     q, k and the gradients are `(B, H, S, D)` in any memory layout, the g `(B, H, S)`, 0 where there is no edge.
     """
-    if q.device.type == "cuda" and grad_q.dtype == torch.float32:  # Triton cannot multiply float64 with it
-        from megatron_sas.kernels.triton_entries import add_entry_gradients_  # Triton comes with CUDA builds of torch
+    if q.device.type == "cuda" and HAS_TRITON and grad_q.dtype == torch.float32:  # it cannot multiply float64 with it
+        from megatron_sas.kernels.triton_entries import add_entry_gradients_
 
         add_entry_gradients_(grad_q, grad_k, q, k, heads, scale, g_head, g_dependent)
         return

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def apex_layer_norm() -> type[nn.Module] | None:
@@ -20,14 +21,28 @@ def apex_layer_norm() -> type[nn.Module] | None:
         return None
 
 
+def _without_autocast(apex: type[nn.Module]) -> type[nn.Module]:
+    """apex's layer with torch's dtypes: under autocast torch's computes in float32, apex's in bfloat16."""
+
+    class FusedLayerNorm(apex):
+        def forward(self, x: Tensor) -> Tensor:
+            if not torch.is_autocast_enabled(x.device.type):
+                return super().forward(x)
+            with torch.autocast(x.device.type, enabled=False):
+                return super().forward(x.float())
+
+    return FusedLayerNorm
+
+
 def use_apex_layer_norm_(module: nn.Module) -> int:
     """Replace every `nn.LayerNorm` inside `module` by apex's, with the same parameters; returns how many.
 
     Only for CUDA without `torch.compile`, which fuses LayerNorm with its neighbours and so does better.
     """
-    fused = apex_layer_norm()
-    if fused is None:
+    apex = apex_layer_norm()
+    if apex is None:
         return 0
+    fused = _without_autocast(apex)
     count = 0
     for parent in list(module.modules()):
         for name, child in parent.named_children():

@@ -6,7 +6,9 @@ slowly, for tests (tests/interpreter.py).
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,6 +73,17 @@ def triton_refusal(q: Tensor) -> str | None:
     return None
 
 
+def _on_its_device(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the first tensor's GPU the current one: Triton launches there, wherever the tensors are."""
+
+    @functools.wraps(operator)
+    def guarded(first: Tensor, *arguments: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return operator(first, *arguments)
+
+    return guarded
+
+
 def triton_attention(
     q: Tensor, k: Tensor, v: Tensor, heads: Tensor | None, seqlens: Tensor | None, dropout_p: float, scale: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -81,6 +94,7 @@ def triton_attention(
 
 
 @torch.library.custom_op("megatron_sas::dependency_attention_forward", mutates_args=())
+@_on_its_device
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, heads: Tensor | None, seqlens: Tensor | None, seed: Tensor | None,
     dropout_p: float, scale: float,
@@ -127,6 +141,7 @@ def _(q, k, v, heads, seqlens, seed, dropout_p, scale):  # noqa: ANN001, ANN202
 
 
 @torch.library.custom_op("megatron_sas::dependency_attention_backward", mutates_args=())
+@_on_its_device
 def _backward(
     grad_out: Tensor, grad_to_head: Tensor | None, grad_to_dependent: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, heads: Tensor | None, seqlens: Tensor | None,

@@ -8,6 +8,9 @@ by tile between its nearest and farthest partner, and multiplies. Blocks without
 # fmt: off
 # Annotations must stay real objects here: Triton reads `tl.constexpr` from them.
 
+import contextlib
+
+import torch
 import triton
 import triton.language as tl
 
@@ -97,10 +100,13 @@ def add_entry_gradients_(grad_q, grad_k, q, k, heads, scale, g_head, g_dependent
     g_head, g_dependent = (None if g is None else g.contiguous() for g in (g_head, g_dependent))
     block_d = max(16, triton.next_power_of_2(dim))
     block = block_size(block_d)
-    entries_kernel[(triton.cdiv(seq, block) * batch * num_heads,)](
-        grad_q, grad_k, q, k, heads.contiguous(), q if g_head is None else g_head,
-        q if g_dependent is None else g_dependent,
-        *grad_q.stride()[:3], *grad_k.stride()[:3], *q.stride()[:3], *k.stride()[:3], num_heads, seq, scale,
-        D=dim, BLOCK_D=block_d, HAS_HEAD=g_head is not None, HAS_DEPENDENT=g_dependent is not None,
-        BLOCK=block, SCAN=SCAN,
-    )
+    # Triton launches on the current GPU, wherever the tensors are; compiled code sees to that itself.
+    guard = contextlib.nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(q)
+    with guard:
+        entries_kernel[(triton.cdiv(seq, block) * batch * num_heads,)](
+            grad_q, grad_k, q, k, heads.contiguous(), q if g_head is None else g_head,
+            q if g_dependent is None else g_dependent,
+            *grad_q.stride()[:3], *grad_k.stride()[:3], *q.stride()[:3], *k.stride()[:3], num_heads, seq, scale,
+            D=dim, BLOCK_D=block_d, HAS_HEAD=g_head is not None, HAS_DEPENDENT=g_dependent is not None,
+            BLOCK=block, SCAN=SCAN,
+        )

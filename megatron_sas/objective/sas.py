@@ -71,6 +71,8 @@ def _one_direction(probs: Sequence[Tensor], mode: str, p: float) -> Tensor:
         return stacked.gather(1, winner).squeeze(1).sum(dim=1)
     if p == 1.0:
         return stacked.sum(dim=(1, 2))
-    total = stacked.pow(p).sum(dim=(1, 2))
-    positive = total > 0  # the p-th root has an infinite slope at 0: sequences without edges take another branch
-    return torch.where(positive, torch.where(positive, total, 1.0).pow(1.0 / p), 0.0)
+    # Relative to the largest: small probabilities to a high power are 0 in float32.
+    largest = stacked.detach().amax(dim=(1, 2))
+    positive = largest > 0  # the p-th root has an infinite slope at 0: sequences without edges take another branch
+    total = (stacked / torch.where(positive, largest, 1.0)[:, None, None]).pow(p).sum(dim=(1, 2))
+    return largest * torch.where(positive, total, 1.0).pow(1.0 / p)

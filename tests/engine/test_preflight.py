@@ -263,6 +263,16 @@ class TestEnvironment:
         with pytest.raises(InputError, match=r"no usable GPU .*nvidia-smi"):
             checks.check_torch()
 
+    def test_fewer_gpus_than_processes(self, monkeypatch, gpu):
+        """`srun --gpus-per-task=1` shows each process one, as number 0."""
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        fault = r"process 1 of this host needs a GPU of its own but sees only 1; .* --gpus-per-node"
+        with pytest.raises(InputError, match=fault):
+            checks.check_torch()
+        with pytest.raises(InputError, match=fault):
+            preflight.check_memory(MemoryEstimate(1, 0, 0, 0, 0))
+
     def test_old_torch(self, monkeypatch):
         monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
         with pytest.raises(InputError, match=r"too old; pip install -r requirements\.txt"):

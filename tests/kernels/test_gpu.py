@@ -131,6 +131,14 @@ def test_auto_takes_our_kernels():
     assert choose_backend(torch.zeros(1, 1, 64, 256, device="cuda", dtype=torch.bfloat16), 0.0) in ("sdpa", "cudnn")
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", ["triton", "sdpa", "cudnn"])
+def test_on_another_gpu_than_the_current_one(backend):
+    case = make_case(2, batch=2, num_heads=3, seq=200, dim=64, dtype=torch.bfloat16)
+    check_against_float64(case, backend, "cuda:1")
+    assert torch.cuda.current_device() == 0
+
+
 @pytest.mark.parametrize("backend", ["triton", "sdpa"])
 def test_more_maps_than_a_second_grid_axis_takes(backend):
     """70,000 maps: "sdpa" adds entries with a kernel of ours. The last maps equal those computed alone."""

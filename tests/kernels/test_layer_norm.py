@@ -45,6 +45,24 @@ def test_replaces_every_layer_norm(apex):
     assert bert.layers[0].mlp_norm.eps == 1e-12
 
 
+def test_under_autocast_the_residual_stream_stays_float32(apex, monkeypatch):
+    """apex's function casts its arguments to autocast's dtype, unlike torch's."""
+
+    def forward(self, x):
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        parts = (part.to(dtype) for part in (x, self.weight, self.bias))
+        return nn.functional.layer_norm(next(parts), self.normalized_shape, next(parts), next(parts), self.eps)
+
+    monkeypatch.setattr(FusedLayerNorm, "forward", forward)
+    bert, ids = make_bert(), torch.arange(12).view(2, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = bert(ids).hidden
+        use_apex_layer_norm_(bert)
+        after = bert(ids).hidden
+    assert before.dtype == after.dtype == torch.float32
+    assert torch.equal(before, after)
+
+
 @pytest.mark.parametrize("missing", ["fused_layer_norm_cuda", "apex.normalization"])
 def test_half_an_apex_is_none(apex, missing, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)  # importing it raises ImportError

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import triton
@@ -104,13 +106,23 @@ def test_sparse_gradient_for_other_kernels(kind, which):
         torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=1e-5)
 
 
-def test_every_grid_has_one_dimension(monkeypatch):
-    """The others end at 65,535, and there may be more maps."""
+def test_every_grid_has_one_dimension_and_the_device_of_its_tensors(monkeypatch):
+    """The others end at 65,535, and there may be more maps. Triton launches on the current device."""
     from megatron_sas.kernels import triton_attention, triton_entries
 
     grids, plain = [], triton.runtime.jit.KernelInterface.__getitem__
+    guarded: list[torch.Tensor] = []
+
+    @contextlib.contextmanager
+    def guard(tensor):
+        guarded.append(tensor)
+        yield
+        guarded.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", guard)
 
     def spy(kernel, grid):
+        assert [tensor.shape for tensor in guarded] == [(2, 2, 40, 16)]
         grids.append(grid({"BLOCK_M": 16, "BLOCK_N": 16}) if callable(grid) else grid)
         return plain(kernel, grid)
 

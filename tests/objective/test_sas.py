@@ -112,6 +112,20 @@ def test_unused_direction_has_no_gradient():
     assert all(x.grad is not None for x in to_dependent)
 
 
+@pytest.mark.parametrize("p", [2.0, 16.0, 40.0])
+def test_small_probabilities_to_a_high_power(p):
+    """α^p is 0 in float32 for what suppression leaves, but the p-th root of its sum is not."""
+    probs = [(1e-4 * torch.rand(2, 3, 5)).requires_grad_() for _ in range(2)]
+    exact = [x.detach().double().requires_grad_() for x in probs]
+    terms = [sas_term(x, x, mode="uniform", p=p, directions="to_head") for x in (probs, exact)]
+    power = sum((x.detach().double() ** p).sum(dim=(1, 2)) for x in probs)
+    torch.testing.assert_close(terms[1], power ** (1 / p))
+    torch.testing.assert_close(terms[0].double(), terms[1])
+    gradients = [torch.autograd.grad(term.sum(), x) for term, x in zip(terms, (probs, exact), strict=True)]
+    for ours, true in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
 def test_no_edges_at_all_gives_zero_with_finite_gradient(p):
     zeros = [torch.zeros(2, 2, 4, requires_grad=True)]
