@@ -26,7 +26,7 @@ SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 def free_job_id() -> int:
     """A job number whose MASTER_PORT (see common.sh) nobody listens on."""
     while True:
-        number = random.randrange(1_000, 19_000)
+        number = random.randrange(1_000, 12_000)
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", 20_000 + number)):
                 return number
@@ -158,7 +158,7 @@ def test_the_deepspeed_launcher_is_stopped_by_a_file(tmp_path):
     run = tmp_path / "run"
     code, output = trainer_job(tmp_path, "multi_node_deepspeed.sbatch", "c.yaml", run, nodes=2, tasks=1)
     assert code == 0, output
-    assert output.count("stopped before its end (the file stop): job") == 1
+    assert output.count(f"stopped before its end (file {run}/stop): job") == 1
     first, second = (run / "started-1").read_text().splitlines()
     assert "--no_ssh --node_rank 1 --hostfile" in first
     assert "--node_rank 1" in second
@@ -175,7 +175,7 @@ def test_a_signal_while_the_deepspeed_launcher_imports_is_not_lost(tmp_path, exi
     script, two_nodes = "multi_node_deepspeed.sbatch", {"nodes": 2, "tasks": 1}
     code, output = trainer_job(tmp_path, script, "c.yaml", run, **two_nodes, TRAINER_IMPORTS="1.5")
     assert code == 0, output
-    assert output.count("stopped before its end (the file stop): job") == 1
+    assert output.count(f"stopped before its end (file {run}/stop): job") == 1
     assert len((run / "started-1").read_text().splitlines()) == 2
     assert not (run / "stop").exists()
 
@@ -187,6 +187,32 @@ def test_what_the_signal_kills_is_requeued(tmp_path):
     assert code == 0, output
     assert output.count("stopped before its end (after a signal, with code ") == 1
     assert len((tmp_path / "run" / "started-0").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(("by", "words"), [("file", ": not requeued"), ("scancel", ", cancelled: not requeued")])
+@pytest.mark.parametrize(("script", "nodes"), [("single_node.sbatch", 1), ("multi_node_deepspeed.sbatch", 2)])
+def test_what_somebody_has_stopped_stays_stopped(tmp_path, script, nodes, by, words):
+    run = tmp_path / "run"
+    code, output = trainer_job(tmp_path, script, "c.yaml", run, nodes=nodes, tasks=2 // nodes, TRAINER_STOPPED=by)
+    assert code == 0, output
+    assert output.count("submit the job again to continue") == output.count(words) == 1, output
+    assert "goes back" not in output and len((run / "started-0").read_text().splitlines()) == 1
+
+
+def test_a_job_whose_time_is_up_before_it_has_stopped_is_requeued(tmp_path):
+    (tmp_path / "job").write_text("JobState=COMPLETING Reason=TimeLimit")
+    code, output = trainer_job(tmp_path, "single_node.sbatch", "c.yaml", tmp_path / "run")
+    assert code == 0 and output.count("goes back into the queue") == 1, output
+    assert len((tmp_path / "run" / "started-0").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(("times", "expected", "starts"), [(2, 0, 2), (9, 75, 1)])
+def test_an_unfinished_run_is_not_taken_for_done_when_slurm_does_not_answer(tmp_path, times, expected, starts):
+    (tmp_path / "refuse").write_text("\n" * times)
+    code, output = trainer_job(tmp_path, "single_node.sbatch", "c.yaml", tmp_path / "run", REQUEUE_PAUSE="0.1")
+    assert code == expected, output
+    assert ("could not be requeued; the run is not finished" in output) == (expected == 75)
+    assert len((tmp_path / "run" / "started-0").read_text().splitlines()) == starts
 
 
 @pytest.mark.parametrize("script", ["single_node.sbatch", "multi_node_srun.sbatch", "multi_node_deepspeed.sbatch"])
