@@ -16,16 +16,16 @@ def main() -> int:
     """Train as the command line says; returns the exit code."""
     stop = StopRequest()
     stop.listen()  # before torch and deepspeed are imported, which takes seconds
-    from megatron_sas import distributed
-    from megatron_sas.cli import first_line
-
     try:
         return train(stop)
     except KeyboardInterrupt:
         what = "interrupted" if stop.reason is None else "interrupted twice; nothing was saved"
-        print(f"error: rank {distributed.rank()}: {what}", file=sys.stderr)
+        print(f"error: rank {rank_by_launcher()}: {what}", file=sys.stderr)
         return 130
     except RuntimeError as error:
+        from megatron_sas import distributed
+        from megatron_sas.cli import first_line
+
         if not distributed.lost_contact(error):
             raise
         print(

@@ -43,7 +43,9 @@ class RunSection(Section):
     """Where a run lives and how it is repeated."""
 
     output_dir: str = Field(description="directory of the run: configuration, metrics, checkpoints")
-    seed: int = Field(1234, description="initial weights, sample order, masks and dropout are functions of it", ge=0)
+    seed: int = Field(
+        1234, description="initial weights, sample order, masks and dropout are functions of it", ge=0, lt=2**63
+    )
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: continue from the newest checkpoint in output_dir; never: output_dir must be new"
     )
@@ -51,7 +53,7 @@ class RunSection(Section):
         None, description="checkpoint of another run, or a run (its newest): begin there and share its past exactly"
     )
     timeout_minutes: float = Field(
-        30.0, description="a run that makes no progress for so long ends, naming the process it waits for", gt=0
+        30.0, description="a run that makes no progress for so long ends, naming the process it waits for", gt=0, le=1e6
     )
 
 
@@ -166,12 +168,12 @@ class TrainSection(Section):
     global_batch_size: int = Field(256, description="sequences per update", ge=1)
     micro_batch_size: int = Field(description="sequences per forward on one device", ge=1)
     precision: Literal["fp32", "bf16"] = Field("bf16", description="arithmetic of the model; weights are kept in fp32")
-    learning_rate: float = Field(1e-4, description="peak", gt=0)
+    learning_rate: float = Field(1e-4, description="peak", gt=0, le=1e3)
     warmup_steps: int = Field(10_000, description="linear warm-up", ge=0)
     decay_horizon: int = Field(1_000_000, description="step at which the linear decay would reach 0", ge=1)
     weight_decay: float = Field(0.0, description="AdamW, not on biases and LayerNorms", ge=0)
     adam_betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW")
-    adam_eps: float = Field(1e-8, description="AdamW", gt=0)
+    adam_eps: float = Field(1e-8, description="AdamW", ge=1e-30)  # smaller ones are 0 beside 0 in float32
     grad_clip: float = Field(1.0, description="largest global gradient norm; 0: no clipping", ge=0)
     compile: bool | None = Field(None, description="torch.compile, not with ZeRO stage 3; default: on GPUs")
     deterministic: bool = Field(

@@ -91,6 +91,18 @@ def partial_directory(run_dir: str | Path, step: int, token: str) -> Path:
     return checkpoints_directory(run_dir) / f".{checkpoint_name(step)}.{token}.tmp"
 
 
+def refuse_nonfinite(share: Share) -> None:
+    """Raise `OSError` if a weight or moment is NaN or infinite: what is saved before is worth more than this.
+
+    Updates whose gradient is not finite change nothing, so this takes a learning rate that overflows, or a machine's
+    fault.
+    """
+    for tensors in (share.weights, share.moments or {}):
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise OSError(f"{name} is not finite; the newest checkpoint is from before")
+
+
 def write_share(directory: Path, share: Share) -> None:
     """Write and flush this rank's tensors. Communicates with nobody, so it may run beside training."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -44,45 +44,70 @@ FIXED = {
 }
 """Keys of the JSON that nobody can choose, and why."""
 
-OFFLOAD = {"device", "pin_memory"}
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0 and float(value).is_integer()
+
+
+SWITCH = ("true or false", _is_switch)
+SIZE = ("a whole number, 0 or more", _is_size)
+OBJECT = ("an object", lambda value: isinstance(value, dict))
+OBJECT_OR_NULL = ("an object", lambda value: value is None or isinstance(value, dict))
+DATA_TYPES = ("fp32", "bf16", "fp16")
+OFFLOAD = {
+    "device": ("none or cpu", lambda value: value in ("none", "cpu")),
+    "pin_memory": SWITCH,
+}
 
 ALLOWED = {
     "": {
-        "zero_optimization",
-        "communication_data_type",
-        "wall_clock_breakdown",
-        "memory_breakdown",
-        "steps_per_print",
-        "comms_logger",
+        "zero_optimization": OBJECT,
+        "communication_data_type": (" or ".join(DATA_TYPES), lambda value: value is None or value in DATA_TYPES),
+        "wall_clock_breakdown": SWITCH,
+        "memory_breakdown": SWITCH,
+        "steps_per_print": (SIZE[0], lambda value: value is None or _is_size(value)),
+        "comms_logger": OBJECT,
     },
     "zero_optimization.": {
-        "contiguous_gradients",
-        "reduce_scatter",
-        "reduce_bucket_size",
-        "use_multi_rank_bucket_allreduce",
-        "allgather_partitions",
-        "allgather_bucket_size",
-        "overlap_comm",
-        "round_robin_gradients",
-        "sub_group_size",
-        "offload_optimizer",
-        "offload_param",
-        "stage3_prefetch_bucket_size",
-        "stage3_param_persistence_threshold",
-        "stage3_model_persistence_threshold",
-        "stage3_max_live_parameters",
-        "stage3_max_reuse_distance",
-        "stage3_module_granularity_threshold",
-        "stage3_use_all_reduce_for_fetch_params",
-        "stage3_allgather_sequential",
-        "memory_efficient_linear",
-        "log_trace_cache_warnings",
-        "enable_sanity_checks",
+        "contiguous_gradients": SWITCH,
+        "reduce_scatter": SWITCH,
+        "reduce_bucket_size": SIZE,
+        "use_multi_rank_bucket_allreduce": SWITCH,
+        "allgather_partitions": SWITCH,
+        "allgather_bucket_size": SIZE,
+        "overlap_comm": (SWITCH[0], lambda value: value is None or _is_switch(value)),
+        "round_robin_gradients": SWITCH,
+        "sub_group_size": SIZE,
+        "offload_optimizer": OBJECT_OR_NULL,
+        "offload_param": OBJECT_OR_NULL,
+        "stage3_prefetch_bucket_size": SIZE,
+        "stage3_param_persistence_threshold": SIZE,
+        "stage3_model_persistence_threshold": SIZE,
+        "stage3_max_live_parameters": SIZE,
+        "stage3_max_reuse_distance": SIZE,
+        "stage3_module_granularity_threshold": SIZE,
+        "stage3_use_all_reduce_for_fetch_params": SWITCH,
+        "stage3_allgather_sequential": SWITCH,
+        "memory_efficient_linear": SWITCH,
+        "log_trace_cache_warnings": SWITCH,
+        "enable_sanity_checks": SWITCH,
     },
     "zero_optimization.offload_optimizer.": OFFLOAD,
     "zero_optimization.offload_param.": OFFLOAD,
+    "comms_logger.": {
+        "enabled": SWITCH,
+        "prof_all": SWITCH,
+        "prof_ops": ("a list", lambda value: isinstance(value, list)),
+        "verbose": SWITCH,
+        "debug": SWITCH,
+    },
 }
-"""Keys of the JSON, by the object that they are in, that change speed and memory but not what is trained.
+"""Keys of the JSON, by the object that they are in, that change speed and memory but not what is trained, and their
+values: in words, and as a test.
 
 The names are those of DeepSpeed 0.19.8. The rest writes files, does nothing here, or trains something else unnoticed.
 """
@@ -98,7 +123,6 @@ def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:
         InputError: the batch does not divide among the processes, or the user's JSON sets what it must not.
     """
     config = {} if train.deepspeed_config is None else _read_json(train.deepspeed_config)
-    zero = config.setdefault("zero_optimization", {})
     faults = _faults(config, "", str(train.deepspeed_config))
     if faults:
         raise InputError(f"{train.deepspeed_config}: must not set " + "; ".join(faults))
@@ -108,6 +132,7 @@ def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:
             f"train.global_batch_size: {train.global_batch_size} is not a multiple of micro_batch_size "
             f"{train.micro_batch_size} × {world_size} processes"
         )
+    zero = config.setdefault("zero_optimization", {})
     zero["stage"] = train.zero_stage
     sharded_bf16 = train.precision == "bf16" and train.zero_stage > 0
     config.update(
@@ -142,9 +167,9 @@ def _faults(section: dict[str, Any], prefix: str, path: str) -> list[str]:
             faults.append(f"{name} to nvme (checkpoints need everything in memory; choose cpu)")
         elif key not in ALLOWED[prefix]:
             unknown.append(name)
-        elif f"{name}." in ALLOWED and value is not None:
-            if not isinstance(value, dict):
-                raise InputError(f"{path}: {name} must be an object, not {value!r}")
+        elif not ALLOWED[prefix][key][1](value):
+            raise InputError(f"{path}: {name} must be {ALLOWED[prefix][key][0]}, not {json.dumps(value)}")
+        elif isinstance(value, dict):
             faults += _faults(value, f"{name}.", path)
     if unknown:
         faults.append(f"{', '.join(unknown)} (docs/zero.md lists what may be set; remove the rest)")

@@ -25,6 +25,7 @@ from megatron_sas.engine.checkpoint import (
     gather_share,
     partial_directory,
     publish,
+    refuse_nonfinite,
     remove_leftovers,
     remove_old_checkpoints,
     write_description,
@@ -69,7 +70,7 @@ class Saver:
         """
         self.finish()
         share = gather_share(self.engine, step, with_moments=checkpoint)
-        jobs: list[Callable[[], None]] = []
+        jobs: list[Callable[[], None]] = [partial(refuse_nonfinite, share)]
         if snapshot is not None:
             self._where = self.run_dir / snapshot / checkpoint_name(step)
             if distributed.is_main():

@@ -21,6 +21,7 @@ from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
 from megatron_sas.directory_lock import LOCK, DirectoryLock
 from megatron_sas.engine.branching import BY_CONTENT, Branch, begin_branch, find_branch
 from megatron_sas.engine.checkpoint import CONFIG, load_moments, newest_checkpoint, read_state
+from megatron_sas.engine.deepspeed_config import deepspeed_config
 from megatron_sas.engine.engine import Engine
 from megatron_sas.engine.kernel_cache import build_attention_kernels, check_attention_backend
 from megatron_sas.evaluation.live import LiveEvaluation
@@ -210,6 +211,7 @@ def refuse_other_experiment(old: Config, new: Config, saved: Path) -> None:
 
 def _build(config: Config, checkpoint: Path | None) -> Parts:
     train, data = config.train, config.data
+    deepspeed_config(train, distributed.world_size())  # whose faults must not wait for the engine
     packed = open_training_data(data.parts(), data.heads)
     tokenizer_path = data.tokenizer or packed.tokenizer.path
     tokenizer = load_tokenizer(tokenizer_path)

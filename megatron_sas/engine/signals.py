@@ -32,6 +32,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self._interrupted = False  # by a Ctrl-C, after which launchers send a SIGTERM
         self._since = time.time()
         self._before: dict[signal.Signals, Callable | int | None] = {}
 
@@ -44,13 +45,14 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self.reason is not None:
-            came, self.reason = signal.Signals[self.reason], None
+            came, self.reason, self._interrupted = signal.Signals[self.reason], None, False
             signal.raise_signal(came)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.reason == signal.SIGINT.name:  # the second one: now
+        if number == signal.SIGINT and self._interrupted:  # the second one: now
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             raise KeyboardInterrupt
+        self._interrupted |= number == signal.SIGINT
         before, self.reason = self.reason, signal.Signals(number).name
         if self.reason != before and rank_by_launcher() == 0:
             start = "\n" if os.isatty(2) else ""  # below a progress bar

@@ -19,7 +19,7 @@ from megatron_sas.engine.checkpoint import checkpoint_name, remove_directory, st
 from megatron_sas.engine.saving import Saver
 from megatron_sas.evaluation.detector import OnsetDetector
 from megatron_sas.files import fsync_directory
-from megatron_sas.metrics.records import Records, read_records
+from megatron_sas.metrics.records import Records, iterate_records
 from megatron_sas.model.trajectory import RING, SNAPSHOTS
 
 CURVES = {"uas": ("evaluation", "uas", 1), "loss": ("train", "mlm_loss", -1)}
@@ -102,7 +102,7 @@ class Watch:
 
     def _read_past(self) -> None:
         passed, told = {}, set()
-        for line in read_records(self.records.path):
+        for line in iterate_records(self.records.path):
             passed |= dict.fromkeys(self._feed(line["kind"], line["step"], line), line["step"])
             if line.get("event") == EVENT and line["step"] >= self.section.start:
                 told.add(line["metric"])

@@ -55,7 +55,10 @@ class Watchdog:
     def _watch(self) -> None:
         interval = min(10.0, self._timeout / 4)
         while True:
-            fault, asleep = self._tell(), time.time()
+            asleep = time.time()
+            fault = self._tell()
+            if fault == STORE_SILENT:  # for which it has waited
+                asleep = time.time()
             if self._ended.wait(interval):
                 return
             if time.time() - asleep > 2 * interval + 1:  # this process was suspended: its time begins anew

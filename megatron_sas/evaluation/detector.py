@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,7 @@ class OnsetDetector:
         self._points: list[tuple[float, float]] = []  # in it
         self._steps: list[float] = []  # means of the finished blocks
         self._values: list[float] = []
+        self._leads: list[float] = []  # the largest value up to each
 
     def add(self, step: int, value: float | None) -> Detection | None:
         """Take the next point, steps rising; what is not finite is left out. Decides at the end of each block."""
@@ -62,8 +64,20 @@ class OnsetDetector:
         step, value = np.mean(self._points, axis=0)
         self._steps.append(step)
         self._values.append(value)
+        self._leads.append(max(value, self._leads[-1]) if self._leads else value)
         self._points = []
-        return self._decide() if len(self._steps) >= MIN_BLOCKS else None
+        return self._decide() if len(self._steps) >= MIN_BLOCKS and self._leads_and_doubles() else None
+
+    def _leads_and_doubles(self) -> bool:
+        """Whether the newest bend meets the conditions that need no look at all of the past, which few do."""
+        last = self._steps[-1]
+        if last - 2 * self.delta < self._steps[0] - 1e-9:
+            return False
+        near = slice(max(0, bisect_right(self._steps, last - 2 * self.delta) - 1), None)
+        shifts = np.array([2, 1, 0]) * self.delta
+        before, middle, after = np.interp(last - shifts, self._steps[near], self._values[near])
+        leads = after > self._leads[bisect_right(self._steps, last - self.delta) - 1]
+        return leads and after - 2 * middle + before > middle - before
 
     def _decide(self) -> Detection | None:
         s, f = np.array(self._steps), np.array(self._values)
@@ -73,8 +87,6 @@ class OnsetDetector:
             return None
         before, middle, after = (np.interp(middles + shift, s, f) for shift in (-self.delta, 0, self.delta))
         bends = after - 2 * middle + before
-        if bends[-1] <= middle[-1] - before[-1] or after[-1] <= f[s <= middles[-1]].max():
-            return None
         by_chance = noise_level(s, f) * math.sqrt(6) * (math.sqrt(2 * math.log(len(s))) + 1)
         threshold = max(by_chance, TYPICAL_FACTOR * 1.4826 * float(np.median(np.abs(bends[:-1]))))
         return Detection(float(bends[-1]), threshold) if bends[-1] > threshold else None

@@ -7,6 +7,7 @@ resumes from.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -21,6 +22,7 @@ from megatron_sas.cli import InputError
 from megatron_sas.files import write_bytes_atomic
 
 FILE_NAME = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
 KINDS = ("train", "evaluation", "event")
 
 
@@ -34,7 +36,7 @@ class Records:
         neither gaps nor overlaps.
         """
         self.path = Path(run_dir) / FILE_NAME
-        self._written: set[tuple[str, int]] = set()
+        self._written: set[tuple[str, int]] = set()  # but for training's lines, of which there may be millions
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self._cut_back(resume_step)
@@ -44,7 +46,7 @@ class Records:
             # Imported here: it takes a second, and a run without TensorBoard does not need the package.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=resume_step + 1)
+            self._board = SummaryWriter(str(self.path.parent / TENSORBOARD), purge_step=resume_step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append one line and its TensorBoard points.
@@ -60,32 +62,35 @@ class Records:
         now = time.time()
         line = {"kind": kind, "step": int(step), "time": round(now, 3), **_plain(values)}
         self._append(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        self._written.add((kind, int(step)))
+        self._remember(kind, int(step))
         self._show(kind, step, now, values)
         if self._board is not None and kind != "train":  # rare and slow to produce: show them at once
-            self._board.flush()
+            with self._naming_the_board():
+                self._board.flush()
 
     def show_past(self) -> None:
         """Give TensorBoard, which has nothing yet, all lines that the file began with."""
-        for line in read_records(self.path) if self._board is not None else []:
+        for line in iterate_records(self.path) if self._board is not None else ():
             kind, step, when = line.pop("kind"), line.pop("step"), line.pop("time", None)
             self._show(kind, step, when, line)
 
     def has(self, kind: str, step: int) -> bool:
-        """Whether a line of this kind exists for `step`: a resumed run asks whether that evaluation is done."""
+        """Whether a line exists for `step` of a kind other than "train": a resumed run asks for its evaluations."""
         return (kind, step) in self._written
 
     def flush(self) -> None:
         """Have everything that was written on the disk, so that no crash loses it."""
         os.fsync(self._descriptor)
         if self._board is not None:
-            self._board.flush()
+            with self._naming_the_board():
+                self._board.flush()
 
     def close(self) -> None:
         """Close the files. Further writes are errors; closing twice is not."""
         if self._board is not None:
-            self._board.close()
-            self._board = None
+            board, self._board = self._board, None
+            with self._naming_the_board():
+                board.close()
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -93,11 +98,24 @@ class Records:
     def _show(self, kind: str, step: int, when: float | None, values: dict[str, Any]) -> None:
         if self._board is None:
             return
-        for tag, value in _tags(kind, values):
-            if isinstance(value, str):
-                self._board.add_text(tag, value, step, when)
-            else:
-                self._board.add_scalar(tag, value, step, walltime=when)
+        with self._naming_the_board():
+            for tag, value in _tags(kind, values):
+                if isinstance(value, str):
+                    self._board.add_text(tag, value, step, when)
+                else:
+                    self._board.add_scalar(tag, value, step, walltime=when)
+
+    @contextlib.contextmanager
+    def _naming_the_board(self) -> Iterator[None]:
+        """TensorBoard writes in a thread, whose errors come with the next call and without a path."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path.parent / TENSORBOARD)) from None
+
+    def _remember(self, kind: str, step: int) -> None:
+        if kind != "train":
+            self._written.add((kind, step))
 
     def _append(self, line: bytes) -> None:
         size = os.fstat(self._descriptor).st_size
@@ -109,7 +127,7 @@ class Records:
     def _cut_back(self, step: int) -> None:
         kept = lines_until(self.path, step)
         for record in map(_parse, kept.split(b"\n")[:-1]):
-            self._written.add((record["kind"], record["step"]))
+            self._remember(record["kind"], record["step"])
         if kept != self.path.read_bytes():
             write_bytes_atomic(self.path, kept)
 
@@ -135,18 +153,21 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     A last line without its newline that does not parse (a process was killed, or is writing now) is left out. Any other
     line that is not a record raises `InputError` with its number; so does a missing file.
     """
+    return list(iterate_records(path))
+
+
+def iterate_records(path: str | Path) -> Iterator[dict[str, Any]]:
+    """As `read_records`, one after another: a long run's do not fit into memory at once."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a run directory that contains {FILE_NAME}")
-    lines = path.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        record = _parse(line)
-        if record is not None:
-            records.append(record)
-        elif line.strip() and number < len(lines):
-            raise InputError(f"{path}, line {number}: not a metrics record; repair or delete this line")
-    return records
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            record = _parse(line)
+            if record is not None:
+                yield record
+            elif line.strip() and line.endswith(b"\n"):
+                raise InputError(f"{path}, line {number}: not a metrics record; repair or delete this line")
 
 
 def last_records(path: str | Path, size: int = 1 << 16) -> list[dict[str, Any]]:

@@ -40,6 +40,13 @@ def test_a_run_with_an_impossible_backend_leaves_no_directory(config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_with_a_faulty_deepspeed_configuration_leaves_no_directory(config, tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"reduce_bucket_size": "big"}}')
+    with pytest.raises(InputError, match=r"ds.json: zero_optimization.reduce_bucket_size must be a whole number"):
+        train(config, tmp_path / "run", {"train.deepspeed_config": str(tmp_path / "ds.json")})
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("backend", "dropout"), [("auto", 0.1), ("chunked", 0.1), ("reference", 0.1), ("sdpa", 0.0)])
 def test_possible_backends(backend, dropout):
     kernel_cache.check_attention_backend(config_with(backend, dropout), 16, torch.float32, CPU)

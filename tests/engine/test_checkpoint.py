@@ -306,3 +306,22 @@ def test_a_checkpoint_that_was_published_without_a_shard_is_passed_over(run):
     said = []
     assert newest_checkpoint(run, said.append) == checkpoint(run, 2)
     assert "was published without optimizer-00001-of-00002.safetensors" in said.pop()
+
+
+@pytest.mark.parametrize("part", ["weights", "moments"])
+def test_what_is_not_finite_is_not_published(config, tmp_path, monkeypatch, part):
+    """Else it would be the newest checkpoint, and `keep_last` would remove the good ones."""
+
+    def damage(*arguments, **options):
+        share = gather(*arguments, **options)
+        if arguments[1] == 3:
+            next(iter(getattr(share, part).values())).view(-1)[5] = float("inf")
+        return share
+
+    gather = saving.gather_share
+    monkeypatch.setattr(saving, "gather_share", damage)
+    run = tmp_path / "run"
+    with pytest.raises(OSError, match=r"step_00000003: could not be written \(rank 0: .* is not finite; the newest"):
+        train(config, run, {"checkpoint.every": 1, "checkpoint.keep_last": 1})
+    assert newest_checkpoint(run, pytest.fail) == checkpoint(run, 2)
+    assert all(bool(tensor.isfinite().all()) for tensor in weights(run, 2).values())

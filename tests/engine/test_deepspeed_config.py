@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from deepspeed.utils.config import get_timers_config
@@ -88,9 +89,10 @@ def test_deepspeed_knows_every_key_that_may_be_set():
     """None is misspelt or of another version; the memory estimate reads the stage-3 names."""
     zero = DeepSpeedZeroConfig.model_fields
     names = {field.alias or name for name, field in zero.items()}
-    assert ALLOWED["zero_optimization."] < names
-    assert ALLOWED["zero_optimization.offload_optimizer."] < set(DeepSpeedZeroOffloadOptimizerConfig.model_fields)
-    assert ALLOWED["zero_optimization.offload_param."] < set(DeepSpeedZeroOffloadParamConfig.model_fields)
+    assert ALLOWED["zero_optimization."].keys() < names
+    for part, known in (("optimizer", DeepSpeedZeroOffloadOptimizerConfig), ("param", DeepSpeedZeroOffloadParamConfig)):
+        assert ALLOWED[f"zero_optimization.offload_{part}."].keys() < set(known.model_fields)
+    assert ALLOWED["comms_logger."].keys() == set(CommsLoggerConfig.model_fields)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "deepspeed").glob("*.json")), ids=lambda path: path.name)
@@ -130,8 +132,14 @@ def test_the_rest_is_passed_on(tmp_path):
         ({"zero_optimization": 3}, "ds.json: zero_optimization must be an object, not 3"),
         (
             {"zero_optimization": {"offload_param": "cpu"}},
-            "ds.json: zero_optimization.offload_param must be an object, not 'cpu'",
+            'ds.json: zero_optimization.offload_param must be an object, not "cpu"',
         ),
+        ({"zero_optimization": None}, "ds.json: zero_optimization must be an object, not null"),
+        ({"zero_optimization": {"reduce_bucket_size": "big"}}, "reduce_bucket_size must be a whole number, 0 or more"),
+        ({"zero_optimization": {"overlap_comm": 1}}, "zero_optimization.overlap_comm must be true or false, not 1"),
+        ({"zero_optimization": {"offload_param": {"device": "cuda"}}}, "offload_param.device must be none or cpu"),
+        ({"communication_data_type": "int8"}, 'communication_data_type must be fp32 or bf16 or fp16, not "int8"'),
+        ({"steps_per_print": True}, "steps_per_print must be a whole number, 0 or more, not true"),
     ],
 )
 def test_broken_json(tmp_path, content, message):

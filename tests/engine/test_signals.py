@@ -52,6 +52,16 @@ def test_the_first_process_says_once_that_it_heard(received, capfd, monkeypatch,
     assert capfd.readouterr().err.splitlines() == (lines if rank == "0" else [])
 
 
+def test_the_second_interrupt_ends_whatever_the_launcher_has_sent_meanwhile(received):
+    """`deepspeed` answers Ctrl-C, which reaches the ranks as well, with a SIGTERM to them."""
+    stop = StopRequest()
+    stop.listen()
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
 def test_a_closed_standard_error_does_not_matter(received, monkeypatch):
     def closed(*_):
         raise BrokenPipeError

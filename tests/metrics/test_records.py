@@ -1,5 +1,6 @@
 """Records: whole lines, valid JSON, exact cut on resume, TensorBoard points without overlap."""
 
+import errno
 import json
 import math
 import os
@@ -86,7 +87,7 @@ def test_resume_keeps_exactly_the_lines_up_to_its_step(tmp_path_factory, written
     *kept, last = read_records(path)
     assert kept == expected
     assert last["event"] == "resumed"
-    assert all(resumed.has(record["kind"], record["step"]) for record in expected)
+    assert all(resumed.has(r["kind"], r["step"]) for r in expected if r["kind"] != "train")
     assert not resumed.has("train", resume + 1)
 
 
@@ -130,6 +131,38 @@ def test_a_full_disk_leaves_no_partial_line(tmp_path, monkeypatch):
     write_steps(records, [3])
     records.close()
     assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == [1, 3]
+
+
+def test_a_full_disk_under_tensorboard_is_named(tmp_path, monkeypatch):
+    """Its thread's errors arrive at the next call, without a path."""
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    records = Records(tmp_path, -1, tensorboard=True)
+    for method, action in (
+        ("add_scalar", lambda: records.write("train", 1, {"loss": 1.0})),
+        ("flush", records.flush),
+        ("close", records.close),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(records._board, method, fail)
+            with pytest.raises(OSError, match=f"{tmp_path}/tensorboard"):
+                action()
+    records.close()
+
+
+def test_of_training_nothing_is_remembered(tmp_path):
+    """A month of it would fill the host's memory."""
+    records = Records(tmp_path, -1, tensorboard=False)
+    for step in range(5):
+        records.write("train", step, {"loss": 1.0})
+    records.write("evaluation", 4, {"uas": 0.5})
+    assert len(records._written) == 1 and records.has("evaluation", 4)
+    records.close()
+    again = Records(tmp_path, 4, tensorboard=False)
+    assert again._written == records._written
+    again.close()
 
 
 def test_a_killed_writer_leaves_whole_lines(tmp_path):
