@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 
@@ -52,6 +53,17 @@ def test_python(config, expected, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_port_that_another_program_has(config, tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        first = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        output = launch(*arguments(config, tmp_path / "run"), expect=2, **first)
+    assert output.strip() == f"error: MASTER_PORT: {port} is taken by another program on this host; choose another port"
+
+
+@pytest.mark.slow
 def test_torchrun(config, expected, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     output = launch(*launcher, *arguments(config, tmp_path / "run"), **NO_COMPILER)
@@ -65,7 +77,8 @@ def test_the_deepspeed_launcher(config, expected, tmp_path):
     output = launch(*launcher, *arguments(config, tmp_path / "run"), **NO_COMPILER)
     check(tmp_path / "run", output, expected, processes=2)
     refused = launch(*launcher, *arguments(config, tmp_path / "no"), "--train.micro_batch_size=8", expect=2)
-    assert refused.count("error: global batch 8 is not a multiple of micro batch 8 × 2 processes") == 1
+    fault = "error: train.global_batch_size: 8 is not a multiple of micro_batch_size 8 × 2 processes"
+    assert refused.count(fault) == 1
     assert "Traceback" not in refused
     assert not (tmp_path / "no").exists()
 

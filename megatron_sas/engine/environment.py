@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import warnings
 from datetime import timedelta
 
@@ -24,12 +23,13 @@ def initialize_distributed(timeout_minutes: float) -> torch.device:
     give up after twice `timeout_minutes`: the watchdog, which knows more, speaks first.
 
     Raises:
-        InputError: there are several processes, and nothing says where they meet, or there is no GPU for this one.
+        InputError: there are several processes, and nothing says where they meet, or the port there is taken; or there
+            is no GPU for this one.
     """
     environment_from_launcher()
     if "RANK" not in os.environ:  # plain python
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", "0")  # any that is free
     use_local_caches()
     cuda = torch.cuda.is_available()
     if not cuda:
@@ -45,7 +45,14 @@ def initialize_distributed(timeout_minutes: float) -> torch.device:
         refuse_missing_gpu()
         torch.cuda.set_device(device)
     timeout = collective_timeout(timeout_minutes)
-    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    try:
+        deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise InputError(
+            f"MASTER_PORT: {os.environ['MASTER_PORT']} is taken by another program on this host; choose another port"
+        ) from None
     return device
 
 
@@ -140,12 +147,6 @@ def _slurm_tasks_of_this_node() -> int:
         counts += [int(count)] * int(repeated.rstrip(")") or 1)
     node = int(os.environ.get("SLURM_NODEID", "0"))
     return counts[node] if node < len(counts) else 1
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _quiet_deepspeed() -> None:

@@ -144,7 +144,7 @@ def test_a_full_disk_under_one_process_stops_all(two):
 def test_wrong_input_is_the_same_error_on_every_rank(two):
     errors = [(two / f"indivisible-error-{rank}.txt").read_text() for rank in (0, 1)]
     assert errors[0] == errors[1]
-    assert "8 is not a multiple of micro batch 8 × 2 processes" in errors[0]
+    assert "8 is not a multiple of micro_batch_size 8 × 2 processes" in errors[0]
     assert not (two / "indivisible" / "checkpoints").exists()
 
 
