@@ -172,7 +172,7 @@ class Engine:
         wait for a copy from the GPU.
         """
         norm = self._norm if self.train_section.zero_stage == 0 else self._engine.optimizer._global_grad_norm
-        device = optimizer.param_groups[0]["params"][0].device
+        device = next(p.device for group in optimizer.param_groups for p in group["params"])
         optimizer.found_inf = (~torch.isfinite(torch.as_tensor(norm, device=device))).float()
 
     def _to_device(self, tensor: Tensor) -> Tensor:
