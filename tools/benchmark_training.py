@@ -430,7 +430,10 @@ def main() -> None:
     arguments = read_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    result = measure(arguments, choose_device(arguments.device))
+    device = choose_device(arguments.device)
+    if device.index:  # DeepSpeed would take the first
+        raise InputError(f"--device: {device}: choose the GPU by CUDA_VISIBLE_DEVICES={device.index} instead")
+    result = measure(arguments, device)
     print(", ".join(f"{name} {value}" for name, value in result["device"].items()))
     print(f"{arguments.model}, batch {arguments.batch} × {arguments.seq_length}, {arguments.precision}, ", end="")
     print(f"attention dropout {arguments.dropout}, attention {result['attention_backend']}, ", end="")
