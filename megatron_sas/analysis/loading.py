@@ -212,11 +212,17 @@ def _on_the_same_items(runs: Sequence[Run], name: str, notes: list[str]) -> list
             for record, other in zip(run.evaluations, others, strict=True)
         ]
         result.append(replace(run, evaluations=records))
-    what = f"{KEYS[name][0]}: live evaluations of {len(runs)} run{'s' if len(runs) > 1 else ''}"
+    key, number = KEYS[name][0], len(runs)
     if changed:
-        notes.append(f"{what} changed to other items on the way; earlier values are left out: {_listed(changed)}.")
+        notes.append(
+            f"{key}: live evaluations of {len(changed)} of {number} runs changed to other items on the way, so their "
+            f"earlier values are left out: {_listed(changed)}."
+        )
     if odd:
-        notes.append(f"{what} are not of the same items; those unlike the rest are left out: {_listed(odd)}.")
+        notes.append(
+            f"{key}: live evaluations of {len(odd)} of {number} runs are of other items than those of the rest, so "
+            f"their values are left out: {_listed(odd)}."
+        )
     return result
 
 

@@ -140,14 +140,14 @@ def test_live_evaluations_on_other_items_are_no_curve(tmp_path):
         assert [len(run.metric(metric)) for run in runs] == [10, 6, 0]
     assert runs[1].metric(UAS).steps[0] == 400 and all(len(run.metric(LOSS)) == 10 for run in runs)
     assert runs[1].nested("uas_relations", first=True) == {} == runs[2].nested("uas_relations")
-    first = "uas: live evaluations of 3 runs "
+    first = "uas: live evaluations of 1 of 3 runs "
     assert notes[:2] == [
-        first + "changed to other items on the way; earlier values are left out: run-1 (run-1).",
-        first + "are not of the same items; those unlike the rest are left out: run-2 (run-2).",
+        first + "changed to other items on the way, so their earlier values are left out: run-1 (run-1).",
+        first + "are of other items than those of the rest, so their values are left out: run-2 (run-2).",
     ]
     assert len(notes) == 4
     (run,), notes = read_inputs(paths[1:2])
-    assert len(run.metric(UAS)) == 6 and notes[0].startswith("uas: live evaluations of 1 run changed")
+    assert len(run.metric(UAS)) == 6 and notes[0].startswith("uas: live evaluations of 1 of 1 runs changed")
     assert read_inputs(paths[2:])[1] == []
 
 
