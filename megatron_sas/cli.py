@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -37,6 +37,11 @@ def run_main(main: Callable[[], int | None]) -> None:
 def first_line(error: Exception) -> str:
     """The first line of what an error says, or its kind if it says nothing; torch and others go on to explain."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first six names, and how many more there are."""
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def progress(iterable: Iterable | None = None, **options: Any) -> tqdm:

@@ -11,6 +11,7 @@ import numpy as np
 from megatron_sas.analysis.comparisons import WHOLE, Comparison, Condition, runs_of, whole_runs
 from megatron_sas.analysis.run_onsets import Onsets, Order, RunOnset, mean_step, order_of
 from megatron_sas.analysis.trajectories import METRICS, Metric
+from megatron_sas.cli import listed
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def caveats(found: Sequence[Condition]) -> list[str]:
     unfinished = [run for run in runs if run.planned_steps and run.final_step < run.planned_steps]
     if unfinished:
         names = [f"{run.label}/{run.name} ({run.final_step} of {run.planned_steps})" for run in unfinished]
-        notes.append(f"Not finished: {_listed(names)}.")
+        notes.append(f"Not finished: {listed(names)}.")
     notes += _missing_values(found)
     for condition in found:
         seeds = Counter(run.seed for run in condition.runs if run.seed is not None)
@@ -78,11 +79,11 @@ def _missing_values(found: Sequence[Condition]) -> list[str]:
         curves = [(run, run.metric(metric)) for run in runs]
         without = [f"{run.label}/{run.name}" for run, curve in curves if not len(curve)]
         if without and len(without) < len(runs):
-            notes.append(f"{metric.title} was not evaluated in {_listed(without)}.")
+            notes.append(f"{metric.title} was not evaluated in {listed(without)}.")
         early = [(run, curve) for run, curve in curves if len(curve) and str(run.path) not in whole]
         if early:
             steps = [f"{run.label}/{run.name} (step {curve.steps[-1]:.0f})" for run, curve in early]
-            ending.setdefault(_listed(steps), []).append(metric.title)
+            ending.setdefault(listed(steps), []).append(metric.title)
     for named, titles in ending.items():
         notes.append(
             f"{_join(titles)} end{'s' if len(titles) == 1 else ''} before {WHOLE:.0%} of the longest curve in {named}: "
@@ -92,11 +93,6 @@ def _missing_values(found: Sequence[Condition]) -> list[str]:
     if missing:
         notes.append(f"Not evaluated in these runs: {', '.join(missing)}.")
     return notes
-
-
-def _listed(names: Sequence[str]) -> str:
-    """The first six names, and how many more there are."""
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _onset_sentence(condition: Condition, onsets: Onsets) -> str:

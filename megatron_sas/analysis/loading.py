@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from megatron_sas.analysis.trajectories import CONFIG_NAME, ROLES, Measured, Run
-from megatron_sas.cli import InputError
+from megatron_sas.cli import InputError, listed
 from megatron_sas.evaluation.glue_tasks import NOT_AVERAGED
 from megatron_sas.evaluation.points import HINTS, ITEMS, TRAJECTORY, point_directory, read_points, read_settings
 from megatron_sas.metrics.records import FILE_NAME, read_records
@@ -121,9 +121,8 @@ def read_sweep(directory: Path) -> tuple[list[Run], list[str]]:
         raise InputError(f"{path}: none of its {len(missing)} run(s) has been evaluated yet; run the sweep first")
     if not missing:
         return runs, []
-    shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
     return runs, [
-        f"{len(missing)} of {len(missing) + len(runs)} runs have no evaluation yet, so are left out: {shown}."
+        f"{len(missing)} of {len(missing) + len(runs)} runs have no evaluation yet, so are left out: {listed(missing)}."
     ]
 
 
@@ -216,12 +215,12 @@ def _on_the_same_items(runs: Sequence[Run], name: str, notes: list[str]) -> list
     if changed:
         notes.append(
             f"{key}: live evaluations of {len(changed)} of {number} runs changed to other items on the way, so their "
-            f"earlier values are left out: {_listed(changed)}."
+            f"earlier values are left out: {listed(changed)}."
         )
     if odd:
         notes.append(
             f"{key}: live evaluations of {len(odd)} of {number} runs are of other items than those of the rest, so "
-            f"their values are left out: {_listed(odd)}."
+            f"their values are left out: {listed(odd)}."
         )
     return result
 
@@ -265,7 +264,7 @@ def choose_glue(runs: Sequence[Run], notes: list[str]) -> dict[Path, dict[str, f
 def _keep(results: Sequence[GlueResult], kept: Sequence[bool], fault: str, notes: list[str]) -> list[GlueResult]:
     """The results that are `kept`; a note names the others, and their `fault`."""
     if odd := [f"{r.run.label} ({r.run.name}) {r.task}" for r, keep in zip(results, kept, strict=True) if not keep]:
-        notes.append(f"GLUE: {len(odd)} of {len(results)} results {fault}, so they are left out: {_listed(odd)}.")
+        notes.append(f"GLUE: {len(odd)} of {len(results)} results {fault}, so they are left out: {listed(odd)}.")
     return [result for result, keep in zip(results, kept, strict=True) if keep]
 
 
@@ -321,7 +320,7 @@ def _measured_runs(runs: Sequence[Run], name: str, notes: list[str]) -> set[Path
         usual = Counter(ways.values()).most_common(1)[0][0]
         odd = [run for run in having if ways[run.path] != usual]
         if odd:
-            named = _listed([f"{run.label} ({run.name})" for run in odd])
+            named = listed([f"{run.label} ({run.name})" for run in odd])
             notes.append(
                 f"{key}: {len(odd)} of {len(having)} runs were measured on other data or in another precision than the "
                 f"rest, so their values are left out: {named}."
@@ -358,11 +357,6 @@ def _most_lacking(live: set[int], measured: set[int]) -> int:
         lacking = max(0, lacking + (step in live) - (step in measured))
         most = max(most, lacking)
     return most
-
-
-def _listed(names: Sequence[str]) -> str:
-    """The first six names."""
-    return ", ".join(names[:6]) + (" and others" if len(names) > 6 else "")
 
 
 def _way(run: Run, part: str) -> list[Any]:
