@@ -78,7 +78,7 @@ def finite(value: Any) -> Any:
 
 def refuse_existing(path: str | Path, overwrite: bool = False) -> None:
     """Raise `InputError` when `path` exists and `overwrite` is false: outputs are never silently replaced."""
-    if not overwrite and os.path.lexists(path):
+    if not overwrite and os.path.lexists(Path(path)):  # without a "/" at its end, as it will be written
         raise InputError(f"{path}: exists already; choose another output or pass --overwrite")
 
 

@@ -104,6 +104,12 @@ def test_refuse_existing(tmp_path):
         refuse_existing(tmp_path / "link")
 
 
+def test_a_slash_at_the_end_hides_no_file(tmp_path):
+    (tmp_path / "a.json").touch()
+    with pytest.raises(InputError, match="exists already"):
+        refuse_existing(f"{tmp_path}/a.json/")
+
+
 def test_atomic_directory(tmp_path):
     target = tmp_path / "out" / "model"
     with umask(0o022), atomic_directory(target) as temporary:

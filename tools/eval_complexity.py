@@ -33,6 +33,8 @@ def main() -> None:
     device = check_arguments(arguments)
     if arguments.num_texts < 10:
         raise InputError(f"--num-texts: {arguments.num_texts} is below 10; the estimate needs some hundred")
+    if arguments.text.startswith("hf:"):
+        raise InputError("--text: is a file or packed data; pack the dataset with tools/preprocess_data.py")
     model, tokenizer = load_model(arguments.model, device)
     longest = model.config.max_position_embeddings
     if Path(f"{arguments.text}.json").is_file():

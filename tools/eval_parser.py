@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_sas.cli import InputError, run_main
 from megatron_sas.data.conllu import read_conllu
 from megatron_sas.data.parses import describe_parser, make_parser
+from megatron_sas.evaluation.command_line import check_output
 from megatron_sas.evaluation.parser_quality import evaluate_parser, gold_units
-from megatron_sas.files import refuse_existing, sha256_file, write_json_atomic
+from megatron_sas.files import sha256_file, write_json_atomic
 
 DESCRIPTION = """\
 The parser reads the treebank's text, as tools/preprocess_data.py would give it, and its words are brought onto the gold
@@ -31,7 +32,7 @@ the edges are UD, not only how good the parser is. LAS takes a table from ClearN
 def main() -> None:
     """Parse, score, print and write."""
     arguments = parse_arguments()
-    refuse_existing(arguments.output, arguments.overwrite)
+    check_output(arguments.output, arguments.overwrite)
     if arguments.parser in ("none", "conllu"):
         raise InputError(f"--parser {arguments.parser}: makes no parses of its own; give spacy:MODEL")
     description = describe_parser(arguments.parser)

@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import math
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -17,7 +21,7 @@ import transformers
 import megatron_sas
 from megatron_sas.cli import InputError, progress, run_main
 from megatron_sas.device import DEVICE_HELP, choose_device
-from megatron_sas.evaluation.command_line import add_model_argument
+from megatron_sas.evaluation.command_line import add_model_argument, check_output
 from megatron_sas.evaluation.glue import FORMAT, Pretrained, Settings, encode, finetune, identity, record
 from megatron_sas.evaluation.glue_data import Columns, Examples, read_file, read_hub, task_files
 from megatron_sas.evaluation.glue_tasks import NOT_AVERAGED, TASKS, Task
@@ -45,10 +49,11 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # it would report the new layers, which are meant to be new
     inputs = {task.name: input_files(task, arguments) for task in tasks}  # names what is missing before any work
-    results = []
-    for task in tasks:
-        output = arguments.output / f"{task.name}.json" if is_folder(arguments, tasks) else arguments.output
-        results.append(run_task(task, inputs[task.name], output, settings, arguments, device))
+    folder = arguments.output if is_folder(arguments, tasks) else None
+    outputs = {task.name: folder / f"{task.name}.json" if folder else arguments.output for task in tasks}
+    for output in outputs.values():
+        check_output(output, overwrite=True)  # seeds are added to what is there
+    results = [run_task(task, inputs[task.name], outputs[task.name], settings, arguments, device) for task in tasks]
     print("\n".join(table(results)))
 
 
@@ -70,7 +75,10 @@ def run_task(
     # Finished seeds wait beside the output, so that the output holds all of them or does not exist.
     partial = output.with_name(f".{output.name}.partial")
     wanted = identity(task, pretrained, train, validation, settings)
-    done = {} if arguments.overwrite else finished_seeds(output, wanted) | finished_seeds(partial, wanted)
+    with alone(output):
+        if arguments.overwrite:
+            partial.unlink(missing_ok=True)
+        done = {} if arguments.overwrite else finished_seeds(output, wanted) | finished_seeds(partial, wanted)
     missing = [seed for seed in arguments.seeds if seed not in done]
     if missing:
         max_length = wanted["settings"]["max_length"]
@@ -81,15 +89,38 @@ def run_task(
                 done[seed] = finetune(
                     pretrained, task, encoded[0], encoded[1:], settings, seed, device, after_step=bar.update
                 )
-                write_json_atomic(partial, described(task, pretrained, train, validation, settings, done, device))
-    result = described(task, pretrained, train, validation, settings, done, device)
-    if missing or not output.is_file():
-        write_json_atomic(output, result)
-        print(f"wrote {output}")
-    else:
-        print(f"{output}: has these seeds already")
-    partial.unlink(missing_ok=True)
+                with alone(output):
+                    done |= finished_seeds(partial, wanted)
+                    write_json_atomic(partial, described(task, pretrained, train, validation, settings, done, device))
+    with alone(output):
+        written = {} if arguments.overwrite else finished_seeds(output, wanted)
+        done |= written | finished_seeds(partial, wanted)
+        result = described(task, pretrained, train, validation, settings, done, device)
+        if done.keys() - written.keys():
+            write_json_atomic(output, result)
+            print(f"wrote {output}")
+        else:
+            print(f"{output}: has these seeds already")
+        partial.unlink(missing_ok=True)
     return result
+
+
+@contextlib.contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Other jobs with the same output wait until the block has ended: each reads what is there and adds to it."""
+    path = output.with_name(f".{output.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with open(path, "w", encoding="utf-8") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink == 0:  # the job before has removed it
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def described(

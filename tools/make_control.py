@@ -83,13 +83,15 @@ def main() -> None:
         result = write_heads(packed, control, args.seed, temporary) | block_checksums(temporary)
         os.chmod(temporary, os.stat(f"{args.data}.heads.bin").st_mode & 0o777)
         fsync_file(temporary)
-        # An old header must not vouch for the new stream.
+        base = {name: packed.header["files"][name].get("sha256") for name in ("heads.bin", "marks.bin")}
+        origin = {"kind": args.control, "seed": args.seed, "base_fingerprint": packed.fingerprint, "base_files": base}
+        write_json_atomic(folder / header.name, {"name": name, **origin, **result})
+        # An old header must not vouch for the new stream. What can fail has been done before it goes.
         header.unlink(missing_ok=True)
         os.replace(temporary, stream)
         fsync_directory(stream.parent)
-    base = {name: packed.header["files"][name].get("sha256") for name in ("heads.bin", "marks.bin")}
-    origin = {"kind": args.control, "seed": args.seed, "base_fingerprint": packed.fingerprint, "base_files": base}
-    write_json_atomic(header, {"name": name, **origin, **result})
+        os.replace(folder / header.name, header)
+        fsync_directory(stream.parent)
     print(
         f"{stream}: {result['edges']} edges for {result['base_edges']} of the parse, "
         f"{result['equal_edges']} of them the same"

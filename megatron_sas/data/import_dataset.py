@@ -22,6 +22,7 @@ from megatron_sas.data.packed_writer import PackedWriter, check_seq_length, rela
 from megatron_sas.data.packing import Packer
 from megatron_sas.data.parses import RelationNames
 from megatron_sas.data.sources import input_files, source_name
+from megatron_sas.data.text_lines import check_file_name
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_info
 
 COLUMNS = ("input_ids", "heads", "relns")
@@ -59,6 +60,7 @@ def import_dataset(settings: ImportSettings) -> dict[str, Any]:
         InputError: columns missing, no row that can be used, too many relations.
     """
     check_seq_length(settings.seq_length)
+    check_file_name(settings.input)
     tokenizer = load_tokenizer(settings.tokenizer)
     info = tokenizer_info(tokenizer, settings.tokenizer)
     reader = _Reader(info.vocab_size, info.special_ids, _continuations(tokenizer, info.vocab_size), settings.relations)

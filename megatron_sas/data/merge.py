@@ -14,6 +14,7 @@ from megatron_sas.data.overlap import Documents, refuse_repeated
 from megatron_sas.data.packed import PackedData, packed_header
 from megatron_sas.data.packed_writer import PackedWriter, relation_number
 from megatron_sas.data.parses import RelationNames
+from megatron_sas.data.text_lines import check_file_name
 
 _BLOCK = 4096  # sequences read at a time
 _EXAMPLES = 5
@@ -32,6 +33,8 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
     """
     if Path(output).resolve() in [Path(prefix).resolve() for prefix in prefixes]:
         raise InputError(f"--inputs: {output} is the --output itself; leave it out")
+    for prefix in prefixes:
+        check_file_name(prefix)
     headers = [packed_header(prefix) for prefix in prefixes]
     _check_splits(prefixes, headers)
     _check_versions(prefixes, headers)

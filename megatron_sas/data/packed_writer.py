@@ -26,6 +26,7 @@ from megatron_sas.data.checksums import describe_file
 from megatron_sas.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 from megatron_sas.data.packed import FILES, FORMAT, FORMAT_VERSION, TokenizerInfo
 from megatron_sas.data.parses import RelationNames
+from megatron_sas.data.text_lines import check_file_name
 from megatron_sas.files import fsync_directory, fsync_file, refuse_existing, write_json_atomic
 
 MIN_SEQ_LENGTH, MAX_SEQ_LENGTH = 8, 1 << 15
@@ -41,13 +42,15 @@ class PackedWriter:
     Without a call of `finish` nothing appears under the prefix. `overwrite` replaces what is there.
 
     Raises:
-        InputError: a file of that prefix exists and `overwrite` is false.
+        InputError: a file of that prefix exists and `overwrite` is false; a name is not UTF-8.
     """
 
     def __init__(self, prefix: str | Path, seq_length: int, tokenizer: TokenizerInfo, overwrite: bool = False) -> None:
-        for name in (*FILES, "json"):
-            refuse_existing(f"{prefix}.{name}", overwrite)
         self.prefix, self.seq_length, self.tokenizer = Path(prefix), seq_length, tokenizer
+        for path in (prefix, tokenizer.path):
+            check_file_name(path)
+        for name in (*FILES, "json"):
+            refuse_existing(f"{self.prefix}.{name}", overwrite)  # not `prefix`, which may end in "/"
         self.num_sequences = 0
         self._stack = contextlib.ExitStack()
 
@@ -88,12 +91,15 @@ class PackedWriter:
             "relations": relations,
             "files": {name: describe_file(self._folder / f"data.{name}") for name in FILES},
         }
+        write_json_atomic(self._folder / "data.json", header)  # what can fail has been done before old data go
         # An old header goes first, so that it never stands beside new data.
         Path(f"{self.prefix}.json").unlink(missing_ok=True)
         fsync_directory(self.prefix.parent)
         for name in FILES:
             os.replace(self._folder / f"data.{name}", f"{self.prefix}.{name}")
-        write_json_atomic(f"{self.prefix}.json", header)
+        fsync_directory(self.prefix.parent)
+        os.replace(self._folder / "data.json", f"{self.prefix}.json")
+        fsync_directory(self.prefix.parent)
         return header
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,9 +20,12 @@ from megatron_sas.data.packing import Packer
 from megatron_sas.data.parses import RelationNames, describe_parser
 from megatron_sas.data.sources import Reading, Unit, input_files, input_format, read_units, source_name
 from megatron_sas.data.text_lines import OnError
-from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_info
+from megatron_sas.data.tokenizer import knows_words, load_tokenizer, tokenizer_info
 from megatron_sas.data.workers import ChunkResult, WorkerSettings, chunks, process_chunks
 from megatron_sas.files import sha256_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _FOREIGN = "foreign to the tokenizer"
 
@@ -66,7 +69,7 @@ def preprocess(
             fill one sequence.
     """
     check_settings(settings)
-    tokenizer = load_tokenizer(settings.tokenizer)
+    tokenizer = tokenizer_of(settings)
     info = tokenizer_info(tokenizer, settings.tokenizer)
     worker = WorkerSettings(
         tokenizer=tokenizer.backend_tokenizer.to_str(),
@@ -112,6 +115,17 @@ def check_settings(settings: PreprocessSettings) -> None:
         seen.add(place)
         if (input_format(name) == "conllu") != (settings.parser == "conllu"):
             raise InputError(f"{name}: .conllu files need --parser conllu, and it needs .conllu files")
+
+
+def tokenizer_of(settings: PreprocessSettings) -> PreTrainedTokenizerFast:
+    """The tokenizer; `InputError` when there is none, or the parser needs one that knows words."""
+    tokenizer = load_tokenizer(settings.tokenizer)
+    if settings.parser == "none" and not knows_words(tokenizer):
+        raise InputError(
+            f"--parser none: takes its words from the tokenizer, but {settings.tokenizer} does not cut text at spaces; "
+            "give a parser, or a tokenizer that does"
+        )
+    return tokenizer
 
 
 def provenance_of(settings: PreprocessSettings) -> dict[str, Any]:

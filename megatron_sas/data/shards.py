@@ -13,7 +13,7 @@ from megatron_sas.cli import InputError
 from megatron_sas.data.packed import FORMAT_VERSION, PackedData, read_header
 from megatron_sas.data.packed_writer import remove_leftovers
 from megatron_sas.data.parses import describe_parser
-from megatron_sas.data.preprocess import PreprocessSettings, check_settings, preprocess, provenance_of
+from megatron_sas.data.preprocess import PreprocessSettings, check_settings, preprocess, provenance_of, tokenizer_of
 from megatron_sas.data.text_lines import COMPRESSED
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_info
 
@@ -47,7 +47,7 @@ def preprocess_shards(
             output made with other settings is such a failure (unless `overwrite`), and is left as it is.
     """
     check_settings(settings)
-    load_tokenizer(settings.tokenizer)  # what is wrong with it or the parser is said once, not for every shard
+    tokenizer_of(settings)  # what is wrong with it or the parser is said once, not for every shard
     describe_parser(settings.parser)
     names = [output_name(name) for name in settings.inputs]
     double = next((name for number, name in enumerate(names) if name in names[:number]), None)

@@ -13,7 +13,15 @@ from megatron_sas.cli import InputError
 from megatron_sas.data.conllu import ConlluSentence, read_conllu
 from megatron_sas.data.hub import check_name, dataset_version, read_rows
 from megatron_sas.data.losses import Losses
-from megatron_sas.data.text_lines import COMPRESSED, DamagedFile, OnError, handle_bad, read_lines
+from megatron_sas.data.text_lines import (
+    COMPRESSED,
+    DamagedFile,
+    OnError,
+    check_file_name,
+    handle_bad,
+    is_encodable,
+    read_lines,
+)
 from megatron_sas.files import sha256_file
 
 MAX_UNIT_CHARACTERS = 20_000  # longer paragraphs are cut at white space: a parser's memory grows with the text
@@ -59,6 +67,7 @@ class Reading:
 
 def input_format(name: str) -> str:
     """`txt`, `jsonl`, `conllu` or `hf`, by the name; `InputError` for anything else or a missing file."""
+    check_file_name(name)
     if name.startswith("hf:"):
         check_name(name)
         return "hf"
@@ -170,9 +179,7 @@ def _record_units(record: object, where: str, reading: Reading) -> Iterator[Unit
     if not isinstance(text, str):
         reading.bad(where, f"not a string in field {reading.text_field!r}")
         return
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
+    if not is_encodable(text):
         reading.bad(where, f"half of a surrogate pair in field {reading.text_field!r}")
         return
     reading.losses.keep(where.rpartition(":")[0])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from megatron_sas.cli import InputError
 
@@ -26,6 +27,31 @@ def handle_bad(where: str, reason: str, on_error: OnError, report: Report | None
         raise InputError(f"{where}: {reason}; correct it, or pass --on-error skip to leave such input out")
     if report is not None:
         report(where, reason)
+
+
+def parse_json(text: str, where: str) -> Any:
+    """A JSON value; `InputError` naming the place for what is none, or nested too deeply."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        at = isinstance(error, json.JSONDecodeError)
+        reason = f"{error.msg} at character {error.pos}" if at else str(error)
+        raise InputError(f"{where}: not JSON ({reason}); repair or remove it") from None
+
+
+def is_encodable(text: str) -> bool:
+    """Whether UTF-8 can say it: no half of a surrogate pair, as JSON may have and names of files in other encodings."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_file_name(name: str | Path) -> None:
+    """Refuse a name that headers and reports could not say (`InputError`)."""
+    if not is_encodable(str(name)):
+        raise InputError(f"{name}: the name is not UTF-8; rename it")
 
 
 class DamagedFile(InputError):

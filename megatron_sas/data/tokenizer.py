@@ -6,12 +6,15 @@ swallowed without a word and leaves five special tokens, every word [UNK]; so th
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sas.cli import InputError
+from megatron_sas.cli import InputError, first_line
 from megatron_sas.data.packed import TokenizerInfo
 from megatron_sas.files import write_json_atomic
 
@@ -33,9 +36,13 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """
     path = Path(path)
     if path.is_dir() and not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        if not (path / "vocab.txt").exists():
+            raise InputError(f"{path}: has no tokenizer (tokenizer.json or vocab.txt); save it there, or give another")
         path = path / "vocab.txt"
     if not path.exists():
         raise InputError(f"{path}: no such vocabulary file or tokenizer directory; check --tokenizer")
+    if path.suffix in (".json", ".model") and path.is_file():
+        raise InputError(f"{path}: is no vocabulary with one entry a line; give the directory it is in, {path.parent}")
     tokenizer = _from_directory(path) if path.is_dir() else _from_vocabulary(path)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{path}: this tokenizer has no fast implementation, so no offsets; save it as tokenizer.json")
@@ -50,7 +57,7 @@ def _from_vocabulary(path: Path) -> PreTrainedTokenizerFast:
     from transformers import BertTokenizerFast
 
     try:
-        entries = path.read_text(encoding="utf-8").split("\n")
+        entries = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 ({error.reason}); give a vocabulary with one entry a line") from error
     entries = [entry.rstrip("\r") for entry in entries]
@@ -90,10 +97,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path, max_leng
     """
     if max_length is not None:
         tokenizer.model_max_length = max_length
-    tokenizer.save_pretrained(directory)
+    write_tokenizer(tokenizer, directory)
     model = tokenizer.backend_tokenizer.model
     if type(model).__name__ == "WordPiece":
-        model.save(str(directory))  # vocab.txt, which slow tokenizers and other programs read
+        with _os_errors(directory):
+            model.save(str(directory))  # vocab.txt, which slow tokenizers and other programs read
     path = directory / "tokenizer_config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == "TokenizersBackend":
@@ -101,6 +109,30 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path, max_leng
     write_json_atomic(path, config)
     if tokenizer_hash(load_tokenizer(directory)) != tokenizer_hash(tokenizer):
         raise InputError(f"{directory}: the tokenizer does not survive saving; use another version of transformers")
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """`save_pretrained`, but a full disk is an `OSError`."""
+    with _os_errors(directory):
+        tokenizer.save_pretrained(directory)
+
+
+@contextlib.contextmanager
+def _os_errors(directory: Path) -> Iterator[None]:
+    """Files that cannot be written are a bare `Exception` in the library `tokenizers`; here they are an `OSError`."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(errno.EIO, first_line(error), str(directory)) from error
+
+
+def knows_words(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether it cuts text into words before it cuts these into pieces; some take a whole text for one word."""
+    backend = tokenizer.backend_tokenizer
+    text = "a b" if backend.normalizer is None else backend.normalizer.normalize_str("a b")
+    return backend.pre_tokenizer is not None and len(backend.pre_tokenizer.pre_tokenize_str(text)) > 1
 
 
 def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:

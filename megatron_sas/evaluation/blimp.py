@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from megatron_sas.cli import InputError
+from megatron_sas.data.text_lines import is_encodable, parse_json
 from megatron_sas.evaluation.batching import AfterBatch
 from megatron_sas.evaluation.pll import PllTask
 from megatron_sas.files import sha256_file
@@ -152,7 +152,7 @@ def _means_over_sets(sets: Mapping[str, dict], key: str) -> dict[str, float]:
 def _read_set(path: Path) -> PairSet:
     pairs, labels = [], None
     try:
-        lines = path.read_text("utf-8").split("\n")
+        lines = path.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert the file") from None
     for number, line in enumerate(lines, start=1):
@@ -172,15 +172,12 @@ def _read_set(path: Path) -> PairSet:
 
 
 def _parse_pair(line: str, where: str) -> dict:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{where}: not JSON ({error.msg} at character {error.pos}); repair or remove the line"
-        ) from None
+    value = parse_json(line, where)
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected an object, found {type(value).__name__}")
     for field in _FIELDS:
         if not isinstance(value.get(field), str) or not value[field].strip():
             raise InputError(f"{where}: field {field!r} is missing or not a non-empty string")
+        if not is_encodable(value[field]):
+            raise InputError(f"{where}: half of a surrogate pair in field {field!r}; correct or remove it")
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import tempfile
 from pathlib import Path
 
 import torch
@@ -51,20 +52,36 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(arguments: argparse.Namespace) -> torch.device:
-    """Refuse an existing output and an empty batch before any work, and return the device.
+    """Refuse an output that cannot be written and an empty batch before any work, and return the device.
 
     A run as --model or --untrained becomes its newest checkpoint, once: the result is of that, whatever comes after it.
 
     Raises:
         InputError: one of these, or the device is not there.
     """
-    refuse_existing(arguments.output, arguments.overwrite)
+    check_output(arguments.output, arguments.overwrite)
     if arguments.batch_tokens < 1:
         raise InputError(f"--batch-tokens: {arguments.batch_tokens} is below 1")
     for name in ("model", "untrained"):
         if getattr(arguments, name, None) is not None:
             setattr(arguments, name, resolve_run(getattr(arguments, name)))
     return choose_device(arguments.device)
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Refuse a file that exists (unless `overwrite`), or that could not be written once all the work is done.
+
+    Raises:
+        InputError: it exists or is a directory, or nothing can be written where it is to be. Nothing is left there.
+    """
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory; --output names the file to write")
+    refuse_existing(path, overwrite)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written in {folder} ({error.strerror}); choose another --output") from None
 
 
 def precision(arguments: argparse.Namespace, device: torch.device) -> contextlib.AbstractContextManager:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase
 
 from megatron_sas.cli import InputError
@@ -65,6 +66,7 @@ class Pretrained:
         self.path = resolve_run(Path(path))
         config, state, tokenizer_path = read_model(self.path)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(tokenizer_path)
+        _surround_texts(self.tokenizer)
         self.sha256 = weights_sha256(self.path)
         self.max_length = config.max_position_embeddings
         self._num_labels = 1 if task.is_regression else len(task.classes)
@@ -88,6 +90,16 @@ class Pretrained:
         if unexpected or any(not name.startswith(NEW_LAYERS) for name in missing):
             raise RuntimeError(f"weights do not fit: missing {missing}, unexpected {unexpected}")
         return model
+
+
+def _surround_texts(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer that puts no [CLS] before and [SEP] after a text BERT's way of doing it; leave others alone."""
+    names = {"[CLS]": tokenizer.cls_token_id, "[SEP]": tokenizer.sep_token_id}
+    ids = tokenizer("a")["input_ids"]
+    if [*ids[:1], *ids[-1:]] != list(names.values()):
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=list(names.items())
+        )
 
 
 @dataclass(frozen=True)

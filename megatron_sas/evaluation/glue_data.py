@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_sas.cli import InputError
 from megatron_sas.data.hub import read_rows
+from megatron_sas.data.text_lines import is_encodable, parse_json
 from megatron_sas.evaluation.glue_tasks import SCORE_RANGE, Task
 
 HUB = "nyu-mll/glue"
@@ -122,10 +123,7 @@ def _tsv_rows(
 
 def _json_rows(path: Path, lines: list[tuple[int, str]]) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: not JSON ({error}); repair or remove the line") from None
+        row = parse_json(line, f"{path}:{number}")
         if not isinstance(row, dict):
             raise InputError(f"{path}:{number}: not a JSON object; write one example a line")
         yield f"{path}:{number}", row
@@ -165,6 +163,8 @@ def _pick(row: dict[str, Any], names: Sequence[str], place: str) -> Any:
 def _text(value: Any, place: str) -> str:
     if not isinstance(value, str):
         raise InputError(f"{place}: {value!r} is not a text; --text-columns name the columns with the sentences")
+    if not is_encodable(value):
+        raise InputError(f"{place}: half of a surrogate pair in {value[:60]!r}; correct or remove it")
     return value
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from megatron_sas.cli import InputError
+from megatron_sas.data.tokenizer import knows_words
 from megatron_sas.distributed import all_reduce_sum_
 from megatron_sas.evaluation.batching import AfterBatch, deal, evaluating
 
@@ -58,9 +59,9 @@ class PllTask:
     `tokenizer` is a fast Hugging Face tokenizer with [CLS], [SEP] and [MASK]. `num_copies` is the number of masked
     copies.
 
-    Raises `InputError` for an unknown metric, and for a sentence without tokens or of more than `max_length` tokens
-    with [CLS] and [SEP] (`names[i]` says where sentence i comes from): dropping one would silently change what is
-    measured.
+    Raises `InputError` for an unknown metric or one that needs words where the tokenizer knows none, and for a sentence
+    without tokens or of more than `max_length` tokens with [CLS] and [SEP] (`names[i]` says where sentence i comes
+    from): dropping one would silently change what is measured.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class PllTask:
     ) -> None:
         if metric not in METRICS:
             raise InputError(f"metric {metric!r}: unknown; use one of {', '.join(METRICS)}")
+        if metric == "within_word_l2r" and not knows_words(tokenizer):
+            raise InputError(f"metric {metric!r}: this tokenizer takes a whole text for one word; use {METRICS[0]}")
         self.metric, self.num_sentences = metric, len(sentences)
         encoded = (
             tokenizer(list(sentences), add_special_tokens=False, return_attention_mask=False) if sentences else None

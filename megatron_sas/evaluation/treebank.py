@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from megatron_sas.cli import InputError
 from megatron_sas.data.conllu import read_conllu
+from megatron_sas.data.text_lines import is_encodable, parse_json
 
 
 @dataclass(frozen=True)
@@ -86,23 +86,16 @@ def _join(sentence: Sentence, pieces: dict[str, list[int]], tokenizer: Any) -> T
 def _read_json(path: Path) -> Iterator[tuple[Any, str]]:
     """Yield (value, where) for each line, or for each element when the file is one JSON array."""
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert the file") from None
     if text.lstrip().startswith("["):
-        for index, value in enumerate(_parse(text, str(path))):
+        for index, value in enumerate(parse_json(text, str(path))):
             yield value, f"{path}: element {index}"
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield _parse(line, f"{path}:{number}"), f"{path}:{number}"
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg} at character {error.pos}); repair or remove it") from None
+            yield parse_json(line, f"{path}:{number}"), f"{path}:{number}"
 
 
 def _check_sentence(value: Any, where: str) -> Sentence:
@@ -112,6 +105,8 @@ def _check_sentence(value: Any, where: str) -> Sentence:
         items = value.get(field)
         if not isinstance(items, list) or any(type(item) is not kind for item in items):
             raise InputError(f"{where}: field {field!r} must be a list of {name}")
+        if kind is str and not all(map(is_encodable, items)):
+            raise InputError(f"{where}: half of a surrogate pair in field {field!r}; correct or remove it")
     words, heads, relns = value["words"], value["heads"], value["relns"]
     if not words or not len(words) == len(heads) == len(relns):
         sizes = f"{len(words)}, {len(heads)} and {len(relns)}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_sas.cli import InputError
-from megatron_sas.data.tokenizer import load_tokenizer, save_tokenizer, vocab_size
+from megatron_sas.data.tokenizer import load_tokenizer, save_tokenizer, vocab_size, write_tokenizer
 from megatron_sas.files import atomic_directory, refuse_existing, write_json_atomic, write_text_atomic
 from megatron_sas.manifest import write_manifest
 from megatron_sas.model.bert import Bert
@@ -101,7 +101,7 @@ def from_hf(source: str | Path, output: str | Path, overwrite: bool = False) -> 
     with atomic_directory(output, overwrite) as directory:
         write_model_config(directory / MODEL_CONFIG, config)
         write_weights(directory / MODEL_WEIGHTS, {name: tensor.contiguous() for name, tensor in state.items()})
-        tokenizer.save_pretrained(directory / TOKENIZER_DIRECTORY)
+        write_tokenizer(tokenizer, directory / TOKENIZER_DIRECTORY)
         origin = {"converted_from": str(source.resolve())}
         write_json_atomic(directory / STATE, {"step": 0, "tokens": 0, "seconds": 0.0, **origin})
         write_manifest(directory, format=FORMAT, version=VERSION, step=0)

@@ -30,6 +30,22 @@ INSIDE_LAYER = {
     "down": "output.dense",
     "mlp_norm": "output.LayerNorm",
 }
+# Fields of config.json -> ours; whole numbers above 0, and numbers from 0 to 1.
+WHOLE_NUMBERS = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "type_vocab_size": "type_vocab_size",
+}
+NUMBERS = {
+    "hidden_dropout_prob": "hidden_dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+    "layer_norm_eps": "layer_norm_eps",
+    "initializer_range": "initializer_range",
+}
 PADDED = ("embeddings.word.weight", "head.bias")
 TIED_DECODER = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
 UNUSED_BY_MASKED_LM = {
@@ -136,7 +152,7 @@ def from_hf_config(values: dict[str, Any], where: str) -> BertConfig:
     """Our configuration from the fields of a Hugging Face config.json found at `where` (for messages).
 
     Raises:
-        InputError: another architecture, activation or kind of position embedding.
+        InputError: another architecture, activation or kind of position embedding; a value that no model can have.
     """
     if values.get("model_type") != "bert":
         raise InputError(f"{where}: model_type is {values.get('model_type')!r}; only 'bert' can be read")
@@ -148,18 +164,17 @@ def from_hf_config(values: dict[str, Any], where: str) -> BertConfig:
     ):
         if values.get(field, accepted[0]) not in accepted:
             raise InputError(f"{where}: {field} is {values[field]!r}; only {accepted[0]!r} can be read")
-    defaults = BertConfig()
-    return BertConfig(
-        num_layers=values.get("num_hidden_layers", defaults.num_layers),
-        hidden_size=values.get("hidden_size", defaults.hidden_size),
-        num_heads=values.get("num_attention_heads", defaults.num_heads),
-        intermediate_size=values.get("intermediate_size", defaults.intermediate_size),
-        vocab_size=values.get("vocab_size", defaults.vocab_size),
-        max_position_embeddings=values.get("max_position_embeddings", defaults.max_position_embeddings),
-        type_vocab_size=values.get("type_vocab_size", defaults.type_vocab_size),
-        hidden_dropout=values.get("hidden_dropout_prob", defaults.hidden_dropout),
-        attention_dropout=values.get("attention_probs_dropout_prob", defaults.attention_dropout),
-        layer_norm_eps=values.get("layer_norm_eps", defaults.layer_norm_eps),
-        initializer_range=values.get("initializer_range", defaults.initializer_range),
-        pad_token_id=values.get("pad_token_id", 0) or 0,
-    )
+    fields = {ours: values.get(field, getattr(BertConfig, ours)) for field, ours in (WHOLE_NUMBERS | NUMBERS).items()}
+    fields["pad_token_id"] = 0 if values.get("pad_token_id") is None else values["pad_token_id"]
+    for field, ours in WHOLE_NUMBERS.items():
+        if type(fields[ours]) is not int or fields[ours] < 1:
+            raise InputError(f"{where}: {field} is {fields[ours]!r}, not a whole number above 0; correct it")
+    for field, ours in NUMBERS.items():
+        if type(fields[ours]) not in (int, float) or not 0 <= fields[ours] <= 1:
+            raise InputError(f"{where}: {field} is {fields[ours]!r}, not a number from 0 to 1; correct it")
+    size, heads, pad, vocab = (fields[n] for n in ("hidden_size", "num_heads", "pad_token_id", "vocab_size"))
+    if size % heads:
+        raise InputError(f"{where}: num_attention_heads is {heads}, no divisor of hidden_size {size}; correct it")
+    if type(pad) is not int or not 0 <= pad < vocab:
+        raise InputError(f"{where}: pad_token_id is {pad!r}, not an id from 0 to {vocab - 1}; correct it")
+    return BertConfig(**fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import re
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_sas.cli import InputError
+from megatron_sas.cli import InputError, first_line
 from megatron_sas.data.tokenizer import load_tokenizer
 from megatron_sas.files import obey_umask, write_json_atomic
 from megatron_sas.manifest import MANIFEST, read_manifest, verify_manifest
@@ -123,8 +124,15 @@ def missing_shards(names: Iterable[str]) -> list[str]:
 
 
 def write_weights(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """Write contiguous tensors as safetensors. transformers 4 refuses a file that does not say that it is PyTorch's."""
-    save_file(tensors, path, metadata={"format": "pt"})
+    """Write contiguous tensors as safetensors. transformers 4 refuses a file that does not say that it is PyTorch's.
+
+    Raises:
+        OSError: it cannot be written, for which safetensors has an error of its own.
+    """
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(errno.EIO, first_line(error), str(path)) from error
     obey_umask(path)
 
 
@@ -192,12 +200,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def _shards(index: Path) -> list[str]:
+    """The files of a model in several, by its index."""
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise InputError(f"{index}: weight_map does not name the files of the weights; download the model again")
+    return sorted(set(names.values()))
+
+
 def _read_hf(path: Path) -> tuple[BertConfig, dict[str, Tensor]]:
     config = from_hf_config(_read_json(path / "config.json"), str(path / "config.json"))
     if (path / "model.safetensors").is_file():
         state = read_weights(path / "model.safetensors")
     elif (path / "model.safetensors.index.json").is_file():
-        shards = sorted(set(_read_json(path / "model.safetensors.index.json")["weight_map"].values()))
+        shards = _shards(path / "model.safetensors.index.json")
         state = {name: tensor for shard in shards for name, tensor in read_weights(path / Path(shard).name).items()}
     elif (path / "pytorch_model.bin").is_file():
         state = _read_pickled(path / "pytorch_model.bin")

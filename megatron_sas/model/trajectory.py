@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from decimal import Decimal
 from pathlib import Path
 
 from megatron_sas.cli import InputError
@@ -14,7 +15,8 @@ LINEAGE = "lineage.json"
 LINEAGE_FORMAT, LINEAGE_VERSION = "megatron_sas lineage", 1
 
 _STEP = re.compile(r"step_(\d{8,})")
-_NUMBER = re.compile(r"(\d+)([kKmM]?)(?![a-zA-Z0-9])")
+_NUMBER = re.compile(r"(?<!\d)(?<!\d[.,])(\d+(?:[.,]\d+)*)([kKmM]?)(?![a-zA-Z0-9]|[.,]\d)")
+_GROUPED = re.compile(r"\d{1,3}(\.\d{3})+")  # 1.000 may be one or a thousand
 _FACTORS = {"": 1, "k": 1_000, "m": 1_000_000}
 
 
@@ -25,17 +27,21 @@ def list_models(path: str | Path) -> list[tuple[int, Path]]:
         path: a run directory: its snapshots and checkpoints and, if it is a branch (lineage.json), those of its
             ancestors up to the branch; where a step has both, the snapshot. Or a folder of model directories
             (Hugging Face or checkpoints): the step is the last number in the name, with k and M as thousand and
-            million (`seed_0-step_20k` is 20000), or the place in the order of names if one of them has no number. Or
-            one model: its step is the last number in its name, else 0.
+            million (`seed_0-step_20k` is 20000, `step_1.5M` 1500000), or the place in the order of names if one of them
+            has no number. Or one model: its step is such a number in its name, else 0.
 
     Raises:
-        InputError: there are no models, two have the same number, or the parent of a branched run is not there.
+        InputError: there are no models, two have the same number or one has a number that is no step (`1e5`, `1,000`,
+            `1.5`), or the parent of a branched run is not there.
     """
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such directory; give a run, or a folder of models")
     if _is_model(path):
-        return [(_last_number(path.name) or 0, path)]
+        try:
+            return [(_last_number(path) or 0, path)]
+        except InputError:  # a single model needs no place among others
+            return [(0, path)]
     models = _models_of_run(path) if _is_run(path) else _models_in_folder(path)
     if not models:
         raise InputError(f"{path}: no models in it; give a run with snapshots or checkpoints, or a folder of models")
@@ -89,11 +95,11 @@ def read_lineage(run: Path) -> tuple[Path, int]:
 
 def _models_in_folder(folder: Path) -> dict[int, Path]:
     directories = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and _is_model(path))
-    numbers = [_last_number(directory.name) for directory in directories]
-    if None in numbers:
+    if not all(_NUMBER.search(directory.name) for directory in directories):
         return dict(enumerate(directories))
     models: dict[int, Path] = {}
-    for number, directory in zip(numbers, directories, strict=True):
+    for directory in directories:
+        number = _last_number(directory)
         if number in models:
             raise InputError(
                 f"{folder}: {models[number].name} and {directory.name} are both number {number}; "
@@ -103,6 +109,16 @@ def _models_in_folder(folder: Path) -> dict[int, Path]:
     return models
 
 
-def _last_number(name: str) -> int | None:
-    found = _NUMBER.findall(name)
-    return int(found[-1][0]) * _FACTORS[found[-1][1].lower()] if found else None
+def _last_number(path: Path) -> int | None:
+    found = list(_NUMBER.finditer(path.name))
+    if not found:
+        return None
+    digits, unit = found[-1].groups()
+    exponent = re.search(r"\d[eE][+-]?$", path.name[: found[-1].start()])
+    if exponent is None and re.fullmatch(r"\d+(\.\d+)?", digits) and (unit or not _GROUPED.fullmatch(digits)):
+        number = Decimal(digits) * _FACTORS[unit.lower()]
+        if number == int(number):
+            return int(number)
+    raise InputError(
+        f"{path}: the last number in its name is no step that can be read for sure; write it as in 1500, 20k or 1.5M"
+    )

@@ -7,6 +7,8 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from megatron_sas.data.indexed_dataset import IndexedDatasetWriter
 from megatron_sas.data.packed import FILES, FORMAT, FORMAT_VERSION
@@ -38,6 +40,16 @@ def vocab_file(tmp_path):
     path = tmp_path / "vocab.txt"
     path.write_text("\n".join(VOCAB) + "\n")
     return path
+
+
+@pytest.fixture
+def wordless_tokenizer(vocab_file, tmp_path):
+    """A directory with a tokenizer that takes a whole text for one word."""
+    tokenizer = Tokenizer(models.WordPiece({entry: number for number, entry in enumerate(VOCAB)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(tmp_path / "wordless")
+    return tmp_path / "wordless"
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -203,6 +204,8 @@ def test_what_cannot_be_imported(vocab_file, tmp_path):
     folder = write(tmp_path / "b", [row([CLS, 5, SEP], [-1] * 3, [-1, 3, -1])])
     with pytest.raises(InputError, match="1 rows, 0 of them left out; nothing fills a sequence of 8"):
         run(folder, vocab_file, tmp_path / "out", seq_length=8)
+    with pytest.raises(InputError, match="the name is not UTF-8"):
+        run(Path(os.fsdecode(b"\xe9")), vocab_file, tmp_path / "out", seq_length=8)
     (tmp_path / "names.txt").write_text("a b c")
     with pytest.raises(InputError, match="names 3 relations, but the dataset has number 3"):
         run(folder, vocab_file, tmp_path / "out", seq_length=8, relations=str(tmp_path / "names.txt"))

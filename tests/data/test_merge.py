@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -128,6 +129,8 @@ def test_misfits_and_damage(parts, tmp_path, vocab_file):
     ):
         with pytest.raises(InputError, match=message):
             merge([parts[0], str(tmp_path / wrong)], str(tmp_path / "all"))
+    with pytest.raises(InputError, match="the name is not UTF-8"):
+        merge([*map(str, parts[:1]), os.fsdecode(b"\xe9")], str(tmp_path / "out"))
     with pytest.raises(InputError, match="hold no sequence"):
         merge([parts[2]], str(tmp_path / "all"))
     with pytest.raises(InputError, match="no such file"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import pytest
 from child_processes import children, is_alive
 
 from megatron_sas.cli import InputError
-from megatron_sas.data import workers
+from megatron_sas.data import packed_writer, workers
 from megatron_sas.data.packed import FILES, PackedData
 from megatron_sas.data.parses import ConlluParser, NoParser
 from megatron_sas.data.preprocess import PreprocessSettings, preprocess
@@ -302,6 +303,45 @@ def test_existing_output(vocab_file, tmp_path):
     assert contents(tmp_path / "out") == before
     run(source, vocab_file, "none", tmp_path / "out", seq_length=16, overwrite=True)
     assert PackedData(tmp_path / "out").seq_length == 16
+
+
+def test_an_error_at_the_very_end_leaves_the_old_data(vocab_file, tmp_path, monkeypatch):
+    source = tmp_path / "a.txt"
+    source.write_text("the cat " * 20)
+    run(source, vocab_file, "none", tmp_path / "out", seq_length=8)
+    before = contents(tmp_path / "out")
+
+    def full_disk(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(packed_writer, "write_json_atomic", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        run(source, vocab_file, "none", tmp_path / "out", seq_length=16, overwrite=True)
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_slash_after_the_prefix_hides_no_output(vocab_file, tmp_path):
+    source = tmp_path / "a.txt"
+    source.write_text("the cat " * 20)
+    run(source, vocab_file, "none", tmp_path / "out", seq_length=8)
+    with pytest.raises(InputError, match=r"out\.bin: exists already"):
+        run(source, vocab_file, "none", f"{tmp_path}/out/", seq_length=8)
+
+
+def test_names_that_are_not_utf_8_are_refused_at_the_beginning(vocab_file, tmp_path):
+    """A header cannot say them."""
+    name = os.fsdecode(b"\xe9")
+    folder = tmp_path / name
+    folder.mkdir()
+    for path in (tmp_path / f"{name}.txt", tmp_path / "a.txt", folder / "vocab.txt"):
+        path.write_text(vocab_file.read_text())
+    for source, vocabulary, output in [
+        (tmp_path / f"{name}.txt", vocab_file, "out"),
+        (tmp_path / "a.txt", folder / "vocab.txt", "out"),
+        (tmp_path / "a.txt", vocab_file, name),
+    ]:
+        with pytest.raises(InputError, match="the name is not UTF-8; rename it"):
+            run(source, vocabulary, "none", tmp_path / output, seq_length=8)
 
 
 class _Delicate(NoParser):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
+from tokenizers import pre_tokenizers
 
 from megatron_sas.cli import InputError
 from megatron_sas.data.tokenizer import (
+    knows_words,
     load_tokenizer,
     plain_text_tokenizer,
+    save_tokenizer,
     tokenizer_hash,
     tokenizer_info,
     vocab_size,
@@ -54,6 +59,38 @@ def test_special_tokens_in_text_are_text(vocab_file):
     assert tokenizer.encode("the [SEP] cat", add_special_tokens=False).tokens == ["the", "[", "sep", "]", "cat"]
 
 
+def test_whether_a_tokenizer_knows_words(vocab_file, wordless_tokenizer):
+    assert knows_words(load_tokenizer(vocab_file))
+    tokenizer = load_tokenizer(wordless_tokenizer)
+    assert not knows_words(tokenizer)
+    for pre_tokenizer, expected in [
+        (None, False),
+        (pre_tokenizers.ByteLevel(use_regex=False), False),
+        (pre_tokenizers.ByteLevel(), True),
+        (pre_tokenizers.Metaspace(), True),
+    ]:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
+        assert knows_words(tokenizer) == expected
+
+
+def test_a_byte_order_mark_is_no_part_of_the_vocabulary(vocab_file):
+    expected = load_tokenizer(vocab_file).get_vocab()
+    vocab_file.write_bytes(b"\xef\xbb\xbf" + vocab_file.read_bytes())
+    assert load_tokenizer(vocab_file).get_vocab() == expected
+
+
+def test_a_file_that_cannot_be_written_is_an_os_error(data_dir, tmp_path):
+    tokenizer = load_tokenizer(data_dir / "bert_vocab" / "vocab.txt")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # like a full disk, but for large files only
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            save_tokenizer(tokenizer, tmp_path / "saved", None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.filename == str(tmp_path / "saved")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -73,11 +110,15 @@ def test_bad_paths(tmp_path, vocab_file):
     with pytest.raises(InputError, match="no such vocabulary"):
         load_tokenizer(tmp_path / "none.txt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no such vocabulary"):
+    with pytest.raises(InputError, match=r"empty: has no tokenizer \(tokenizer.json or vocab.txt\); save it there"):
         load_tokenizer(tmp_path / "empty")
     vocab_file.write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="not UTF-8"):
         load_tokenizer(vocab_file)
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (tmp_path / name).write_text("{\n},\n},\n")
+        with pytest.raises(InputError, match=rf"{name}: is no vocabulary .*; give the directory it is in, {tmp_path}$"):
+            load_tokenizer(tmp_path / name)
     (tmp_path / "empty" / "tokenizer_config.json").write_text("{}")
     with pytest.raises(InputError, match="not a usable tokenizer directory"):
         load_tokenizer(tmp_path / "empty")

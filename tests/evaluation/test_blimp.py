@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 
 from megatron_sas.cli import InputError
 from megatron_sas.evaluation.batching import deal
@@ -148,6 +150,8 @@ LINE = {"sentence_good": "A dog.", "sentence_bad": "A dogs.", "field": "f", "lin
         ([1], r"u\.jsonl:2: expected an object, found list"),
         ({**LINE, "sentence_bad": ""}, r"u\.jsonl:2: field 'sentence_bad' is missing or not a non-empty string"),
         ({k: v for k, v in LINE.items() if k != "field"}, r"u\.jsonl:2: field 'field' is missing"),
+        ("[" * 100_000, r"u\.jsonl:2: not JSON \(maximum recursion"),
+        ({**LINE, "sentence_bad": "A \ud83d."}, r"u\.jsonl:2: half of a surrogate pair in field 'sentence_bad'"),
         ({**LINE, "UID": "v"}, r"u\.jsonl:2: UID, field and linguistics_term are \('v', 'f', 't'\)"),
     ],
 )
@@ -156,6 +160,11 @@ def test_broken_lines_name_file_line_and_field(tmp_path, second, message):
     (tmp_path / "u.jsonl").write_text(json.dumps(LINE) + "\n" + second + "\n")
     with pytest.raises(InputError, match=message):
         load_blimp(tmp_path)
+
+
+def test_a_byte_order_mark_is_dropped(tmp_path):
+    (tmp_path / "u.jsonl").write_text(json.dumps(LINE) + "\n", "utf-8-sig")
+    assert load_blimp(tmp_path)[0].pairs == [("A dog.", "A dogs.")]
 
 
 def test_unusable_folders(tmp_path):
@@ -178,6 +187,11 @@ def test_unusable_folders(tmp_path):
 def test_what_cannot_be_scored_is_an_error(adapter, tokenizer):
     with pytest.raises(InputError, match="metric 'nll': unknown"):
         score_sentences(adapter, tokenizer, SENTENCES, "nll")
+    wordless = copy.deepcopy(tokenizer)
+    wordless.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    with pytest.raises(InputError, match="metric 'within_word_l2r': this tokenizer takes a whole text for one word"):
+        PllTask(SENTENCES, wordless, "within_word_l2r")
+    assert PllTask(SENTENCES, wordless).num_copies > 0
     with pytest.raises(InputError, match=r"sentence 1: .* has no tokens"):
         score_sentences(adapter, tokenizer, ["dog", "\u200b"])
     data = [PairSet("some_set", "f", "t", [("Dogs bark.", "Dogs bark loudly at cats."), ("a b", "a c")])]

@@ -23,7 +23,7 @@ from megatron_sas.analysis.trajectories import GLUE
 from megatron_sas.cli import InputError
 from megatron_sas.data.tokenizer import load_tokenizer, vocab_size
 from megatron_sas.evaluation.glue import Pretrained, Settings, encode, finetune
-from megatron_sas.evaluation.glue_data import Columns, read_file, read_hub, task_files
+from megatron_sas.evaluation.glue_data import Columns, Examples, read_file, read_hub, task_files
 from megatron_sas.evaluation.glue_tasks import TASKS
 from megatron_sas.manifest import write_manifest
 from megatron_sas.model import Bert
@@ -142,6 +142,8 @@ def test_lines_with_too_few_columns(tmp_path, capsys):
         ("cola", "a.tsv", "s\t1\t\ta\ns\t1\t\tb\n", "all 2 labels are 'acceptable'"),
         ("cola", "a.tsv", "one\ntwo\n", ":1: fewer than the 4 tab-separated columns that cola needs"),
         ("cola", "a.jsonl", "{\n", ":1: not JSON"),
+        ("cola", "a.jsonl", "[" * 100_000, ":1: not JSON"),
+        ("cola", "a.jsonl", '{"sentence": "\\ud83d", "label": 1}\n', ":1: half of a surrogate pair in '\\ud83d'"),
         ("cola", "a.jsonl", "[1]\n", ":1: not a JSON object"),
         ("cola", "a.jsonl", '{"sentence": 3, "label": 1}\n', "3 is not a text"),
         ("cola", "a.csv", "x", "unknown kind of file '.csv'"),
@@ -265,7 +267,9 @@ def test_the_report_reads_what_is_written(result, cola_like, tmp_path):
     run_tool(*arguments[:4], "--model", final, "--output", run / "glue", *FAST, "--seeds", 1)
     (run / "config.yaml").write_text("run: {seed: 1}\n")
     for step, expected in ((7, json.loads((run / "glue" / "cola.json").read_text())["mean"]), (8, None)):
-        (run / "metrics.jsonl").write_text(json.dumps({"kind": "evaluation", "step": step, "uas": 0.5}) + "\n")
+        (run / "metrics.jsonl").write_text(
+            json.dumps({"kind": "evaluation", "step": step, "validation_mlm_loss": 2.0}) + "\n"
+        )
         (loaded,), notes = read_inputs([run])
         assert loaded.final(GLUE) == expected and len(notes) == (expected is None)
 
@@ -291,6 +295,55 @@ def test_a_killed_call_goes_on(result, tmp_path, monkeypatch):
     run_tool(*arguments[:-1], target, *FAST, "--seeds", 1, 2)
     assert made == [1, 2, 2]
     assert json.loads(target.read_text()) == json.loads(output.read_text())
+
+
+def test_jobs_with_different_seeds_of_one_output_lose_none(result, tmp_path, monkeypatch, capsys):
+    """While one makes its second seed, another makes a third one and ends; then a killed one has left a seed behind."""
+    import megatron_sas.evaluation.glue as glue
+
+    _, arguments = result
+    target = tmp_path / "cola.json"
+    first = {"metrics": {"matthews_correlation": 0.5, "accuracy": 0.5}, "best_epoch": 1, "epochs": [], "train_loss": []}
+
+    def call(*seeds):
+        run_tool(*arguments[:-1], target, *FAST, "--seeds", *seeds)
+
+    def other_job_meanwhile(*args, **kwargs):
+        if args[5] == 2:
+            call(3)
+        return {"seed": args[5], **first}
+
+    monkeypatch.setattr(glue, "finetune", other_job_meanwhile)
+    call(1, 2)
+    assert [seed["seed"] for seed in json.loads(target.read_text())["seeds"]] == [1, 2, 3]
+    partial = target.with_name(".cola.json.partial")
+    partial.write_text(target.read_text())
+    found = json.loads(target.read_text())
+    target.write_text(json.dumps({**found, "seeds": found["seeds"][:2]}))
+    call(1, 2)
+    assert [seed["seed"] for seed in json.loads(target.read_text())["seeds"]] == [1, 2, 3]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_tokenizers_that_put_nothing_around_a_text_get_berts_way(cola_like, tmp_path):
+    shutil.copytree(cola_like / "model", tmp_path / "model")
+    examples = Examples([("the dog barks", "a cat")], np.array([0]), {})
+    expected = encode(examples, Pretrained(tmp_path / "model", TASKS["mrpc"]), 32)
+    path = tmp_path / "model" / "tokenizer.json"
+    serialised = json.loads(path.read_text())
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "unk_token": "[UNK]",
+        "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
+    }))  # fmt: skip
+    path.write_text(json.dumps({**serialised, "post_processor": None}))
+    found = encode(examples, Pretrained(tmp_path / "model", TASKS["mrpc"]), 32)
+    assert (found.ids, found.types) == (expected.ids, expected.types)
+    # RoBERTa's own way stays: another [SEP] between the texts.
+    roberta = {"type": "RobertaProcessing", "sep": ["[SEP]", 102], "cls": ["[CLS]", 101]}
+    path.write_text(
+        json.dumps({**serialised, "post_processor": {**roberta, "trim_offsets": True, "add_prefix_space": False}})
+    )
+    assert encode(examples, Pretrained(tmp_path / "model", TASKS["mrpc"]), 32).ids[0].count(102) == 3
 
 
 def write_checkpoint(path, tokenizer_path):

@@ -36,6 +36,8 @@ def test_conllu_and_json_forms_of_real_data_agree(data_dir, tmp_path):
         ({**GOOD, "heads": ["2", 0, 2]}, ":2: field 'heads' must be a list of integers"),
         ({**GOOD, "heads": [True, 0, 2]}, ":2: field 'heads' must be a list of integers"),
         ({"words": ["a"], "heads": [0]}, ":2: field 'relns' must be a list of strings"),
+        ("[" * 100_000, r"bad\.jsonl:2: not JSON \(maximum recursion"),
+        ({**GOOD, "words": ["Dogs", "\ud83d", "."]}, ":2: half of a surrogate pair in field 'words'"),
         ({**GOOD, "heads": [2, 0]}, ":2: words, heads and relns must be of one length, at least 1; found 3, 2 and 3"),
         ({"words": [], "heads": [], "relns": []}, ":2: words, heads and relns must be of one length, at least 1"),
         ({**GOOD, "heads": [2, 0, 4]}, r":2: field 'heads': word 3 \('\.'\) has head 4, outside 0\.\.3"),
@@ -56,6 +58,22 @@ def test_broken_elements_of_an_array_are_counted(tmp_path):
     path.write_text(json.dumps([GOOD, {**GOOD, "heads": 3}]), "utf-8")
     with pytest.raises(InputError, match=r"bad\.json: element 1: field 'heads'"):
         load_treebank(path)
+
+
+def test_a_deeply_nested_array_is_one_line(tmp_path):
+    path = tmp_path / "deep.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"deep\.json: not JSON \(maximum recursion"):
+        load_treebank(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.conllu"])
+def test_a_byte_order_mark_is_dropped(tmp_path, name):
+    content = {"a.jsonl": json.dumps(GOOD), "a.json": json.dumps([GOOD])}.get(
+        name, "1\ta" + "\t_" * 4 + "\t0\troot\t_\t_\n"
+    )
+    (tmp_path / name).write_text(content, "utf-8-sig")
+    assert len(load_treebank(tmp_path / name)) == 1
 
 
 def test_unusable_files(tmp_path):

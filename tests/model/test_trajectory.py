@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -85,6 +86,23 @@ def test_a_folder_is_sorted_by_the_last_number_of_a_name(tmp_path):
         (20_000, "seed_3-step_20k"),
         (2_000_000, "seed_3-step_2M"),
     ]
+
+
+def test_decimal_numbers_count_as_one(tmp_path):
+    folder = make_models(
+        tmp_path / "models", ["step_0.5M", "step_1.5M", "step_1.5k", "v1.2-step_2000", "step-3.0", "step.40"]
+    )
+    assert [step for step, _ in list_models(folder)] == [3, 40, 1500, 2000, 500_000, 1_500_000]
+
+
+@pytest.mark.parametrize(
+    "name", ["step_1e5", "step_1.5e+05", "ckpt-1,000", "ckpt-1.000", "ckpt-1,5k", "step_1.5", "step_1.0005k", "v1.2.3"]
+)
+def test_numbers_that_may_mean_something_else_are_refused(tmp_path, name):
+    folder = make_models(tmp_path / "models", [name, "step_7"])
+    with pytest.raises(InputError, match=rf"models/{re.escape(name)}: the last number in its name is no step"):
+        list_models(folder)
+    assert list_models(folder / name) == [(0, folder / name)]  # a single model needs no place among others
 
 
 def test_without_numbers_the_order_of_names_counts(tmp_path):

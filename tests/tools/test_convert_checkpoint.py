@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import resource
 import runpy
 import subprocess
 import sys
@@ -65,6 +67,19 @@ def test_wrong_use(original, tool, tmp_path):
     assert error.count("\n") == 1
     assert not (tmp_path / "other").exists()
     assert tool("to-onnx", original, tmp_path / "other")[0] == 2
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(original, tool, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # the weights are larger
+    try:
+        code, _, error = tool("from-hf", original, tmp_path / "checkpoint")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2
+    assert re.search(r"error: \S+/model.safetensors: .*File too large", error)
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["original"]
 
 
 def test_it_runs_from_anywhere_without_installation():

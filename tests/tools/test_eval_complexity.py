@@ -67,6 +67,7 @@ def test_wrong_input_is_refused(folder, tmp_path, monkeypatch):
     for options, message in [
         (["--text", folder / "text.jsonl"], "no field 'text'"),
         (["--text", folder / "absent.txt"], "absent.txt: no such file"),
+        (["--text", "hf:some/data:train"], "--text: is a file or packed data; pack the dataset"),
         (["--text", folder / "text.jsonl", "--seq-length", 33], "--seq-length: 33 is not between 4 and .* 32"),
         (["--text", folder / "data0", "--seq-length", 16], "--seq-length: packed data has its own"),
         (["--text", folder / "data0", "--num-texts", 9], "--num-texts: 9 is below 10"),

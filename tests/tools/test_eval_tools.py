@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from bert_pairs import tiny_hf_bert
 from transformers import BertTokenizerFast
 
+from megatron_sas.cli import InputError
 from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
+from megatron_sas.evaluation.command_line import check_output
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
 from megatron_sas.files import sha256_file
@@ -141,6 +144,18 @@ def test_bf16_is_close_and_recorded(inputs, tmp_path):
     assert result["blimp"] == pytest.approx(exact["blimp"], abs=0.1)
 
 
+def test_outputs_that_cannot_be_written_are_refused_before_any_work(tmp_path):
+    (tmp_path / "file").touch()
+    for path, message in [
+        (tmp_path, f"{tmp_path}: is a directory; --output names the file to write"),
+        (tmp_path / "file" / "more" / "a.json", f"a.json: cannot be written in {tmp_path / 'file'} (Not a directory)"),
+    ]:
+        with pytest.raises(InputError, match=re.escape(message)):
+            check_output(path, overwrite=True)
+    check_output(tmp_path / "new" / "a.json", overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_bad_input_is_one_line_and_leaves_nothing(inputs, tmp_path):
     output = tmp_path / "out" / "result.json"
     syntax = {"--model": inputs / "model", "--treebank": inputs / "treebank.jsonl", "--output": output}
@@ -148,6 +163,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(inputs, tmp_path):
     for tool, good, change, message in [
         ("eval_syntax.py", syntax, {"--model": tmp_path / "none"}, "none: no such directory"),
         ("eval_syntax.py", syntax, {"--untrained": inputs / "other"}, "other: tokenizer or maximum length differs"),
+        (
+            "eval_syntax.py",
+            syntax,
+            {"--model": tmp_path / "missing", "--output": tmp_path},
+            f"{tmp_path}: is a directory",
+        ),
         ("eval_syntax.py", syntax, {"--device": "cuda:99"}, "--device: 'cuda:99' is not available here"),
         ("eval_blimp.py", blimp, {"--blimp": tmp_path}, "no .jsonl files in it"),
         ("eval_blimp.py", blimp, {"--pairs-per-set": 0}, "pairs_per_set: 0 is below 1"),

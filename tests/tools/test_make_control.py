@@ -109,6 +109,26 @@ def test_name_and_overwrite(prefix, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_an_error_at_the_very_end_leaves_the_old_stream(prefix, monkeypatch):
+    """The disk that is full when the header is written."""
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    import make_control
+
+    arguments = ("--data", str(prefix), "--control", "permuted")
+    assert run(*arguments).returncode == 0
+    files = [Path(f"{prefix}.heads-permuted.{end}") for end in ("bin", "json")]
+    before = [path.read_bytes() for path in files]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(make_control, "write_json_atomic", full)
+    monkeypatch.setattr(sys, "argv", ["make_control.py", *arguments, "--seed", "1", "--overwrite"])
+    with pytest.raises(OSError, match="No space"):
+        make_control.main()
+    assert [path.read_bytes() for path in files] == before
+
+
 def test_what_a_killed_process_left_is_removed(prefix, tmp_path):
     left = tmp_path / ".toy.heads-permuted.bin.abcdefgh.tmp"
     left.mkdir()
