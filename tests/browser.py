@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+PATIENCE = 120_000  # ms, on a machine that does much else
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 # The width that the document needs beyond the window, and the texts of an SVG that stick out of it.
 OVERFLOW = """() => {
@@ -46,7 +47,9 @@ def browser():
     with sync_playwright() as playwright:
         # Containers often lack the name spaces and the shared memory that Chromium asks for.
         instance = playwright.chromium.launch(
-            executable_path=executable, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+            executable_path=executable,
+            args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"],
+            timeout=PATIENCE,
         )
         yield instance
         instance.close()
@@ -60,6 +63,7 @@ def open_page(browser, path: Path, fragment: str = "", width: int = 1280, height
     an error or a warning to the console, raised one, or asked for anything but the file itself.
     """
     context = browser.new_context(viewport={"width": width, "height": height}, **options)
+    context.set_default_timeout(PATIENCE)
     complaints: list[str] = []
     address = Path(path).resolve().as_uri()
 

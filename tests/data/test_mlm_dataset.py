@@ -159,14 +159,18 @@ class Counting:
 
 def test_prefetching_is_bounded_and_stops(make_packed):
     data = Counting(dataset(PackedData(make_packed())))
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     loader = PrefetchLoader(data, 0, 1000, depth=2)
     next(loader)
-    time.sleep(0.4)
-    assert data.made <= 4  # one taken, two waiting, one in hand
+    end = time.monotonic() + 60
+    while data.made < 4:  # one taken, two waiting, one in hand
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert data.made == 4
     loader.close()
     loader.close()
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads  # of which those of other tests may end meanwhile
     with pytest.raises(StopIteration):
         next(loader)
 

@@ -204,11 +204,15 @@ def test_names():
             parse_shard(text)
 
 
-def test_what_is_wrong_for_all_is_said_once(sources, vocab_file, tmp_path):
+def test_what_is_wrong_for_all_is_said_once(sources, vocab_file, wordless_tokenizer, tmp_path):
     with pytest.raises(InputError, match=r"^[^;]*nothing.txt: no such vocabulary file"):
         run(sources, tmp_path / "nothing.txt", tmp_path / "out")
     with pytest.raises(InputError, match=r"^--parser spacy:nothing: no such spaCy model"):
         run(sources, vocab_file, tmp_path / "out", parser="spacy:nothing")
+    with pytest.raises(
+        InputError, match=r"^--parser none: takes its words from the tokenizer, but .*wordless does not"
+    ):
+        run(sources, wordless_tokenizer, tmp_path / "out")
 
 
 def test_two_inputs_of_one_name(vocab_file, tmp_path):
@@ -218,12 +222,30 @@ def test_two_inputs_of_one_name(vocab_file, tmp_path):
         run([tmp_path / "a.txt", tmp_path / "a.jsonl"], vocab_file, tmp_path / "out")
 
 
+HELD = """
+import runpy, sys, time
+from megatron_sas.data import preprocess
+
+def held(*arguments):
+    for number, chunk in enumerate(process_chunks(*arguments)):
+        if number == 30:  # no other shard has as many
+            time.sleep(600)
+        yield chunk
+
+process_chunks, preprocess.process_chunks = preprocess.process_chunks, held
+if __name__ == "__main__":
+    sys.argv.pop(0)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_killed_and_started_again(vocab_file, tmp_path):
     """kill -9 in the second shard: then the same command ends with the bytes of an undisturbed run."""
+    (tmp_path / "held.py").write_text(HELD)  # the command, which stops there and waits
     folder = tmp_path / "in"
     folder.mkdir()
-    for number, lines in enumerate((100, 60_000, 100)):
+    for number, lines in enumerate((100, 30_000, 100)):
         (folder / f"part-{number}.txt").write_text(f"the cat sat. {number} running dogs can't run, café!\n" * lines)
 
     def command(output):
@@ -233,10 +255,13 @@ def test_killed_and_started_again(vocab_file, tmp_path):
 
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
     output = tmp_path / "out"
-    process = subprocess.Popen(command(output), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.time() + 60
+    python, *rest = command(output)
+    process = subprocess.Popen([python, tmp_path / "held.py", *rest], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.time() + 180
     while not any(path.stat().st_size > 100_000 for path in output.glob(".part-1.*/data.marks.bin")):
-        assert process.poll() is None and time.time() < deadline, process.stderr.read()
+        if process.poll() is not None or time.time() > deadline:
+            process.kill()
+            pytest.fail(str(process.communicate()))
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()

@@ -115,7 +115,7 @@ def as_rank_1(tmp_path: Path, lines: str) -> list:
 def test_a_problem_of_one_process_stops_all(config, tmp_path):
     """The other process does not wait for it in the step, and the first says whose problem it is."""
     command = as_rank_1(tmp_path, "os.environ['TMPDIR'] = '/gone'")
-    output = launch(*command, config, f"--run.output_dir={tmp_path / 'run'}", expect=1, timeout=60)
+    output = launch(*command, config, f"--run.output_dir={tmp_path / 'run'}", expect=1, timeout=180)
     host = socket.gethostname()
     problems = [line for line in output.splitlines() if line.startswith("problem ")]
     assert len(problems) == 1
@@ -129,7 +129,7 @@ def test_a_failure_of_one_process_in_the_step_ends_all(config, tmp_path):
     """While the other waits for it in a collective."""
     fails = "raise torch.OutOfMemoryError('Out of memory. Tried') "
     command = as_rank_1(tmp_path, f"def build_parts(*_): {fails}\n    preflight.build_parts = build_parts")
-    output = launch(*command, config, f"--run.output_dir={tmp_path / 'run'}", expect=1, timeout=90)
+    output = launch(*command, config, f"--run.output_dir={tmp_path / 'run'}", expect=1, timeout=180)
     assert "(rank 1): one step: Out of memory; lower train.micro_batch_size" in output
     assert output.count("1 problem; a run would fail") == 1
 
@@ -143,7 +143,7 @@ def test_a_directory_of_its_own_on_each_host(config, tmp_path, exists):
     before = tree(tmp_path / "first"), tree(tmp_path / "second")
     command = as_rank_1(tmp_path, f"os.chdir({str(tmp_path / 'second')!r})")
     command[-1].write_text(f"import os; os.chdir({str(tmp_path / 'first')!r})\n" + command[-1].read_text())
-    output = launch(*command, config, "--run.output_dir=run", expect=1, timeout=90)
+    output = launch(*command, config, "--run.output_dir=run", expect=1, timeout=180)
     assert "problem  one step: run.output_dir: run is not one directory for all processes: " in output
     assert "(rank 1) cannot see what rank 0 writes there; choose a directory on a file system" in output
     assert [path.name for path in (tmp_path / "first").rglob("*")] == (["run"] if exists else [])

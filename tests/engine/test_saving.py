@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from megatron_sas.cli import InputError
 from megatron_sas.config import load_config
 from megatron_sas.engine import saving
 from megatron_sas.engine.checkpoint import newest_checkpoint, remove_old_checkpoints
+from megatron_sas.metrics.throughput import Throughput
 from megatron_sas.model import load_model
 from megatron_sas.model.conversion import to_hf
 
@@ -166,13 +166,23 @@ def test_a_resumed_run_writes_its_snapshots_again(config, tmp_path):
 
 
 def test_waiting_for_the_disk_is_not_counted_as_training(config, tmp_path, monkeypatch):
-    """Slow writes of every update, each of which waits for the one before."""
-    write = saving.write_share
+    """By a clock that stands still but while training waits for the save before this one."""
+    now, waiting = [0.0], threading.Event()
+    write, finish = saving.write_share, saving.Saver.finish
 
     def slow(directory, share):
-        time.sleep(0.3)
+        assert waiting.wait(60)
+        waiting.clear()
+        now[0] += 1.0
         write(directory, share)
 
+    def wait(saver):
+        if saver._writing is not None:
+            waiting.set()
+        finish(saver)
+
     monkeypatch.setattr(saving, "write_share", slow)
+    monkeypatch.setattr(saving.Saver, "finish", wait)
+    monkeypatch.setitem(Throughput.__init__.__kwdefaults__, "clock", lambda: now[0])
     trainer = train(config, tmp_path / "run", {"checkpoint.every": 1, "train.steps": 4})
-    assert trainer.throughput.seconds < 1.0
+    assert (now[0], trainer.throughput.seconds) == (5.0, 0.0)

@@ -60,13 +60,13 @@ def test_two_processes_give_the_results_of_one(data_dir, model_directory, tmp_pa
     treebank, blimp = data_dir / "ud_ewt" / "en_ewt-ud-test.conllu", data_dir / "blimp"
     packed = write_packed(tmp_path / "packed", sequences=28)
     arguments = [BATCH_TOKENS, tmp_path / "store", model_directory, treebank, blimp, packed, tmp_path / "result"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     workers = [
         subprocess.Popen([sys.executable, "-c", WORKER, *map(str, [rank, 2, *arguments])], env=environment)
         for rank in range(2)
     ]
     try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+        assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
     finally:
         for worker in workers:
             worker.kill()

@@ -17,7 +17,7 @@ from engine_runs import LAUNCHER_VARIABLES, ROOT, free_port, override_arguments
 FAULTS = Path(__file__).resolve().parent
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 60.0) -> None:
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 180.0) -> None:
     """Poll `condition` until it holds."""
     end = time.monotonic() + seconds
     while not condition():
@@ -54,7 +54,7 @@ class Job:
             if codes[rank] is None and (ranks is None or rank in ranks):
                 os.kill(pid, number)
 
-    def wait(self, seconds: float = 60.0) -> list[int]:
+    def wait(self, seconds: float = 180.0) -> list[int]:
         """Wait until all ranks have ended."""
         try:
             wait_until(lambda: None not in self.exits(), f"the end of {self.log}", seconds)
@@ -63,7 +63,7 @@ class Job:
             raise AssertionError(f"still running after {seconds:g} s:\n{self.output()}") from None
         return self.exits()
 
-    def wait_as_launchers_do(self, seconds: float = 60.0) -> list[int]:
+    def wait_as_launchers_do(self, seconds: float = 180.0) -> list[int]:
         """Wait until all ranks have ended, and kill the others when one has failed."""
         wait_until(lambda: any(self.exits()) or None not in self.exits(), f"an end of {self.log}", seconds)
         time.sleep(0.2)

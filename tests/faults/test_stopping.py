@@ -53,7 +53,8 @@ def test_a_signal_to_any_rank_stops_all(zygote, config, tmp_path, ranks, number,
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(zygote, config, tmp_path):
     """Stopped by the file, in the middle; then finished: no marker, equal to the run without a stop."""
     run, whole, short = tmp_path / "run", tmp_path / "whole", LONG | {"train.steps": 60}
-    job = zygote.start(config, run, short, ranks=2)
+    hold = {"before": "megatron_sas.engine.engine:Engine.update", "call": 4, "until": str(run / "stop")}
+    job = zygote.start(config, run, short, ranks=2, wound={"hold": hold})
     wait_until(lambda: steps_done(run) >= 3, "training")
     (run / "stop").touch()
     assert job.wait() == [0, 0]
@@ -67,12 +68,29 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(zygote, config, tmp_path):
     assert records(run) == records(whole)
 
 
+HELD_IMPORT = """
+import os, sys, time
+
+class HeldImport:
+    def find_spec(self, name, *_):
+        if name == "torch" and not os.path.exists({go!r}):
+            open({go!r} + "-reached", "w").close()
+            end = time.monotonic() + 600  # should the tests be killed
+            while not os.path.exists({go!r}) and time.monotonic() < end:
+                time.sleep(0.01)
+
+sys.meta_path.insert(0, HeldImport())
+"""
+
+
 def test_a_signal_while_the_program_starts_is_not_lost(zygote, config, tmp_path):
     """Nothing is done yet, so nothing is saved, and the requeued run is as good as new."""
-    run = tmp_path / "run"
-    job = zygote.start(config, run, {"train.steps": 4})
-    wait_until(lambda: _catches(job.pids[0], signal.SIGTERM), "the handler")
+    run, go = tmp_path / "run", tmp_path / "go"
+    hold = {"before": "megatron_sas.engine.trainer:initialize_distributed", "until": str(go)}
+    job = zygote.start(config, run, {"train.steps": 4}, wound={"hold": hold})
+    wait_until(Path(f"{go}-reached").exists, "the start")
     job.send(signal.SIGTERM)
+    go.touch()
     assert job.wait() == [0], job.output()
     assert (run / "requeue").read_text() == "SIGTERM\n"
     assert "stopped after 0 updates (SIGTERM)" in job.output() and not records(run)
@@ -81,13 +99,15 @@ def test_a_signal_while_the_program_starts_is_not_lost(zygote, config, tmp_path)
 
 
 def test_a_signal_before_torch_is_imported_is_not_lost(config, tmp_path):
-    run = tmp_path / "run"
+    run, go = tmp_path / "run", tmp_path / "go"
+    (tmp_path / "sitecustomize.py").write_text(HELD_IMPORT.format(go=str(go)))  # which Python imports when it starts
     command = [sys.executable, "pretrain_mlm.py", "--config", config, "--run.output_dir", run, "--train.steps", "4"]
-    with subprocess.Popen(list(map(str, command)), cwd=ROOT) as process:
-        wait_until(lambda: _catches(process.pid, signal.SIGTERM), "the handler")
-        assert not any("libtorch" in line for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines())
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment) as process:
+        wait_until(lambda: Path(f"{go}-reached").exists() or process.poll() is not None, "the import of torch")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 0
+        go.touch()
+        assert process.wait(180) == 0
     assert (run / "requeue").read_text() == "SIGTERM\n"
 
 
@@ -118,12 +138,6 @@ def test_a_directory_belongs_to_one_run_at_a_time(zygote, config, tmp_path):
     (run / "stop").touch()
     assert first.wait() == [0], first.output()
     check_stopped(run, f"file {run / 'stop'}")
-
-
-def _catches(pid, number):
-    """Whether the process has a handler of its own, which it installs before it imports DeepSpeed."""
-    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt")]
-    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
 
 
 def test_an_old_stop_file_stops_nothing(zygote, config, tmp_path):
@@ -161,13 +175,15 @@ def test_an_evaluation_does_not_outlast_the_grace_period(zygote, config, tmp_pat
     sentence = {"words": ["w1", "w2"], "heads": [0, 1], "relns": ["root", "dep"]}
     treebank.write_text((json.dumps(sentence) + "\n") * 60_000)
     slow = {"evaluation.treebank": str(treebank), "evaluation.batch_tokens": 8, "evaluation.every": 100_000}
-    job = zygote.start(config, run, LONG | slow, ranks=2)
-    wait_until(lambda: (run / "metrics.jsonl").exists(), "the evaluation at step 0")
-    time.sleep(1)
+    go = tmp_path / "go"
+    hold = {"before": "megatron_sas.engine.trainer:Trainer._between_batches", "call": 100, "until": str(go)}
+    job = zygote.start(config, run, LONG | slow, ranks=2, wound={"hold": hold})
+    wait_until(Path(f"{go}-reached").exists, "the evaluation at step 0")
     started = time.monotonic()
     job.send(signal.SIGUSR1, [1])
+    go.touch()
     assert job.wait() == [0, 0], job.output()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
     assert check_stopped(run, "SIGUSR1") == 0
     assert records(run, "evaluation") == {}
 
@@ -250,7 +266,7 @@ def test_the_deepspeed_launcher_passes_sigterm_on_to_one_rank_after_another(laun
 def test_a_signal_to_deepspeeds_runner_orphans_the_ranks_and_the_stop_file_reaches_them(launched):
     job = launched(*deepspeed())
     job.process.send_signal(signal.SIGTERM)
-    assert job.process.wait(30) == -signal.SIGTERM
+    assert job.process.wait(60) == -signal.SIGTERM
     before = steps_done(job.run)
     wait_until(lambda: steps_done(job.run) > before, "the orphans' progress")
     (job.run / "stop").touch()

@@ -8,10 +8,13 @@ done to which file of the run, without steps and what is drawn at random, so tha
 from __future__ import annotations
 
 import hashlib
+import importlib
+import itertools
 import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,9 @@ from safetensors.torch import save_file
 
 
 def wound(what: dict[str, Any], rank: int) -> None:
-    """Prepare this process: {"kill_at": number or name | "points": file, "from_step": s, "run": directory} or
-    {"batches": file}, with "rank": r on that rank alone; {"drop_at": s} has the records say that the loss fell then."""
+    """Prepare this process: {"kill_at": number or name | "points": file, "from_step": s, "run": directory},
+    {"batches": file} or {"hold": arguments of `_hold`}, with "rank": r on that rank alone; {"drop_at": s} has the
+    records say that the loss fell then."""
     if "drop_at" in what:
         _tell_of_a_drop(what["drop_at"])
     if what.get("rank", rank) != rank:
@@ -31,6 +35,27 @@ def wound(what: dict[str, Any], rank: int) -> None:
         _WritePoints(what.get("kill_at"), names, what["from_step"], what.get("run", "/"))
     if "batches" in what:
         _write_down_batches(Path(f"{what['batches']}-{rank}"))
+    if "hold" in what:
+        _hold(**what["hold"])
+
+
+def _hold(before: str, until: str, call: int = 1) -> None:
+    """Before a call, counted from 1, of "module:Class.name": make the file `until`-reached, then wait for `until`."""
+    module, _, name = before.partition(":")
+    *path, name = name.split(".")
+    owner = importlib.import_module(module)
+    for part in path:
+        owner = getattr(owner, part)
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def held(*arguments: object, **options: object) -> object:
+        if next(calls) == call:
+            Path(f"{until}-reached").touch()
+            while not os.path.exists(until):
+                time.sleep(0.01)
+        return function(*arguments, **options)
+
+    setattr(owner, name, held)
 
 
 def _tell_of_a_drop(start: int) -> None:

@@ -261,9 +261,12 @@ def test_a_broken_first_model_or_another_architecture_is_skipped_too(models, inp
     other = models / "seed_3-step_30k"
     shutil.copytree(models / "seed_3-step_20k", other)
     (other / "config.json").write_text(json.dumps({**config, "num_attention_heads": 4}))
+    impossible = models / "seed_3-step_40k"
+    shutil.copytree(models / "seed_3-step_20k", impossible)
+    (impossible / "config.json").write_text(json.dumps({**config, "hidden_size": "64"}))
     lines = []
-    assert measure(models, inputs, tmp_path / "out", on_error="skip", report=lines.append) == 2
-    assert [line.partition(":")[0] for line in lines] == ["skipped step 0", "skipped step 30000"]
+    assert measure(models, inputs, tmp_path / "out", on_error="skip", report=lines.append) == 3
+    assert [line.partition(":")[0] for line in lines] == ["skipped step 0", "skipped step 30000", "skipped step 40000"]
     assert "differs from the other models in num_heads" in lines[1]
     assert [point["step"] for point in read_points(tmp_path / "out")] == [20_000]
 
@@ -277,17 +280,34 @@ def command(folder, source, output, *options):
 ENVIRONMENT = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
 
 
+HELD = """
+import runpy, sys, time
+from megatron_sas.evaluation import measuring
+
+def held(task, step, *arguments):
+    if step == 6:
+        time.sleep(600)
+    return measure(task, step, *arguments)
+
+measure, measuring._measure = measuring._measure, held  # in the workers, which import this file, too
+if __name__ == "__main__":
+    sys.argv.pop(0)
+    runpy.run_path(sys.argv[0])["main"]()
+"""
+
+
 @pytest.mark.slow
 def test_killed_with_two_workers_it_leaves_whole_points_and_continues(folder, measured, inputs):
-    output = folder / "killed"
-    first = psutil.Popen(command(folder, folder / "run", output, "--workers", 2), env=ENVIRONMENT)
+    output, script = folder / "killed", folder / "held.py"
+    script.write_text(HELD)  # the command, which does not come to the end of the last model
+    python, *rest = command(folder, folder / "run", output, "--workers", 2)
+    first = psutil.Popen([python, script, *rest], env=ENVIRONMENT)
     try:
-        deadline, workers = time.monotonic() + 90, []
+        deadline = time.monotonic() + 180
         while not list(output.glob("points/step_*")):
             assert time.monotonic() < deadline and first.poll() is None
-            if len(workers) < 3:  # two workers and the tracker of their resources
-                workers = first.children()
             time.sleep(0.002)
+        workers = first.children()  # two, and the tracker of their resources
     finally:
         first.kill()
         first.wait()
