@@ -22,14 +22,17 @@ env: $(VENV)/.installed  ## create .venv with everything in it
 quickstart: env  ## corpus, three short runs, evaluation, report: quickstart/report/report.html
 	bash examples/quickstart.sh quickstart
 
+# Two processes, file by file, in the order of tests/conftest.py.
+TEST_PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder
+
 # Their numbers are those of CPUs, so GPUs are hidden from them; `make gpu` has the tests that need one.
 test test-all: export CUDA_VISIBLE_DEVICES :=
 
 test: env lint  ## the test suite (at most 15 minutes on two cores)
-	$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not full" $(TEST_PROCESSES)
 
 test-all: env lint  ## everything, also what takes hours or a whole corpus
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest $(TEST_PROCESSES)
 
 # Nothing is installed for these: `make env` first, or name an interpreter that has torch and the rest
 # (`make gpu GPU_PYTHON=python3`). Most of the tests' time goes into compiling kernels, one at a time in each process.

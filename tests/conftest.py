@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,9 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"real data not found at {path}; set MEGATRON_SAS_DATA")
     return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with many slow tests first: the last file of a parallel run, which one process has alone, is a short one."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
