@@ -25,6 +25,6 @@ def data_dir() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with many slow tests first: the last file of a parallel run, which one process has alone, is a short one."""
+    """Files with many slow tests first: the last of a parallel run, which one process has alone, is a short one."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
