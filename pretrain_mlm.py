@@ -83,6 +83,5 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code:
-        # The process group still has threads; taking them down with the interpreter aborts the process now and then.
-        os._exit(code)
+    # Libraries have threads of their own; taking them down with the interpreter aborts the process now and then.
+    os._exit(code)
