@@ -187,7 +187,10 @@ def _devices() -> list[str]:
 
 
 def _branches_lost(run: PlannedRun, waiting: list[PlannedRun]) -> list[PlannedRun]:
-    """Take out of `waiting` what would branch, in turn, from a run that failed before that checkpoint."""
+    """Take out of `waiting`, and return, what cannot branch from a run that failed, and the branches of these in turn.
+
+    Branches whose checkpoint it had saved before can be made all the same.
+    """
     lost = []
     for other in [other for other in waiting if other.parent == run.directory]:
         if not Path(other.config.run.branch_from).is_dir():
