@@ -308,14 +308,14 @@ def test_a_checkpoint_that_was_published_without_a_shard_is_passed_over(run):
     assert "was published without optimizer-00001-of-00002.safetensors" in said.pop()
 
 
-@pytest.mark.parametrize("part", ["weights", "moments"])
-def test_what_is_not_finite_is_not_published(config, tmp_path, monkeypatch, part):
+@pytest.mark.parametrize(("part", "value"), [("weights", "inf"), ("weights", "nan"), ("moments", "-inf")])
+def test_what_is_not_finite_is_not_published(config, tmp_path, monkeypatch, part, value):
     """Else it would be the newest checkpoint, and `keep_last` would remove the good ones."""
 
     def damage(*arguments, **options):
         share = gather(*arguments, **options)
         if arguments[1] == 3:
-            next(iter(getattr(share, part).values())).view(-1)[5] = float("inf")
+            next(iter(getattr(share, part).values())).view(-1)[5] = float(value)
         return share
 
     gather = saving.gather_share
