@@ -32,19 +32,27 @@ def cut_event_files(directory: Path, step: int) -> None:
         if path.is_symlink() or not path.is_file():
             continue
         kept = _kept_ranges(path, step)
-        if kept == [(0, path.stat().st_size)]:
-            continue
-        temporary = directory.with_name(f".{directory.name}.cut.tmp")  # not where a page would read it
-        with open(path, "rb") as old, open(temporary, "wb") as new:
-            for start, end in kept:
-                old.seek(start)
-                new.write(old.read(end - start))
-            new.flush()
-            os.fsync(new.fileno())
-        os.replace(temporary, path.with_name(f"{path.name}.cut"))
-        fsync_directory(directory)
-        os.truncate(path, 0)
-        fsync_file(path)
+        if kept != [(0, path.stat().st_size)]:
+            try:
+                _move(path, kept, path.with_name(f"{path.name}.cut"))
+            except OSError as error:  # of a full disk: it names no file
+                raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _move(path: Path, kept: list[tuple[int, int]], target: Path) -> None:
+    """Have the ranges `kept` of `path` in `target`, and nothing in `path`."""
+    temporary = path.parent.with_name(f".{path.parent.name}.cut.tmp")  # not where a page would read it
+    temporary.unlink(missing_ok=True)
+    with open(path, "rb") as old, open(temporary, "xb") as new:
+        for start, end in kept:
+            old.seek(start)
+            new.write(old.read(end - start))
+        new.flush()
+        os.fsync(new.fileno())
+    os.replace(temporary, target)
+    fsync_directory(target.parent)
+    os.truncate(path, 0)
+    fsync_file(path)
 
 
 def _kept_ranges(path: Path, step: int) -> list[tuple[int, int]]:

@@ -346,6 +346,23 @@ def test_tensorboard_is_cut_back_though_killed_while_it_is(tmp_path, monkeypatch
     assert scalars(tmp_path) == expected_points(23)
 
 
+def test_a_full_disk_while_tensorboard_is_cut_back_loses_nothing(tmp_path, monkeypatch):
+    run_until_killed(tmp_path, -1, 37).close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    before = scalars(tmp_path)
+
+    def fail(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "metrics.jsonl").unlink()  # whose cutting calls the same
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        patch.setattr(os, "fsync", fail)
+        Records(tmp_path, 20, tensorboard=True)
+    assert scalars(tmp_path) == before
+    run_until_killed(tmp_path, 20, 23).close()
+    assert scalars(tmp_path) == expected_points(23)
+
+
 def test_tensorboard_goes_on_after_a_torn_or_damaged_file(tmp_path, capsys):
     """Of a damaged file no reader has what follows."""
     run_until_killed(tmp_path, -1, 20).close()
