@@ -184,7 +184,7 @@ def remove_directory(path: Path) -> None:
 def remove_leftovers(run_dir: Path) -> None:
     """Remove what a killed run left: half-written files, checkpoints and snapshots, and half-deleted ones."""
     directories = ("checkpoints", "snapshots", "ring")
-    patterns = [f".{name}.*.tmp" for name in (CONFIG, "metrics.jsonl", "lineage.json", "requeue")]
+    patterns = [f".{name}.*.tmp" for name in (CONFIG, "metrics.jsonl", "lineage.json", "requeue", "tensorboard")]
     patterns += [f".{name}.old" for name in (*directories, "tensorboard")]
     patterns += [f"{name}/.{what}" for name in directories for what in ("step_*.tmp", "step_*.old", f"{LATEST}.*.tmp")]
     for pattern in patterns:

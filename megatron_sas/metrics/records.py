@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron_sas.cli import InputError
 from megatron_sas.files import write_bytes_atomic
+from megatron_sas.metrics.event_files import cut_event_files
 
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -32,20 +33,22 @@ class Records:
     def __init__(self, run_dir: str | Path, resume_step: int, tensorboard: bool) -> None:
         """Open `run_dir/metrics.jsonl` and, if `tensorboard`, an event file in `run_dir/tensorboard`.
 
-        Lines up to `resume_step` (-1: none) are kept, and later TensorBoard points hidden, so that a resumed run has
-        neither gaps nor overlaps.
+        Lines and TensorBoard points up to `resume_step` (-1: none) are kept and later ones cut off, so that a resumed
+        run has neither gaps nor overlaps.
         """
         self.path = Path(run_dir) / FILE_NAME
         self._written: set[tuple[str, int]] = set()  # but for training's lines, of which there may be millions
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self._cut_back(resume_step)
+        cut_event_files(self.path.parent / TENSORBOARD, resume_step)
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._board = None
         if tensorboard:
             # Imported here: it takes a second, and a run without TensorBoard does not need the package.
             from torch.utils.tensorboard import SummaryWriter
 
+            # A page that is open already hears of the cut by `purge_step`.
             self._board = SummaryWriter(str(self.path.parent / TENSORBOARD), purge_step=resume_step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
