@@ -57,8 +57,7 @@ class Saver:
         self._unpublished: int | None = None  # step of a checkpoint that is being written
         self._writing: Future | None = None
         self._publishing: Future | None = None  # rank 0
-        if distributed.is_main():
-            remove_leftovers(self.run_dir)
+        self.removed = remove_leftovers(self.run_dir) if distributed.is_main() else []
 
     def begin(self, step: int, state: dict[str, Any], *, checkpoint: bool, snapshot: str | None) -> None:
         """Gather what is to be saved and start writing it. A collective.

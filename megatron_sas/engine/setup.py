@@ -162,12 +162,12 @@ def _refuse_lost_checkpoints(run_dir: Path) -> None:
     saved = (step for step in range(first, last + 1) if old.checkpoint.due(step, last) and step not in skipped)
     second = next(islice(saved, 1, None), last)
     # A branch's own start comes last. The second save begins an interval later, after an update that may take long.
-    started = max((record["time"] for record in records if record.get("event") == "start"), default=math.inf)
+    started = max((r.get("time", math.inf) for r in records if r.get("event") == "start"), default=math.inf)
     surely_saved = started + 2 * (old.checkpoint.seconds or math.inf)
     for record in records:
         step, event = record["step"], record.get("event")
         later = event in ("start", "stopped", "finished") and step > began and step not in skipped
-        by_clock = record["kind"] == "train" and step not in skipped and record["time"] > surely_saved
+        by_clock = record["kind"] == "train" and step not in skipped and record.get("time", 0.0) > surely_saved
         if step > second or later or by_clock:
             raise InputError(
                 f"{checkpoints_directory(run_dir)}: holds no checkpoint, but the run's records reach update "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_sas import __version__, distributed
-from megatron_sas.cli import progress
+from megatron_sas.cli import listed, progress
 from megatron_sas.config import Config
 from megatron_sas.data.mixture import stream_samples
 from megatron_sas.data.mlm_dataset import PrefetchLoader, Window
@@ -29,6 +29,7 @@ from megatron_sas.engine.environment import (
 from megatron_sas.engine.environment_checks import check_shared_directory
 from megatron_sas.engine.guard import SkippedUpdates
 from megatron_sas.engine.learning_rate import learning_rate
+from megatron_sas.engine.leftovers import leftovers
 from megatron_sas.engine.pending import PendingUpdate, read_pending
 from megatron_sas.engine.saving import Saver
 from megatron_sas.engine.setup import agreed, build_parts, data_facts, introduction, measure_throughput
@@ -87,6 +88,7 @@ class Trainer:
             if line := other_threads(parts.state.get("threads"), self.threads):
                 self.say(line)
         self.saver = Saver(config, self.engine, parts.bert.config, parts.tokenizer)
+        self._say_what_was_left()
         self.watchdog = Watchdog(config.run.timeout_minutes)
         self.last_step = config.train.steps
         self.saved_at = time.monotonic()  # when the newest checkpoint was begun, or this start of the run
@@ -120,6 +122,13 @@ class Trainer:
         if config.watch.metrics:
             own_step = parts.start_step if parts.checkpoint is not None and parts.branch is None else -1
             self.watch = Watch(config, own_step, self.records, self.saver, self.say)
+
+    def _say_what_was_left(self) -> None:
+        """By an earlier start that was killed; the saver has removed what was half-written."""
+        for line in leftovers(self.lock):
+            self.say(line)
+        if removed := self.saver.removed:
+            self.say(f"removed what was half-written: {listed([str(p.relative_to(self.run_dir)) for p in removed])}")
 
     def say(self, line: str) -> None:
         """Print a line on rank 0, above the progress bar if there is one."""
@@ -181,6 +190,7 @@ class Trainer:
             line = f"stopped after {step} updates ({reasons[0]}); start the same command again to continue"
         if self.records is not None:
             self.records.close()
+        self.lock.release()
         self.say(line)
 
     def _update(self, window: Window) -> int:
