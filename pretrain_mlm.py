@@ -10,10 +10,12 @@ import sys
 import time
 
 from megatron_sas.engine.signals import StopRequest, rank_by_launcher
+from megatron_sas.streams import keep_printing
 
 
 def main() -> int:
     """Train as the command line says; returns the exit code."""
+    keep_printing()
     stop = StopRequest()
     stop.listen()  # before torch and deepspeed are imported, which takes seconds
     try:

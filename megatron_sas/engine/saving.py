@@ -57,8 +57,7 @@ class Saver:
         self._unpublished: int | None = None  # step of a checkpoint that is being written
         self._writing: Future | None = None
         self._publishing: Future | None = None  # rank 0
-        if distributed.is_main():
-            remove_leftovers(self.run_dir)
+        self.removed = remove_leftovers(self.run_dir) if distributed.is_main() else []
 
     def begin(self, step: int, state: dict[str, Any], *, checkpoint: bool, snapshot: str | None) -> None:
         """Gather what is to be saved and start writing it. A collective.
@@ -138,8 +137,8 @@ class Saver:
         publish(self._partial(step), step)
         self.published = step
         section = self.config.checkpoint
-        if section.keep_last is not None:
-            remove_old_checkpoints(self.run_dir, step, section.keep_last, section.keep_every)
+        if section.kept is not None:
+            remove_old_checkpoints(self.run_dir, step, section.kept, section.keep_every)
 
     def _write_snapshot(self, path: Path, share: Share) -> None:
         tokenizer = copy.deepcopy(self.tokenizer)  # writing it for other programs changes it

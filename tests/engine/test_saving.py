@@ -12,6 +12,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from megatron_sas.cli import InputError
 from megatron_sas.config import load_config
+from megatron_sas.config_sections import CheckpointSection
 from megatron_sas.engine import saving
 from megatron_sas.engine.checkpoint import newest_checkpoint, remove_old_checkpoints
 from megatron_sas.metrics.throughput import Throughput
@@ -45,6 +46,29 @@ def test_keep_every_needs_keep_last(config):
         load_config(config, ["--checkpoint.keep_every=3"])
 
 
+@pytest.mark.parametrize(
+    ("section", "seconds", "keeps"),
+    [
+        ({}, 600.0, 2),
+        ({"minutes": 0}, None, 2),
+        ({"keep_last": 5}, 600.0, 5),
+        ({"keep_every": 1000}, 600.0, 2),
+        ({"every": 3}, None, None),
+        ({"dense_every": 3, "dense_until": 9}, None, None),
+        ({"at": [3], "keep_last": 1}, None, 1),
+        ({"every": 3, "minutes": 5, "keep_last": 4}, 300.0, 4),
+    ],
+)
+def test_where_no_steps_are_named_a_checkpoint_is_due_every_ten_minutes_and_two_are_kept(section, seconds, keeps):
+    found = CheckpointSection.model_validate(section)
+    assert (found.seconds, found.kept) == (seconds, keeps)
+
+
+def test_the_clock_needs_a_limit(config):
+    with pytest.raises(InputError, match=r"checkpoint\.minutes: needs keep_last"):
+        load_config(config, ["--checkpoint.minutes=10"])  # beside `every`
+
+
 def test_the_only_valid_checkpoint_is_never_removed(config, tmp_path):
     """After a fall back, the newest by number are damaged: they are not what `keep_last` counts."""
     run = tmp_path / "run"
@@ -58,7 +82,7 @@ def test_the_only_valid_checkpoint_is_never_removed(config, tmp_path):
     assert kept(run) == [5, 6]
 
 
-def test_leftovers_are_removed_when_a_run_starts(config, tmp_path):
+def test_leftovers_are_removed_and_named_when_a_run_starts(config, tmp_path, capsys):
     run = tmp_path / "run"
     train(config, run, {"train.steps": 3})
     elsewhere = tmp_path / "elsewhere"
@@ -67,7 +91,10 @@ def test_leftovers_are_removed_when_a_run_starts(config, tmp_path):
     (run / "checkpoints" / ".step_00000005.0123abcd.tmp").mkdir()
     (run / "checkpoints" / ".step_00000002.old").mkdir()
     (run / "checkpoints" / ".step_00000006.tmp").symlink_to(elsewhere)
+    assert "half-written" not in capsys.readouterr().out
     train(config, run)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "half-written" in line]
+    assert line.startswith("removed what was half-written: ") and "checkpoints/.step_00000005.0123abcd.tmp" in line
     assert list((run / "checkpoints").glob(".*")) == []
     assert (elsewhere / "thesis.tex").exists()
 
