@@ -17,7 +17,7 @@ from megatron_sas.kernels.edges import edge_probs
 from megatron_sas.kernels.reference import valid_heads
 
 REMEDIES = {
-    "flex": "have FlexAttention use its Triton kernel (BACKEND: TRITON), whose logsumexp has one",
+    "flex": "install a torch whose FlexAttention takes a kernel that has one",
     "fa4": "install flash-attn-4 4.0.0b5 or later",
 }
 """What to do about a logsumexp without gradient, by backend."""

@@ -142,7 +142,7 @@ def stand_in_for_lse_kernels(monkeypatch, lse_has_gradient: bool, mask: torch.Te
     monkeypatch.setattr(sys.modules["megatron_sas.kernels.dependency_attention"], "lse_refusal", lambda *_: None)
 
 
-LSE_BACKENDS = {"fa4": "install flash-attn-4 4.0.0b5 or later", "flex": "use its Triton kernel"}
+LSE_BACKENDS = {"fa4": "install flash-attn-4 4.0.0b5 or later", "flex": "install a torch whose FlexAttention takes"}
 
 
 @pytest.mark.parametrize("backend", LSE_BACKENDS)
