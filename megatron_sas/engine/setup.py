@@ -110,7 +110,9 @@ def build_parts(config: Config, say: Callable[[str], None], lock: DirectoryLock 
     seq_length = parts.dataset.packed.seq_length
     agreed(lambda: check_attention_backend(parts.bert.config, seq_length, dtype, device))
     if device.type == "cuda":
-        build_attention_kernels(parts.bert.config, config.train.micro_batch_size, seq_length, dtype, device)
+        size = config.train.micro_batch_size
+        # It communicates, but every rank meets its one barrier whatever fails.
+        agreed(lambda: build_attention_kernels(parts.bert.config, size, seq_length, dtype, device))
     if lock is not None:  # last, so that a run which is refused leaves no directory behind
         agreed(lambda: _begin(config, checkpoint, branch, lock) if distributed.is_main() else None)
     return parts

@@ -36,7 +36,7 @@ from megatron_sas.engine.setup import agreed, build_parts, data_facts, introduct
 from megatron_sas.engine.signals import STOP, StopRequest, mark_for_requeue
 from megatron_sas.engine.watch import Watch
 from megatron_sas.engine.watchdog import Watchdog
-from megatron_sas.evaluation.live import evaluation_stride
+from megatron_sas.evaluation.live import collapsed_attention, evaluation_stride
 from megatron_sas.metrics.nvml import GpuMonitor
 from megatron_sas.metrics.records import Records
 from megatron_sas.metrics.throughput import memory
@@ -45,6 +45,8 @@ from megatron_sas.objective.pretraining import MaskedLMWithSas
 from megatron_sas.objective.schedule import sas_weight
 
 VERSIONS = {"megatron_sas": __version__} | {name: version(name) for name in ("torch", "deepspeed", "transformers")}
+
+COLLAPSE = "attention_collapsed"  # the event of a warning that a run gives once
 
 
 class _Stopped(Exception):
@@ -267,7 +269,7 @@ class Trainer:
                     self.skipped.refuse(entry.step)
 
     def _show(self, step: int, values: dict[str, Any]) -> None:
-        sas = f"  sas/edge {values['sas_per_edge']:.4f}" if "sas_per_edge" in values else ""
+        sas = f"  sas/edge {values['sas_per_edge']:.3g}" if "sas_per_edge" in values else ""
         text = f"loss {values['loss']:.4f}  mlm {values['mlm_loss']:.4f}{sas}"
         text += f"  λ {values['sas_weight']:g}  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s"
         if self.bar.disable:
@@ -359,6 +361,22 @@ class Trainer:
         if shown:
             width, seconds = len(str(self.last_step)), values["seconds"]
             self.say(f"step {step:>{width}}/{self.last_step}  evaluation: {shown}  ({seconds:.1f} s)")
+        self._warn_of_collapse(step, values)
+
+    def _warn_of_collapse(self, step: int, values: dict[str, Any]) -> None:
+        """Say once in a run, and record, that the regularizer takes attention away from nearly everything."""
+        weight = sas_weight(self.config.sas.schedule, step - 1) if step else 0.0  # of the last update
+        attention = collapsed_attention(values)
+        if self.records is None or weight == 0.0 or attention is None or self.records.has_event(COLLAPSE):
+            return
+        entropy, largest = attention["entropy"]["mean"], attention["uniform_entropy"]
+        special = attention["to_cls"]["mean"] + attention["to_sep"]["mean"]
+        self._event(step, event=COLLAPSE, entropy=entropy, to_special=special, heads=attention["collapsed_heads"])
+        self.say(
+            f"step {step}: warning: attention has collapsed under λ = {weight:g}: its entropy is {entropy:.2f} of at "
+            f"most {largest:.2f} nats, and {special:.0%} of it goes to [CLS] and [SEP], so more is suppressed than "
+            "syntax; try a smaller λ"
+        )
 
     def _event(self, step: int, **values: Any) -> None:
         self._record("event", step, values)

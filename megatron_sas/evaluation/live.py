@@ -11,6 +11,7 @@ from megatron_sas.data.packed import PackedData
 from megatron_sas.evaluation.batching import AfterBatch
 from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension
+from megatron_sas.evaluation.observers import AttentionStatistics
 from megatron_sas.evaluation.text import packed_text
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 
 GRACE_SECONDS = 30.0
+MOST_HEADS = 0.75
 
 
 class LiveEvaluation:
@@ -55,6 +57,8 @@ class LiveEvaluation:
         values: dict[str, Any] = {}
         batch_tokens = self.section.batch_tokens
         if self.validation is not None:
+            info = self.validation.tokenizer
+            statistics = AttentionStatistics(info.cls_id, info.sep_id)
             values |= evaluate_validation(
                 model,
                 self.validation,
@@ -63,7 +67,9 @@ class LiveEvaluation:
                 batch_tokens=batch_tokens,
                 mask_prob=self.mask_prob,
                 after_batch=after_batch,
+                statistics=statistics,
             )
+            values["validation_attention"] = statistics.result()
             if self.section.complexity_sequences is not None:
                 total = min(self.section.complexity_sequences, self.validation.num_sequences)
                 batches = packed_text(self.validation, num_sequences=total, batch_tokens=batch_tokens)
@@ -71,9 +77,13 @@ class LiveEvaluation:
                 dimension = intrinsic_dimension(vectors)
                 values |= {"twonn": dimension["twonn"], "twonn_standard_error": dimension["standard_error"]}
         if self.treebank is not None:
-            result = self.treebank.evaluate(model, batch_tokens=batch_tokens, after_batch=after_batch)
+            statistics = self.treebank.attention_statistics()
+            result = self.treebank.evaluate(
+                model, batch_tokens=batch_tokens, after_batch=after_batch, statistics=statistics
+            )
             values |= {name: result[name] for name in ("uas", "uas_baseline", "uas_single_head")}
             values["uas_relations"] = result["relations"]
+            values["treebank_attention"] = statistics.result()
         if self.blimp is not None:
             result = self.blimp.evaluate(model, batch_tokens=batch_tokens, after_batch=after_batch)
             values |= {
@@ -87,6 +97,15 @@ class LiveEvaluation:
             }
         values["seconds"] = time.perf_counter() - started
         return values
+
+
+def collapsed_attention(values: dict[str, Any]) -> dict[str, Any] | None:
+    """What an evaluation measured of attention, if most heads have collapsed: on validation data, else on the treebank.
+
+    A head that attends to little but [SEP] is ordinary in a trained BERT; that most heads do so at once is not.
+    """
+    attention = values.get("validation_attention", values.get("treebank_attention"))
+    return attention if attention is not None and attention["collapsed_heads"] >= MOST_HEADS else None
 
 
 def evaluation_stride(

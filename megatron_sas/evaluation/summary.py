@@ -28,6 +28,8 @@ COLUMNS = {
     "twonn_standard_error": ("intrinsic_dimension", "standard_error"),
     "weight_norm": ("weight_norm",),
     "attention_entropy": ("attention_entropy", "mean"),
+    "attention_to_cls": ("attention_to_cls", "mean"),
+    "attention_to_sep": ("attention_to_sep", "mean"),
     "sas_to_head": ("sas", "to_head"),
     "sas_to_dependent": ("sas", "to_dependent"),
     "sas_uniform_to_head": ("sas", "uniform_to_head"),

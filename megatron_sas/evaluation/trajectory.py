@@ -15,7 +15,7 @@ from megatron_sas.data.tokenizer import tokenizer_hash
 from megatron_sas.evaluation.batching import deal
 from megatron_sas.evaluation.blimp import BlimpTask, load_blimp, sha256_folder
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
-from megatron_sas.evaluation.observers import EntropyObserver, SasObserver, share_pass
+from megatron_sas.evaluation.observers import AttentionStatistics, SasObserver, share_pass
 from megatron_sas.evaluation.points import BlimpItems, Items, UasItems
 from megatron_sas.evaluation.text import TextBatch, open_packed_text, packed_text
 from megatron_sas.evaluation.treebank import load_treebank
@@ -116,10 +116,11 @@ class TrajectoryTask:
         return values, Items(uas_items, blimp_items)
 
     def _measure_treebank(self, model: Bert, task: TreebankTask) -> tuple[dict[str, Any], UasItems]:
-        entropy, sas, uas = EntropyObserver(), SasObserver(), UasObserver(task, keep_edges=True)
-        observe_treebank(model, task, deal(task.batches(self.inputs.batch_tokens)), [entropy, sas, uas])
+        statistics, sas, uas = task.attention_statistics(), SasObserver(), UasObserver(task, keep_edges=True)
+        batches = deal(task.batches(self.inputs.batch_tokens))
+        observe_treebank(model, task, batches, [sas, uas], statistics=statistics)
         values = {"uas": summarize(task, uas.counts().cpu().numpy())}
-        values |= {"attention_entropy": entropy.result(), "sas": sas.result()}
+        values |= {**_attention_values(statistics), "sas": sas.result()}
         return values, UasItems(task.edge_list(), uas.edges())
 
     def _measure_blimp(self, model: Bert, task: BlimpTask) -> tuple[dict[str, Any], BlimpItems]:
@@ -132,24 +133,27 @@ class TrajectoryTask:
         """Unmasked text for complexity, SAS on the data's own edges, and entropy if no treebank gives it; then the loss
         on masked text."""
         sizes = {"num_sequences": self.num_texts, "batch_tokens": self.inputs.batch_tokens}
-        sas, entropy = SasObserver(), EntropyObserver()
+        sas, statistics = SasObserver(), None
+        if self.treebank is None:
+            statistics = AttentionStatistics(packed.tokenizer.cls_id, packed.tokenizer.sep_id)
 
         def run(model: Bert, batch: TextBatch) -> BertOutput:
-            if self.treebank is None:
-                output = share_pass(model, batch, [entropy], heads=batch.heads)
-            else:
-                output = model(batch.input_ids, heads=batch.heads)
+            output = share_pass(model, batch, statistics=statistics, heads=batch.heads)
             sas.add_output(batch.heads, output.to_head, output.to_dependent)
             return output
 
         vectors = cls_vectors(model, packed_text(packed, **sizes), self.num_texts, run=run)
         values: dict[str, Any] = {"intrinsic_dimension": intrinsic_dimension(vectors)}
-        if self.treebank is None:
-            values["attention_entropy"] = entropy.result()
+        if statistics is not None:
+            values |= _attention_values(statistics)
         if (along := sas.result()) is not None:
             values["text_sas"] = along
         loss = evaluate_validation(model, packed, SasObjective(), mask_prob=MASK_PROB, **sizes)
         return {**values, "mlm_loss": loss["validation_mlm_loss"]}
+
+
+def _attention_values(statistics: AttentionStatistics) -> dict[str, Any]:
+    return {f"attention_{name}": value for name, value in statistics.result().items()}
 
 
 def _shape(config: BertConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from megatron_sas.cli import InputError
 from megatron_sas.distributed import all_reduce_sum_
 from megatron_sas.evaluation.batching import AfterBatch, deal, evaluating
-from megatron_sas.evaluation.observers import MapObserver, share_pass
+from megatron_sas.evaluation.observers import AttentionStatistics, MapObserver, share_pass
 from megatron_sas.evaluation.treebank import Sentence, TokenizedSentence, tokenize_words
 
 DIRECTIONS = ("dep->head", "head->dep")
@@ -54,6 +54,8 @@ class TreebankTask:
         self.heads = [_heads_of_pieces(sentences[index], tokenized[index]) for index in kept]
         self.num_skipped = len(sentences) - len(kept)
         self.pad_token_id: int = tokenizer.pad_token_id
+        self.cls_token_id: int = tokenizer.cls_token_id
+        self.sep_token_id: int = tokenizer.sep_token_id
         counted = [_counted_edges(sentences[index]) for index in kept]
         self.relations: list[str] = sorted({relation for edges in counted for _, _, relation in edges})
         if not self.relations:
@@ -96,21 +98,35 @@ class TreebankTask:
         """Forward passes that `evaluate` makes on every rank."""
         return len(deal(self.batches(batch_tokens)))
 
+    def attention_statistics(self) -> AttentionStatistics:
+        """What measures attention's entropy on these sentences."""
+        return AttentionStatistics(self.cls_token_id, self.sep_token_id)
+
     def evaluate(
-        self, model: torch.nn.Module, *, batch_tokens: int = 4096, after_batch: AfterBatch | None = None
+        self,
+        model: torch.nn.Module,
+        *,
+        batch_tokens: int = 4096,
+        after_batch: AfterBatch | None = None,
+        statistics: AttentionStatistics | None = None,
     ) -> dict:
         """`evaluate_uas` of this treebank."""
-        return evaluate_uas(model, self, batch_tokens=batch_tokens, after_batch=after_batch)
+        return evaluate_uas(model, self, batch_tokens=batch_tokens, after_batch=after_batch, statistics=statistics)
 
 
 def evaluate_uas(
-    model: torch.nn.Module, task: TreebankTask, *, batch_tokens: int = 4096, after_batch: AfterBatch | None = None
+    model: torch.nn.Module,
+    task: TreebankTask,
+    *,
+    batch_tokens: int = 4096,
+    after_batch: AfterBatch | None = None,
+    statistics: AttentionStatistics | None = None,
 ) -> dict:
     """Accuracy of every attention head at every relation, the best of them per relation, and UAS.
 
     `model` is called as `model(input_ids, seqlens=..., attention_observer=...)`. The treebank is shared among the
     ranks of the process group and every rank returns the whole result; `after_batch` is called after each of
-    `task.num_forwards` passes.
+    `task.num_forwards` passes, which also feed `statistics`.
 
     Keys: `uas` (edge-weighted mean over all relations of the best head's accuracy), `uas_baseline` (the same of the
     best fixed offset), `uas_single_head` (the best single head over all edges) with `single_head` (which),
@@ -119,7 +135,7 @@ def evaluate_uas(
     `correct[relation][direction][layer][head]` beside the names on their axes. Layers and heads count from 0; of
     equally good ones the lowest (layer, head) is named, `dep->head` first.
     """
-    correct = count_correct(model, task, deal(task.batches(batch_tokens)), after_batch)
+    correct = count_correct(model, task, deal(task.batches(batch_tokens)), after_batch, statistics)
     return summarize(task, all_reduce_sum_(correct).cpu().numpy())
 
 
@@ -128,10 +144,11 @@ def count_correct(
     task: TreebankTask,
     batches: Sequence[tuple[np.ndarray, bool]],
     after_batch: AfterBatch | None = None,
+    statistics: AttentionStatistics | None = None,
 ) -> torch.Tensor:
     """Edges that each head gets right in `batches`, int64 (R, 2, L, H) on the model's device."""
     observer = UasObserver(task)
-    observe_treebank(model, task, batches, [observer], after_batch)
+    observe_treebank(model, task, batches, [observer], after_batch, statistics)
     return observer.counts()
 
 
@@ -141,11 +158,12 @@ def observe_treebank(
     batches: Sequence[tuple[np.ndarray, bool]],
     observers: Sequence[MapObserver],
     after_batch: AfterBatch | None = None,
+    statistics: AttentionStatistics | None = None,
 ) -> None:
-    """Show the attention maps of `batches` to all observers, in one forward pass a batch."""
+    """Show the attention of `batches` to all observers and `statistics`, in one forward pass a batch."""
     with evaluating(model) as device:
         for indices, counts in batches:
-            share_pass(model, TreebankBatch(task, indices, counts, device), observers)
+            share_pass(model, TreebankBatch(task, indices, counts, device), observers, statistics)
             if after_batch is not None:
                 after_batch()
 

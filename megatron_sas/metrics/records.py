@@ -38,6 +38,7 @@ class Records:
         """
         self.path = Path(run_dir) / FILE_NAME
         self._written: set[tuple[str, int]] = set()  # but for training's lines, of which there may be millions
+        self._events: set[str] = set()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self._cut_back(resume_step)
@@ -65,7 +66,7 @@ class Records:
         now = time.time()
         line = {"kind": kind, "step": int(step), "time": round(now, 3), **_plain(values)}
         self._append(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        self._remember(kind, int(step))
+        self._remember(line)
         self._show(kind, step, now, values)
         if self._board is not None and kind != "train":  # rare and slow to produce: show them at once
             with self._naming_the_board():
@@ -80,6 +81,10 @@ class Records:
     def has(self, kind: str, step: int) -> bool:
         """Whether a line exists for `step` of a kind other than "train": a resumed run asks for its evaluations."""
         return (kind, step) in self._written
+
+    def has_event(self, name: str) -> bool:
+        """Whether an event of that name was recorded, by this process or before: what is said once is not repeated."""
+        return name in self._events
 
     def flush(self) -> None:
         """Have everything that was written on the disk, so that no crash loses it."""
@@ -116,9 +121,11 @@ class Records:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path.parent / TENSORBOARD)) from None
 
-    def _remember(self, kind: str, step: int) -> None:
-        if kind != "train":
-            self._written.add((kind, step))
+    def _remember(self, record: dict[str, Any]) -> None:
+        if record["kind"] != "train":
+            self._written.add((record["kind"], record["step"]))
+        if record["kind"] == "event":
+            self._events.add(record.get("event"))
 
     def _append(self, line: bytes) -> None:
         size = os.fstat(self._descriptor).st_size
@@ -130,7 +137,7 @@ class Records:
     def _cut_back(self, step: int) -> None:
         kept = lines_until(self.path, step)
         for record in map(_parse, kept.split(b"\n")[:-1]):
-            self._remember(record["kind"], record["step"])
+            self._remember(record)
         if kept != self.path.read_bytes():
             write_bytes_atomic(self.path, kept)
 

@@ -50,7 +50,6 @@ def _one_thread():
 def folder(tmp_path_factory):
     """A run of 6 updates with its data, a treebank and minimal pairs over its vocabulary."""
     path = tmp_path_factory.mktemp("trajectory")
-    train(write_inputs(path), path / "run", {"snapshots.every": 2, "snapshots.dtype": "fp32"})
     rng = np.random.default_rng(0)
     sentences = []
     for _ in range(40):
@@ -61,6 +60,8 @@ def folder(tmp_path_factory):
         sentences.append({"words": words, "heads": heads, "relns": relations})
     sentences.insert(3, {"words": ["w1"] * 40, "heads": [0] + [1] * 39, "relns": ["det"] * 40})  # too long
     (path / "treebank.jsonl").write_text("".join(json.dumps(sentence) + "\n" for sentence in sentences))
+    overrides = {"snapshots.every": 2, "snapshots.dtype": "fp32", "evaluation.treebank": str(path / "treebank.jsonl")}
+    train(write_inputs(path), path / "run", overrides)
     (path / "blimp").mkdir()
     for name, pairs in (("b_set", 50), ("a_set", 80)):
         labels = {"UID": name, "field": f"field of {name}", "linguistics_term": "term"}
@@ -124,6 +125,14 @@ def test_points_hold_what_the_single_evaluations_say(folder, measured):
         assert point["intrinsic_dimension"]["num_points"] == 10
         assert np.shape(point["attention_entropy"]["per_head"]) == (2, 2)
         if step in live:
+            assert live[step]["uas"] == point["uas"]["uas"]
+            for name, value in live[step]["treebank_attention"].items():
+                measured_value = point[f"attention_{name}"]
+                if isinstance(value, dict):
+                    assert measured_value["mean"] == pytest.approx(value["mean"], rel=1e-5)
+                    assert np.allclose(measured_value["per_head"], value["per_head"], rtol=1e-5)
+                else:
+                    assert measured_value == pytest.approx(value, rel=1e-12)
             assert point["mlm_loss"] == pytest.approx(live[step]["validation_mlm_loss"], rel=1e-5)
             assert point["weight_norm"] == pytest.approx(live[step]["weight_norm"], rel=1e-7)
 
@@ -354,7 +363,8 @@ def test_text_alone_gives_entropy_and_no_heads(folder, tmp_path):
     measure(folder / "run", Inputs(text=str(folder / "data1")), tmp_path / "out")
     point = read_point(tmp_path / "out", 6)
     assert point.keys() == {
-        "step", "model", "model_sha256", "seconds", "weight_norm", "attention_entropy", "text_sas",
+        "step", "model", "model_sha256", "seconds", "weight_norm", "attention_entropy", "attention_to_cls",
+        "attention_to_sep", "attention_uniform_entropy", "attention_collapsed_heads", "text_sas",
         "intrinsic_dimension", "mlm_loss",
     }  # fmt: skip
     assert not (tmp_path / "out" / "heads.json").exists()
@@ -365,3 +375,4 @@ def test_text_alone_gives_entropy_and_no_heads(folder, tmp_path):
         maps = torch.stack(eager(tokens, output_attentions=True).attentions).double()
     expected = -(maps * maps.log()).sum(dim=-1).mean(dim=(1, 3))
     assert np.allclose(point["attention_entropy"]["per_head"], expected, rtol=1e-6)
+    assert np.allclose(point["attention_to_cls"]["per_head"], maps[..., 0].mean(dim=(1, 3)), rtol=1e-6)
