@@ -33,7 +33,7 @@ def main() -> None:
     total = task.num_forwards(arguments.batch_tokens)
     with precision(arguments, device), progress(total=total, unit="batch", desc="BLiMP") as bar:
         result = task.evaluate(model, batch_tokens=arguments.batch_tokens, after_batch=bar.update)
-    print("\n".join(table(result)))
+    print("\n".join([*table(result), task.pll.unknown.line("these sentences")]))
     record = {
         **provenance(arguments.model, model, tokenizer),
         "precision": arguments.precision,

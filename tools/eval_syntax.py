@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_sas.cli import InputError, progress, run_main
-from megatron_sas.data.tokenizer import tokenizer_hash
+from megatron_sas.data.tokenizer import tokenizer_identity
 from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, precision
 from megatron_sas.evaluation.provenance import model_source, provenance
 from megatron_sas.evaluation.treebank import load_treebank
@@ -43,7 +43,7 @@ def main() -> None:
     if arguments.untrained is not None:
         other, other_tokenizer = load_model(arguments.untrained, device)
         if (
-            tokenizer_hash(other_tokenizer) != tokenizer_hash(tokenizer)
+            tokenizer_identity(other_tokenizer) != tokenizer_identity(tokenizer)
             or other.config.max_position_embeddings != model.config.max_position_embeddings
         ):
             raise InputError(
@@ -55,7 +55,7 @@ def main() -> None:
         untrained = {**model_source(arguments.untrained), **untrained}
     with precision(arguments, device):
         result = evaluate(task, model, arguments.batch_tokens, "syntax")
-    print("\n".join(table(result, untrained)))
+    print("\n".join([*table(result, untrained), task.unknown.line("these words")]))
     record = {
         **provenance(arguments.model, model, tokenizer),
         "precision": arguments.precision,

@@ -10,10 +10,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_sas.cli import InputError, progress, run_main
+from megatron_sas.data.unknown import Unknown
 from megatron_sas.device import DEVICE_HELP
 from megatron_sas.evaluation.measuring import measure_models
 from megatron_sas.evaluation.pll import METRICS
-from megatron_sas.evaluation.points import TRAJECTORY
+from megatron_sas.evaluation.points import TRAJECTORY, read_points
 from megatron_sas.evaluation.trajectory import Inputs
 from megatron_sas.model.trajectory import list_models
 
@@ -57,7 +58,19 @@ def main() -> None:
             report=report,
             after_model=bar.update,
         )
+    for line in unknown_lines(next(reversed(read_points(output)), {})):
+        print(line)
     print(f"{output}: {len(models) - left_out} models measured, {left_out} skipped")
+
+
+def unknown_lines(point: dict) -> list[str]:
+    """How much of each input the tokenizer does not know: the same in all points, absent from those of old versions."""
+    found = {
+        "--treebank": point.get("uas", {}).get("unknown"),
+        "--blimp": point.get("blimp", {}).get("unknown"),
+        "--text": point.get("text_unknown"),
+    }
+    return [Unknown.from_record(record).line(name) for name, record in found.items() if record is not None]
 
 
 def check_inputs(arguments: argparse.Namespace) -> Inputs:

@@ -27,7 +27,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLI
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from megatron_sas.cli import InputError, run_main  # noqa: E402
-from megatron_sas.data.preprocess import PreprocessSettings, preprocess  # noqa: E402
+from megatron_sas.data.preprocess import PreprocessSettings, preprocess, remarks  # noqa: E402
 from megatron_sas.data.shards import parse_shard, preprocess_shards  # noqa: E402
 
 
@@ -122,6 +122,7 @@ def main() -> None:
     counts = header["counts"]
     for name, value in counts.items():
         print(f"{name.replace('_', ' '):>28} {value:>14,}")
+    print("\n".join(remarks(header)))
     print(
         f"{settings.output}: {counts['sequences']:,} sequences of {settings.seq_length} from {counts['words']:,} words "
         f"in {seconds:.1f} s, {counts['words'] / seconds:,.0f} words/s with {settings.workers} worker(s)"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from megatron_sas.cli import InputError, progress, run_main
-from megatron_sas.data.tokenizer import tokenizer_hash
+from megatron_sas.data.tokenizer import tokenizer_identity
 from megatron_sas.device import DEVICE_HELP, choose_device
 from megatron_sas.evaluation.treebank import Sentence, load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
@@ -90,6 +90,7 @@ def look(
     Returns the sentences to show, the description of the treebank, and what `view` returns.
     """
     first, tokenizer = load_model(models[-1][1], device)
+    identity = tokenizer_identity(tokenizer)
     length = first.config.max_position_embeddings
     sentences, pieces = choose_sentences(sentences, tokenizer, length, arguments.limit)
     own = arguments.treebank is None
@@ -98,6 +99,8 @@ def look(
         task = TreebankTask(edges, tokenizer, length)
     except InputError as error:
         raise InputError(f"{arguments.sentences if own else arguments.treebank}: {error}") from None
+    if task.unknown.is_high:
+        print(task.unknown.line("these words"))
     check_size(len(models), arguments.max_heads, sentences)
     views: dict[int, ModelView] = {}
     heads: list[Place] | None = None
@@ -105,7 +108,7 @@ def look(
         for number in [len(models) - 1, *range(len(models) - 1)]:
             path = models[number][1]
             model, other = (first, tokenizer) if heads is None else load_model(path, device)
-            if tokenizer_hash(other) != tokenizer_hash(tokenizer):
+            if tokenizer_identity(other) != identity:
                 raise InputError(f"{path}: its tokenizer is not that of {models[-1][1]}; give models of one run")
             shape = (model.config.num_layers, model.config.num_heads)
             if shape != (first.config.num_layers, first.config.num_heads):

@@ -24,6 +24,7 @@ from megatron_sas.data.parses import RelationNames
 from megatron_sas.data.sources import input_files, source_name
 from megatron_sas.data.text_lines import check_file_name
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_info
+from megatron_sas.data.unknown import Unknown
 
 COLUMNS = ("input_ids", "heads", "relns")
 
@@ -71,6 +72,8 @@ def import_dataset(settings: ImportSettings) -> dict[str, Any]:
             row = reader(tokens, heads, relations, counts)
             if row is None:
                 continue
+            unknown = Unknown.of(row.tokens, info.unk_id, info.special_ids)
+            counts.update(pieces=unknown.pieces, pieces_unknown=unknown.unknown)
             inner = slice(1, -1)
             if (
                 len(row.tokens) == settings.seq_length
@@ -106,6 +109,8 @@ COUNTS = {
     "rows_packed_anew": "rows of another length or with padding: their pieces are packed anew",
     "rows_left_out": "rows whose columns differ in length, are empty, or hold ids that are not in the vocabulary",
     "rows_without_edges": "rows without any edge (text that was not parsed)",
+    "pieces": "pieces in the rows used, special tokens aside",
+    "pieces_unknown": "[UNK] among them",
     "sequences": "sequences written",
     "edges": "edges written",
     "edges_to_self": "heads that point to their own position (roots): no edges",

@@ -21,6 +21,7 @@ from megatron_sas.data.parses import RelationNames, describe_parser
 from megatron_sas.data.sources import Reading, Unit, input_files, input_format, read_units, source_name
 from megatron_sas.data.text_lines import OnError
 from megatron_sas.data.tokenizer import knows_words, load_tokenizer, tokenizer_info
+from megatron_sas.data.unknown import Unknown
 from megatron_sas.data.workers import ChunkResult, WorkerSettings, chunks, process_chunks
 from megatron_sas.files import sha256_file
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _FOREIGN = "foreign to the tokenizer"
+_LONG_WORD = "a word too long for the tokenizer, now one [UNK]"
 
 
 @dataclass
@@ -149,13 +151,28 @@ def provenance_of(settings: PreprocessSettings) -> dict[str, Any]:
     }
 
 
+def remarks(header: dict[str, Any], *, warnings_only: bool = False) -> list[str]:
+    """What a user should read about packed data, by its header: the share of [UNK], and words that are too long.
+
+    With `warnings_only` the share only if it is high. Headers of earlier versions say nothing of either.
+    """
+    counts, lines = header["counts"], []
+    unknown = Unknown(counts["pieces"], counts.get("pieces_unknown", 0))
+    if "pieces_unknown" in counts and (unknown.is_high or not warnings_only):
+        lines.append(unknown.line("the input"))
+    if found := header["report"].get(_LONG_WORD):
+        first = found["examples"][0]
+        lines.append(f"warning: {_LONG_WORD}: {found['count']:,}, the first at {first['where']}: {first['text']}")
+    return lines
+
+
 def _pack_inputs(
     settings: PreprocessSettings, selection: Selection, worker: WorkerSettings, packer: Packer
 ) -> tuple[dict[str, int], list[str], dict[str, Any]]:
     """Read, parse, align and pack everything; returns the counts, the relation names and what was found wrong."""
     losses = Losses(settings.max_loss, show=True)
     reading = Reading(settings.text_field, settings.on_error, losses, settings.rows_per_document)
-    foreign = _Examples()
+    foreign, long_words = _Examples(), _Examples()
     names, totals = RelationNames(), Counter()
     with progress(unit=" words", unit_scale=True, desc="preprocessing") as bar:
         groups = chunks(_used(selection.apply(read_units(settings.inputs, reading)), losses))
@@ -164,9 +181,11 @@ def _pack_inputs(
                 for number, reason in result.bad:
                     reading.bad(units[number].where, reason, used=True)
                 for number in result.foreign:
-                    foreign.add(units[number])
+                    foreign.add(units[number].where, str(units[number].content)[:80])
                     if settings.drop_foreign:  # as asked for, so never refused; but not without limit
                         losses.lose(units[number].where, _FOREIGN, used=True)
+                for number, word in result.long_words:
+                    long_words.add(units[number].where, word)
                 _pack(packer, units, result, names)
                 totals.update(result.counts)
                 bar.update(result.counts["words"])
@@ -184,12 +203,16 @@ def _pack_inputs(
         "words": totals["words"],
         "words_without_piece": totals["words_without_piece"],
         "edges_without_piece": totals["edges_without_piece"],
+        "words_too_long": long_words.count,
+        "words_cut": reading.words_cut,
+        "pieces_unknown": totals["pieces_unknown"],
         "paragraphs_cut": reading.paragraphs_cut,
         "paragraphs_with_controls": reading.paragraphs_with_controls,
         "paragraphs_foreign": foreign.count,
         "skipped": losses.count,
     }
-    return counts | packed, names.names, losses.report() | foreign.report(_FOREIGN)
+    report = losses.report() | foreign.report(_FOREIGN) | long_words.report(_LONG_WORD)
+    return counts | packed, names.names, report
 
 
 def _used(units: Iterable[Unit], losses: Losses) -> Iterator[Unit]:
@@ -201,15 +224,15 @@ def _used(units: Iterable[Unit], losses: Losses) -> Iterator[Unit]:
 
 
 class _Examples:
-    """A count of units and the places of the first few."""
+    """A count of something and the places of the first few."""
 
     def __init__(self) -> None:
         self.count, self._examples = 0, []
 
-    def add(self, unit: Unit) -> None:
+    def add(self, where: str, text: str) -> None:
         self.count += 1
         if len(self._examples) < 5:
-            self._examples.append({"where": unit.where, "text": str(unit.content)[:80]})
+            self._examples.append({"where": where, "text": text})
 
     def report(self, name: str) -> dict[str, Any]:
         return {name: {"count": self.count, "examples": self._examples}} if self.count else {}

@@ -51,6 +51,7 @@ class Reading:
     losses: Losses = field(default_factory=Losses)
     rows_per_document: int | None = None  # a document is so many records, whatever the input says
     paragraphs_cut: int = 0
+    words_cut: int = 0  # cuts of a paragraph inside a word, there being no space
     paragraphs_with_controls: int = 0  # control characters were taken out of them
 
     def bad(self, where: str, reason: str, *, used: bool = False) -> None:
@@ -205,8 +206,10 @@ def _read_conllu(name: str, reading: Reading) -> Iterator[Unit]:
 def _cut(text: str, reading: Reading) -> Iterator[str]:
     """Parts of at most `MAX_UNIT_CHARACTERS`, cut after white space where the second half of a part has some."""
     while len(text) > MAX_UNIT_CHARACTERS:
-        cut = text.rfind(" ", MAX_UNIT_CHARACTERS // 2, MAX_UNIT_CHARACTERS) + 1 or MAX_UNIT_CHARACTERS
+        space = text.rfind(" ", MAX_UNIT_CHARACTERS // 2, MAX_UNIT_CHARACTERS)
+        cut = space + 1 if space >= 0 else MAX_UNIT_CHARACTERS
         reading.paragraphs_cut += 1
+        reading.words_cut += space < 0 and not (text[cut - 1].isspace() or text[cut].isspace())
         yield text[:cut].rstrip()
         text = text[cut:].lstrip()
     if text:

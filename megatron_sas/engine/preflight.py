@@ -19,7 +19,7 @@ from megatron_sas.config import Config, load_config
 from megatron_sas.data.mixture import MixedData, open_training_data
 from megatron_sas.data.overlap import refuse_overlap
 from megatron_sas.data.packed import PackedData
-from megatron_sas.data.tokenizer import load_tokenizer
+from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_identity
 from megatron_sas.engine.branching import Branch
 from megatron_sas.engine.checkpoint import CONFIG
 from megatron_sas.engine.deepspeed_config import deepspeed_config
@@ -113,7 +113,7 @@ def _open_data(
     if report.rank == 0:
         packed.verify()  # which training leaves out: it reads everything
     path = config.data.tokenizer or packed.tokenizer.path
-    check_tokenizer(load_tokenizer(path), path, packed)
+    check_tokenizer(tokenizer_identity(load_tokenizer(path)), path, packed)
     if packed.seq_length > config.model.max_position_embeddings:
         raise InputError(
             f"{packed.prefix}: sequences of {packed.seq_length} tokens are longer than model.max_position_embeddings "

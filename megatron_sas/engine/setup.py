@@ -17,8 +17,8 @@ from megatron_sas.config import Config, load_config
 from megatron_sas.data.mixture import MixedData, open_training_data
 from megatron_sas.data.mlm_dataset import MLMDataset
 from megatron_sas.data.overlap import refuse_overlap
-from megatron_sas.data.packed import PackedData
-from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
+from megatron_sas.data.packed import PackedData, TokenizerIdentity
+from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_digest, tokenizer_identity
 from megatron_sas.directory_lock import LOCK, DirectoryLock
 from megatron_sas.engine.branching import BY_CONTENT, Branch, begin_branch, find_branch
 from megatron_sas.engine.checkpoint import CONFIG, load_moments, newest_checkpoint, read_state
@@ -31,7 +31,13 @@ from megatron_sas.metrics.records import FILE_NAME, read_records
 from megatron_sas.metrics.throughput import Throughput, flops_per_token, peak_flops
 from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
-from megatron_sas.model.pretrained import architecture_differences, checkpoints_directory, load_state, read_model
+from megatron_sas.model.pretrained import (
+    architecture_differences,
+    checkpoints_directory,
+    load_state,
+    read_model,
+    read_tokenizer,
+)
 from megatron_sas.model.trajectory import read_lineage
 
 if TYPE_CHECKING:
@@ -48,6 +54,7 @@ class Parts:
     """What a run is made of, before DeepSpeed."""
 
     tokenizer: PreTrainedTokenizerBase
+    identity: TokenizerIdentity  # the tokenizer's
     dataset: MLMDataset
     bert: Bert
     evaluation: LiveEvaluation
@@ -223,11 +230,12 @@ def _build(config: Config, checkpoint: Path | None) -> Parts:
     packed = open_training_data(data.parts(), data.heads)
     tokenizer_path = data.tokenizer or packed.tokenizer.path
     tokenizer = load_tokenizer(tokenizer_path)
-    check_tokenizer(tokenizer, tokenizer_path, packed)
+    identity = tokenizer_identity(tokenizer)
+    check_tokenizer(identity, tokenizer_path, packed)
     validation = None
     if data.validation is not None:
         validation = PackedData(data.validation)
-        check_tokenizer(tokenizer, tokenizer_path, validation)
+        check_tokenizer(identity, tokenizer_path, validation)
     if checkpoint is None:  # a run goes on with the data that it began with
         refuse_overlap(packed.parts, validation)
     for name, part in (("train", packed), ("validation", validation)):
@@ -252,16 +260,18 @@ def _build(config: Config, checkpoint: Path | None) -> Parts:
     refuse_other_data(state.get("data", {}), packed, validation)
     bert_config = config.bert_config(packed.tokenizer.vocab_size, packed.tokenizer.pad_id)
     bert = _model(bert_config, config, checkpoint, tokenizer)
-    return Parts(tokenizer, dataset, bert, LiveEvaluation(config, tokenizer, validation), checkpoint, state)
+    evaluation = LiveEvaluation(config, tokenizer, validation)
+    return Parts(tokenizer, identity, dataset, bert, evaluation, checkpoint, state)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str, packed: PackedData | MixedData) -> None:
+def check_tokenizer(identity: TokenizerIdentity, path: str, packed: PackedData | MixedData) -> None:
     """Refuse a tokenizer other than the one that made the data (`InputError`)."""
-    if tokenizer_hash(tokenizer) != packed.tokenizer.hash:
-        raise InputError(
-            f"{path}: is not the tokenizer that made {packed.prefix} (hashes differ); set data.tokenizer to that one "
-            "or preprocess again"
-        )
+    for part in packed.parts:
+        if not identity.matches(part.tokenizer.identity):
+            raise InputError(
+                f"{path}: is not the tokenizer that made {part.prefix} (hashes differ); set data.tokenizer to that one "
+                "or preprocess again"
+            )
 
 
 def data_facts(packed: PackedData | MixedData, validation: PackedData | None) -> dict[str, Any]:
@@ -317,6 +327,8 @@ def introduction(config: Config, parts: Parts, engine: Engine) -> tuple[dict[str
     attention, compiled = engine.attention_backend(packed.seq_length), train.compiles(device.type)
     facts = {"world_size": world_size, "device": name, "parameters": parameters}
     facts |= {"attention": attention, "compiled": compiled}
+    if unknown := parts.evaluation.unknown():
+        facts["unknown"] = {name: counted.record() for name, counted in unknown.items()}
     line = (
         f"megatron_sas {__version__}: {parameters:,} parameters, {packed.num_sequences:,} sequences of "
         f"{packed.seq_length}, {world_size} × {name}, ZeRO-{train.zero_stage}, {train.precision}, attention by "
@@ -368,6 +380,11 @@ def _load_matching(bert: Bert, source: Path, where: str, tokenizer: PreTrainedTo
         raise InputError(
             f"{where} {', '.join(differences)} as configured; change the section model, the data or the weights"
         )
-    if load_tokenizer(tokenizer_path).get_vocab() != tokenizer.get_vocab():
+    own = read_tokenizer(tokenizer_path)
+    if own.get_vocab() != tokenizer.get_vocab():
         raise InputError(f"{where} a tokenizer with other entries than the data's; preprocess the data with {source}")
+    if tokenizer_digest(own) != tokenizer_digest(tokenizer):
+        raise InputError(
+            f"{where} a tokenizer that cuts texts in another way than the data's; preprocess the data with {source}"
+        )
     load_state(bert, state, where=str(source))

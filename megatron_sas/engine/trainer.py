@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,9 @@ class Trainer:
         facts, line = introduction(self.config, self.parts, self.engine)
         self._event(start, event="start", versions=VERSIONS, threads=self.threads, **facts)
         self.say(line)
+        for name, unknown in self.parts.evaluation.unknown().items():
+            if unknown.is_high:
+                self.say(unknown.line(name))
         quiet = not distributed.is_main() or not sys.stderr.isatty()
         with contextlib.closing(self.lock), self.watchdog:
             self.stopping = start < self.last_step and self._anyone_asked_to_stop()  # while the run was being built
@@ -311,6 +315,7 @@ class Trainer:
                 "thinning": {"seconds": self.evaluation_seconds, "skipped": self.skipped_evaluations},
                 "versions": VERSIONS,
                 "threads": self.threads,
+                "tokenizer": asdict(self.parts.identity),
                 "data": data_facts(self.dataset.packed, self.parts.evaluation.validation),
                 "lineage": self.parts.state.get("lineage", []),
             }

@@ -97,7 +97,7 @@ class BlimpTask:
         Keys: `blimp` (mean over the sets), `fields` and `terms` (means over the sets within each), `sets` (accuracy,
         correct, num_pairs, field, linguistics_term), `metric`, `pairs_per_set`, `num_sets`, `num_pairs`,
         `num_sentences`, `num_masked_copies`, `num_non_finite` (sentences whose score is not a number: their pairs
-        count as wrong), `seconds`, `sentences_per_second`.
+        count as wrong), `unknown` (pieces that are [UNK]), `seconds`, `sentences_per_second`.
         """
         started = time.perf_counter()
         scores = self.pll.score(model, batch_tokens=batch_tokens, after_batch=after_batch)
@@ -137,6 +137,7 @@ class BlimpTask:
             "num_sentences": len(scores),
             "num_masked_copies": self.pll.num_copies,
             "num_non_finite": int((~np.isfinite(scores)).sum()),
+            "unknown": self.pll.unknown.record(),
             "seconds": seconds,
             "sentences_per_second": len(scores) / seconds,
         }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_sas.config import Config
 from megatron_sas.data.packed import PackedData
+from megatron_sas.data.unknown import Unknown
 from megatron_sas.evaluation.batching import AfterBatch
 from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension
@@ -47,6 +48,15 @@ class LiveEvaluation:
             self.blimp = BlimpTask(
                 load_blimp(section.blimp), tokenizer, section.blimp_metric, section.blimp_pairs_per_set, max_length
             )
+
+    def unknown(self) -> dict[str, Unknown]:
+        """How much of each input the tokenizer does not know, by the field that names the input."""
+        found = {}
+        if self.treebank is not None:
+            found["evaluation.treebank"] = self.treebank.unknown
+        if self.blimp is not None:
+            found["evaluation.blimp"] = self.blimp.pll.unknown
+        return found
 
     def evaluate(self, model: Bert, after_batch: AfterBatch | None = None) -> dict[str, Any]:
         """All metrics of one evaluation. A collective: every rank makes the same number of forwards.

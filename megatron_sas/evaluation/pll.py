@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from megatron_sas.cli import InputError
-from megatron_sas.data.tokenizer import knows_words
+from megatron_sas.data.tokenizer import encode_texts, knows_words
+from megatron_sas.data.unknown import Unknown
 from megatron_sas.distributed import all_reduce_sum_
 from megatron_sas.evaluation.batching import AfterBatch, deal, evaluating
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 METRICS = ("pll", "within_word_l2r")
 
@@ -57,7 +61,7 @@ class PllTask:
     """The masked copies of a fixed list of sentences, made once and scored as often as needed.
 
     `tokenizer` is a fast Hugging Face tokenizer with [CLS], [SEP] and [MASK]. `num_copies` is the number of masked
-    copies.
+    copies, `unknown` how much of the sentences the tokenizer does not know.
 
     Raises `InputError` for an unknown metric or one that needs words where the tokenizer knows none, and for a sentence
     without tokens or of more than `max_length` tokens with [CLS] and [SEP] (`names[i]` says where sentence i comes
@@ -77,12 +81,10 @@ class PllTask:
         if metric == "within_word_l2r" and not knows_words(tokenizer):
             raise InputError(f"metric {metric!r}: this tokenizer takes a whole text for one word; use {METRICS[0]}")
         self.metric, self.num_sentences = metric, len(sentences)
-        encoded = (
-            tokenizer(list(sentences), add_special_tokens=False, return_attention_mask=False) if sentences else None
-        )
+        encodings = encode_texts(sentences, tokenizer)
         by_length: dict[int, list[int]] = {}
         for index, sentence in enumerate(sentences):
-            length = len(encoded["input_ids"][index]) + 2
+            length = len(encodings[index]) + 2
             if length == 2 or (max_length is not None and length > max_length):
                 where = names[index] if names is not None else f"sentence {index}"
                 what = (
@@ -92,8 +94,10 @@ class PllTask:
             by_length.setdefault(length, []).append(index)
         self._mask_token_id: int = tokenizer.mask_token_id
         # Sentences of one length at a time: batches need no padding.
-        self._groups = [_group(by_length[length], encoded, tokenizer, metric) for length in sorted(by_length)]
+        self._groups = [_group(by_length[length], encodings, tokenizer, metric) for length in sorted(by_length)]
         self.num_copies = sum(group.num_copies for group in self._groups)
+        pieces = (Unknown.of(group.ids[:, 1:-1], tokenizer.unk_token_id) for group in self._groups)
+        self.unknown = sum(pieces, Unknown())
 
     def batches(self, batch_tokens: int) -> list[tuple[int, int, int]]:
         """(group, first copy, last copy + 1), each of at most `batch_tokens` tokens and at least one copy."""
@@ -146,10 +150,10 @@ class PllTask:
         return result
 
 
-def _group(members: list[int], encoded: Any, tokenizer: Any, metric: str) -> _Group:
+def _group(members: list[int], encodings: Sequence[Encoding], tokenizer: Any, metric: str) -> _Group:
     """The group of the sentences `members`, which have equally many tokens."""
-    tokens = np.array([encoded["input_ids"][index] for index in members], np.int64)
+    tokens = np.array([encodings[index].ids for index in members], np.int64)
     ids = np.pad(tokens, ((0, 0), (1, 1)))
     ids[:, 0], ids[:, -1] = tokenizer.cls_token_id, tokenizer.sep_token_id
-    words = np.array([encoded.word_ids(index) for index in members]) if metric == "within_word_l2r" else None
+    words = np.array([encodings[index].word_ids for index in members]) if metric == "within_word_l2r" else None
     return _Group(ids, words, np.array(members))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import megatron_sas
-from megatron_sas.data.tokenizer import tokenizer_hash
+from megatron_sas.data.tokenizer import tokenizer_identity
 from megatron_sas.files import sha256_file
 from megatron_sas.model.pretrained import MODEL_WEIGHTS, STATE
 
@@ -69,7 +69,7 @@ def provenance(path: Path, model: Bert, tokenizer: PreTrainedTokenizerFast) -> d
         "tokenizer": {
             "class": type(tokenizer).__name__,
             "vocab_size": len(tokenizer),
-            "hash": tokenizer_hash(tokenizer),
+            **asdict(tokenizer_identity(tokenizer)),
         },
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"

@@ -11,13 +11,13 @@ import torch
 
 from megatron_sas.cli import InputError
 from megatron_sas.data.packed import PackedData
-from megatron_sas.data.tokenizer import tokenizer_hash
+from megatron_sas.data.tokenizer import tokenizer_digest, tokenizer_hash
 from megatron_sas.evaluation.batching import deal
 from megatron_sas.evaluation.blimp import BlimpTask, load_blimp, sha256_folder
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
 from megatron_sas.evaluation.observers import AttentionStatistics, SasObserver, share_pass
 from megatron_sas.evaluation.points import BlimpItems, Items, UasItems
-from megatron_sas.evaluation.text import TextBatch, open_packed_text, packed_text
+from megatron_sas.evaluation.text import TextBatch, open_packed_text, packed_text, unknown_in
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask, UasObserver, observe_treebank, summarize
 from megatron_sas.evaluation.validation import evaluate_validation
@@ -58,7 +58,7 @@ class TrajectoryTask:
 
     def __init__(self, inputs: Inputs, config: BertConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.inputs = inputs
-        self.shape = _shape(config, tokenizer)
+        self.shape, self.digest = _shape(config, tokenizer), tokenizer_digest(tokenizer)
         max_length = config.max_position_embeddings
         self.treebank: TreebankTask | None = None
         self.blimp: BlimpTask | None = None
@@ -70,8 +70,9 @@ class TrajectoryTask:
             pairs = load_blimp(inputs.blimp)
             self.blimp = BlimpTask(pairs, tokenizer, inputs.blimp_metric, inputs.pairs_per_set, max_length)
         if inputs.text is not None:
-            self.text = open_packed_text(inputs.text, self.shape["tokenizer"], max_length)
+            self.text = open_packed_text(inputs.text, tokenizer, max_length)
             self.num_texts = min(inputs.text_sequences, self.text.num_sequences)
+            self.unknown_text = unknown_in(self.text, self.num_texts)
 
     def settings(self) -> dict[str, Any]:
         """What decides the measurements, as JSON values; checksums rather than paths identify inputs."""
@@ -94,7 +95,10 @@ class TrajectoryTask:
         """A model of the trajectory. Raises `InputError` when it cannot be read or is of another kind."""
         model, tokenizer = load_model(path, device)
         shape = _shape(model.config, tokenizer)
-        if different := sorted(name for name in shape if shape[name] != self.shape[name]):
+        different = sorted(name for name in shape if shape[name] != self.shape[name])
+        if not different and tokenizer_digest(tokenizer) != self.digest:
+            different = ["what the tokenizer does"]
+        if different:
             raise InputError(f"{path}: differs from the other models in {', '.join(different)}; measure it elsewhere")
         return model
 
@@ -144,6 +148,7 @@ class TrajectoryTask:
 
         vectors = cls_vectors(model, packed_text(packed, **sizes), self.num_texts, run=run)
         values: dict[str, Any] = {"intrinsic_dimension": intrinsic_dimension(vectors)}
+        values["text_unknown"] = self.unknown_text.record()
         if statistics is not None:
             values |= _attention_values(statistics)
         if (along := sas.result()) is not None:

@@ -12,6 +12,7 @@ import numpy as np
 from megatron_sas.cli import InputError
 from megatron_sas.data.conllu import read_conllu
 from megatron_sas.data.text_lines import is_encodable, parse_json
+from megatron_sas.data.tokenizer import encode_texts
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,11 @@ def load_treebank(path: str | Path) -> list[Sentence]:
 def tokenize_words(sentences: Sequence[Sentence], tokenizer: Any) -> list[TokenizedSentence]:
     """Cut sentences into word pieces, one word at a time; a word that the tokenizer reduces to nothing becomes [UNK].
 
-    `tokenizer` is a Hugging Face tokenizer with [CLS] and [SEP]. Each distinct word is tokenised once.
+    `tokenizer` is a fast Hugging Face tokenizer with [CLS] and [SEP]. Each distinct word is tokenised once.
     """
     vocabulary = list(dict.fromkeys(word for sentence in sentences for word in sentence.words))
-    encoded = (
-        tokenizer(vocabulary, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        if vocabulary
-        else []
-    )
-    pieces = dict(zip(vocabulary, encoded, strict=True))
+    encodings = encode_texts(vocabulary, tokenizer)
+    pieces = {word: encoding.ids for word, encoding in zip(vocabulary, encodings, strict=True)}
     return [_join(sentence, pieces, tokenizer) for sentence in sentences]
 
 

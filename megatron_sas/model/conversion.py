@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_sas.cli import InputError
-from megatron_sas.data.tokenizer import load_tokenizer, save_tokenizer, vocab_size, write_tokenizer
+from megatron_sas.data.tokenizer import save_tokenizer, tokenizer_identity, vocab_size, write_tokenizer
 from megatron_sas.files import atomic_directory, refuse_existing, write_json_atomic, write_text_atomic
 from megatron_sas.manifest import write_manifest
 from megatron_sas.model.bert import Bert
@@ -27,6 +28,7 @@ from megatron_sas.model.pretrained import (
     load_state,
     read_checkpoint,
     read_model,
+    read_tokenizer,
     resolve_run,
     write_model_config,
     write_weights,
@@ -58,7 +60,7 @@ def to_hf(source: str | Path, output: str | Path, dtype: str = "fp32", overwrite
     config, state, tokenizer_path = read_checkpoint(checkpoint)
     with atomic_directory(output, overwrite) as directory:
         try:
-            write_hf(directory, config, state, load_tokenizer(tokenizer_path), dtype)
+            write_hf(directory, config, state, read_tokenizer(tokenizer_path), dtype)
         except InputError as error:
             raise InputError(f"{checkpoint}: {error}") from None
         write_text_atomic(directory / "README.md", model_card(checkpoint, config, dtype))
@@ -92,7 +94,7 @@ def from_hf(source: str | Path, output: str | Path, overwrite: bool = False) -> 
     config, state, tokenizer_path = read_model(source)
     model = Bert(config)
     load_state(model, state, where=str(source))
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = read_tokenizer(tokenizer_path)
     if vocab_size(tokenizer) > config.vocab_size:
         raise InputError(
             f"{source}: its tokenizer has {vocab_size(tokenizer)} entries but its model only {config.vocab_size}; they "
@@ -102,7 +104,7 @@ def from_hf(source: str | Path, output: str | Path, overwrite: bool = False) -> 
         write_model_config(directory / MODEL_CONFIG, config)
         write_weights(directory / MODEL_WEIGHTS, {name: tensor.contiguous() for name, tensor in state.items()})
         write_tokenizer(tokenizer, directory / TOKENIZER_DIRECTORY)
-        origin = {"converted_from": str(source.resolve())}
+        origin = {"converted_from": str(source.resolve()), "tokenizer": asdict(tokenizer_identity(tokenizer))}
         write_json_atomic(directory / STATE, {"step": 0, "tokens": 0, "seconds": 0.0, **origin})
         write_manifest(directory, format=FORMAT, version=VERSION, step=0)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_sas.cli import InputError, first_line
-from megatron_sas.data.tokenizer import load_tokenizer
+from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_digest
 from megatron_sas.files import obey_umask, write_json_atomic
 from megatron_sas.manifest import MANIFEST, read_manifest, verify_manifest
 from megatron_sas.model.bert import Bert
@@ -54,7 +54,7 @@ def load_model(
         InputError: none of these, or the files do not fit each other.
     """
     config, state, tokenizer_path = read_model(path)
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = read_tokenizer(tokenizer_path)
     if len(tokenizer) > config.vocab_size:
         raise InputError(
             f"{tokenizer_path}: the tokenizer has {len(tokenizer)} entries but the model only {config.vocab_size}; "
@@ -63,6 +63,24 @@ def load_model(
     model = Bert(config)
     load_state(model, state, where=str(path))
     return model.to(device=device, dtype=dtype).eval(), tokenizer
+
+
+def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, as `read_model` returns it.
+
+    Raises:
+        InputError: there is none that can be used, or a checkpoint's does something else than when it was written.
+    """
+    tokenizer = load_tokenizer(path)
+    state = path.parent / STATE
+    if path.name == TOKENIZER_DIRECTORY and state.is_file():
+        recorded = _read_json(state).get("tokenizer")  # earlier versions recorded none
+        if recorded is not None and recorded["digest"] != tokenizer_digest(tokenizer):
+            raise InputError(
+                f"{path}: does not cut texts as when the checkpoint was written; use the versions of transformers and "
+                f"tokenizers of then ({STATE} names them)"
+            )
+    return tokenizer
 
 
 def read_model(path: str | Path) -> tuple[BertConfig, dict[str, Tensor], Path]:

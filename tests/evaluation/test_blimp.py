@@ -48,6 +48,19 @@ def naive_score(hf_model, tokenizer, sentence, metric):
     return total
 
 
+def test_special_tokens_in_sentences_are_text(adapter, tokenizer):
+    for name in ("[MASK]", "[SEP]", "[CLS]", "[PAD]", "[UNK]"):
+        apart = f"The [ {name.strip('[]').lower()} ] barks."
+        scores = score_sentences(adapter, tokenizer, [f"The {name} barks.", apart])
+        assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
+def test_unknown_pieces_are_counted(adapter, tokenizer):
+    pairs = [("Dogs bark ☃ ☃.", "Dogs barks ☃.")]
+    result = BlimpTask([PairSet("a", "b", "c", pairs)], tokenizer).evaluate(adapter)
+    assert result["unknown"] == {"num_pieces": 10, "num_unknown": 3, "share": 0.3}
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_scores_equal_a_naive_loop(adapter, hf_model, tokenizer, metric):
     expected = [naive_score(hf_model, tokenizer, sentence, metric) for sentence in SENTENCES]

@@ -91,6 +91,13 @@ def test_unusable_files(tmp_path):
         load_treebank(write_lines(tmp_path / "cycle.conllu", cycle))
 
 
+def test_special_tokens_among_the_words_are_words(tokenizer):
+    names = ["[MASK]", "[SEP]", "[UNK]", "[mask]"]
+    (tokenized,) = tokenize_words([Sentence(names, [-1, 0, 0, 0], ["root", "dep", "dep", "dep"])], tokenizer)
+    expected = "[CLS] [ mask ] [ sep ] [ un ##k ] [ mask ] [SEP]".split()  # noqa: SIM905
+    assert tokenizer.convert_ids_to_tokens(tokenized.ids) == expected
+
+
 def test_words_are_tokenised_one_by_one(tokenizer):
     sentences = [Sentence(["can't", "un", "##believe"], [-1, 0, 0], ["root", "dep", "dep"])]
     (tokenized,) = tokenize_words(sentences, tokenizer)

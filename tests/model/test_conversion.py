@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM, BertTokenizer, PreTrainedTokenizerFast
 
 from megatron_sas.cli import InputError
-from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
+from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash, tokenizer_identity
 from megatron_sas.manifest import write_manifest
 from megatron_sas.model import Bert, BertConfig, load_model
 from megatron_sas.model.conversion import from_hf, to_hf
@@ -78,6 +78,24 @@ def test_the_tokenizer_comes_along(run, exported):
         assert tokenizer.model_max_length == 32
     assert (exported / "vocab.txt").read_text().split()[:6] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "w0"]
     assert json.loads((exported / "tokenizer_config.json").read_text())["tokenizer_class"] == "BertTokenizer"
+
+
+def test_a_checkpoint_whose_tokenizer_does_something_else_now_is_refused(exported, tmp_path):
+    """As another version of transformers may read it; a checkpoint that says nothing of it is taken as it is."""
+    from_hf(exported, tmp_path / "checkpoint")
+    state = json.loads((tmp_path / "checkpoint" / "state.json").read_text())
+    assert state["tokenizer"] == asdict(tokenizer_identity(load_tokenizer(exported)))
+    for digest, allowed in ((state["tokenizer"]["digest"], True), ("0" * 64, False), (None, True)):
+        tokenizer = {} if digest is None else {"tokenizer": {**state["tokenizer"], "digest": digest}}
+        (tmp_path / "checkpoint" / "state.json").write_text(json.dumps({"step": 0} | tokenizer))
+        write_manifest(tmp_path / "checkpoint", format=FORMAT, version=VERSION, step=0)
+        if allowed:
+            load_model(tmp_path / "checkpoint")
+            continue
+        message = "tokenizer: does not cut texts as when the checkpoint was written; use the versions"
+        for read in (load_model, lambda path: to_hf(path, tmp_path / "hf")):
+            with pytest.raises(InputError, match=message):
+                read(tmp_path / "checkpoint")
 
 
 def test_tokenizers_that_are_not_wordpiece_get_the_class_that_all_versions_know(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,7 @@ def test_syntax_writes_the_result_and_prints_the_table(inputs, tmp_path):
     ]
     assert not any(line.startswith("amod") for line in lines)  # 60 edges: not in the table
     assert any(line.startswith(f"UAS              {record['uas']:.4f}") for line in lines)
+    assert record["unknown"]["num_unknown"] == 0 and "0 of 420 pieces of these words are [UNK] (0.00%)" in lines
 
     arguments = ("--model", model, "--treebank", treebank, "--output", output)
     refused = run_tool("eval_syntax.py", *arguments)
@@ -160,7 +162,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(inputs, tmp_path):
     output = tmp_path / "out" / "result.json"
     syntax = {"--model": inputs / "model", "--treebank": inputs / "treebank.jsonl", "--output": output}
     blimp = {"--model": inputs / "model", "--blimp": inputs / "blimp", "--output": output}
+    shutil.copytree(inputs / "model", tmp_path / "wordless")
+    (tmp_path / "wordless" / "tokenizer.json").unlink()
     for tool, good, change, message in [
+        ("eval_blimp.py", blimp, {"--model": tmp_path / "wordless"}, "no word is among the tokenizer's 5 entries"),
         ("eval_syntax.py", syntax, {"--model": tmp_path / "none"}, "none: no such directory"),
         ("eval_syntax.py", syntax, {"--untrained": inputs / "other"}, "other: tokenizer or maximum length differs"),
         (
