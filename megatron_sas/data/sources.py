@@ -29,7 +29,7 @@ from megatron_sas.files import sha256_file
 MAX_UNIT_CHARACTERS = 20_000  # longer paragraphs are cut at white space: a parser's memory grows with the text
 
 _WINDOW_CHARACTERS = 1 << 14  # of a text file, about which it is decided at once whether it is hard-wrapped
-_SPACES = re.compile(r"\s{2,}")  # which are words of their own for spaCy, and change its parses
+_SPACES = re.compile(r"[ \t]{2,}")  # spaCy takes all but one for words, which changes its parses
 
 # Control characters: some separate words, the others stand between letters by mistake. Tabs stay.
 _CONTROLS = {code: " " if chr(code).isspace() else None for code in (*range(32), *range(127, 160)) if code != 9}
