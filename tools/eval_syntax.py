@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_sas.cli import InputError, progress, run_main
 from megatron_sas.data.tokenizer import tokenizer_identity
+from megatron_sas.data.trees import blanked_note
 from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, precision
 from megatron_sas.evaluation.provenance import model_source, provenance
 from megatron_sas.evaluation.treebank import load_treebank
@@ -98,6 +99,7 @@ def table(result: dict, untrained: dict | None) -> list[str]:
         f"best single head {result['uas_single_head']:.4f}   {single['layer']}-{single['head']} {single['direction']}",
         f"{result['num_edges']} dependencies in {result['num_sentences']} sentences; "
         f"{result['num_skipped']} too long and skipped",
+        *filter(None, [blanked_note(result["num_blanked"])]),
     ]
     if untrained:
         lines.append(

@@ -14,6 +14,7 @@ import torch
 
 from megatron_sas.cli import InputError, progress, run_main
 from megatron_sas.data.tokenizer import tokenizer_identity
+from megatron_sas.data.trees import blanked_note
 from megatron_sas.device import DEVICE_HELP, choose_device
 from megatron_sas.evaluation.treebank import Sentence, load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
@@ -67,7 +68,8 @@ def main() -> None:
             "models": f"{len(models)} of {total_models} models"
             if len(models) < total_models
             else f"{total_models} models",
-            "sentences": f"{arguments.sentences.name}, {len(sentences)} of {len(given)} sentences",
+            "sentences": f"{arguments.sentences.name}, {len(sentences)} of {len(given)} sentences"
+            + (f" ({blanked_note(given.num_blanked)})" if given.num_blanked else ""),
             "trees": f"parsed by {arguments.parser}" if arguments.parser else "trees of the treebank",
         },
         treebank=treebank,
@@ -76,6 +78,9 @@ def main() -> None:
     page = render(data)
     write_text_atomic(arguments.output, page)
     ends = list(dict.fromkeys((0, len(models) - 1)))
+    for path, count in {arguments.sentences: given.num_blanked, arguments.treebank: treebank["blanked"]}.items():
+        if path is not None and count:
+            print(f"{path}: {blanked_note(count)}")
     print("UAS " + ", ".join(f"{views[end].uas:.3f} at step {models[end][0]}" for end in ends))
     if data["missing"]:
         print(f"no best head for {', '.join(data['missing'])}: {treebank['name']} has no such edges")
@@ -94,7 +99,7 @@ def look(
     length = first.config.max_position_embeddings
     sentences, pieces = choose_sentences(sentences, tokenizer, length, arguments.limit)
     own = arguments.treebank is None
-    edges = sentences if own else load_treebank(arguments.treebank)[: arguments.treebank_sentences]
+    edges = sentences if own else load_treebank(arguments.treebank, arguments.treebank_sentences)
     try:
         task = TreebankTask(edges, tokenizer, length)
     except InputError as error:
@@ -124,6 +129,7 @@ def look(
         "own": own,
         "sentences": len(task.sentences),
         "edges": int(task.edge_counts.sum()),
+        "blanked": task.num_blanked,
     }
     return sentences, treebank, [views[number] for number in range(len(models))], heads or []
 

@@ -141,13 +141,13 @@ def _continuations(tokenizer: Any, vocab_size: int) -> np.ndarray:
 def _rows(name: str, counts: Counter[str]) -> Iterator[tuple[Any, Any, Any]]:
     for row in progress(read_rows(name), unit=" rows", unit_scale=True, desc="importing"):
         missing = [column for column in COLUMNS if column not in row]
-        if missing:
+        if missing and not counts["rows"]:  # a later row of JSON lines may lack one, and is then left out
             raise InputError(
                 f"{name}: has no column {', '.join(missing)}; needed are {', '.join(COLUMNS)}, there are "
                 f"{', '.join(row)}"
             )
         counts["rows"] += 1
-        yield tuple(row[column] for column in COLUMNS)
+        yield tuple(row.get(column) for column in COLUMNS)
 
 
 class _Reader:

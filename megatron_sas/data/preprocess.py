@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_sas.cli import InputError, progress
 from megatron_sas.data.documents import Exclusions, Selection, Split, input_of
+from megatron_sas.data.line_breaks import LineBreaks
 from megatron_sas.data.losses import Losses
 from megatron_sas.data.packed_writer import PackedWriter, check_seq_length, relation_number
 from megatron_sas.data.packing import Packer
@@ -51,6 +52,7 @@ class PreprocessSettings:
     validation_share: float = 0.005
     overwrite: bool = False
     rows_per_document: int | None = None
+    line_breaks: LineBreaks = "auto"
 
 
 def preprocess(
@@ -87,7 +89,9 @@ def preprocess(
         exclusions = None
         if settings.exclude is not None:
             files = provenance["input_files"]
-            exclusions = Exclusions.read(settings.exclude, settings.inputs, files, settings.rows_per_document)
+            exclusions = Exclusions.read(
+                settings.exclude, settings.inputs, files, settings.rows_per_document, settings.line_breaks
+            )
         selection = Selection(settings.split, settings.validation_share, exclusions)
         counts, relations, report = _pack_inputs(settings, selection, worker, packer)
         if not packer.counts.sequences and not allow_empty:
@@ -142,6 +146,7 @@ def provenance_of(settings: PreprocessSettings) -> dict[str, Any]:
         "settings": {
             "text_field": settings.text_field,
             "rows_per_document": settings.rows_per_document,
+            "line_breaks": settings.line_breaks,
             "on_error": settings.on_error,
             "drop_foreign": settings.drop_foreign,
             "exclude": settings.exclude and sha256_file(settings.exclude),
@@ -171,7 +176,7 @@ def _pack_inputs(
 ) -> tuple[dict[str, int], list[str], dict[str, Any]]:
     """Read, parse, align and pack everything; returns the counts, the relation names and what was found wrong."""
     losses = Losses(settings.max_loss, show=True)
-    reading = Reading(settings.text_field, settings.on_error, losses, settings.rows_per_document)
+    reading = Reading(settings.text_field, settings.on_error, losses, settings.rows_per_document, settings.line_breaks)
     foreign, long_words = _Examples(), _Examples()
     names, totals = RelationNames(), Counter()
     with progress(unit=" words", unit_scale=True, desc="preprocessing") as bar:
@@ -208,7 +213,10 @@ def _pack_inputs(
         "pieces_unknown": totals["pieces_unknown"],
         "paragraphs_cut": reading.paragraphs_cut,
         "paragraphs_with_controls": reading.paragraphs_with_controls,
+        "paragraphs_squeezed": reading.paragraphs_squeezed,
+        "lines_joined": reading.lines_joined,
         "paragraphs_foreign": foreign.count,
+        "sentences_blanked": reading.sentences_blanked,
         "skipped": losses.count,
     }
     report = losses.report() | foreign.report(_FOREIGN) | long_words.report(_LONG_WORD)

@@ -23,6 +23,7 @@ from megatron_sas.data.preprocess import (
 )
 from megatron_sas.data.text_lines import COMPRESSED
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_identity
+from megatron_sas.data.trees import blanked_note
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -93,7 +94,8 @@ def _one_shard(settings: PreprocessSettings, say: Callable[[str], None]) -> tupl
             return header, "done before"
     # What lies there without a header, or damaged, is an unfinished publication of the same shard.
     header, seconds = preprocess(replace(settings, overwrite=True), provenance, allow_empty=True)
-    return header, f"{header['counts']['skipped']} skipped, {seconds:.0f} s"
+    notes = (f"{header['counts']['skipped']} skipped", blanked_note(header["counts"]["sentences_blanked"]))
+    return header, ", ".join([*filter(None, notes), f"{seconds:.0f} s"])
 
 
 def _finished(

@@ -20,6 +20,7 @@ from megatron_sas.data.mixture import MixedData, open_training_data
 from megatron_sas.data.overlap import refuse_overlap
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_identity
+from megatron_sas.data.trees import blanked_note
 from megatron_sas.engine.branching import Branch
 from megatron_sas.engine.checkpoint import CONFIG
 from megatron_sas.engine.deepspeed_config import deepspeed_config
@@ -36,7 +37,7 @@ from megatron_sas.engine.memory import MemoryEstimate, PeakMemory, count_paramet
 from megatron_sas.engine.preflight_report import Report
 from megatron_sas.engine.setup import build_parts, check_tokenizer, where_to_start
 from megatron_sas.evaluation.blimp import load_blimp
-from megatron_sas.evaluation.treebank import load_treebank
+from megatron_sas.evaluation.treebank import Treebank, load_treebank
 from megatron_sas.model.config import BertConfig
 from megatron_sas.model.pretrained import checkpoints_directory
 from megatron_sas.objective.pretraining import MaskedLMWithSas
@@ -91,7 +92,7 @@ def _check_configured(config: Config, report: Report) -> None:
     if packed is not None and begins:
         report.check("overlap", lambda: refuse_overlap(packed.parts, validation), lambda _: "none by the headers")
     if section.treebank is not None:
-        report.check("treebank", lambda: load_treebank(section.treebank), lambda found: f"{len(found)} sentences")
+        report.check("treebank", lambda: load_treebank(section.treebank), _describe_treebank)
     if section.blimp is not None:
         report.check("minimal pairs", lambda: load_blimp(section.blimp), lambda found: f"{len(found)} sets")
     report.check("output directory", lambda: check_output_directory(Path(config.run.output_dir)))
@@ -104,6 +105,10 @@ def _check_configured(config: Config, report: Report) -> None:
         if deepspeed is not None:
             estimate = _estimate(config, shape, packed.seq_length, world_size, deepspeed)
             report.check("memory per device (estimate)", lambda: check_memory(estimate))
+
+
+def _describe_treebank(treebank: Treebank) -> str:
+    return "; ".join(filter(None, (f"{len(treebank)} sentences", blanked_note(treebank.num_blanked))))
 
 
 def _open_data(

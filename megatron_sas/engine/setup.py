@@ -19,6 +19,7 @@ from megatron_sas.data.mlm_dataset import MLMDataset
 from megatron_sas.data.overlap import refuse_overlap
 from megatron_sas.data.packed import PackedData, TokenizerIdentity
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_digest, tokenizer_identity
+from megatron_sas.data.trees import blanked_note
 from megatron_sas.directory_lock import LOCK, DirectoryLock
 from megatron_sas.engine.branching import BY_CONTENT, Branch, begin_branch, find_branch
 from megatron_sas.engine.checkpoint import CONFIG, load_moments, newest_checkpoint, read_state
@@ -335,6 +336,10 @@ def introduction(config: Config, parts: Parts, engine: Engine) -> tuple[dict[str
         f"{attention}{', compiled' if compiled else ''}, "
         f"batch {train.global_batch_size} = {world_size} × {train.micro_batch_size} × {parts.dataset.accumulation}"
     )
+    treebank = parts.evaluation.treebank
+    if treebank is not None and treebank.num_blanked:
+        facts["treebank_sentences_blanked"] = treebank.num_blanked
+        line += f"\nevaluation.treebank: {blanked_note(treebank.num_blanked)}"
     return facts, line
 
 

@@ -41,7 +41,7 @@ class LiveEvaluation:
         self.sas, self.mask_prob = config.sas_objective(), config.data.mask_prob
         self.treebank: TreebankTask | None = None
         if section.treebank is not None:
-            sentences = load_treebank(section.treebank)[: section.treebank_sentences]
+            sentences = load_treebank(section.treebank, section.treebank_sentences)
             self.treebank = TreebankTask(sentences, tokenizer, max_length)
         self.blimp: BlimpTask | None = None
         if section.blimp is not None:

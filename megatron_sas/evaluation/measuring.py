@@ -15,6 +15,7 @@ import torch
 
 from megatron_sas.cli import InputError
 from megatron_sas.data.text_lines import OnError
+from megatron_sas.data.trees import blanked_note
 from megatron_sas.device import choose_device
 from megatron_sas.evaluation.points import is_whole, read_point, write_point, writing
 from megatron_sas.evaluation.provenance import weights_sha256
@@ -66,6 +67,8 @@ def measure_models(
 
     reference = _first_readable(models, leave_out)
     task = _make_task(inputs, reference)
+    if task.treebank is not None and task.treebank.num_blanked:
+        report(f"{inputs.treebank}: {blanked_note(task.treebank.num_blanked)}")
     settings = {"source": os.path.relpath(source.resolve(), output.resolve()), **task.settings()}
     with writing(output, settings):
         waiting = []

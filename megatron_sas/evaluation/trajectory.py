@@ -64,7 +64,7 @@ class TrajectoryTask:
         self.blimp: BlimpTask | None = None
         self.text: PackedData | None = None
         if inputs.treebank is not None:
-            sentences = load_treebank(inputs.treebank)[: inputs.treebank_sentences]
+            sentences = load_treebank(inputs.treebank, inputs.treebank_sentences)
             self.treebank = TreebankTask(sentences, tokenizer, max_length)
         if inputs.blimp is not None:
             pairs = load_blimp(inputs.blimp)

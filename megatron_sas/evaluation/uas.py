@@ -22,7 +22,7 @@ from megatron_sas.data.unknown import Unknown
 from megatron_sas.distributed import all_reduce_sum_
 from megatron_sas.evaluation.batching import AfterBatch, deal, evaluating
 from megatron_sas.evaluation.observers import AttentionStatistics, MapObserver, share_pass
-from megatron_sas.evaluation.treebank import Sentence, TokenizedSentence, tokenize_words
+from megatron_sas.evaluation.treebank import Sentence, TokenizedSentence, Treebank, tokenize_words
 
 DIRECTIONS = ("dep->head", "head->dep")
 OFFSETS = (-1, 1, -2, 2, -3, 3)  # nearest first: of equally good baselines the shortest is reported
@@ -34,11 +34,12 @@ class TreebankTask:
     """A treebank tokenised for one tokenizer and ready to be evaluated many times.
 
     `sentences` are the `TokenizedSentence`s that fit `max_length` tokens with [CLS] and [SEP], the others are counted
-    in `num_skipped`; sentence n is number `numbers[n]` of those given. `unknown` counts the pieces that are [UNK].
-    `heads[n]` int64 (S,) holds all its dependencies from first piece to first piece (-1 = none). Those that count for
-    UAS are `edges[n]`: word `edges[n][0, e]` depends on word `edges[n][1, e]` by `relations[edges[n][2, e]]`.
-    `edge_counts` (R,) and `baseline_counts` (R, 6) are int64: edges of each relation, and how many of them each of
-    `OFFSETS` (the head is the word that many places further right) gets right.
+    in `num_skipped` (and in `num_blanked` those that `load_treebank` has left out); sentence n is number `numbers[n]`
+    of those given. `unknown` counts the pieces that are [UNK]. `heads[n]` int64 (S,) holds all its dependencies from
+    first piece to first piece (-1 = none). Those that count for UAS are `edges[n]`: word `edges[n][0, e]` depends on
+    word `edges[n][1, e]` by `relations[edges[n][2, e]]`. `edge_counts` (R,) and `baseline_counts` (R, 6) are int64:
+    edges of each relation, and how many of them each of `OFFSETS` (the head is the word that many places further
+    right) gets right.
 
     Raises `InputError` when no sentence fits or none has an edge that counts.
     """
@@ -54,6 +55,7 @@ class TreebankTask:
         self.sentences: list[TokenizedSentence] = [tokenized[index] for index in kept]
         self.heads = [_heads_of_pieces(sentences[index], tokenized[index]) for index in kept]
         self.num_skipped = len(sentences) - len(kept)
+        self.num_blanked = sentences.num_blanked if isinstance(sentences, Treebank) else 0
         self.pad_token_id: int = tokenizer.pad_token_id
         self.cls_token_id: int = tokenizer.cls_token_id
         self.sep_token_id: int = tokenizer.sep_token_id
@@ -133,10 +135,10 @@ def evaluate_uas(
 
     Keys: `uas` (edge-weighted mean over all relations of the best head's accuracy), `uas_baseline` (the same of the
     best fixed offset), `uas_single_head` (the best single head over all edges) with `single_head` (which),
-    `num_sentences`, `num_skipped`, `num_edges`, `unknown` (pieces that are [UNK]), `relations` (by falling count:
-    count, accuracy, layer, head, direction, baseline, baseline_offset, in_table) and `counts` with the edges that each
-    head got right, nested lists `correct[relation][direction][layer][head]` beside the names on their axes. Layers and
-    heads count from 0; of equally good ones the lowest (layer, head) is named, `dep->head` first.
+    `num_sentences`, `num_skipped`, `num_blanked`, `num_edges`, `unknown` (pieces that are [UNK]), `relations` (by
+    falling count: count, accuracy, layer, head, direction, baseline, baseline_offset, in_table) and `counts` with the
+    edges that each head got right, nested lists `correct[relation][direction][layer][head]` beside the names on their
+    axes. Layers and heads count from 0; of equally good ones the lowest (layer, head) is named, `dep->head` first.
     """
     correct = count_correct(model, task, deal(task.batches(batch_tokens)), after_batch, statistics)
     return summarize(task, all_reduce_sum_(correct).cpu().numpy())
@@ -298,6 +300,7 @@ def summarize(task: TreebankTask, correct: np.ndarray) -> dict:
         "single_head": single_head,
         "num_sentences": len(task.sentences),
         "num_skipped": task.num_skipped,
+        "num_blanked": task.num_blanked,
         "num_edges": num_edges,
         "unknown": task.unknown.record(),
         "relations": relations,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blanked_treebank import BLANKED, ORDINARY
 from child_processes import children, is_alive
 
 from megatron_sas.cli import InputError
@@ -563,6 +564,24 @@ def test_documents_of_so_many_rows(vocab_file, tmp_path, kind):
             run(name, vocab_file, parser, tmp_path / "more", rows_per_document=wrong)
         with pytest.raises(InputError, match=f"^--rows-per-document {wrong}: must be at least 1$"):
             survey(SurveySettings([name], rows_per_document=wrong))
+
+
+def test_sentences_without_words_are_no_training_data(vocab_file, tmp_path):
+    """They are counted, whatever --max-loss; a document that has nothing else leaves no trace."""
+    for name, content in (("mixed", BLANKED + ORDINARY * 3), ("ordinary", ORDINARY * 3), ("blanked", BLANKED)):
+        (tmp_path / f"{name}.conllu").write_text(content)
+    headers = {
+        name: run(tmp_path / f"{name}.conllu", vocab_file, "conllu", tmp_path / name, seq_length=8, max_loss=0)
+        for name in ("mixed", "ordinary")
+    }
+    for name in FILES:
+        assert (tmp_path / f"mixed.{name}").read_bytes() == (tmp_path / f"ordinary.{name}").read_bytes()
+    counts = headers["mixed"]["counts"]
+    assert counts == headers["ordinary"]["counts"] | {"sentences_blanked": 3}
+    assert (counts["sentences"], counts["documents"], counts["skipped"]) == (3, 3, 0)
+    with pytest.raises(InputError, match=r"blanked\.conllu: has no words: in all 3 sentences .* README\)$"):
+        run(tmp_path / "blanked.conllu", vocab_file, "conllu", tmp_path / "out", seq_length=8, on_error="skip")
+    assert not list(tmp_path.glob("out*"))
 
 
 def command(*arguments):

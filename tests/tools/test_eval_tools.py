@@ -54,6 +54,9 @@ def inputs(tmp_path_factory):
     }
     too_long = {"words": ["dog"] * 11, "heads": [0] + [1] * 10, "relns": ["root"] + ["dep"] * 10}
     (path / "treebank.jsonl").write_text("".join(json.dumps(s) + "\n" for s in [sentence] * 60 + [too_long]))
+    blanked = {"words": ["_"] * 3, "heads": [2, 0, 2], "relns": ["nsubj", "root", "obj"]}
+    with open(path / "treebank.jsonl", "a") as file:
+        file.write(json.dumps(blanked) + "\n")
     (path / "blimp").mkdir()
     for number in (1, 2):
         lines = [
@@ -81,7 +84,8 @@ def test_syntax_writes_the_result_and_prints_the_table(inputs, tmp_path):
     assert {key: record[key] for key in expected} == json.loads(json.dumps(expected))
     assert record["model"] == str(model)
     assert record["treebank"] == {"path": str(treebank), "sha256": sha256_file(treebank)}
-    assert record["num_skipped"] == 1
+    assert (record["num_skipped"], record["num_blanked"], record["num_edges"]) == (1, 1, 60 * 5)
+    assert "\n1 sentences left out, whose words are blanked (_)\n" in done.stdout
     assert "untrained model" in record["note"]
     assert set(record["versions"]) >= {"megatron_sas", "torch", "transformers"}
     lines = done.stdout.splitlines()

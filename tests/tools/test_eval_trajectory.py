@@ -59,6 +59,7 @@ def folder(tmp_path_factory):
         words = [f"w{word}" for word in rng.integers(0, 60, size)]
         sentences.append({"words": words, "heads": heads, "relns": relations})
     sentences.insert(3, {"words": ["w1"] * 40, "heads": [0] + [1] * 39, "relns": ["det"] * 40})  # too long
+    sentences.append({"words": ["_", "_"], "heads": [2, 0], "relns": ["det", "root"]})  # blanked
     (path / "treebank.jsonl").write_text("".join(json.dumps(sentence) + "\n" for sentence in sentences))
     overrides = {"snapshots.every": 2, "snapshots.dtype": "fp32", "evaluation.treebank": str(path / "treebank.jsonl")}
     train(write_inputs(path), path / "run", overrides)
@@ -116,7 +117,7 @@ def test_points_hold_what_the_single_evaluations_say(folder, measured):
         task = TreebankTask(load_treebank(folder / "treebank.jsonl"), tokenizer, 32)
         expected = json.loads(json.dumps(task.evaluate(model, batch_tokens=200)))
         assert (point["model"], point["uas"]) == (str(path), expected)
-        assert point["uas"]["num_skipped"] == 1
+        assert (point["uas"]["num_skipped"], point["uas"]["num_blanked"]) == (1, 1)
         blimp = BlimpTask(load_blimp(folder / "blimp"), tokenizer, max_length=32).evaluate(model, batch_tokens=200)
         assert {name: point["blimp"][name] for name in ("blimp", "fields", "sets")} == {
             name: blimp[name] for name in ("blimp", "fields", "sets")
