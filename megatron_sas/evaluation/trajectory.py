@@ -143,7 +143,7 @@ class TrajectoryTask:
             return output
 
         vectors = cls_vectors(model, packed_text(packed, **sizes), self.num_texts, run=run)
-        values: dict[str, Any] = {"intrinsic_dimension": intrinsic_dimension(vectors)}
+        values: dict[str, Any] = {"intrinsic_dimension": intrinsic_dimension(vectors, packed.tokens[: self.num_texts])}
         if self.treebank is None:
             values["attention_entropy"] = entropy.result()
         if (along := sas.result()) is not None:
