@@ -28,8 +28,9 @@ from megatron_sas.model import load_model
 DESCRIPTION = """\
 Read the vector of [CLS] in the last hidden layer of many sequences of text (nothing is masked) and estimate on how many
 dimensions these vectors lie, by TwoNN (Facco et al. 2017): the ratio of the distances to the second and to the first
-neighbour, fitted without its largest 10 %. Equal vectors count once. The standard error is that of drawing the points;
-the estimate also depends on how many there are and how long they are, so compare models on the same text only.
+neighbour, fitted without its largest 10 %. Equal texts and equal vectors count once. The standard error is that of
+drawing the points; the estimate also depends on how many there are and how long they are, so compare models on the same
+text only.
 
 --text is a file as for tools/preprocess_data.py (.txt, .jsonl, .conllu, also compressed), which is packed as there into
 sequences of --seq-length, or the prefix of packed data. Beside it stands the Euclidean norm of all weights."""
@@ -52,6 +53,7 @@ def main() -> None:
         sizes = {"num_sequences": total, "batch_tokens": arguments.batch_tokens}
         batches, forwards = packed_text(packed, **sizes), packed_forwards(packed, **sizes)
         unknown = unknown_in(packed, total)
+        rows = packed.tokens[:total]
         text = {"prefix": str(Path(arguments.text).resolve()), "fingerprint": packed.fingerprint}
     else:
         seq_length = min(128, longest) if arguments.seq_length is None else arguments.seq_length
@@ -71,7 +73,7 @@ def main() -> None:
         text = {"path": str(Path(arguments.text).resolve()), "sha256": sha256_file(arguments.text)}
     with precision(arguments, device), progress(total=forwards, unit="batch", desc="complexity") as bar:
         vectors = cls_vectors(model, batches, total, after_batch=bar.update)
-    result = intrinsic_dimension(vectors)
+    result = intrinsic_dimension(vectors, rows)
     norm = weight_norm(model)
     print("\n".join([*lines(result, norm, total, seq_length), unknown.line("this text")]))
     record = {

@@ -20,7 +20,7 @@ from megatron_sas.evaluation.treebank import Sentence, load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
 from megatron_sas.files import refuse_existing, write_text_atomic
 from megatron_sas.model import load_model
-from megatron_sas.model.trajectory import list_models
+from megatron_sas.model.trajectory import STEP_PATTERN_HELP, list_models
 from megatron_sas.visualization.attention import ModelView, Place, check_size, choose_sentences, view
 from megatron_sas.visualization.page import find_run, page_data, render
 from megatron_sas.visualization.sentences import load_sentences
@@ -48,7 +48,7 @@ def main() -> None:
     if arguments.max_models < 2:
         raise InputError("--max-models: 1 leaves no course to look at; give one model with --model instead")
     device = choose_device(arguments.device)
-    models = list_models(arguments.model)
+    models = list_models(arguments.model, arguments.step_pattern, print)
     total_models = len(models)
     if total_models > arguments.max_models:  # evenly by number, so most of them are where most were saved
         chosen = np.linspace(0, total_models - 1, arguments.max_models).round().astype(int)
@@ -149,6 +149,7 @@ def parse_arguments() -> argparse.Namespace:
         help="a run (its snapshots and checkpoints), a folder of models, or one model: a Hugging Face "
         "BertForMaskedLM directory or a training checkpoint",
     )
+    parser.add_argument("--step-pattern", metavar="REGEX", help=STEP_PATTERN_HELP)
     parser.add_argument(
         "--sentences",
         required=True,

@@ -15,6 +15,7 @@ import torch
 from megatron_sas import __version__, distributed
 from megatron_sas.cli import listed, progress
 from megatron_sas.config import Config
+from megatron_sas.data.blimp_labels import MANY_TIES
 from megatron_sas.data.mixture import stream_samples
 from megatron_sas.data.mlm_dataset import PrefetchLoader, Window
 from megatron_sas.directory_lock import DirectoryLock
@@ -363,6 +364,9 @@ class Trainer:
         self._record("evaluation", step, values)
         names = {"validation_mlm_loss": "validation mlm", "uas": "uas", "blimp": "blimp"}
         shown = "  ".join(f"{label} {values[name]:.4f}" for name, label in names.items() if name in values)
+        num_pairs = sum(row["num_pairs"] for row in values.get("blimp_sets", {}).values())
+        if values.get("blimp_ties", 0) > MANY_TIES * num_pairs:
+            shown += f" (warning: {values['blimp_ties']} ties count as wrong)"
         if shown:
             width, seconds = len(str(self.last_step)), values["seconds"]
             self.say(f"step {step:>{width}}/{self.last_step}  evaluation: {shown}  ({seconds:.1f} s)")

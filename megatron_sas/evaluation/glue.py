@@ -18,10 +18,10 @@ from megatron_sas.data.tokenizer import plain_text_tokenizer
 from megatron_sas.data.unknown import Unknown
 from megatron_sas.evaluation.glue_data import Examples
 from megatron_sas.evaluation.glue_tasks import MISMATCHED, Task
-from megatron_sas.evaluation.provenance import model_step, weights_sha256
+from megatron_sas.evaluation.provenance import weights_sha256
 from megatron_sas.model.decay import decay_groups
 from megatron_sas.model.huggingface import to_hf_config, to_hf_state
-from megatron_sas.model.pretrained import is_checkpoint, read_model, read_tokenizer, resolve_run
+from megatron_sas.model.pretrained import is_checkpoint, model_step, read_model, read_tokenizer, resolve_run
 
 FORMAT = "megatron_sas glue"
 VERSION = 1

@@ -84,8 +84,9 @@ class LiveEvaluation:
                 total = min(self.section.complexity_sequences, self.validation.num_sequences)
                 batches = packed_text(self.validation, num_sequences=total, batch_tokens=batch_tokens)
                 vectors = cls_vectors(model, batches, total, after_batch=after_batch)
-                dimension = intrinsic_dimension(vectors)
+                dimension = intrinsic_dimension(vectors, self.validation.tokens[:total])
                 values |= {"twonn": dimension["twonn"], "twonn_standard_error": dimension["standard_error"]}
+                values["twonn_duplicates"] = dimension["duplicates"]
         if self.treebank is not None:
             statistics = self.treebank.attention_statistics()
             result = self.treebank.evaluate(
@@ -98,10 +99,11 @@ class LiveEvaluation:
             result = self.blimp.evaluate(model, batch_tokens=batch_tokens, after_batch=after_batch)
             values |= {
                 "blimp": result["blimp"],
+                "blimp_ties": result["num_ties"],
                 "blimp_fields": result["fields"],
                 "blimp_terms": result["terms"],
                 "blimp_sets": {
-                    uid: {name: entry[name] for name in ("accuracy", "num_pairs")}
+                    uid: {name: entry[name] for name in ("accuracy", "num_pairs", "ties")}
                     for uid, entry in result["sets"].items()
                 },
             }

@@ -17,7 +17,7 @@ from megatron_sas.cli import InputError
 from megatron_sas.data.text_lines import OnError
 from megatron_sas.data.trees import blanked_note
 from megatron_sas.device import choose_device
-from megatron_sas.evaluation.points import is_whole, read_point, write_point, writing
+from megatron_sas.evaluation.points import is_whole, point_steps, read_point, write_point, writing
 from megatron_sas.evaluation.provenance import weights_sha256
 from megatron_sas.evaluation.summary import write_summary
 from megatron_sas.evaluation.trajectory import Inputs, TrajectoryTask
@@ -71,6 +71,7 @@ def measure_models(
         report(f"{inputs.treebank}: {blanked_note(task.treebank.num_blanked)}")
     settings = {"source": os.path.relpath(source.resolve(), output.resolve()), **task.settings()}
     with writing(output, settings):
+        _refuse_moved(models, output)
         waiting = []
         for step, path in models:
             if step in bad or _is_measured(output, step, path):
@@ -122,6 +123,23 @@ def _measure(task: TrajectoryTask, step: int, path: Path, output: Path, device: 
         ) from None
     write_point(output, step, {**source, **values}, items)
     return None
+
+
+def _refuse_moved(models: Sequence[Model], output: Path) -> None:
+    """Refuse models that have points at other steps: their names were read in another way, or others follow now.
+
+    Raises:
+        InputError: there is such a model; its old point would stand beside the new one.
+    """
+    steps = {str(path.resolve()): step for step, path in models}
+    for old in point_steps(output):
+        with contextlib.suppress(InputError):  # a damaged point is measured again
+            path = read_point(output, old).get("model")
+            if (new := steps.get(path, old)) != old:
+                break
+    else:
+        return
+    raise InputError(f"{output}: has {path} as step {old}, which is step {new} now; choose another --output")
 
 
 def _is_measured(output: Path, step: int, path: Path) -> bool:

@@ -61,7 +61,8 @@ class PllTask:
     """The masked copies of a fixed list of sentences, made once and scored as often as needed.
 
     `tokenizer` is a fast Hugging Face tokenizer with [CLS], [SEP] and [MASK]. `num_copies` is the number of masked
-    copies, `unknown` how much of the sentences the tokenizer does not know.
+    copies, `first_equal` int64 (num_sentences,) the first sentence that has the same tokens, `unknown` how much of the
+    sentences the tokenizer does not know.
 
     Raises `InputError` for an unknown metric or one that needs words where the tokenizer knows none, and for a sentence
     without tokens or of more than `max_length` tokens with [CLS] and [SEP] (`names[i]` says where sentence i comes
@@ -83,6 +84,8 @@ class PllTask:
         self.metric, self.num_sentences = metric, len(sentences)
         encodings = encode_texts(sentences, tokenizer)
         by_length: dict[int, list[int]] = {}
+        first_equal: dict[tuple, int] = {}
+        self.first_equal = np.zeros(len(sentences), np.int64)
         for index, sentence in enumerate(sentences):
             length = len(encodings[index]) + 2
             if length == 2 or (max_length is not None and length > max_length):
@@ -92,6 +95,8 @@ class PllTask:
                 )
                 raise InputError(f"{where}: {sentence[:60]!r} {what}; remove it")
             by_length.setdefault(length, []).append(index)
+            words = encodings[index].word_ids if metric == "within_word_l2r" else ()
+            self.first_equal[index] = first_equal.setdefault((*encodings[index].ids, *words), index)
         self._mask_token_id: int = tokenizer.mask_token_id
         # Sentences of one length at a time: batches need no padding.
         self._groups = [_group(by_length[length], encodings, tokenizer, metric) for length in sorted(by_length)]
@@ -119,13 +124,15 @@ class PllTask:
         """Pseudo-log-likelihood of every sentence, float64 (num_sentences,), the same on every rank.
 
         `model` is called as `model(input_ids, masked_positions=...)` and computes logits only there. Log-probabilities
-        are float32, their sums float64 in a fixed order, so neither ranks nor the order of batches change a sum.
+        are float32, their sums float64 in a fixed order, so neither ranks nor the order of batches change a sum. Equal
+        sentences, which may be in batches of different sizes, have the score of the first.
         """
         if not self._groups:
             return np.zeros(0)
         log_probs = all_reduce_sum_(self.log_probs(model, deal(self.batches(batch_tokens)), after_batch)).cpu().numpy()
         sentences = np.concatenate([np.repeat(g.members, g.num_copies // len(g.members)) for g in self._groups])
-        return np.bincount(sentences, weights=log_probs.astype(np.float64), minlength=self.num_sentences)
+        scores = np.bincount(sentences, weights=log_probs.astype(np.float64), minlength=self.num_sentences)
+        return scores[self.first_equal]
 
     def log_probs(
         self,

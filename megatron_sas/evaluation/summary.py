@@ -23,6 +23,7 @@ COLUMNS = {
     "uas_baseline": ("uas", "uas_baseline"),
     "uas_single_head": ("uas", "uas_single_head"),
     "blimp": ("blimp", "blimp"),
+    "blimp_ties": ("blimp", "num_ties"),
     "mlm_loss": ("mlm_loss",),
     "twonn": ("intrinsic_dimension", "twonn"),
     "twonn_standard_error": ("intrinsic_dimension", "standard_error"),

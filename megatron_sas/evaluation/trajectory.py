@@ -147,7 +147,7 @@ class TrajectoryTask:
             return output
 
         vectors = cls_vectors(model, packed_text(packed, **sizes), self.num_texts, run=run)
-        values: dict[str, Any] = {"intrinsic_dimension": intrinsic_dimension(vectors)}
+        values: dict[str, Any] = {"intrinsic_dimension": intrinsic_dimension(vectors, packed.tokens[: self.num_texts])}
         values["text_unknown"] = self.unknown_text.record()
         if statistics is not None:
             values |= _attention_values(statistics)

@@ -132,7 +132,25 @@ def test_blimp_writes_the_result_and_prints_the_table(inputs, tmp_path):
     assert len(record["data"]["sha256"]) == 64
     assert f"overall {record['blimp']:.4f}" in done.stdout
     assert "sentences/s" in done.stdout
+    assert "ties, which count" not in done.stdout
     assert "  agreement " in done.stdout
+
+
+@pytest.mark.slow
+def test_ties_are_printed_with_a_warning_and_recorded_per_set(inputs, tmp_path):
+    shutil.copytree(inputs / "blimp", tmp_path / "blimp")
+    line = {**PAIR, "UID": "same", "sentence_good": "The dog barks.", "sentence_bad": "The dog barks."}
+    (tmp_path / "blimp" / "same.jsonl").write_text(json.dumps(line) + "\n")
+    arguments = ("--model", inputs / "model", "--blimp", tmp_path / "blimp", "--output", tmp_path / "out.json")
+    done = run_tool("eval_blimp.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert {uid: (row["ties"], row["identical"]) for uid, row in record["sets"].items()} == {
+        "agreement_1": (0, 0),
+        "agreement_2": (0, 0),
+        "same": (1, 1),
+    }
+    assert "warning: 1 ties, which count as wrong; 1 pairs of identical sentences" in done.stdout
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from megatron_sas.evaluation.uas import TreebankTask
 from megatron_sas.files import sha256_file
 from megatron_sas.metrics.records import read_records
 from megatron_sas.model import load_model
+from megatron_sas.model.conversion import to_hf
 from megatron_sas.model.trajectory import list_models
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -246,6 +247,9 @@ def models(folder, tmp_path):
     path.mkdir()
     for name, step in (("seed_3-step_0k", 0), ("seed_3-step_1k", 4), ("seed_3-step_20k", 6)):
         shutil.copytree(folder / "run" / "snapshots" / f"step_{step:08d}", path / name)
+        config = json.loads((path / name / "config.json").read_text())
+        assert config.pop("megatron_sas_step") == step
+        (path / name / "config.json").write_text(json.dumps(config))
     weights = path / "seed_3-step_1k" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     return path
@@ -344,6 +348,26 @@ def test_the_command_measures_the_chosen_steps(folder, measured, monkeypatch, ca
     points = {name: content for name, content in without_clock(output).items() if name.startswith("points")}
     assert sorted({name.split("/")[1] for name in points}) == [f"step_{step:08d}" for step in (0, 3, 4)]
     assert points.items() <= without_clock(measured).items()
+
+
+def test_a_pattern_reads_names_and_another_one_needs_another_output(folder, models, tmp_path, monkeypatch, capsys):
+    shutil.rmtree(models / "seed_3-step_1k")
+    (models / "seed_3-step_20k").rename(models / "seed_4-step_20k")
+    output = tmp_path / "out"
+    with pytest.raises(InputError, match=r"seed_3-step_0k and seed_4-step_20k.*--step-pattern"):
+        call_tool(monkeypatch, command(folder, models, output))
+    call_tool(monkeypatch, command(folder, models, output, "--step-pattern", r"step_(\d+k)"))
+    assert [point["step"] for point in read_points(output)] == [0, 20_000]
+    with pytest.raises(InputError, match=r"seed_3-step_0k as step 0, which is step 3 now; choose another --output"):
+        call_tool(monkeypatch, command(folder, models, output, "--step-pattern", r"seed_(\d)"))
+
+
+def test_exports_count_as_the_steps_that_they_record(folder, tmp_path, monkeypatch, capsys):
+    for name, step in (("second", 3), ("first", 6)):
+        to_hf(folder / "run" / "checkpoints" / f"step_{step:08d}", tmp_path / "models" / name)
+    call_tool(monkeypatch, command(folder, tmp_path / "models", tmp_path / "out"))
+    found = {point["step"]: Path(point["model"]).name for point in read_points(tmp_path / "out")}
+    assert found == {3: "second", 6: "first"}
 
 
 def test_wrong_input_is_refused_and_leaves_nothing(folder, monkeypatch):
