@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_sas.cli import InputError, first_line
+from megatron_sas.core.cli import InputError, first_line
+from megatron_sas.core.files import obey_umask, write_json_atomic
+from megatron_sas.core.manifest import MANIFEST, read_manifest, verify_manifest
 from megatron_sas.data.tokenizer import load_tokenizer
-from megatron_sas.files import obey_umask, write_json_atomic
-from megatron_sas.manifest import MANIFEST, read_manifest, verify_manifest
 from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
 from megatron_sas.model.huggingface import from_hf_config, from_hf_state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from engine_runs import write_inputs
-from processes import Zygote
+from processes import ForkServer
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +14,6 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def zygote():
-    with Zygote() as running:
+def fork_server():
+    with ForkServer() as running:
         yield running

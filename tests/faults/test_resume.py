@@ -9,8 +9,8 @@ from engine_runs import largest_difference, records, weights
 pytestmark = pytest.mark.slow
 
 
-def test_a_few_random_kills(zygote, tmp_path):
-    report = soak.soak(zygote, tmp_path, cycles=4, seed=2, steps=72, say=lambda line: None)
+def test_a_few_random_kills(fork_server, tmp_path):
+    report = soak.soak(fork_server, tmp_path, cycles=4, seed=2, steps=72, say=lambda line: None)
     assert report.cycles == sum(report.signals.values()) == 4
     assert report.finished_runs >= 1
 
@@ -26,18 +26,18 @@ RUN = {
 
 
 def batches(directory, name):
-    """What `wounds` wrote down in all processes, in the order of steps and micro-batches."""
+    """What `fault_injection` wrote down in all processes, in the order of steps and micro-batches."""
     lines = [line.split() for path in directory.glob(f"{name}-*") for line in path.read_text().splitlines()]
     return sorted((int(step), int(index), content) for step, index, content in lines)
 
 
-def test_one_process_then_two_then_one(zygote, config, tmp_path):
+def test_one_process_then_two_then_one(fork_server, config, tmp_path):
     """In float32 without dropout: the same batches and masks bit for bit, and the same curves within rounding."""
     for run, parts in (("whole", ((1, STEPS, 1),)), ("parts", ((1, 20, 1), (2, 40, 2), (1, STEPS, 0)))):
         for ranks, steps, stage in parts:
             overrides = {**RUN, "train.steps": steps, "train.zero_stage": stage}
-            wound = {"batches": str(tmp_path / f"{run}-batches-{steps}")}
-            job = zygote.start(config, tmp_path / run, overrides, ranks=ranks, wound=wound)
+            fault = {"batches": str(tmp_path / f"{run}-batches-{steps}")}
+            job = fork_server.start(config, tmp_path / run, overrides, ranks=ranks, fault=fault)
             assert job.wait() == [0] * ranks, job.output()
     seen = batches(tmp_path, "parts-batches")
     assert seen == batches(tmp_path, "whole-batches")
