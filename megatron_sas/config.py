@@ -18,25 +18,20 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
-from megatron_sas.config_sections import (
-    FAULT_SEPARATOR,
-    CheckpointSection,
-    DataSection,
-    EvaluationSection,
-    LoggingSection,
-    ModelSection,
-    RunSection,
-    SasSection,
-    Section,
-    SnapshotSection,
-    TrainSection,
-    WatchSection,
-)
 from megatron_sas.core.cli import InputError
+from megatron_sas.core.settings import FAULT_SEPARATOR, Section
 from megatron_sas.core.yaml_file import Dumper, Loader, read_yaml
-from megatron_sas.model.config import BertConfig
+from megatron_sas.data.mixture import DataSection
+from megatron_sas.evaluation.live import EvaluationSection
+from megatron_sas.model.config import BertConfig, ModelSection
 from megatron_sas.objective.pretraining import SasObjective
+from megatron_sas.objective.sas import SasSection
+from megatron_sas.onsets.online import WatchSection
 from megatron_sas.optim.schedules import Stage
+from megatron_sas.optim.section import TrainSection
+from megatron_sas.run.directory import RunSection
+from megatron_sas.run.records import LoggingSection
+from megatron_sas.run.saver import CheckpointSection, SnapshotSection
 
 NULL = ("", "~", "null")
 

@@ -194,9 +194,9 @@ def _training_step(module: nn.Module, loss: Callable[[], Tensor], setting: Setti
 
 
 def _deepspeed_step(setting: Setting, batch: Batch) -> Callable[[], None]:
-    from megatron_sas.config_sections import TrainSection
     from megatron_sas.data.mlm_dataset import MicroBatch, Window
     from megatron_sas.launch.environment import initialize_distributed
+    from megatron_sas.optim.section import TrainSection
     from megatron_sas.train.step import Engine
 
     initialize_distributed(timeout_minutes=30)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
 
 from megatron_sas.config import Config
+from megatron_sas.core.settings import When
 from megatron_sas.data.packed import PackedData
 from megatron_sas.evaluation.batching import AfterBatch
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension
@@ -22,6 +25,22 @@ if TYPE_CHECKING:
 
 
 GRACE_SECONDS = 30.0
+
+
+class EvaluationSection(When):
+    """When and on what the model is evaluated while it trains."""
+
+    treebank: str | None = Field(None, description="CoNLL-U or JSON lines for UAS")
+    treebank_sentences: int | None = Field(None, description="use the first so many sentences", ge=1)
+    blimp: str | None = Field(None, description="directory of minimal pairs (*.jsonl)")
+    blimp_pairs_per_set: int | None = Field(None, description="use the first so many pairs of each set", ge=1)
+    blimp_metric: Literal["pll", "within_word_l2r"] = Field("pll", description="how a sentence is scored")
+    validation_sequences: int = Field(256, description="sequences of data.validation for the MLM loss", ge=1)
+    complexity_sequences: int | None = Field(
+        None, description="sequences of data.validation for TwoNN intrinsic dimension; none: not measured", ge=10
+    )
+    batch_tokens: int = Field(16_384, description="tokens per evaluation forward", ge=1)
+    max_time_share: float = Field(0.25, description="evaluations are thinned out beyond this share of time", gt=0, lt=1)
 
 
 class LiveEvaluation:

@@ -12,13 +12,43 @@ attention dropout; here they are those before it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_sas.core.settings import Section
+from megatron_sas.optim.schedules import Stage, check_stages
+
 MODES = ("max", "uniform")
 DIRECTIONS = ("both", "to_head", "to_dependent")
+
+
+class SasSection(Section):
+    """The SAS regularizer: loss = MLM + λ·R. λ > 0 suppresses syntactic attention, λ < 0 promotes it."""
+
+    schedule: tuple[Stage, ...] = Field(
+        (), description="λ by completed updates: a number, or stages {start, end, value[, end_value]}; default 0"
+    )
+    mode: Literal["max", "uniform"] = Field("max", description="R: best (layer, head) per edge, or all of them")
+    p: float = Field(1.0, description="exponent of mode uniform", ge=1)
+    directions: Literal["both", "to_head", "to_dependent"] = Field("both", description="attention that counts")
+    reduction: Literal["sequence", "sum"] = Field(
+        "sequence", description="mean over the global batch, or the paper's sum over the micro-batch"
+    )
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _number_is_a_constant(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return ({"start": 0, "value": float(value)},) if value else ()
+        return value
+
+    def faults(self) -> list[str]:
+        """Stages must be well-formed and must not overlap."""
+        return [f"schedule: {fault}" for fault in check_stages(self.schedule)]
 
 
 def sas_term(

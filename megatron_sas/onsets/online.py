@@ -5,14 +5,64 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+from pydantic import Field
 
+from megatron_sas.core.settings import Section
 from megatron_sas.onsets.offline import noise_level
 
 BLOCKS_PER_WINDOW = 4  # the curve is averaged over blocks of Δ/4
 MIN_BLOCKS = 12  # three windows: with less, neither noise nor usual bends can be told
 TYPICAL_FACTOR = 3.0  # a bend three times as strong as bends usually are
+
+
+class WatchSection(Section):
+    """Detection of onsets while they happen, with dense snapshots around them (docs/branching.md); default: off."""
+
+    metrics: tuple[Literal["uas", "loss"], ...] = Field(
+        (), description="curves to watch: uas (live evaluation), loss (masked-LM loss in training)"
+    )
+    delta: int | None = Field(None, description="Δ, steps over which an onset is a bend", ge=4)
+    start: int = Field(0, description="step from which the curves count: after the loss's first fall", ge=0)
+    every: int | None = Field(None, description="steps between snapshots; default: a quarter of delta", ge=1)
+    keep: int = Field(12, description="snapshots in the ring, kept when an onset is detected", ge=1)
+    after: int | None = Field(None, description="steps of snapshots after the detection; default: 4 delta", ge=0)
+
+    @property
+    def interval(self) -> int:
+        """Steps between snapshots."""
+        return self.every or self.delta // 4
+
+    @property
+    def reach_after(self) -> int:
+        """Steps after a detection whose snapshots are kept."""
+        return 4 * self.delta if self.after is None else self.after
+
+    @property
+    def most_snapshots(self) -> int:
+        """How many there can be at most: the ring, what a restart would need, and those that are kept."""
+        if not self.metrics:
+            return 0
+        return 3 * self.keep + len(self.metrics) * (self.keep + self.reach_after // self.interval + 1)
+
+    def due(self, step: int) -> bool:
+        """Whether the ring takes a snapshot after `step` updates."""
+        return bool(self.metrics) and step >= self.start and step % self.interval == 0
+
+    def faults(self) -> list[str]:
+        """A watch needs its Δ, and a ring that reaches back over both windows of the bend."""
+        if not self.metrics:
+            return []
+        if self.delta is None:
+            return ["delta: is required when metrics are watched"]
+        if self.keep * self.interval < 2 * self.delta:
+            return [
+                f"keep: {self.keep} snapshots, one every {self.interval} steps, reach back less than twice delta "
+                f"{self.delta}, where an onset is seen; keep more"
+            ]
+        return []
 
 
 @dataclass(frozen=True)

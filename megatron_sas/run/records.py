@@ -18,12 +18,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import write_bytes_atomic
+from megatron_sas.core.settings import Section
 
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 KINDS = ("train", "evaluation", "event")
+
+
+class LoggingSection(Section):
+    """Records of every step; they are read off the device and written every `every` steps."""
+
+    every: int = Field(10, description="steps between writes", ge=1)
+    tensorboard: bool = Field(True, description="also write TensorBoard files")
 
 
 class Records:

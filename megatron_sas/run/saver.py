@@ -15,11 +15,14 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
 
 from megatron_sas.config import Config
 from megatron_sas.core import distributed
 from megatron_sas.core.files import atomic_directory, remove
+from megatron_sas.core.settings import When
 from megatron_sas.export.hf import write_hf
 from megatron_sas.model.config import BertConfig
 from megatron_sas.model.pretrained import checkpoints_directory
@@ -39,6 +42,29 @@ from megatron_sas.train.step import Engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class CheckpointSection(When):
+    """When complete checkpoints are written, and which are kept."""
+
+    keep_last: int | None = Field(None, description="keep so many of the newest; none: keep all", ge=1)
+    keep_every: int | None = Field(None, description="also keep those at multiples of this step", ge=1)
+
+    def faults(self) -> list[str]:
+        """`keep_every` makes exceptions from `keep_last`."""
+        without = ["keep_every: needs keep_last"] if self.keep_every and self.keep_last is None else []
+        return super().faults() + without
+
+
+class SnapshotSection(When):
+    """When the model alone is written, as a Hugging Face directory in snapshots/; default: never."""
+
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="precision of the written weights")
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Whether `step` belongs to the set; no step does when nothing is configured."""
+        wanted = self.every is not None or self.dense_every is not None or bool(self.at)
+        return wanted and super().due(step, last_step)
 
 
 class Saver:

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_sas.config_sections import TrainSection
 from megatron_sas.core.cli import InputError
+from megatron_sas.optim.section import TrainSection
 
 OWNED = {
     "train_batch_size": "train.global_batch_size",

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_sas.config_sections import TrainSection
 from megatron_sas.core import distributed
 from megatron_sas.data.masking import hash_u64
 from megatron_sas.data.mlm_dataset import Window
@@ -24,6 +23,7 @@ from megatron_sas.kernels.layer_norm import use_apex_layer_norm_
 from megatron_sas.model.bert import Bert
 from megatron_sas.objective.pretraining import MaskedLMWithSas
 from megatron_sas.optim.param_groups import decay_groups
+from megatron_sas.optim.section import TrainSection
 from megatron_sas.train.deepspeed_config import deepspeed_config
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -9,12 +9,12 @@ import pytest
 import torch
 from engine_runs import LAUNCHER_VARIABLES
 
-from megatron_sas.config_sections import TrainSection
 from megatron_sas.data.mlm_dataset import MicroBatch, Window
 from megatron_sas.launch.environment import initialize_distributed
 from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
 from megatron_sas.objective.pretraining import MaskedLMWithSas, SasObjective
+from megatron_sas.optim.section import TrainSection
 from megatron_sas.run.memory import (
     MemoryEstimate,
     PeakMemory,

@@ -12,8 +12,8 @@ from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerC
 from deepspeed.utils.config import get_timers_config
 from engine_runs import ROOT
 
-from megatron_sas.config_sections import TrainSection
 from megatron_sas.core.cli import InputError
+from megatron_sas.optim.section import TrainSection
 from megatron_sas.train.deepspeed_config import ALLOWED, FIXED, OWNED, deepspeed_config
 
 

@@ -12,11 +12,10 @@ from synthetic_data import write_packed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_sas.config import load_config
-from megatron_sas.config_sections import EvaluationSection
 from megatron_sas.core.cli import InputError
 from megatron_sas.data.packed import PackedData
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
-from megatron_sas.evaluation.live import GRACE_SECONDS, evaluation_stride
+from megatron_sas.evaluation.live import GRACE_SECONDS, EvaluationSection, evaluation_stride
 from megatron_sas.evaluation.text import packed_text
 from megatron_sas.export.hf import to_hf
 from megatron_sas.model import load_model

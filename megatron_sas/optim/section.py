@@ -1,0 +1,60 @@
+"""The section `train` of a configuration."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_sas.core.settings import Section
+
+
+class TrainSection(Section):
+    """Optimization. Gradient accumulation is derived: global_batch_size / (micro_batch_size × processes)."""
+
+    steps: int = Field(description="updates", ge=1)
+    global_batch_size: int = Field(256, description="sequences per update", ge=1)
+    micro_batch_size: int = Field(description="sequences per forward on one device", ge=1)
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="arithmetic of the model; weights are kept in fp32")
+    learning_rate: float = Field(1e-4, description="peak", gt=0, le=1e3)
+    warmup_steps: int = Field(10_000, description="linear warm-up", ge=0)
+    decay_horizon: int = Field(1_000_000, description="step at which the linear decay would reach 0", ge=1)
+    weight_decay: float = Field(0.0, description="AdamW, not on biases and LayerNorms", ge=0)
+    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW")
+    adam_eps: float = Field(1e-8, description="AdamW", ge=1e-30)  # smaller ones are 0 beside 0 in float32
+    grad_clip: float = Field(1.0, description="largest global gradient norm; 0: no clipping", ge=0)
+    compile: bool | None = Field(None, description="torch.compile, not with ZeRO stage 3; default: on GPUs")
+    deterministic: bool = Field(
+        False, description="on GPUs: fixed kernels, so that a run repeated or resumed there has the same bits; slower"
+    )
+    max_nonfinite_updates: int = Field(
+        10, description="updates with NaN or infinity are skipped; so many in a row end the run", ge=1
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO: what is sharded over processes")
+    deepspeed_config: str | None = Field(None, description="DeepSpeed JSON for what this file does not own")
+
+    def compiles(self, device_type: str) -> bool:
+        """Whether the model's parts are compiled on such a device."""
+        if self.compile is None:
+            return device_type == "cuda" and self.zero_stage < 3
+        return self.compile
+
+    def faults(self) -> list[str]:
+        """Batch sizes must divide, and the run must end before the learning rate does."""
+        faults = []
+        if self.global_batch_size % self.micro_batch_size:
+            faults.append(
+                f"global_batch_size: {self.global_batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size}"
+            )
+        if self.warmup_steps >= self.decay_horizon:
+            faults.append(f"warmup_steps: {self.warmup_steps} is not before decay_horizon {self.decay_horizon}")
+        if self.compile and self.zero_stage == 3:
+            faults.append(
+                "compile: ZeRO stage 3 gathers weights inside the layers; set compile: false or zero_stage: 2"
+            )
+        if self.steps > self.decay_horizon:
+            faults.append(f"steps: {self.steps} is beyond decay_horizon {self.decay_horizon}, where lr reaches 0")
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            faults.append(f"adam_betas: {list(self.adam_betas)} must be at least 0 and less than 1")
+        return faults
