@@ -39,13 +39,11 @@ from megatron_sas.core.benchmark import Times, describe_device, median_ratio, ti
 from megatron_sas.core.cli import InputError, run_main
 from megatron_sas.core.files import refuse_existing, write_json_atomic
 from megatron_sas.launch.environment import initialize_distributed
-from megatron_sas.model.pretrained import checkpoints_directory
 from megatron_sas.objective.pretraining import MaskedLMWithSas
 from megatron_sas.optim.schedules import sas_weight
-from megatron_sas.run.saver import Saver
-from megatron_sas.train.build import Parts, build_parts
+from megatron_sas.run.directory import RunDirectory
+from megatron_sas.train.build import Parts, build_parts, make_saver
 from megatron_sas.train.step import Engine
-from megatron_sas.trajectory.models import SNAPSHOTS
 
 NO_EVALUATION = ("--evaluation.treebank", "null", "--evaluation.blimp", "null")
 WARMUP = 1
@@ -56,11 +54,11 @@ class Run:
 
     def __init__(self, config: Config, device: torch.device, every: int) -> None:
         self.config, self.every, self.step = config, every, 0
-        self.directory = Path(config.run.output_dir)
+        self.run = RunDirectory(Path(config.run.output_dir))
         parts: Parts = build_parts(config, lambda _: None)
         self.dataset = parts.dataset
         self.engine = Engine(MaskedLMWithSas(parts.bert, config.sas_objective()), config.train, config.run.seed, device)
-        self.saver = Saver(config, self.engine, parts.bert.config, parts.tokenizer)
+        self.saver = make_saver(config, self.engine, parts)
 
     def updates(self) -> None:
         """`every` updates, the messages of a save under way travelling with them, and the end of that save."""
@@ -74,7 +72,7 @@ class Run:
 
     def save(self, *, checkpoint: bool, snapshot: bool, wait: bool) -> None:
         """Begin a save, maybe wait for it, then make updates."""
-        self.saver.begin(self.step, {}, checkpoint=checkpoint, snapshot=SNAPSHOTS if snapshot else None)
+        self.saver.begin(self.step, {}, checkpoint=checkpoint, snapshot=self.run.snapshots if snapshot else None)
         if wait:
             self.saver.finish()
         self.updates()
@@ -110,7 +108,8 @@ def main() -> None:
     try:
         run = Run(config, device, arguments.every)
         times = time_interleaved(variants(run), arguments.rounds, device, warmup=WARMUP)
-        sizes = {"checkpoint": _largest(checkpoints_directory(directory)), "snapshot": _largest(directory / SNAPSHOTS)}
+        written = RunDirectory(directory)
+        sizes = {"checkpoint": _largest(written.checkpoints), "snapshot": _largest(written.snapshots)}
     finally:
         distributed.barrier()
         if distributed.is_main():

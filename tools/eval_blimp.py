@@ -15,7 +15,7 @@ from megatron_sas.evaluation.command_line import check_arguments, evaluation_par
 from megatron_sas.evaluation.minimal_pairs import BlimpTask, load_blimp, sha256_folder
 from megatron_sas.evaluation.pll import METRICS
 from megatron_sas.evaluation.provenance import provenance
-from megatron_sas.model import load_model
+from megatron_sas.run.reading import load_model
 
 DESCRIPTION = """\
 Score both sentences of every minimal pair and count how often the good one scores strictly higher (chance is 0.5).

@@ -16,7 +16,7 @@ from megatron_sas.evaluation.command_line import check_arguments, evaluation_par
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
 from megatron_sas.evaluation.provenance import provenance
 from megatron_sas.evaluation.text import open_packed_text, pack_file, packed_forwards, packed_text, plain_text
-from megatron_sas.model import load_model
+from megatron_sas.run.reading import load_model
 
 DESCRIPTION = """\
 Read the vector of [CLS] in the last hidden layer of many sequences of text (nothing is masked) and estimate on how many

@@ -16,7 +16,7 @@ from megatron_sas.evaluation.command_line import check_arguments, evaluation_par
 from megatron_sas.evaluation.provenance import model_source, provenance
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
-from megatron_sas.model import load_model
+from megatron_sas.run.reading import load_model
 
 DESCRIPTION = """\
 For every word, take the other word that it attends to most (dep->head) or that attends to it most (head->dep) as its

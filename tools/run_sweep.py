@@ -20,8 +20,8 @@ import psutil
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.directory_lock import DirectoryLock
 from megatron_sas.experiments.sweep import PlannedRun, Sweep, plan_sweep
-from megatron_sas.run.records import FILE_NAME, read_records
-from megatron_sas.run.signals import STOP
+from megatron_sas.run.directory import RunDirectory
+from megatron_sas.run.records import read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -244,8 +244,8 @@ class Stopping:
         workers, and when that has not helped for `grace` seconds, SIGKILL to all. The workers are in sessions of their
         own, so a signal to the launcher's process group does not reach them.
         """
-        if (run_dir / FILE_NAME).exists():
-            (run_dir / STOP).touch()
+        if RunDirectory(run_dir).records.exists():
+            RunDirectory(run_dir).stop.touch()
             return
         with contextlib.suppress(psutil.NoSuchProcess):
             children = psutil.Process(process.pid).children(recursive=True)
@@ -320,7 +320,7 @@ def table(runs: Sequence[PlannedRun]) -> str:
     width = max(len("condition"), *map(len, conditions))
     lines = [f"{'condition':{width}}  runs  " + "  ".join(f"{title:>16}" for title in COLUMNS.values())]
     for condition, group in conditions.items():
-        finished = [read_records(run.directory / FILE_NAME) for run in group if run.finished]
+        finished = [read_records(RunDirectory(run.directory).records) for run in group if run.finished]
         last = [[r for r in records if r["kind"] == "evaluation"][-1:] for records in finished]
         cells = []
         for key in COLUMNS:

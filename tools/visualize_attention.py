@@ -18,7 +18,7 @@ from megatron_sas.core.files import refuse_existing, write_text_atomic
 from megatron_sas.data.tokenizer import tokenizer_hash
 from megatron_sas.evaluation.treebank import Sentence, load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
-from megatron_sas.model import load_model
+from megatron_sas.run.reading import load_model
 from megatron_sas.trajectory.models import list_models
 from megatron_sas.visualization.attention import ModelView, Place, check_size, choose_sentences, view
 from megatron_sas.visualization.page import find_run, page_data, render

@@ -12,7 +12,7 @@ import torch
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.device import DEVICE_HELP, choose_device
 from megatron_sas.core.files import refuse_existing
-from megatron_sas.model.pretrained import resolve_run
+from megatron_sas.run.directory import newest_of_run
 
 
 def evaluation_parser(description: str, batch_tokens: int) -> argparse.ArgumentParser:
@@ -64,7 +64,7 @@ def check_arguments(arguments: argparse.Namespace) -> torch.device:
         raise InputError(f"--batch-tokens: {arguments.batch_tokens} is below 1")
     for name in ("model", "untrained"):
         if getattr(arguments, name, None) is not None:
-            setattr(arguments, name, resolve_run(getattr(arguments, name)))
+            setattr(arguments, name, newest_of_run(getattr(arguments, name)))
     return choose_device(arguments.device)
 
 

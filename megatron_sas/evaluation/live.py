@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from megatron_sas.config import Config
 from megatron_sas.core.settings import When
 from megatron_sas.data.packed import PackedData
 from megatron_sas.evaluation.batching import AfterBatch
@@ -19,6 +18,7 @@ from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
 from megatron_sas.evaluation.validation import evaluate_validation
 from megatron_sas.model.bert import Bert
+from megatron_sas.objective.pretraining import SasObjective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,11 +50,18 @@ class LiveEvaluation:
         InputError: a treebank or minimal-pair file is wrong.
     """
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, validation: PackedData | None) -> None:
-        section = config.evaluation
-        max_length = config.model.max_position_embeddings
+    def __init__(
+        self,
+        section: EvaluationSection,
+        tokenizer: PreTrainedTokenizerBase,
+        validation: PackedData | None,
+        *,
+        max_length: int,
+        sas: SasObjective,
+        mask_prob: float,
+    ) -> None:
         self.section, self.validation = section, validation
-        self.sas, self.mask_prob = config.sas_objective(), config.data.mask_prob
+        self.sas, self.mask_prob = sas, mask_prob
         self.treebank: TreebankTask | None = None
         if section.treebank is not None:
             sentences = load_treebank(section.treebank)[: section.treebank_sentences]

@@ -15,7 +15,7 @@ import torch
 import megatron_sas
 from megatron_sas.core.files import sha256_file
 from megatron_sas.data.tokenizer import tokenizer_hash
-from megatron_sas.model.pretrained import MODEL_WEIGHTS, STATE
+from megatron_sas.run.directory import MODEL_WEIGHTS, STATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -30,7 +30,7 @@ _STEP = re.compile(r"step_(\d+)")
 def model_source(path: Path) -> dict[str, Any]:
     """Which model an evaluation is of: `model` (its directory), `model_step` (None if unknown) and `model_sha256`.
 
-    `path` is a model's own directory, not a run's, whose newest checkpoint may change meanwhile (`resolve_run`).
+    `path` is a model's own directory, not a run's, whose newest checkpoint may change meanwhile (`newest_of_run`).
     """
     return {"model": str(path.resolve()), "model_step": model_step(path), "model_sha256": weights_sha256(path)}
 

@@ -28,10 +28,9 @@ from megatron_sas.config import Config, load_config
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import write_json_atomic
 from megatron_sas.core.yaml_file import read_yaml
-from megatron_sas.model.pretrained import checkpoints_directory
 from megatron_sas.optim.schedules import plateau, role
-from megatron_sas.run.checkpoint import CONFIG
-from megatron_sas.run.records import FILE_NAME, last_records
+from megatron_sas.run.directory import RunDirectory, steps_in
+from megatron_sas.run.records import last_records
 from megatron_sas.train.build import refuse_other_experiment
 
 SWEEP = "sweep.json"
@@ -60,14 +59,14 @@ class PlannedRun:
     @property
     def steps_done(self) -> int:
         """Updates on record."""
-        return max((record["step"] for record in last_records(self.directory / FILE_NAME)), default=0)
+        return max((record["step"] for record in last_records(RunDirectory(self.directory).records)), default=0)
 
     @property
     def finished(self) -> bool:
         """Whether the run came to its configured end."""
         return any(
             record.get("event") == "finished" and record["step"] >= self.config.train.steps
-            for record in last_records(self.directory / FILE_NAME)
+            for record in last_records(RunDirectory(self.directory).records)
         )
 
 
@@ -161,7 +160,7 @@ def _plan_run(
     fields, parent = dict(fields), None
     if BRANCH in fields:
         parent, step = _parent(str(fields[BRANCH]), others)
-        fields[BRANCH] = str(checkpoints_directory(parent.directory) / f"step_{step:08d}")
+        fields[BRANCH] = str(RunDirectory(parent.directory).checkpoint(step))
     arguments = (
         *overrides,
         *(f"--{name}={json.dumps(value)}" for name, value in fields.items()),
@@ -177,9 +176,10 @@ def _refuse_other_run(run: PlannedRun) -> None:
 
     A finished one would otherwise count as done, and be taken by the analysis for what the sweep file now says it is.
     """
-    saved = run.directory / CONFIG
-    finished = [r["step"] for r in last_records(run.directory / FILE_NAME) if r.get("event") == "finished"]
-    if not saved.is_file() or not (finished or any(checkpoints_directory(run.directory).glob("step_*"))):
+    place = RunDirectory(run.directory)
+    saved = place.config
+    finished = [r["step"] for r in last_records(place.records) if r.get("event") == "finished"]
+    if not saved.is_file() or not (finished or steps_in(place.checkpoints)):
         return  # a run without a checkpoint starts anew
     old, new = load_config(saved), run.config
     if old.run.branch_from and new.run.branch_from and _same_branch(old.run.branch_from, new.run.branch_from):

@@ -16,18 +16,21 @@ from megatron_sas.export.model_card import model_card
 from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
 from megatron_sas.model.huggingface import to_hf_config, to_hf_state
-from megatron_sas.model.pretrained import (
-    FORMAT,
+from megatron_sas.run.directory import (
+    CONFIG,
     MODEL_CONFIG,
     MODEL_WEIGHTS,
     STATE,
     TOKENIZER_DIRECTORY,
-    VERSION,
     is_checkpoint,
+    newest_of_run,
+)
+from megatron_sas.run.reading import (
+    FORMAT,
+    VERSION,
     load_state,
     read_checkpoint,
     read_model,
-    resolve_run,
     write_model_config,
     write_weights,
 )
@@ -51,7 +54,7 @@ def to_hf(source: str | Path, output: str | Path, dtype: str = "fp32", overwrite
         InputError: `source` is no whole checkpoint, or is pre-LN; `output` exists.
     """
     refuse_output(output, "config.json", overwrite)
-    checkpoint = resolve_run(Path(source))
+    checkpoint = newest_of_run(source)
     if not is_checkpoint(checkpoint):
         what = "no such directory" if not checkpoint.is_dir() else "neither a training checkpoint nor a run with one"
         raise InputError(f"{source}: {what}; give a directory that pretrain_mlm.py wrote")
@@ -87,7 +90,7 @@ def from_hf(source: str | Path, output: str | Path, overwrite: bool = False) -> 
     """
     refuse_output(output, MODEL_CONFIG, overwrite)
     source = Path(source)
-    if is_checkpoint(resolve_run(source)):
+    if is_checkpoint(newest_of_run(source)):
         raise InputError(f"{source}: is a training checkpoint or a run already; give a Hugging Face directory")
     config, state, tokenizer_path = read_model(source)
     model = Bert(config)
@@ -114,6 +117,6 @@ def refuse_output(output: str | Path, marker: str, overwrite: bool) -> None:
     output = Path(output)
     if not output.exists():
         return
-    part_of_run = (output / "config.yaml").is_file()
+    part_of_run = (output / CONFIG).is_file()
     if not output.is_dir() or part_of_run or (any(output.iterdir()) and not (output / marker).is_file()):
         raise InputError(f"{output}: is not what this command writes, so it is not overwritten; choose another output")

@@ -10,7 +10,7 @@ import yaml
 
 from megatron_sas import __version__
 from megatron_sas.model.config import BertConfig
-from megatron_sas.model.pretrained import STATE, checkpoints_directory
+from megatron_sas.run.directory import CONFIG, STATE, run_of
 
 METRICS = {
     "validation_mlm_loss": "masked-LM loss on held-out text",
@@ -69,7 +69,7 @@ def model_card(checkpoint: Path, config: BertConfig, dtype: str) -> str:
 
 
 def _read_run(checkpoint: Path) -> dict[str, Any] | None:
-    path = checkpoint / "config.yaml"
+    path = checkpoint / CONFIG
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
@@ -151,8 +151,9 @@ def _inline(value: Any) -> str:
 
 def _evaluation(checkpoint: Path, step: int) -> list[str]:
     """The run's evaluation at `step`, if the checkpoint still lies in its run and the run evaluated then."""
-    path = checkpoint.resolve().parent.parent / "metrics.jsonl"
-    if checkpoint.resolve().parent != checkpoints_directory(path.parent) or not path.is_file():
+    run = run_of(checkpoint)
+    path = run.records
+    if checkpoint.resolve().parent != run.checkpoints or not path.is_file():
         return []
     found = None
     for line in path.read_text(encoding="utf-8").splitlines():

@@ -19,8 +19,9 @@ from megatron_sas.evaluation.provenance import model_step, weights_sha256
 from megatron_sas.glue.data import Examples
 from megatron_sas.glue.tasks import MISMATCHED, Task
 from megatron_sas.model.huggingface import to_hf_config, to_hf_state
-from megatron_sas.model.pretrained import is_checkpoint, read_model, resolve_run
 from megatron_sas.optim.param_groups import decay_groups
+from megatron_sas.run.directory import is_checkpoint, newest_of_run
+from megatron_sas.run.reading import read_model
 
 FORMAT = "megatron_sas glue"
 VERSION = 1
@@ -63,7 +64,7 @@ class Pretrained:
 
         A Hugging Face directory that has a pooler keeps it; our checkpoints have none.
         """
-        self.path = resolve_run(Path(path))
+        self.path = newest_of_run(path)
         config, state, tokenizer_path = read_model(self.path)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(tokenizer_path)
         _surround_texts(self.tokenizer)

@@ -1,7 +1,6 @@
-"""BERT with dependency attention, and its exchange with Hugging Face."""
+"""BERT with dependency attention."""
 
 from megatron_sas.model.bert import Bert, BertOutput
 from megatron_sas.model.config import SIZES, BertConfig
-from megatron_sas.model.pretrained import load_model
 
-__all__ = ["SIZES", "Bert", "BertConfig", "BertOutput", "load_model"]
+__all__ = ["SIZES", "Bert", "BertConfig", "BertOutput"]

@@ -14,8 +14,9 @@ import yaml
 
 from megatron_sas.core.cli import InputError, listed
 from megatron_sas.glue.tasks import NOT_AVERAGED
-from megatron_sas.report.trajectories import CONFIG_NAME, ROLES, Measured, Run
-from megatron_sas.run.records import FILE_NAME, read_records
+from megatron_sas.report.trajectories import ROLES, Measured, Run
+from megatron_sas.run.directory import CONFIG, RECORDS
+from megatron_sas.run.records import read_records
 from megatron_sas.trajectory.points import HINTS, ITEMS, TRAJECTORY, point_directory, read_points, read_settings
 
 SWEEP_NAME = "sweep.json"
@@ -88,13 +89,13 @@ def load_runs(paths: Sequence[str | Path], labels: Sequence[str] | None = None) 
 def load_run(path: Path, label: str) -> Run:
     """Read one run directory; errors as `load_runs`."""
     if not path.is_dir():
-        raise InputError(f"{path}: not a directory; give a run directory that contains {FILE_NAME} and {CONFIG_NAME}")
-    records = sorted(read_records(path / FILE_NAME), key=lambda record: record["step"])
+        raise InputError(f"{path}: not a directory; give a run directory that contains {RECORDS} and {CONFIG}")
+    records = sorted(read_records(path / RECORDS), key=lambda record: record["step"])
     by_kind = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "evaluation", "event")}
     measured = read_measured(path)
     if not by_kind["evaluation"] and not measured.records:
-        raise InputError(f"{path / FILE_NAME}: no evaluations; train with live evaluation switched on")
-    config = _read_config(path / CONFIG_NAME)
+        raise InputError(f"{path / RECORDS}: no evaluations; train with live evaluation switched on")
+    config = _read_config(path / CONFIG)
     run = Run(path, label, config, by_kind["train"], by_kind["evaluation"], by_kind["event"], measured=measured)
     return replace(run, training_loss=not _steps(run.evaluations, KEYS["loss"][0]))
 
@@ -388,9 +389,9 @@ def _as_record(point: dict[str, Any]) -> dict[str, Any]:
 
 def _has_begun(run: Path) -> bool:
     """Whether there is anything to draw: an evaluation, live or of a snapshot."""
-    if not (run / FILE_NAME).is_file() or not (run / CONFIG_NAME).is_file():
+    if not (run / RECORDS).is_file() or not (run / CONFIG).is_file():
         return False
-    evaluated = any(record["kind"] == "evaluation" for record in read_records(run / FILE_NAME))
+    evaluated = any(record["kind"] == "evaluation" for record in read_records(run / RECORDS))
     return evaluated or bool(read_points(run / TRAJECTORY))
 
 

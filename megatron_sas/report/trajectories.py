@@ -14,8 +14,8 @@ import numpy as np
 from megatron_sas.core.cli import InputError
 from megatron_sas.glue.tasks import NOT_AVERAGED
 from megatron_sas.optim.schedules import Stage, describe_stages, plateau, role, sas_weight
+from megatron_sas.run.directory import CONFIG
 
-CONFIG_NAME = "config.yaml"
 ROLES = ("base", "suppress", "promote", "release", "control", "other")
 
 
@@ -124,7 +124,7 @@ class Run:
             return tuple(Stage(**stage) for stage in stages)
         except TypeError:
             raise InputError(
-                f"{self.path / CONFIG_NAME}: sas.schedule is not a list of stages; restore the trainer's own file"
+                f"{self.path / CONFIG}: sas.schedule is not a list of stages; restore the trainer's own file"
             ) from None
 
     @property

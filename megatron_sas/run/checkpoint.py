@@ -20,10 +20,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,34 +34,46 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import fsync_directory, fsync_file, remove, write_json_atomic, write_text_atomic
 from megatron_sas.core.manifest import read_manifest, write_manifest
 from megatron_sas.model.config import BertConfig
-from megatron_sas.model.pretrained import (
-    FORMAT,
+from megatron_sas.run.directory import (
+    CONFIG,
     LATEST,
     MODEL_CONFIG,
     MODEL_WEIGHTS,
     OPTIMIZER_PREFIX,
     STATE,
     TOKENIZER_DIRECTORY,
+    RunDirectory,
+    step_name,
+    step_of,
+    steps_in,
+)
+from megatron_sas.run.reading import (
+    FORMAT,
     VERSION,
-    checkpoints_directory,
     optimizer_shard,
     verify_checkpoint,
     write_model_config,
     write_weights,
 )
-from megatron_sas.train.step import MOMENTS, Engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-CONFIG = "config.yaml"
-"""The run's configuration, in the run's directory and in every checkpoint."""
+class TrainingState(Protocol):
+    """What a checkpoint is made of and given back to: weights and optimizer moments as full float32 tensors by name."""
 
+    moments: tuple[str, ...]
+    """Names of what the optimizer keeps for a parameter."""
 
-def checkpoint_name(step: int) -> str:
-    """Directory name of the checkpoint after `step` updates."""
-    return f"step_{step:08d}"
+    def named_parameters(self) -> list[tuple[str, Any]]:
+        """The model's parameters in a fixed order."""
+
+    def full_tensors(self, key: str | None, names: set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every weight (`key` None) or moment `key`; a collective, in which a rank gets only those in `names`."""
+
+    def load_moments(self, read: Callable[[str, str], Tensor], updates: int) -> None:
+        """Take moments from `read(key, name)`, as they are after `updates` updates."""
 
 
 @dataclass(frozen=True)
@@ -72,23 +84,23 @@ class Share:
     moments: dict[str, Tensor] | None  # None before the first update, or for a snapshot
 
 
-def gather_share(engine: Engine, step: int, with_moments: bool) -> Share:
+def gather_share(engine: TrainingState, step: int, with_moments: bool) -> Share:
     """The weights (rank 0) and, if asked for, this rank's share of the moments. A collective."""
     names = [name for name, _ in engine.named_parameters()]
     weights = dict(engine.full_tensors(None, set(names) if distributed.is_main() else set()))
     if step == 0 or not with_moments:  # AdamW has no moments before its first update
         return Share(weights, None)
     share = set(names[distributed.rank() :: distributed.world_size()])
-    moments = {f"{key}.{name}": tensor for key in MOMENTS for name, tensor in engine.full_tensors(key, share)}
+    moments = {f"{key}.{name}": tensor for key in engine.moments for name, tensor in engine.full_tensors(key, share)}
     return Share(weights, moments)
 
 
-def partial_directory(run_dir: str | Path, step: int, token: str) -> Path:
+def partial_directory(run: RunDirectory, step: int, token: str) -> Path:
     """Where the checkpoint after `step` updates is written before it is renamed.
 
     `token` tells this start of the run from others: an orphan of an earlier one may still be writing to its own.
     """
-    return checkpoints_directory(run_dir) / f".{checkpoint_name(step)}.{token}.tmp"
+    return run.checkpoints / f".{step_name(step)}.{token}.tmp"
 
 
 def refuse_nonfinite(share: Share) -> None:
@@ -120,10 +132,11 @@ def write_share(directory: Path, share: Share) -> None:
 
 def write_description(
     directory: Path,
-    bert_config: BertConfig,
-    tokenizer: PreTrainedTokenizerBase,
     step: int,
     state: dict[str, Any],
+    *,
+    bert_config: BertConfig,
+    tokenizer: PreTrainedTokenizerBase,
     config_yaml: str,
 ) -> None:
     """Write all that is not tensors; rank 0's part."""
@@ -142,7 +155,7 @@ def publish(partial: Path, step: int) -> None:
     Raises:
         OSError: a rank's shard is not here, so that rank writes to another disk; or one is that no rank has written.
     """
-    final = partial.with_name(checkpoint_name(step))
+    final = partial.with_name(step_name(step))
     ranks = range(distributed.world_size() if step > 0 else 0)  # AdamW has no moments before its first update
     shards = [optimizer_shard(rank, len(ranks)) for rank in ranks]
     if absent := [shard for shard in shards if not (partial / shard).is_file()]:
@@ -160,16 +173,16 @@ def publish(partial: Path, step: int) -> None:
     write_text_atomic(final.parent / LATEST, final.name + "\n")
 
 
-def remove_old_checkpoints(run_dir: str | Path, step: int, keep_last: int, keep_every: int | None) -> None:
+def remove_old_checkpoints(run: RunDirectory, step: int, keep_last: int, keep_every: int | None) -> None:
     """Remove all checkpoints before the one of `step`, which was just published, but the `keep_last` - 1 newest of them
     and those whose step is a multiple of `keep_every`.
 
     Later ones, which a run that fell back to an earlier checkpoint has not reached again, stay.
     """
-    steps = [s for s in map(step_of, checkpoints_directory(run_dir).glob("step_*")) if s is not None and s < step]
-    for old in sorted(steps, reverse=True)[keep_last - 1 :]:
+    older = [old for old in steps_in(run.checkpoints).items() if old[0] < step]
+    for old, path in older[: max(0, len(older) - (keep_last - 1))]:
         if keep_every is None or old % keep_every:
-            remove_directory(checkpoints_directory(run_dir) / checkpoint_name(old))
+            remove_directory(path)
 
 
 def remove_directory(path: Path) -> None:
@@ -181,21 +194,10 @@ def remove_directory(path: Path) -> None:
     remove(hidden)
 
 
-def remove_leftovers(run_dir: Path) -> None:
+def remove_leftovers(run: RunDirectory) -> None:
     """Remove what a killed run left: half-written files, checkpoints and snapshots, and half-deleted ones."""
-    directories = ("checkpoints", "snapshots", "ring")
-    patterns = [f".{name}.*.tmp" for name in (CONFIG, "metrics.jsonl", "lineage.json", "requeue")]
-    patterns += [f".{name}.old" for name in (*directories, "tensorboard")]
-    patterns += [f"{name}/.{what}" for name in directories for what in ("step_*.tmp", "step_*.old", f"{LATEST}.*.tmp")]
-    for pattern in patterns:
-        for path in run_dir.glob(pattern):
-            remove(path)
-
-
-def step_of(path: Path) -> int | None:
-    """The step in the name of a checkpoint's or snapshot's directory; None for another name."""
-    digits = path.name.removeprefix("step_")
-    return int(digits) if digits.isdecimal() and checkpoint_name(int(digits)) == path.name else None
+    for path in run.leftovers():
+        remove(path)
 
 
 def newest_checkpoint(run_dir: str | Path, say: Callable[[str], None]) -> Path | None:
@@ -207,10 +209,10 @@ def newest_checkpoint(run_dir: str | Path, say: Callable[[str], None]) -> Path |
         InputError: there are checkpoints but all of them are damaged or cannot be read.
         OSError: nobody can say whether there are any.
     """
-    parent, found = checkpoints_directory(run_dir), []
+    parent, found = RunDirectory(Path(run_dir)).checkpoints, []
     with contextlib.suppress(FileNotFoundError):
         found = os.listdir(parent)  # not glob, which takes a directory that may not be read for an empty one
-    names = sorted((name for name in found if step_of(Path(name)) is not None), reverse=True)
+    names = sorted((name for name in found if step_of(name) is not None), reverse=True)
     with contextlib.suppress(OSError):  # first the one that was published last
         latest = (parent / LATEST).read_text(encoding="utf-8").strip()
         names.sort(key=lambda name: name != latest)
@@ -236,7 +238,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def load_moments(engine: Engine, checkpoint: Path, updates: int) -> None:
+def load_moments(engine: TrainingState, checkpoint: Path, updates: int) -> None:
     """Give the engine the optimizer state of a verified checkpoint; weights are loaded before the engine is built.
 
     `updates` are those that changed the weights.

@@ -23,9 +23,8 @@ from pydantic import Field
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import write_bytes_atomic
 from megatron_sas.core.settings import Section
+from megatron_sas.run.directory import RECORDS, RunDirectory
 
-FILE_NAME = "metrics.jsonl"
-TENSORBOARD = "tensorboard"
 KINDS = ("train", "evaluation", "event")
 
 
@@ -45,7 +44,7 @@ class Records:
         Lines up to `resume_step` (-1: none) are kept, and later TensorBoard points hidden, so that a resumed run has
         neither gaps nor overlaps.
         """
-        self.path = Path(run_dir) / FILE_NAME
+        self.path = RunDirectory(Path(run_dir)).records
         self._written: set[tuple[str, int]] = set()  # but for training's lines, of which there may be millions
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
@@ -56,7 +55,7 @@ class Records:
             # Imported here: it takes a second, and a run without TensorBoard does not need the package.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.path.parent / TENSORBOARD), purge_step=resume_step + 1)
+            self._board = SummaryWriter(str(RunDirectory(self.path.parent).tensorboard), purge_step=resume_step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append one line and its TensorBoard points.
@@ -121,7 +120,7 @@ class Records:
         try:
             yield
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path.parent / TENSORBOARD)) from None
+            raise OSError(error.errno, error.strerror, str(RunDirectory(self.path.parent).tensorboard)) from None
 
     def _remember(self, kind: str, step: int) -> None:
         if kind != "train":
@@ -170,7 +169,7 @@ def iterate_records(path: str | Path) -> Iterator[dict[str, Any]]:
     """As `read_records`, one after another: a long run's do not fit into memory at once."""
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file; give a run directory that contains {FILE_NAME}")
+        raise InputError(f"{path}: no such file; give a run directory that contains {RECORDS}")
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             record = _parse(line)

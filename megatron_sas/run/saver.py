@@ -9,39 +9,30 @@ thread publishes the checkpoint. One save is under way at a time: the next one w
 from __future__ import annotations
 
 import contextlib
-import copy
 import secrets
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
+from torch import Tensor
 
-from megatron_sas.config import Config
 from megatron_sas.core import distributed
 from megatron_sas.core.files import atomic_directory, remove
 from megatron_sas.core.settings import When
-from megatron_sas.export.hf import write_hf
-from megatron_sas.model.config import BertConfig
-from megatron_sas.model.pretrained import checkpoints_directory
 from megatron_sas.run.checkpoint import (
-    Share,
-    checkpoint_name,
+    TrainingState,
     gather_share,
     partial_directory,
     publish,
     refuse_nonfinite,
     remove_leftovers,
     remove_old_checkpoints,
-    write_description,
     write_share,
 )
-from megatron_sas.train.step import Engine
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from megatron_sas.run.directory import RunDirectory, step_name
 
 
 class CheckpointSection(When):
@@ -71,25 +62,36 @@ class Saver:
     """Writes the checkpoints and snapshots of one run. Its methods are called on all ranks alike."""
 
     def __init__(
-        self, config: Config, engine: Engine, bert_config: BertConfig, tokenizer: PreTrainedTokenizerBase
+        self,
+        run: RunDirectory,
+        section: CheckpointSection,
+        engine: TrainingState,
+        describe: Callable[[Path, int, dict[str, Any]], None],
+        write_model: Callable[[Path, dict[str, Tensor]], None],
     ) -> None:
-        self.config, self.engine, self.bert_config, self.tokenizer = config, engine, bert_config, tokenizer
-        self.run_dir = Path(config.run.output_dir)
+        """Write to `run` what `engine` holds.
+
+        Args:
+            describe: writes into a directory what a checkpoint has beside tensors, given the step and the counters.
+            write_model: writes into a directory a model for other programs, given its weights by name.
+        """
+        self.run, self.section, self.engine = run, section, engine
+        self._describe, self._write_model = describe, write_model
         self.step: int | None = None  # of the newest checkpoint that was begun
         self.published = -1  # step of the newest that is whole; rank 0
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._token = distributed.broadcast_object(secrets.token_hex(4))  # the same for all ranks of this start
-        self._where = self.run_dir  # for messages
+        self._where = run.path  # for messages
         self._unpublished: int | None = None  # step of a checkpoint that is being written
         self._writing: Future | None = None
         self._publishing: Future | None = None  # rank 0
         if distributed.is_main():
-            remove_leftovers(self.run_dir)
+            remove_leftovers(run)
 
-    def begin(self, step: int, state: dict[str, Any], *, checkpoint: bool, snapshot: str | None) -> None:
+    def begin(self, step: int, state: dict[str, Any], *, checkpoint: bool, snapshot: Path | None) -> None:
         """Gather what is to be saved and start writing it. A collective.
 
-        `snapshot` is the directory, in the run's, for the model alone; None: no snapshot.
+        `snapshot` is the directory of models by step for the model alone; None: no snapshot.
 
         Raises:
             OSError: on every rank, when the save before this one failed on any.
@@ -98,17 +100,16 @@ class Saver:
         share = gather_share(self.engine, step, with_moments=checkpoint)
         jobs: list[Callable[[], None]] = [partial(refuse_nonfinite, share)]
         if snapshot is not None:
-            self._where = self.run_dir / snapshot / checkpoint_name(step)
+            self._where = snapshot / step_name(step)
             if distributed.is_main():
-                jobs.append(partial(self._write_snapshot, self._where, share))
+                jobs.append(partial(self._write_snapshot, self._where, share.weights))
         if checkpoint:
             directory = self._partial(step)
-            self._where = checkpoints_directory(self.run_dir) / checkpoint_name(step)
+            self._where = self.run.checkpoint(step)
             self.step = self._unpublished = step
             jobs.append(partial(write_share, directory, share))
             if distributed.is_main():
-                yaml = self.config.to_yaml()
-                jobs.append(partial(write_description, directory, self.bert_config, self.tokenizer, step, state, yaml))
+                jobs.append(partial(self._describe, directory, step, state))
         self._writing = self._executor.submit(_run_all, jobs)
 
     def flags(self) -> tuple[int, int]:
@@ -154,7 +155,7 @@ class Saver:
                 work.exception()
 
     def _partial(self, step: int) -> Path:
-        return partial_directory(self.run_dir, step, self._token)
+        return partial_directory(self.run, step, self._token)
 
     def _start_publishing(self) -> None:
         if distributed.is_main() and self._unpublished is not None and self._publishing is None:
@@ -163,14 +164,12 @@ class Saver:
     def _publish(self, step: int) -> None:
         publish(self._partial(step), step)
         self.published = step
-        section = self.config.checkpoint
-        if section.keep_last is not None:
-            remove_old_checkpoints(self.run_dir, step, section.keep_last, section.keep_every)
+        if self.section.keep_last is not None:
+            remove_old_checkpoints(self.run, step, self.section.keep_last, self.section.keep_every)
 
-    def _write_snapshot(self, path: Path, share: Share) -> None:
-        tokenizer = copy.deepcopy(self.tokenizer)  # writing it for other programs changes it
+    def _write_snapshot(self, path: Path, weights: dict[str, Tensor]) -> None:
         with atomic_directory(path, overwrite=True) as directory:
-            write_hf(directory, self.bert_config, share.weights, tokenizer, self.config.snapshots.dtype)
+            self._write_model(directory, weights)
 
     def _together(self, work: Future | None) -> None:
         """Wait for `work` on all ranks, and raise on all if it failed on any."""

@@ -16,9 +16,8 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_sas.core.files import write_text_atomic
+from megatron_sas.run.directory import RunDirectory
 
-STOP = "stop"
-REQUEUE = "requeue"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -62,13 +61,14 @@ class StopRequest:
 
     def look_for_file(self, run_dir: str | Path) -> None:
         """Take a file `stop` in the run's directory for a request."""
-        path = Path(run_dir) / STOP
+        path = RunDirectory(Path(run_dir)).stop
         if self.reason is None and path.exists():
             self.reason = f"file {path}"
 
     def clear_marks(self, run_dir: str | Path) -> None:
         """The run begins: remove its requeue marker, and a stop file that was meant for an earlier process."""
-        requeue, stop = Path(run_dir) / REQUEUE, Path(run_dir) / STOP
+        run = RunDirectory(Path(run_dir))
+        requeue, stop = run.requeue, run.stop
         if os.path.lexists(requeue):
             requeue.unlink()
         if stop.exists() and stop.stat().st_mtime < self._since:
@@ -77,5 +77,6 @@ class StopRequest:
 
 def mark_for_requeue(run_dir: str | Path, reason: str) -> None:
     """Say that the run stopped before its end and should be started again; a stop file has done its work."""
-    write_text_atomic(Path(run_dir) / REQUEUE, reason + "\n")
-    (Path(run_dir) / STOP).unlink(missing_ok=True)
+    run = RunDirectory(Path(run_dir))
+    write_text_atomic(run.requeue, reason + "\n")
+    run.stop.unlink(missing_ok=True)

@@ -18,11 +18,19 @@ from megatron_sas.config import Config, load_config
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import sha256_file, write_bytes_atomic, write_json_atomic
 from megatron_sas.core.manifest import MANIFEST
-from megatron_sas.model.pretrained import checkpoints_directory, is_checkpoint, verify_checkpoint
 from megatron_sas.optim.schedules import sas_weight
-from megatron_sas.run.checkpoint import CONFIG, newest_checkpoint, read_state, remove_directory
-from megatron_sas.run.records import FILE_NAME, lines_until
-from megatron_sas.trajectory.models import LINEAGE, LINEAGE_FORMAT, LINEAGE_VERSION, RING, SNAPSHOTS
+from megatron_sas.run.checkpoint import newest_checkpoint, read_state, remove_directory
+from megatron_sas.run.directory import (
+    CONFIG,
+    LINEAGE_FORMAT,
+    LINEAGE_VERSION,
+    RECORDS,
+    RunDirectory,
+    is_checkpoint,
+    run_of,
+)
+from megatron_sas.run.reading import verify_checkpoint
+from megatron_sas.run.records import lines_until
 
 MAY_CHANGE = ("sas", "run", "checkpoint", "snapshots", "evaluation", "logging", "watch")
 """Sections that a branch may change; `run.seed` is excepted."""
@@ -70,11 +78,11 @@ def find_branch(config: Config, say: Callable[[str], None]) -> Branch:
         checkpoint = newest_checkpoint(source, say)
         if checkpoint is None:
             raise InputError(f"{where}: has no checkpoint; give a run or a checkpoint of one")
-    parent = checkpoint.resolve().parent.parent
-    in_run = checkpoint.resolve().parent == checkpoints_directory(parent) and (parent / FILE_NAME).is_file()
+    parent = run_of(checkpoint)
+    in_run = checkpoint.resolve().parent == parent.checkpoints and parent.records.is_file()
     if not in_run or not (checkpoint / CONFIG).is_file():
         raise InputError(
-            f"{where}: is not in the run that wrote it, whose {FILE_NAME} a branch begins with; give the checkpoint "
+            f"{where}: is not in the run that wrote it, whose {RECORDS} a branch begins with; give the checkpoint "
             "there (model.init_from takes weights alone, from anywhere)"
         )
     old, step = load_config(checkpoint / CONFIG), read_state(checkpoint)["step"]
@@ -83,7 +91,7 @@ def find_branch(config: Config, say: Callable[[str], None]) -> Branch:
     lineage = {
         "format": LINEAGE_FORMAT,
         "version": LINEAGE_VERSION,
-        "parent_run": _path_between(run_dir, parent),
+        "parent_run": _path_between(run_dir, parent.path),
         "checkpoint": checkpoint.resolve().name,
         "step": step,
         "manifest_sha256": sha256_file(checkpoint / MANIFEST),
@@ -92,17 +100,16 @@ def find_branch(config: Config, say: Callable[[str], None]) -> Branch:
     return Branch(checkpoint, lineage)
 
 
-def begin_branch(run_dir: Path, branch: Branch) -> None:
+def begin_branch(run: RunDirectory, branch: Branch) -> None:
     """Give a run without a checkpoint of its own the parent's records; what an earlier attempt left goes.
 
     Whenever this is interrupted, the run still has no checkpoint, and so begins here again.
     """
-    for name in ("tensorboard", SNAPSHOTS, RING):
-        if (run_dir / name).exists():
-            remove_directory(run_dir / name)
-    write_json_atomic(run_dir / LINEAGE, branch.lineage)
-    parent = branch.checkpoint.resolve().parent.parent
-    write_bytes_atomic(run_dir / FILE_NAME, lines_until(parent / FILE_NAME, branch.step))
+    for directory in (run.tensorboard, run.snapshots, run.ring):
+        if directory.exists():
+            remove_directory(directory)
+    write_json_atomic(run.lineage, branch.lineage)
+    write_bytes_atomic(run.records, lines_until(run_of(branch.checkpoint).records, branch.step))
 
 
 def _refuse_another_past(old: Config, new: Config, step: int, checkpoint: Path) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from megatron_sas import __version__
 from megatron_sas.config import Config, load_config
 from megatron_sas.core import distributed
 from megatron_sas.core.cli import CommonError, InputError
-from megatron_sas.core.directory_lock import LOCK, DirectoryLock
+from megatron_sas.core.directory_lock import DirectoryLock
 from megatron_sas.core.files import write_text_atomic
 from megatron_sas.data.mixture import MixedData, open_training_data
 from megatron_sas.data.mlm_dataset import MLMDataset
@@ -22,17 +25,19 @@ from megatron_sas.data.overlap import refuse_overlap
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
 from megatron_sas.evaluation.live import LiveEvaluation
+from megatron_sas.export.hf import write_hf
 from megatron_sas.launch.kernel_cache import build_attention_kernels, check_attention_backend
 from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
-from megatron_sas.model.pretrained import architecture_differences, checkpoints_directory, load_state, read_model
-from megatron_sas.run.checkpoint import CONFIG, load_moments, newest_checkpoint, read_state
-from megatron_sas.run.records import FILE_NAME, read_records
+from megatron_sas.run.checkpoint import load_moments, newest_checkpoint, read_state, write_description
+from megatron_sas.run.directory import CONFIG, RunDirectory
+from megatron_sas.run.reading import architecture_differences, load_state, read_model
+from megatron_sas.run.records import read_records
+from megatron_sas.run.saver import Saver
 from megatron_sas.run.throughput import Throughput, flops_per_token, peak_flops
 from megatron_sas.train.branch import BY_CONTENT, Branch, begin_branch, find_branch
 from megatron_sas.train.deepspeed_config import deepspeed_config
 from megatron_sas.train.step import Engine
-from megatron_sas.trajectory.models import read_lineage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,8 +129,9 @@ def where_to_start(config: Config, say: Callable[[str], None]) -> tuple[Path | N
             that are gone.
     """
     run_dir = Path(config.run.output_dir)
-    saved = run_dir / CONFIG
-    occupied = run_dir.exists() and (not run_dir.is_dir() or any(not _half_begun(path) for path in run_dir.iterdir()))
+    run = RunDirectory(run_dir)
+    saved = run.config
+    occupied = run_dir.exists() and (not run_dir.is_dir() or not all(map(run.half_begun, run_dir.iterdir())))
     if occupied and config.run.resume == "never":
         raise InputError(f"run.output_dir: {run_dir} exists and is not empty; choose another or set run.resume: auto")
     if occupied and not saved.is_file():
@@ -134,29 +140,24 @@ def where_to_start(config: Config, say: Callable[[str], None]) -> tuple[Path | N
     if checkpoint is not None:
         refuse_other_experiment(load_config(saved), config, saved)
         return checkpoint, None
-    if (run_dir / FILE_NAME).is_file():
-        _refuse_lost_checkpoints(run_dir)
+    if run.records.is_file():
+        _refuse_lost_checkpoints(run)
     if config.run.branch_from is not None:
         branch = find_branch(config, say)
         return branch.checkpoint, branch
     return None, None
 
 
-def _half_begun(path: Path) -> bool:
-    """Whether this is all that is left of a run that was killed while it wrote its configuration for the first time."""
-    return path.name == LOCK or path.name.startswith(f".{CONFIG}.")
-
-
-def _refuse_lost_checkpoints(run_dir: Path) -> None:
+def _refuse_lost_checkpoints(run: RunDirectory) -> None:
     """Refuse (`InputError`) to begin a run anew whose records prove that it had a checkpoint.
 
     A save begins when the one before is published, so records beyond the second one that was due prove the first. So
     does a run that was continued, stopped or finished later than it began.
     """
-    old, records = load_config(run_dir / CONFIG), read_records(run_dir / FILE_NAME)
+    old, records = load_config(run.config), read_records(run.records)
     last, began, first = old.train.steps, 0, 0
     if old.run.branch_from is not None:  # its records begin with its parent's, its checkpoints after that
-        began = read_lineage(run_dir)[1]
+        began = run.parent()[1]
         first = began + 1
     skipped = {record["step"] for record in records if record.get("event") == "skipped_update"}  # nothing is saved then
     saved = (step for step in range(first, last + 1) if old.checkpoint.due(step, last) and step not in skipped)
@@ -165,25 +166,25 @@ def _refuse_lost_checkpoints(run_dir: Path) -> None:
         later = event in ("start", "stopped", "finished") and step > began and step not in skipped
         if step > second or later:
             raise InputError(
-                f"{checkpoints_directory(run_dir)}: holds no checkpoint, but the run's records reach update "
+                f"{run.checkpoints}: holds no checkpoint, but the run's records reach update "
                 f"{max(record['step'] for record in records)}; restore the newest, choose another run.output_dir, or "
-                f"remove {run_dir} to begin anew"
+                f"remove {run.path} to begin anew"
             )
 
 
 def _begin(config: Config, checkpoint: Path | None, branch: Branch | None, lock: DirectoryLock) -> None:
-    run_dir = Path(config.run.output_dir)
+    run = RunDirectory(Path(config.run.output_dir))
     if not lock.held:  # where to start was decided without it, because nothing was there
         lock.take()
-        if (run_dir / CONFIG).exists():
+        if run.config.exists():
             raise InputError(
-                f"{run_dir}: another process has begun this run meanwhile; start the same command again to continue it"
+                f"{run.path}: another process has begun this run meanwhile; start the same command again to continue it"
             )
     if checkpoint is None or branch is not None:  # records of an earlier attempt must not be taken for this one's
-        (run_dir / FILE_NAME).unlink(missing_ok=True)
-    write_text_atomic(run_dir / CONFIG, config.to_yaml())  # it makes the directory a run
+        run.records.unlink(missing_ok=True)
+    write_text_atomic(run.config, config.to_yaml())  # it makes the directory a run
     if branch is not None:
-        begin_branch(run_dir, branch)
+        begin_branch(run, branch)
 
 
 def refuse_other_experiment(old: Config, new: Config, saved: Path) -> None:
@@ -245,7 +246,15 @@ def _build(config: Config, checkpoint: Path | None) -> Parts:
     refuse_other_data(state.get("data", {}), packed, validation)
     bert_config = config.bert_config(packed.tokenizer.vocab_size, packed.tokenizer.pad_id)
     bert = _model(bert_config, config, checkpoint, tokenizer)
-    return Parts(tokenizer, dataset, bert, LiveEvaluation(config, tokenizer, validation), checkpoint, state)
+    evaluation = LiveEvaluation(
+        config.evaluation,
+        tokenizer,
+        validation,
+        max_length=config.model.max_position_embeddings,
+        sas=config.sas_objective(),
+        mask_prob=data.mask_prob,
+    )
+    return Parts(tokenizer, dataset, bert, evaluation, checkpoint, state)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str, packed: PackedData | MixedData) -> None:
@@ -299,6 +308,18 @@ def refuse_other_data(
             f"data.validation: {prefix} is not what the run was started with (SHA-256 differs); restore it or choose "
             "another run.output_dir"
         )
+
+
+def make_saver(config: Config, engine: Engine, parts: Parts) -> Saver:
+    """What writes the run's checkpoints and snapshots."""
+    bert_config, tokenizer = parts.bert.config, parts.tokenizer
+    describe = partial(write_description, bert_config=bert_config, tokenizer=tokenizer, config_yaml=config.to_yaml())
+
+    def write_model(directory: Path, weights: dict[str, Tensor]) -> None:
+        # A copy, since writing a tokenizer for other programs changes it.
+        write_hf(directory, bert_config, weights, copy.deepcopy(tokenizer), config.snapshots.dtype)
+
+    return Saver(RunDirectory(Path(config.run.output_dir)), config.checkpoint, engine, describe, write_model)
 
 
 def introduction(config: Config, parts: Parts, engine: Engine) -> tuple[dict[str, Any], str]:

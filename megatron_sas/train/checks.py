@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_sas.core import distributed
 from megatron_sas.core.cli import CommonError, InputError
 from megatron_sas.launch.environment import refuse_missing_gpu
-from megatron_sas.run.checkpoint import CONFIG
+from megatron_sas.run.directory import CONFIG
 
 OLDEST_TORCH = (2, 11)
 OPEN_FILES = 1024

@@ -30,10 +30,9 @@ from megatron_sas.launch.environment import (
     share_cores,
 )
 from megatron_sas.model.config import BertConfig
-from megatron_sas.model.pretrained import checkpoints_directory
 from megatron_sas.objective.pretraining import MaskedLMWithSas
 from megatron_sas.optim.schedules import sas_weight
-from megatron_sas.run.checkpoint import CONFIG
+from megatron_sas.run.directory import RunDirectory, steps_in
 from megatron_sas.run.memory import MemoryEstimate, PeakMemory, count_parameters, estimate_memory, show_bytes
 from megatron_sas.train.branch import Branch
 from megatron_sas.train.build import build_parts, check_tokenizer, where_to_start
@@ -87,7 +86,7 @@ def _check_configured(config: Config, report: Report) -> None:
         validation = report.check(
             "validation data", lambda: _open_data(config, [(data.validation, None)], None, report), _describe_data
         )
-    begins = config.run.branch_from is None and not Path(config.run.output_dir, CONFIG).is_file()
+    begins = config.run.branch_from is None and not RunDirectory(Path(config.run.output_dir)).config.is_file()
     if packed is not None and begins:
         report.check("overlap", lambda: refuse_overlap(packed.parts, validation), lambda _: "none by the headers")
     if section.treebank is not None:
@@ -151,8 +150,7 @@ def check_output_directory(path: Path) -> str:
 def check_disk_space(config: Config, parameters: int, branch: Branch | None = None) -> str:
     """Whether all checkpoints and snapshots that the schedule still asks for fit; a branch begins after its parent."""
     run_dir, section, last = Path(config.run.output_dir), config.checkpoint, config.train.steps
-    names = (path.name[5:] for path in checkpoints_directory(run_dir).glob("step_*"))
-    done = max((int(name) for name in names if name.isdigit()), default=branch.step if branch else -1)
+    done = max(steps_in(RunDirectory(run_dir).checkpoints), default=branch.step if branch else -1)
     due = [step for step in range(done + 1, last + 1) if section.due(step, last)]
     count = len(due)
     if section.keep_last is not None:  # and one more while the oldest is not yet removed

@@ -17,10 +17,10 @@ from typing import Any
 from megatron_sas.config import Config
 from megatron_sas.core.files import fsync_directory
 from megatron_sas.onsets.online import OnsetDetector
-from megatron_sas.run.checkpoint import checkpoint_name, remove_directory, step_of
+from megatron_sas.run.checkpoint import remove_directory
+from megatron_sas.run.directory import RunDirectory, step_name, steps_in
 from megatron_sas.run.records import Records, iterate_records
 from megatron_sas.run.saver import Saver
-from megatron_sas.trajectory.models import RING, SNAPSHOTS
 
 CURVES = {"uas": ("evaluation", "uas", 1), "loss": ("train", "mlm_loss", -1)}
 """Kind of record, name of the value, and sign of the onset, by metric."""
@@ -44,8 +44,8 @@ class Watch:
         """
         self.section, self.config = config.watch, config
         self.records, self.saver, self.say = records, saver, say
-        run_dir = Path(config.run.output_dir)
-        self.ring, self.snapshots = run_dir / RING, run_dir / SNAPSHOTS
+        run = RunDirectory(Path(config.run.output_dir))
+        self.ring, self.snapshots = run.ring, run.snapshots
         self._own_step = own_step
         self._detectors = {
             name: OnsetDetector(self.section.delta, CURVES[name][2], self.section.start)
@@ -64,8 +64,8 @@ class Watch:
         for name, found in self._feed(kind, step, values).items():
             self.saver.wait_for_thread()  # the newest of the ring may still be under way
             reach = self.section.keep * self.section.interval
-            kept = [s for s in sorted(_steps(self.ring) | _steps(self.snapshots)) if step - reach <= s < step]
-            kept = [s for s in kept if self.section.due(s)]
+            known = steps_in(self.ring).keys() | steps_in(self.snapshots).keys()
+            kept = [s for s in sorted(known) if step - reach <= s < step and self.section.due(s)]
             values = {"metric": name, "strength": found.strength, "threshold": found.threshold, "snapshots": kept}
             self.records.write("event", step, {"event": EVENT, **values})
             self._keep_until = max(self._keep_until, step + self.section.reach_after)
@@ -75,19 +75,19 @@ class Watch:
                 f"{len(kept)} snapshots kept, more until step {step + self.section.reach_after}"
             )
 
-    def place(self, step: int) -> str:
-        """The run's directory for the snapshot of `step`; makes room in the ring.
+    def place(self, step: int) -> Path:
+        """The directory for the snapshot of `step`; makes room in the ring.
 
         The ring holds what a detection now would keep, and what one would after a restart from the newest checkpoint,
         or from the one that is being written.
         """
         reach = self.section.keep * self.section.interval
         ends = [step, max(self._own_step, self.saver.published), self.saver.step or -1]
-        for old in sorted(_steps(self.ring)):
+        for old in steps_in(self.ring):
             if not any(end - reach < old <= end for end in ends):
-                remove_directory(self.ring / checkpoint_name(old))
+                remove_directory(self.ring / step_name(old))
         wanted = step <= self._keep_until or self.config.snapshots.due(step, self.config.train.steps)
-        return SNAPSHOTS if wanted else RING
+        return self.snapshots if wanted else self.ring
 
     def _feed(self, kind: str, step: int, values: dict[str, Any]) -> dict[str, Any]:
         """Give every detector its value; returns the onsets, whose detectors have done their work."""
@@ -117,30 +117,25 @@ class Watch:
 
     def _remove_what_was_cut_off(self) -> None:
         """Snapshots that a run which was killed made after the checkpoint; they are made again, where they belong."""
-        for step in _steps(self.ring):
+        for step in steps_in(self.ring):
             if step > self._own_step or not self.section.due(step):
-                remove_directory(self.ring / checkpoint_name(step))
-        for step in _steps(self.snapshots):
+                remove_directory(self.ring / step_name(step))
+        for step in steps_in(self.snapshots):
             scheduled = self.config.snapshots.due(step, self.config.train.steps)
             if step > self._own_step and self.section.due(step) and not scheduled:
-                remove_directory(self.snapshots / checkpoint_name(step))
+                remove_directory(self.snapshots / step_name(step))
 
     def _promote(self, onset: int) -> None:
         """Move what the ring has around `onset` to the snapshots. Interrupted anywhere, it can be done again."""
         first = onset - self.section.keep * self.section.interval
-        steps = [step for step in _steps(self.ring) if first <= step <= onset + self.section.reach_after]
+        steps = [step for step in steps_in(self.ring) if first <= step <= onset + self.section.reach_after]
         if not steps:
             return
         self.snapshots.mkdir(parents=True, exist_ok=True)
-        for name in map(checkpoint_name, sorted(steps)):
+        for name in map(step_name, steps):
             if (self.snapshots / name).exists():
                 remove_directory(self.ring / name)
             else:
                 os.replace(self.ring / name, self.snapshots / name)
         fsync_directory(self.snapshots)
         fsync_directory(self.ring)
-
-
-def _steps(directory: Path) -> set[int]:
-    """The steps of the models in `directory`, which need not exist."""
-    return {step for path in directory.glob("step_*") if (step := step_of(path)) is not None}

@@ -45,6 +45,8 @@ class UpdateResult:
 class Engine:
     """A model under DeepSpeed with AdamW."""
 
+    moments = MOMENTS
+
     def __init__(self, module: MaskedLMWithSas, train: TrainSection, seed: int, device: torch.device) -> None:
         """Wrap `module`, whose weights must be equal on all ranks.
 

@@ -29,19 +29,17 @@ from megatron_sas.launch.watchdog import Watchdog
 from megatron_sas.objective.pretraining import MaskedLMWithSas
 from megatron_sas.optim.learning_rate import learning_rate
 from megatron_sas.optim.schedules import sas_weight
-from megatron_sas.run.checkpoint import CONFIG
+from megatron_sas.run.directory import RunDirectory
 from megatron_sas.run.nvml import GpuMonitor
 from megatron_sas.run.records import Records
-from megatron_sas.run.saver import Saver
-from megatron_sas.run.signals import STOP, StopRequest, mark_for_requeue
+from megatron_sas.run.signals import StopRequest, mark_for_requeue
 from megatron_sas.run.throughput import memory
-from megatron_sas.train.build import agreed, build_parts, data_facts, introduction, measure_throughput
+from megatron_sas.train.build import agreed, build_parts, data_facts, introduction, make_saver, measure_throughput
 from megatron_sas.train.checks import check_shared_directory
 from megatron_sas.train.onset_snapshots import Watch
 from megatron_sas.train.skipped_updates import SkippedUpdates
 from megatron_sas.train.step import Engine
 from megatron_sas.train.step_log import PendingUpdate, read_pending
-from megatron_sas.trajectory.models import SNAPSHOTS
 
 VERSIONS = {"megatron_sas": __version__} | {name: version(name) for name in ("torch", "deepspeed", "transformers")}
 
@@ -64,6 +62,7 @@ class Trainer:
             InputError: anything that the user must mend; a CommonError where every rank raises it.
         """
         self.config, self.run_dir = config, Path(config.run.output_dir)
+        self.directory = RunDirectory(self.run_dir)
         self.stop = stop or StopRequest()
         self.stopping = False  # all ranks have agreed to stop
         self.owes_evaluation = False  # the one at this step was given up for that
@@ -74,7 +73,7 @@ class Trainer:
             use_deterministic_algorithms()
         check_shared_directory(self.run_dir)
         # Rank 0's; two runs in one directory would overwrite each other's records and saves.
-        remedy = f"wait for it, or create the file {self.run_dir / STOP} to have it save and end"
+        remedy = f"wait for it, or create the file {self.directory.stop} to have it save and end"
         self.lock = DirectoryLock(self.run_dir, remedy)
         agreed(self._claim_old_run)
         parts = build_parts(config, self.say, self.lock)
@@ -86,7 +85,7 @@ class Trainer:
             self.say(parts.origin)
             if line := other_threads(parts.state.get("threads"), self.threads):
                 self.say(line)
-        self.saver = Saver(config, self.engine, parts.bert.config, parts.tokenizer)
+        self.saver = make_saver(config, self.engine, parts)
         self.watchdog = Watchdog(config.run.timeout_minutes)
         self.last_step = config.train.steps
         self.throughput = measure_throughput(config, parts, device)
@@ -102,7 +101,7 @@ class Trainer:
         self.bar = progress(disable=True)
 
     def _claim_old_run(self) -> None:
-        if distributed.is_main() and (self.run_dir / CONFIG).is_file():
+        if distributed.is_main() and self.directory.config.is_file():
             self.lock.take()
             self.stop.clear_marks(self.run_dir)
 
@@ -285,7 +284,7 @@ class Trainer:
                 "data": data_facts(self.dataset.packed, self.parts.evaluation.validation),
                 "lineage": self.parts.state.get("lineage", []),
             }
-            directory = SNAPSHOTS
+            directory = self.directory.snapshots
             if snapshot and self.watch is not None:
                 directory = self.watch.place(step)
             self.saver.begin(step, state, checkpoint=checkpoint, snapshot=directory if snapshot else None)

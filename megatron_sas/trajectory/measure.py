@@ -21,8 +21,8 @@ from megatron_sas.evaluation.text import TextBatch, open_packed_text, packed_tex
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask, UasObserver, observe_treebank, summarize
 from megatron_sas.evaluation.validation import evaluate_validation
-from megatron_sas.model.pretrained import load_model
 from megatron_sas.objective.pretraining import SasObjective
+from megatron_sas.run.reading import load_model
 from megatron_sas.trajectory.points import BlimpItems, Items, UasItems
 
 if TYPE_CHECKING:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from decimal import Decimal
 from pathlib import Path
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.model.pretrained import checkpoints_directory, is_checkpoint
+from megatron_sas.run.directory import RunDirectory, is_model, steps_in
 
-SNAPSHOTS, RING = "snapshots", "ring"
-LINEAGE = "lineage.json"
-LINEAGE_FORMAT, LINEAGE_VERSION = "megatron_sas lineage", 1
-
-_STEP = re.compile(r"step_(\d{8,})")
 _NUMBER = re.compile(r"(?<!\d)(?<!\d[.,])(\d+(?:[.,]\d+)*)([kKmM]?)(?![a-zA-Z0-9]|[.,]\d)")
 _GROUPED = re.compile(r"\d{1,3}(\.\d{3})+")  # 1.000 may be one or a thousand
 _FACTORS = {"": 1, "k": 1_000, "m": 1_000_000}
@@ -37,64 +31,40 @@ def list_models(path: str | Path) -> list[tuple[int, Path]]:
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such directory; give a run, or a folder of models")
-    if _is_model(path):
+    if is_model(path):
         try:
             return [(_last_number(path) or 0, path)]
         except InputError:  # a single model needs no place among others
             return [(0, path)]
-    models = _models_of_run(path) if _is_run(path) else _models_in_folder(path)
+    models = _models_of_run(path) if RunDirectory(path).is_run() else _models_in_folder(path)
     if not models:
         raise InputError(f"{path}: no models in it; give a run with snapshots or checkpoints, or a folder of models")
     return sorted(models.items())
 
 
-def _is_model(path: Path) -> bool:
-    return is_checkpoint(path) or (path / "config.json").is_file()
-
-
-def _is_run(path: Path) -> bool:
-    return (path / LINEAGE).is_file() or (path / SNAPSHOTS).is_dir() or checkpoints_directory(path).is_dir()
-
-
-def _models_of_run(run: Path) -> dict[int, Path]:
+def _models_of_run(path: Path) -> dict[int, Path]:
     """Models by step; of several at one step a snapshot before a checkpoint, the run's own before a parent's."""
-    lineage: list[Path] = [run]
+    lineage = [RunDirectory(path)]
     limits: list[int | None] = [None]  # up to which step the models of each are part of this run's past
-    while (lineage[-1] / LINEAGE).is_file():
-        parent, step = read_lineage(lineage[-1])
+    while lineage[-1].lineage.is_file():
+        where = lineage[-1].lineage
+        parent, step = lineage[-1].parent()
         if not parent.is_dir():
-            raise InputError(
-                f"{lineage[-1] / LINEAGE}: the parent run {parent} is not there; put it back or correct parent_run"
-            )
-        if parent in [member.resolve() for member in lineage]:
-            raise InputError(f"{lineage[-1] / LINEAGE}: {parent} is also a descendant of this run; correct parent_run")
-        lineage.append(parent)
+            raise InputError(f"{where}: the parent run {parent} is not there; put it back or correct parent_run")
+        if parent in [member.path.resolve() for member in lineage]:
+            raise InputError(f"{where}: {parent} is also a descendant of this run; correct parent_run")
+        lineage.append(RunDirectory(parent))
         limits.append(step if limits[-1] is None else min(step, limits[-1]))
     models: dict[int, Path] = {}
-    for kind in (checkpoints_directory, lambda parent: parent / SNAPSHOTS):
+    for snapshots in (False, True):
         for member, limit in zip(reversed(lineage), reversed(limits), strict=True):
-            for directory in kind(member).glob("step_*"):
-                match = _STEP.fullmatch(directory.name)
-                if match and directory.is_dir() and (limit is None or int(match[1]) <= limit):
-                    models[int(match[1])] = directory
+            found = steps_in(member.snapshots if snapshots else member.checkpoints)
+            models |= {step: model for step, model in found.items() if limit is None or step <= limit}
     return models
 
 
-def read_lineage(run: Path) -> tuple[Path, int]:
-    """The parent's directory, and the step up to which its past is also this run's."""
-    path = run / LINEAGE
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if (value["format"], value["version"]) != (LINEAGE_FORMAT, LINEAGE_VERSION):
-            raise ValueError(f"format {value['format']!r}, version {value['version']}")
-        parent, step = (run / str(value["parent_run"])).resolve(), int(value["step"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: is not a lineage that this program reads ({error}); copy it anew") from None
-    return parent, step
-
-
 def _models_in_folder(folder: Path) -> dict[int, Path]:
-    directories = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and _is_model(path))
+    directories = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and is_model(path))
     if not all(_NUMBER.search(directory.name) for directory in directories):
         return dict(enumerate(directories))
     models: dict[int, Path] = {}

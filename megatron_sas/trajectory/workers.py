@@ -18,7 +18,7 @@ from megatron_sas.core.device import choose_device
 from megatron_sas.core.processes import end_with_parent
 from megatron_sas.corpus.readers.text_lines import OnError
 from megatron_sas.evaluation.provenance import weights_sha256
-from megatron_sas.model.pretrained import load_model
+from megatron_sas.run.reading import load_model
 from megatron_sas.trajectory.measure import Inputs, TrajectoryTask
 from megatron_sas.trajectory.points import is_whole, read_point, write_point, writing
 from megatron_sas.trajectory.summary import write_summary

@@ -12,7 +12,8 @@ from typing import Any
 from megatron_sas.evaluation.treebank import Sentence
 from megatron_sas.report.load import load_run
 from megatron_sas.report.trajectories import METRICS, Run
-from megatron_sas.run.records import FILE_NAME, read_records
+from megatron_sas.run.directory import RunDirectory
+from megatron_sas.run.records import read_records
 from megatron_sas.visualization.attention import ModelView, Place, base_relation, counts, shown_relations, word_levels
 
 
@@ -85,7 +86,7 @@ def _sentence(sentence: Sentence, relations: Sequence[str]) -> dict[str, Any]:
 
 def find_run(path: Path) -> Run | None:
     """The run that `path` is, if it has recorded evaluations."""
-    records = path / FILE_NAME
+    records = RunDirectory(path).records
     if not records.is_file() or not any(record["kind"] == "evaluation" for record in read_records(records)):
         return None
     return load_run(path.resolve(), path.resolve().name)

@@ -12,7 +12,7 @@ from megatron_sas.data.packed import PackedData
 from megatron_sas.evaluation import complexity
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, two_nearest, weight_norm
 from megatron_sas.evaluation.text import pack_file, packed_text, plain_text
-from megatron_sas.model import load_model
+from megatron_sas.run.reading import load_model
 
 
 def manifold(dimension, ambient, points, seed):

@@ -18,7 +18,7 @@ from megatron_sas.evaluation.minimal_pairs import BlimpTask, load_blimp
 from megatron_sas.evaluation.text import packed_forwards, packed_text
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
-from megatron_sas.model import load_model
+from megatron_sas.run.reading import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH_TOKENS = 400
@@ -32,7 +32,7 @@ from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension
 from megatron_sas.evaluation.text import packed_text
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
-from megatron_sas.model import load_model
+from megatron_sas.run.reading import load_model
 
 rank, ranks, batch_tokens, store, model_path, treebank, blimp, packed, output = sys.argv[1:]
 torch.set_num_threads(1)

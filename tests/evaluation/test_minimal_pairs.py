@@ -80,7 +80,7 @@ def test_scores_equal_minicons(adapter, hf_model, tokenizer, data_dir, monkeypat
 
 
 def test_our_model_gives_the_scores_of_hugging_face(adapter, model_directory):
-    from megatron_sas.model import load_model
+    from megatron_sas.run.reading import load_model
 
     model, tokenizer = load_model(model_directory)
     ours, theirs = (score_sentences(m, tokenizer, SENTENCES) for m in (model, adapter))

@@ -10,8 +10,8 @@ from megatron_sas.evaluation.batching import deal
 from megatron_sas.evaluation.observers import EntropyObserver, SasObserver
 from megatron_sas.evaluation.treebank import Sentence, load_treebank
 from megatron_sas.evaluation.uas import TreebankTask, UasObserver, evaluate_uas, observe_treebank
-from megatron_sas.model import load_model
 from megatron_sas.objective.sas import sas_term
+from megatron_sas.run.reading import load_model
 
 
 @pytest.fixture(scope="module")

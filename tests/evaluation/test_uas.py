@@ -107,7 +107,7 @@ def test_counts_equal_a_naive_computation_from_eager_maps(adapter, hf_model, tok
 
 
 def test_our_model_gives_the_counts_of_hugging_face(adapter, model_directory, tokenizer, ewt):
-    from megatron_sas.model import load_model
+    from megatron_sas.run.reading import load_model
 
     model, _ = load_model(model_directory)
     task = TreebankTask(ewt[:200], tokenizer, 160)

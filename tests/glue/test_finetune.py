@@ -26,17 +26,10 @@ from megatron_sas.glue.finetune import Pretrained, Settings, encode, finetune
 from megatron_sas.glue.tasks import TASKS
 from megatron_sas.model import Bert
 from megatron_sas.model import BertConfig as OwnConfig
-from megatron_sas.model.pretrained import (
-    FORMAT,
-    MODEL_CONFIG,
-    MODEL_WEIGHTS,
-    STATE,
-    VERSION,
-    write_model_config,
-    write_weights,
-)
 from megatron_sas.report.load import read_inputs
 from megatron_sas.report.trajectories import GLUE
+from megatron_sas.run.directory import MODEL_CONFIG, MODEL_WEIGHTS, STATE
+from megatron_sas.run.reading import FORMAT, VERSION, write_model_config, write_weights
 
 TOOL = str(Path(__file__).resolve().parents[2] / "tools" / "finetune_glue.py")
 BLIMP_SET = "tough_vs_raising_1.jsonl"  # which adjective stands there decides: a bag of words can learn it

@@ -13,8 +13,9 @@ from transformers import BertConfig as HFConfig
 from transformers import BertForMaskedLM
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.model import SIZES, Bert, BertConfig, load_model
+from megatron_sas.model import SIZES, Bert, BertConfig
 from megatron_sas.model.huggingface import from_hf_config, from_hf_state, to_hf_config, to_hf_state
+from megatron_sas.run.reading import load_model
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(SMALL.vocab_size - 5))]
 

@@ -13,10 +13,10 @@ from engine_runs import checkpoint, largest_difference, records, train, weights
 from megatron_sas.config import load_config
 from megatron_sas.core import manifest as manifest_module
 from megatron_sas.core.cli import InputError
-from megatron_sas.model import load_model
 from megatron_sas.run import checkpoint as checkpoint_module
 from megatron_sas.run import saver as saving
 from megatron_sas.run.checkpoint import newest_checkpoint
+from megatron_sas.run.reading import load_model
 from megatron_sas.run.records import lines_until
 from megatron_sas.train import trainer
 from megatron_sas.train.build import build_parts

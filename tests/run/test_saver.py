@@ -13,9 +13,9 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from megatron_sas.config import load_config
 from megatron_sas.core.cli import InputError
 from megatron_sas.export.hf import to_hf
-from megatron_sas.model import load_model
 from megatron_sas.run import saver as saving
 from megatron_sas.run.checkpoint import newest_checkpoint, remove_old_checkpoints
+from megatron_sas.run.reading import load_model
 from megatron_sas.run.throughput import Throughput
 
 

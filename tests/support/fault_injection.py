@@ -96,7 +96,7 @@ class _WritePoints:
     """Counts write points; kills the process at one of them, or writes down their names, each once."""
 
     def __init__(self, kill_at: int | str | None, names: Path | None, from_step: int, run: str) -> None:
-        from megatron_sas.model import pretrained
+        from megatron_sas.run import reading as pretrained
         from megatron_sas.run import saver as saving
 
         self.kill_at, self.names, self.run, self.active = kill_at, names, run, from_step < 0

@@ -17,7 +17,7 @@ from megatron_sas.core.files import sha256_file
 from megatron_sas.data.tokenizer import load_tokenizer, save_tokenizer
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
 from megatron_sas.evaluation.text import pack_file, plain_text
-from megatron_sas.model import load_model
+from megatron_sas.run.reading import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 

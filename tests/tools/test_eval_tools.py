@@ -20,7 +20,7 @@ from megatron_sas.evaluation.command_line import check_output
 from megatron_sas.evaluation.minimal_pairs import BlimpTask, load_blimp
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
-from megatron_sas.model import load_model
+from megatron_sas.run.reading import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "the a old dog dogs cat cats saw see sees bark barks run runs .".split()  # noqa: SIM905

@@ -25,7 +25,7 @@ from megatron_sas.evaluation.complexity import weight_norm
 from megatron_sas.evaluation.minimal_pairs import BlimpTask, load_blimp
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
-from megatron_sas.model import load_model
+from megatron_sas.run.reading import load_model
 from megatron_sas.run.records import read_records
 from megatron_sas.trajectory.measure import Inputs
 from megatron_sas.trajectory.models import list_models

@@ -18,7 +18,7 @@ from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
 from megatron_sas.export.hf import to_hf
-from megatron_sas.model import load_model
+from megatron_sas.run.reading import load_model
 from megatron_sas.run.records import read_records
 
 NOUNS, VERBS = ("dog", "painter", "café", "Walker"), ("see", "help", "watch")

@@ -20,7 +20,7 @@ from transformers import BertForMaskedLM, BertTokenizerFast
 from megatron_sas.core.cli import InputError
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
-from megatron_sas.model import load_model
+from megatron_sas.run.reading import load_model
 from megatron_sas.visualization.attention import check_size
 from megatron_sas.visualization.page import render
 from megatron_sas.visualization.sentences import load_sentences

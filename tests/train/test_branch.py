@@ -13,7 +13,7 @@ from megatron_sas.config import load_config
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import sha256_file
 from megatron_sas.export.hf import to_hf
-from megatron_sas.model.pretrained import resolve_run
+from megatron_sas.run.directory import find_model
 from megatron_sas.run.records import lines_until, read_records
 from megatron_sas.train import branch as branching
 from megatron_sas.train import build as setup
@@ -241,7 +241,7 @@ def test_a_dry_run_says_where_it_branches(config, parent, tmp_path, capsys):
     preflight._try_one_step(settings, report)
     output = capsys.readouterr().out
     assert report.agree(), output
-    newest = resolve_run(parent)
+    newest = find_model(parent)
     assert f"ok       branch: from {newest}, changes train.steps" in output
     assert "disk space: 1 checkpoints of" in output
     assert f"one step: branching from {newest}, masked-LM loss" in output

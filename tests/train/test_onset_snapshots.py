@@ -8,7 +8,7 @@ import pytest
 from engine_runs import override_arguments
 
 from megatron_sas.config import load_config
-from megatron_sas.run.checkpoint import checkpoint_name
+from megatron_sas.run.directory import step_name
 from megatron_sas.train.onset_snapshots import Watch
 
 SECTION = {"watch.metrics": ["loss"], "watch.delta": 20, "watch.every": 5, "watch.keep": 12}
@@ -29,6 +29,6 @@ def test_the_ring_has_what_now_and_what_a_restart_would_need(config, tmp_path, p
     saver = SimpleNamespace(published=published, step=begun)
     watch = Watch(settings, -1, SimpleNamespace(path=tmp_path / "metrics.jsonl"), saver, print)
     for step in range(0, 101, 5):
-        (tmp_path / "ring" / checkpoint_name(step)).mkdir(parents=True)
+        (tmp_path / "ring" / step_name(step)).mkdir(parents=True)
     assert watch.place(105) == "ring"
-    assert sorted(path.name for path in (tmp_path / "ring").iterdir()) == [checkpoint_name(s) for s in expected]
+    assert sorted(path.name for path in (tmp_path / "ring").iterdir()) == [step_name(s) for s in expected]

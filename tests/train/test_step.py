@@ -16,7 +16,7 @@ from megatron_sas.data.mlm_dataset import MLMDataset
 from megatron_sas.data.packed import PackedData
 from megatron_sas.model.bert import Embeddings
 from megatron_sas.model.huggingface import from_hf_state
-from megatron_sas.model.pretrained import read_model_config
+from megatron_sas.run.reading import read_model_config
 from megatron_sas.train.step import Engine
 
 NO_DROPOUT = {"model.hidden_dropout": 0.0}

@@ -18,7 +18,7 @@ from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension,
 from megatron_sas.evaluation.live import GRACE_SECONDS, EvaluationSection, evaluation_stride
 from megatron_sas.evaluation.text import packed_text
 from megatron_sas.export.hf import to_hf
-from megatron_sas.model import load_model
+from megatron_sas.run.reading import load_model
 from megatron_sas.run.records import read_records
 from megatron_sas.train import build as setup
 from megatron_sas.train.build import build_parts, data_facts, refuse_other_data

@@ -21,7 +21,7 @@ from engine_runs import (
 from transformers import AutoModelForMaskedLM
 
 from megatron_sas.export.hf import to_hf
-from megatron_sas.model import load_model
+from megatron_sas.run.reading import load_model
 from megatron_sas.run.records import read_records
 
 pytestmark = pytest.mark.slow

@@ -12,8 +12,8 @@ from engine_runs import ROOT, checkpoint, largest_difference, launch, records, t
 sys.path.insert(0, str(ROOT / "tools"))
 from scaling_model import collectives, modules
 
-from megatron_sas.model.pretrained import read_model_config
 from megatron_sas.run.memory import count_parameters
+from megatron_sas.run.reading import read_model_config
 
 pytestmark = pytest.mark.full
 

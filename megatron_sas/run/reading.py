@@ -18,28 +18,27 @@ from torch import Tensor
 
 from megatron_sas.core.cli import InputError, first_line
 from megatron_sas.core.files import obey_umask, write_json_atomic
-from megatron_sas.core.manifest import MANIFEST, read_manifest, verify_manifest
+from megatron_sas.core.manifest import read_manifest, verify_manifest
 from megatron_sas.data.tokenizer import load_tokenizer
 from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
 from megatron_sas.model.huggingface import from_hf_config, from_hf_state
+from megatron_sas.run.directory import (
+    HF_CONFIG,
+    MODEL_CONFIG,
+    MODEL_WEIGHTS,
+    OPTIMIZER_PREFIX,
+    STATE,
+    TOKENIZER_DIRECTORY,
+    find_model,
+    is_checkpoint,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = "megatron_sas checkpoint"
 VERSION = 1
-MODEL_CONFIG = "model.json"
-MODEL_WEIGHTS = "model.safetensors"
-TOKENIZER_DIRECTORY = "tokenizer"
-STATE = "state.json"
-OPTIMIZER_PREFIX = "optimizer-"
-LATEST = "latest"
-
-
-def checkpoints_directory(run_dir: str | Path) -> Path:
-    """Where a run keeps its checkpoints."""
-    return Path(run_dir) / "checkpoints"
 
 
 def load_model(
@@ -67,28 +66,10 @@ def load_model(
 
 def read_model(path: str | Path) -> tuple[BertConfig, dict[str, Tensor], Path]:
     """Configuration, our float32 state dict, and where the tokenizer is. See `load_model`."""
-    path = Path(path)
-    if not path.is_dir():
-        raise InputError(f"{path}: no such directory; give a Hugging Face directory or a training checkpoint")
-    path = resolve_run(path)
+    path = find_model(path)
     if is_checkpoint(path):
         return read_checkpoint(path)
-    if (path / "config.json").is_file():
-        return *_read_hf(path), path
-    raise InputError(f"{path}: neither a Hugging Face model (config.json) nor a checkpoint ({MODEL_CONFIG})")
-
-
-def resolve_run(path: Path) -> Path:
-    """The checkpoint published last if `path` is a run directory, else `path` itself."""
-    pointer = checkpoints_directory(path) / LATEST
-    if not pointer.is_file():
-        return path
-    return pointer.parent / Path(pointer.read_text(encoding="utf-8").strip()).name
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a training checkpoint, whole or not."""
-    return (path / MODEL_CONFIG).is_file() or (path / MANIFEST).is_file()
+    return *_read_hf(path), path
 
 
 def read_checkpoint(path: Path) -> tuple[BertConfig, dict[str, Tensor], Path]:
@@ -209,7 +190,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def _read_hf(path: Path) -> tuple[BertConfig, dict[str, Tensor]]:
-    config = from_hf_config(_read_json(path / "config.json"), str(path / "config.json"))
+    config = from_hf_config(_read_json(path / HF_CONFIG), str(path / HF_CONFIG))
     if (path / "model.safetensors").is_file():
         state = read_weights(path / "model.safetensors")
     elif (path / "model.safetensors.index.json").is_file():
