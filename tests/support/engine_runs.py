@@ -21,7 +21,7 @@ from megatron_sas.config import load_config
 from megatron_sas.run.records import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
-SCENARIOS = ROOT / "tests" / "engine" / "engine_scenarios.py"
+SCENARIOS = ROOT / "tests" / "support" / "engine_scenarios.py"
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -110,7 +110,7 @@ def launch(*arguments: object, expect: int = 0, timeout: int = 300, **environmen
         stderr=subprocess.STDOUT,
         text=True,
         timeout=timeout,
-        env={**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment},
+        env={**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}", **environment},
     )
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}"
     return done.stdout

@@ -52,7 +52,7 @@ def jobs(config, tmp_path_factory):
     runs.append({"name": "zero3_offload-bf16", "overrides": {**overrides, "train.precision": "bf16"}})
     job = path / "job.json"
     job.write_text(json.dumps({"config": str(config), "directory": str(path), "runs": runs}))
-    scenarios = ROOT / "tests" / "engine" / "zero_scenarios.py"
+    scenarios = ROOT / "tests" / "support" / "zero_scenarios.py"
     launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", scenarios, job)
     return path
 
