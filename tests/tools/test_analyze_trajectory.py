@@ -9,7 +9,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "analyze_trajectory.py"
-sys.path.insert(0, str(ROOT / "tests" / "analysis"))
 
 from synthetic_runs import write_run  # noqa: E402
 
