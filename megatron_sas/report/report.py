@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from megatron_sas import __version__
@@ -36,7 +38,6 @@ from megatron_sas.report.tables import (
     table_csv,
     table_markdown,
 )
-from megatron_sas.report.template import TEMPLATE
 from megatron_sas.report.trajectories import METRICS, TABLE_METRICS
 
 FULL_WIDTH = 9.5  # inches, of a figure that fills the page
@@ -114,7 +115,10 @@ def report_html(analysis: Analysis, pictures: dict[str, Picture]) -> str:
     runs, found = analysis.runs, analysis.found
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"show": show, "decimals": _decimals, "percent": _percent, "p": show_p}
-    return environment.from_string(TEMPLATE).render(
+    here = files("megatron_sas.report")
+    template = (here / "report.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        style=Markup((here / "report.css").read_text(encoding="utf-8")),
         version=__version__,
         analysis=analysis,
         found=found,
