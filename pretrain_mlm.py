@@ -9,7 +9,7 @@ import os
 import sys
 import time
 
-from megatron_sas.engine.signals import StopRequest, rank_by_launcher
+from megatron_sas.run.signals import StopRequest, rank_by_launcher
 
 
 def main() -> int:
@@ -23,8 +23,8 @@ def main() -> int:
         print(f"error: rank {rank_by_launcher()}: {what}", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        from megatron_sas import distributed
-        from megatron_sas.cli import first_line
+        from megatron_sas.core import distributed
+        from megatron_sas.core.cli import first_line
 
         if not distributed.lost_contact(error):
             raise
@@ -38,19 +38,19 @@ def main() -> int:
 
 def train(stop: StopRequest) -> int:
     """`main`, but for what other processes and impatient users do."""
-    from megatron_sas import distributed
-    from megatron_sas.cli import InputError
     from megatron_sas.config import load_config, parse_arguments
+    from megatron_sas.core import distributed
+    from megatron_sas.core.cli import InputError
 
     try:
         arguments, overrides = parse_arguments()
         if arguments.dry_run:
             stop.no_longer_listen()  # there is nothing to save
-            from megatron_sas.engine.preflight import preflight
+            from megatron_sas.train.dry_run import preflight
 
             return preflight(arguments.config, overrides)
         config = load_config(arguments.config, overrides)
-        from megatron_sas.engine.trainer import Trainer  # deepspeed: not needed for --help and bad configurations
+        from megatron_sas.train.trainer import Trainer  # deepspeed: not needed for --help and bad configurations
 
         trainer = Trainer(config, stop)
     except (InputError, OSError) as error:  # on every rank, or on some
@@ -71,7 +71,7 @@ def say_what_is_wrong(error: Exception, stop: StopRequest) -> None:
     if rank == 0:
         print(f"error: {error}", file=sys.stderr)
         return
-    from megatron_sas.cli import CommonError
+    from megatron_sas.core.cli import CommonError
 
     asked = stop.reason
     time.sleep(2)  # a launcher that sees a process end stops the others: let rank 0 speak first

@@ -1,7 +1,7 @@
 """The configuration of a run: one YAML file and `--section.field value` overrides, typed and checked as a whole.
 
 The YAML owns batch sizes, precision, clipping and the optimizer. A DeepSpeed JSON may tune DeepSpeed's own machinery
-(see `engine/deepspeed_config.py`), and nothing is said in two places.
+(see `train/deepspeed_config.py`), and nothing is said in two places.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
-from megatron_sas.cli import InputError
 from megatron_sas.config_sections import (
     FAULT_SEPARATOR,
     CheckpointSection,
@@ -33,10 +32,11 @@ from megatron_sas.config_sections import (
     TrainSection,
     WatchSection,
 )
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.yaml_file import Dumper, Loader, read_yaml
 from megatron_sas.model.config import BertConfig
 from megatron_sas.objective.pretraining import SasObjective
-from megatron_sas.objective.schedule import Stage
-from megatron_sas.yaml_file import Dumper, Loader, read_yaml
+from megatron_sas.optim.schedules import Stage
 
 NULL = ("", "~", "null")
 

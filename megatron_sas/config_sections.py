@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import PydanticCustomError
 
 from megatron_sas.model.config import SIZES
-from megatron_sas.objective.schedule import Stage, check_stages
+from megatron_sas.optim.schedules import Stage, check_stages
 
 FAULT_SEPARATOR = "\x1f"  # between the faults of one section, which pydantic passes on as one message
 

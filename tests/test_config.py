@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sas.cli import InputError
 from megatron_sas.config import Config, help_text, load_config, parse_arguments
 from megatron_sas.config_sections import ModelSection, TrainSection, When
+from megatron_sas.core.cli import InputError
 from megatron_sas.kernels import BACKENDS
-from megatron_sas.objective.schedule import Stage, sas_weight
+from megatron_sas.optim.schedules import Stage, sas_weight
 
 MINIMAL = """
 run: {output_dir: runs/a}

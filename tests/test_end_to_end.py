@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from engine_runs import free_port
 
-from megatron_sas.metrics.records import read_records
+from megatron_sas.run.records import read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = Path(sys.executable).parent / "deepspeed"

@@ -8,13 +8,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_sas.analysis.analyse import analyse
-from megatron_sas.analysis.loading import read_inputs, sweep_title
-from megatron_sas.analysis.report import write_analysis
-from megatron_sas.analysis.run_onsets import default_delta
-from megatron_sas.analysis.trajectories import conditions
-from megatron_sas.cli import InputError, run_main
-from megatron_sas.files import atomic_directory, refuse_existing
+from megatron_sas.core.cli import InputError, run_main
+from megatron_sas.core.files import atomic_directory, refuse_existing
+from megatron_sas.report.analyse import analyse
+from megatron_sas.report.load import read_inputs, sweep_title
+from megatron_sas.report.report import write_analysis
+from megatron_sas.report.run_onsets import default_delta
+from megatron_sas.report.trajectories import conditions
 
 DESCRIPTION = """\
 Find when loss, syntactic attention (UAS) and grammatical ability (BLiMP) break in the course of training, compare

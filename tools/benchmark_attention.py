@@ -34,11 +34,11 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_sas.cli import InputError, first_line, run_main
-from megatron_sas.device import DEVICE_HELP, choose_device
-from megatron_sas.files import refuse_existing, write_json_atomic
+from megatron_sas.core.benchmark import Times, describe_device, time_interleaved
+from megatron_sas.core.cli import InputError, first_line, run_main
+from megatron_sas.core.device import DEVICE_HELP, choose_device
+from megatron_sas.core.files import refuse_existing, write_json_atomic
 from megatron_sas.kernels import BACKENDS, dependency_attention
-from megatron_sas.metrics.benchmark import Times, describe_device, time_interleaved
 
 PEERS = {
     "cpu": {"torch sdpa": SDPBackend.FLASH_ATTENTION},

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_sas.cli import InputError, run_main
-from megatron_sas.files import refuse_existing, write_json_atomic
-from megatron_sas.kernels.linear import linear
-from megatron_sas.metrics.benchmark import describe_device, median_ratio, time_interleaved
+from megatron_sas.core.benchmark import describe_device, median_ratio, time_interleaved
+from megatron_sas.core.cli import InputError, run_main
+from megatron_sas.core.files import refuse_existing, write_json_atomic
+from megatron_sas.kernels.cpu_linear import linear
 from megatron_sas.model import SIZES, BertConfig
 
 MASK_PROB = 0.15

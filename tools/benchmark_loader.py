@@ -30,12 +30,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import torch
 
-from megatron_sas.cli import InputError, run_main
+from megatron_sas.core.benchmark import Times, describe_device, median_ratio, time_interleaved
+from megatron_sas.core.cli import InputError, run_main
+from megatron_sas.core.files import refuse_existing, write_json_atomic
 from megatron_sas.data.mlm_dataset import MLMDataset, PrefetchLoader
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer
-from megatron_sas.files import refuse_existing, write_json_atomic
-from megatron_sas.metrics.benchmark import Times, describe_device, median_ratio, time_interleaved
 
 MASK_PROB = 0.15
 PEERS = ("hf", "hf, torch", "hf, heads")

@@ -28,11 +28,11 @@ import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from megatron_sas.cli import InputError, run_main  # noqa: E402
-from megatron_sas.data.parses import SPACY_BATCH, describe_parser, load_spacy  # noqa: E402
-from megatron_sas.data.preprocess import PreprocessSettings, preprocess  # noqa: E402
-from megatron_sas.data.sources import Reading, read_units  # noqa: E402
-from megatron_sas.files import refuse_existing, write_json_atomic  # noqa: E402
+from megatron_sas.core.cli import InputError, run_main  # noqa: E402
+from megatron_sas.core.files import refuse_existing, write_json_atomic  # noqa: E402
+from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess  # noqa: E402
+from megatron_sas.corpus.parsers.base import SPACY_BATCH, describe_parser, load_spacy  # noqa: E402
+from megatron_sas.corpus.readers.sources import Reading, read_units  # noqa: E402
 
 
 def bare_pipe(texts: list[str], model: str, workers: int) -> int:

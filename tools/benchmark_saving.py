@@ -33,19 +33,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from megatron_sas import distributed
-from megatron_sas.cli import InputError, run_main
 from megatron_sas.config import Config, load_config
-from megatron_sas.engine.engine import Engine
-from megatron_sas.engine.environment import initialize_distributed
-from megatron_sas.engine.saving import Saver
-from megatron_sas.engine.setup import Parts, build_parts
-from megatron_sas.files import refuse_existing, write_json_atomic
-from megatron_sas.metrics.benchmark import Times, describe_device, median_ratio, time_interleaved
-from megatron_sas.model.pretrained import checkpoints_directory
-from megatron_sas.model.trajectory import SNAPSHOTS
+from megatron_sas.core import distributed
+from megatron_sas.core.benchmark import Times, describe_device, median_ratio, time_interleaved
+from megatron_sas.core.cli import InputError, run_main
+from megatron_sas.core.files import refuse_existing, write_json_atomic
+from megatron_sas.launch.environment import initialize_distributed
 from megatron_sas.objective.pretraining import MaskedLMWithSas
-from megatron_sas.objective.schedule import sas_weight
+from megatron_sas.optim.schedules import sas_weight
+from megatron_sas.run.reading import checkpoints_directory
+from megatron_sas.run.saver import Saver
+from megatron_sas.train.build import Parts, build_parts
+from megatron_sas.train.step import Engine
+from megatron_sas.trajectory.models import SNAPSHOTS
 
 NO_EVALUATION = ("--evaluation.treebank", "null", "--evaluation.blimp", "null")
 WARMUP = 1

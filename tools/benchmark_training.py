@@ -39,21 +39,21 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import torch
 from torch import Tensor, nn
 
-from megatron_sas.cli import InputError, first_line, run_main
-from megatron_sas.device import DEVICE_HELP, choose_device
-from megatron_sas.files import refuse_existing, write_json_atomic
-from megatron_sas.kernels import choose_backend
-from megatron_sas.metrics.benchmark import (
+from megatron_sas.core.benchmark import (
     Times,
     describe_device,
     median_ratio,
     release_memory,
     time_interleaved,
 )
-from megatron_sas.metrics.throughput import flops_per_token, peak_flops
+from megatron_sas.core.cli import InputError, first_line, run_main
+from megatron_sas.core.device import DEVICE_HELP, choose_device
+from megatron_sas.core.files import refuse_existing, write_json_atomic
+from megatron_sas.kernels import choose_backend
 from megatron_sas.model import SIZES, Bert, BertConfig
 from megatron_sas.model.huggingface import to_hf_config, to_hf_state
 from megatron_sas.objective.pretraining import MaskedLMWithSas, SasObjective
+from megatron_sas.run.throughput import flops_per_token, peak_flops
 
 SAS_WEIGHT = 0.001
 VARIANTS = ("ours_max", "ours_uniform", "ours_mlm", "ours_deepspeed", "ours_flex", "paper", "hf_sdpa")
@@ -196,8 +196,8 @@ def _training_step(module: nn.Module, loss: Callable[[], Tensor], setting: Setti
 def _deepspeed_step(setting: Setting, batch: Batch) -> Callable[[], None]:
     from megatron_sas.config_sections import TrainSection
     from megatron_sas.data.mlm_dataset import MicroBatch, Window
-    from megatron_sas.engine.engine import Engine
-    from megatron_sas.engine.environment import initialize_distributed
+    from megatron_sas.launch.environment import initialize_distributed
+    from megatron_sas.train.step import Engine
 
     initialize_distributed(timeout_minutes=30)
     sequences = len(batch.input_ids)

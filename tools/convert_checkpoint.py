@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_sas.cli import run_main
-from megatron_sas.model.conversion import DTYPES, from_hf, to_hf
+from megatron_sas.core.cli import run_main
+from megatron_sas.export.hf import DTYPES, from_hf, to_hf
 
 DESCRIPTION = """\
 to-hf    a training checkpoint becomes a BertForMaskedLM directory that transformers (4 and 5) and minicons load as it

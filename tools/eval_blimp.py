@@ -9,12 +9,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_sas.cli import progress, run_main
-from megatron_sas.evaluation.blimp import BlimpTask, load_blimp, sha256_folder
+from megatron_sas.core.cli import progress, run_main
+from megatron_sas.core.files import write_json_atomic
 from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, precision
+from megatron_sas.evaluation.minimal_pairs import BlimpTask, load_blimp, sha256_folder
 from megatron_sas.evaluation.pll import METRICS
 from megatron_sas.evaluation.provenance import provenance
-from megatron_sas.files import write_json_atomic
 from megatron_sas.model import load_model
 
 DESCRIPTION = """\

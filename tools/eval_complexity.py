@@ -9,13 +9,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_sas.cli import InputError, progress, run_main
+from megatron_sas.core.cli import InputError, progress, run_main
+from megatron_sas.core.files import sha256_file, write_json_atomic
 from megatron_sas.data.tokenizer import tokenizer_hash
 from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, precision
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
 from megatron_sas.evaluation.provenance import provenance
 from megatron_sas.evaluation.text import open_packed_text, pack_file, packed_forwards, packed_text, plain_text
-from megatron_sas.files import sha256_file, write_json_atomic
 from megatron_sas.model import load_model
 
 DESCRIPTION = """\

@@ -10,12 +10,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_sas.cli import InputError, run_main
-from megatron_sas.data.conllu import read_conllu
-from megatron_sas.data.parses import describe_parser, make_parser
+from megatron_sas.core.cli import InputError, run_main
+from megatron_sas.core.files import sha256_file, write_json_atomic
+from megatron_sas.corpus.parsers.base import describe_parser, make_parser
+from megatron_sas.corpus.readers.conllu import read_conllu
 from megatron_sas.evaluation.command_line import check_output
 from megatron_sas.evaluation.parser_quality import evaluate_parser, gold_units
-from megatron_sas.files import sha256_file, write_json_atomic
 
 DESCRIPTION = """\
 The parser reads the treebank's text, as tools/preprocess_data.py would give it, and its words are brought onto the gold

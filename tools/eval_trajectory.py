@@ -9,13 +9,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_sas.cli import InputError, progress, run_main
-from megatron_sas.device import DEVICE_HELP
-from megatron_sas.evaluation.measuring import measure_models
+from megatron_sas.core.cli import InputError, progress, run_main
+from megatron_sas.core.device import DEVICE_HELP
 from megatron_sas.evaluation.pll import METRICS
-from megatron_sas.evaluation.points import TRAJECTORY
-from megatron_sas.evaluation.trajectory import Inputs
-from megatron_sas.model.trajectory import list_models
+from megatron_sas.trajectory.measure import Inputs
+from megatron_sas.trajectory.models import list_models
+from megatron_sas.trajectory.points import TRAJECTORY
+from megatron_sas.trajectory.workers import measure_models
 
 DESCRIPTION = """\
 Measure every snapshot and checkpoint of a run (those of the runs that it branched from, up to the branch, included), or

@@ -19,13 +19,13 @@ import torch
 import transformers
 
 import megatron_sas
-from megatron_sas.cli import InputError, progress, run_main
-from megatron_sas.device import DEVICE_HELP, choose_device
+from megatron_sas.core.cli import InputError, progress, run_main
+from megatron_sas.core.device import DEVICE_HELP, choose_device
+from megatron_sas.core.files import write_json_atomic
 from megatron_sas.evaluation.command_line import add_model_argument, check_output
-from megatron_sas.evaluation.glue import FORMAT, Pretrained, Settings, encode, finetune, identity, record
-from megatron_sas.evaluation.glue_data import Columns, Examples, read_file, read_hub, task_files
-from megatron_sas.evaluation.glue_tasks import NOT_AVERAGED, TASKS, Task
-from megatron_sas.files import write_json_atomic
+from megatron_sas.glue.data import Columns, Examples, read_file, read_hub, task_files
+from megatron_sas.glue.finetune import FORMAT, Pretrained, Settings, encode, finetune, identity, record
+from megatron_sas.glue.tasks import NOT_AVERAGED, TASKS, Task
 
 DESCRIPTION = """\
 Data come from --data, a folder like the GLUE download (CoLA/train.tsv, CoLA/dev.tsv, ...), from --train-file and

@@ -15,8 +15,8 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from megatron_sas.cli import run_main
-from megatron_sas.data.import_dataset import COUNTS, ImportSettings, import_dataset
+from megatron_sas.core.cli import run_main
+from megatron_sas.corpus.import_dataset import COUNTS, ImportSettings, import_dataset
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer
 

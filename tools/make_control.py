@@ -14,12 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from megatron_sas.cli import InputError, progress, run_main
+from megatron_sas.core.cli import InputError, progress, run_main
+from megatron_sas.core.files import fsync_directory, fsync_file, refuse_existing, write_json_atomic
+from megatron_sas.corpus.build.packed_writer import temporary_folder
+from megatron_sas.corpus.controls import Control, parse_control
 from megatron_sas.data.checksums import block_checksums
-from megatron_sas.data.controls import Control, parse_control
 from megatron_sas.data.packed import PackedData
-from megatron_sas.data.packed_writer import temporary_folder
-from megatron_sas.files import fsync_directory, fsync_file, refuse_existing, write_json_atomic
 
 BLOCK_TOKENS = 1 << 19  # tokens held in memory at a time
 

@@ -17,8 +17,8 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from megatron_sas.cli import InputError, run_main
-from megatron_sas.data.merge import merge
+from megatron_sas.core.cli import InputError, run_main
+from megatron_sas.corpus.build.merge import merge
 
 
 def main() -> None:

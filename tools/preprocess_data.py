@@ -26,9 +26,9 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLI
     os.environ[_name] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from megatron_sas.cli import InputError, run_main  # noqa: E402
-from megatron_sas.data.preprocess import PreprocessSettings, preprocess  # noqa: E402
-from megatron_sas.data.shards import parse_shard, preprocess_shards  # noqa: E402
+from megatron_sas.core.cli import InputError, run_main  # noqa: E402
+from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess  # noqa: E402
+from megatron_sas.corpus.build.shards import parse_shard, preprocess_shards  # noqa: E402
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[PreprocessSettings, tuple[int, int] | None]:

@@ -17,11 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import psutil
 
-from megatron_sas.cli import InputError, progress, run_main
-from megatron_sas.directory_lock import DirectoryLock
-from megatron_sas.engine.signals import STOP
-from megatron_sas.metrics.records import FILE_NAME, read_records
-from megatron_sas.sweep import PlannedRun, Sweep, plan_sweep
+from megatron_sas.core.cli import InputError, progress, run_main
+from megatron_sas.core.directory_lock import DirectoryLock
+from megatron_sas.experiments.sweep import PlannedRun, Sweep, plan_sweep
+from megatron_sas.run.records import FILE_NAME, read_records
+from megatron_sas.run.signals import STOP
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from megatron_sas.cli import InputError, run_main
 from megatron_sas.config import load_config
-from megatron_sas.engine.memory import count_parameters, estimate_memory
-from megatron_sas.engine.preflight import CHECKPOINT_BYTES
-from megatron_sas.files import write_text_atomic
-from megatron_sas.metrics.throughput import flops_per_token, peak_flops
+from megatron_sas.core.cli import InputError, run_main
+from megatron_sas.core.files import write_text_atomic
 from megatron_sas.model.config import SIZES, BertConfig
+from megatron_sas.run.memory import count_parameters, estimate_memory
+from megatron_sas.run.throughput import flops_per_token, peak_flops
+from megatron_sas.train.dry_run import CHECKPOINT_BYTES
 
 GPUS = (1, 2, 8, 16, 64, 256, 1024)
 COLUMNS = tuple(f"{gpus:,} GPU{'s' if gpus > 1 else ''}" for gpus in GPUS)
@@ -56,7 +56,7 @@ def _input(default: float, help_: str) -> float:
 class Cluster:
     """The assumptions."""
 
-    gpu: str = field(default="NVIDIA H100 80GB HBM3", metadata={"help": "peak from metrics/throughput.py (data sheet)"})
+    gpu: str = field(default="NVIDIA H100 80GB HBM3", metadata={"help": "peak from run/throughput.py (data sheet)"})
     gpu_memory_gb: float = _input(80, "GB of memory per GPU (data sheet)")
     mfu: float = _input(0.4, "share of the bf16 peak that one GPU alone reaches: a target, measure your own")
     memory_tb_s: float = _input(3.35, "TB/s of GPU memory (data sheet); bounds the optimizer's time")

@@ -19,12 +19,12 @@ import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from megatron_sas.cli import InputError, run_main
-from megatron_sas.data.conllu import read_conllu
-from megatron_sas.data.survey import SurveySettings, survey
-from megatron_sas.evaluation.blimp import load_blimp
+from megatron_sas.core.cli import InputError, run_main
+from megatron_sas.core.files import refuse_existing, write_json_atomic
+from megatron_sas.corpus.inspect.survey import SurveySettings, survey
+from megatron_sas.corpus.readers.conllu import read_conllu
+from megatron_sas.evaluation.minimal_pairs import load_blimp
 from megatron_sas.evaluation.treebank import load_treebank
-from megatron_sas.files import refuse_existing, write_json_atomic
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -12,14 +12,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from megatron_sas.cli import InputError, progress, run_main
+from megatron_sas.core.cli import InputError, progress, run_main
+from megatron_sas.core.device import DEVICE_HELP, choose_device
+from megatron_sas.core.files import refuse_existing, write_text_atomic
 from megatron_sas.data.tokenizer import tokenizer_hash
-from megatron_sas.device import DEVICE_HELP, choose_device
 from megatron_sas.evaluation.treebank import Sentence, load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
-from megatron_sas.files import refuse_existing, write_text_atomic
 from megatron_sas.model import load_model
-from megatron_sas.model.trajectory import list_models
+from megatron_sas.trajectory.models import list_models
 from megatron_sas.visualization.attention import ModelView, Place, check_size, choose_sentences, view
 from megatron_sas.visualization.page import find_run, page_data, render
 from megatron_sas.visualization.sentences import load_sentences

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sas.cli import InputError
-from megatron_sas.files import sha256_file
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.files import sha256_file
 
 BLOCK = 1 << 18  # bytes
 

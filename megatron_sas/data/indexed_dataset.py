@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sas.cli import InputError
-from megatron_sas.files import fsync_file, obey_umask
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.files import fsync_file, obey_umask
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 from megatron_sas.data.packed import OPEN_FILES, PackedData, packed_header
 from megatron_sas.data.sampler import block_shares, global_samples, mixture_samples
 

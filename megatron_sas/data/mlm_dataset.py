@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 from megatron_sas.data.masking import mask_tokens
 from megatron_sas.data.mixture import MixedData, stream_samples
 from megatron_sas.data.packed import PackedData

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 
 if TYPE_CHECKING:
     from megatron_sas.data.packed import PackedData

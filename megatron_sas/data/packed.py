@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.files import sha256_file
 from megatron_sas.data.checksums import CheckedMap
 from megatron_sas.data.indexed_dataset import IndexedDataset
-from megatron_sas.files import sha256_file
 
 FORMAT = "megatron_sas packed sequences"
 FORMAT_VERSION = 1

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sas.cli import InputError, first_line
+from megatron_sas.core.cli import InputError, first_line
+from megatron_sas.core.files import write_json_atomic
 from megatron_sas.data.packed import TokenizerInfo
-from megatron_sas.files import write_json_atomic
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from megatron_sas.distributed import rank, world_size
+from megatron_sas.core.distributed import rank, world_size
 
 Batch = TypeVar("Batch")
 AfterBatch = Callable[[], None]  # called once after each forward pass, equally often on every rank

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_sas.cli import InputError
-from megatron_sas.device import DEVICE_HELP, choose_device
-from megatron_sas.files import refuse_existing
-from megatron_sas.model.pretrained import resolve_run
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.device import DEVICE_HELP, choose_device
+from megatron_sas.core.files import refuse_existing
+from megatron_sas.run.reading import resolve_run
 
 
 def evaluation_parser(description: str, batch_tokens: int) -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_sas import distributed
+from megatron_sas.core import distributed
 from megatron_sas.evaluation.batching import AfterBatch, evaluating
 from megatron_sas.evaluation.text import TextBatch
 from megatron_sas.model.bert import Bert, BertOutput

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_sas.config import Config
 from megatron_sas.data.packed import PackedData
 from megatron_sas.evaluation.batching import AfterBatch
-from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension
+from megatron_sas.evaluation.minimal_pairs import BlimpTask, load_blimp
 from megatron_sas.evaluation.text import packed_text
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask

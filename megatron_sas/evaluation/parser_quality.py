@@ -1,6 +1,6 @@
 """How good a parser's edges are: its parse of a treebank's text, brought onto the gold words by character.
 
-The same alignment that gives pieces their edges (`data/alignment.py`) takes gold words as its pieces here. A gold word
+The same alignment that gives pieces their edges (`corpus/build/align.py`) takes gold words as its pieces here. A gold word
 that is not the first in a parser's word, or has no characters of its own, has no predicted head and counts as wrong.
 """
 
@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sas.cli import InputError
-from megatron_sas.data.alignment import Parse, align
-from megatron_sas.data.conllu import ConlluSentence
+from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.build.align import Parse, align
+from megatron_sas.corpus.parsers.base import Parser, RelationNames
+from megatron_sas.corpus.readers.conllu import ConlluSentence
 from megatron_sas.data.packed import WORD_START
-from megatron_sas.data.parses import Parser, RelationNames
 
 ROOT, NONE = -1, -2  # predicted heads: the parser calls the word a root; the word has no prediction
 

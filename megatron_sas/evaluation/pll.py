@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.distributed import all_reduce_sum_
 from megatron_sas.data.tokenizer import knows_words
-from megatron_sas.distributed import all_reduce_sum_
 from megatron_sas.evaluation.batching import AfterBatch, deal, evaluating
 
 METRICS = ("pll", "within_word_l2r")

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import megatron_sas
+from megatron_sas.core.files import sha256_file
 from megatron_sas.data.tokenizer import tokenizer_hash
-from megatron_sas.files import sha256_file
-from megatron_sas.model.pretrained import MODEL_WEIGHTS, STATE
+from megatron_sas.run.reading import MODEL_WEIGHTS, STATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

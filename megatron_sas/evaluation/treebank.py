@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sas.cli import InputError
-from megatron_sas.data.conllu import read_conllu
-from megatron_sas.data.text_lines import is_encodable, parse_json
+from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.readers.conllu import read_conllu
+from megatron_sas.corpus.readers.text_lines import is_encodable, parse_json
 
 
 @dataclass(frozen=True)

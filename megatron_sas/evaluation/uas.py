@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_sas.cli import InputError
-from megatron_sas.distributed import all_reduce_sum_
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.distributed import all_reduce_sum_
 from megatron_sas.evaluation.batching import AfterBatch, deal, evaluating
 from megatron_sas.evaluation.observers import MapObserver, share_pass
 from megatron_sas.evaluation.treebank import Sentence, TokenizedSentence, tokenize_words

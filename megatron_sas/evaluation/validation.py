@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_sas import distributed
+from megatron_sas.core import distributed
 from megatron_sas.data.mlm_dataset import validation_batches
 from megatron_sas.data.packed import PackedData
 from megatron_sas.evaluation.batching import AfterBatch, evaluating

@@ -46,7 +46,7 @@ def backend_refusal(backend: str, q: Tensor, has_seqlens: bool, dropout_p: float
     if backend == "triton":
         if not HAS_TRITON:
             return "Triton is not installed (CUDA builds of torch bring it)"
-        from megatron_sas.kernels.triton_attention import triton_refusal
+        from megatron_sas.kernels.triton.attention import triton_refusal
 
         return triton_refusal(q)
     if backend in ("sdpa", "cudnn"):
@@ -58,7 +58,7 @@ def backend_refusal(backend: str, q: Tensor, has_seqlens: bool, dropout_p: float
 
 def _implementation(backend: str) -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
     if backend == "triton":
-        from megatron_sas.kernels.triton_attention import triton_attention
+        from megatron_sas.kernels.triton.attention import triton_attention
 
         return triton_attention
     if backend in ("sdpa", "cudnn"):

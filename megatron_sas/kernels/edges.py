@@ -61,7 +61,7 @@ def add_entry_gradients_(
     q, k and the gradients are `(B, H, S, D)` in any memory layout, the g `(B, H, S)`, 0 where there is no edge.
     """
     if q.device.type == "cuda" and HAS_TRITON and grad_q.dtype == torch.float32:  # it cannot multiply float64 with it
-        from megatron_sas.kernels.triton_entries import add_entry_gradients_
+        from megatron_sas.kernels.triton.entries import add_entry_gradients_
 
         add_entry_gradients_(grad_q, grad_k, q, k, heads, scale, g_head, g_dependent)
         return

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from megatron_sas.kernels import backend_refusal, dependency_attention
-from megatron_sas.kernels.linear import Linear
+from megatron_sas.kernels.cpu_linear import Linear
 from megatron_sas.kernels.reference import attention_probs
 from megatron_sas.model.config import BertConfig
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_sas.kernels.linear import Linear, linear
+from megatron_sas.kernels.cpu_linear import Linear, linear
 from megatron_sas.model.attention import SelfAttention
 from megatron_sas.model.config import BertConfig
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 from megatron_sas.model.config import BertConfig
 
 # Ours -> Hugging Face's. The query, key and value projections, which we keep as one, are handled separately.

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from megatron_sas.cli import InputError
-from megatron_sas.data.drawing import levels
+from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.inspect.drawing import levels
 from megatron_sas.evaluation.batching import evaluating
 from megatron_sas.evaluation.treebank import Sentence, TokenizedSentence, tokenize_words
 from megatron_sas.evaluation.uas import (

@@ -9,10 +9,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from megatron_sas.analysis.loading import load_run
-from megatron_sas.analysis.trajectories import METRICS, Run
 from megatron_sas.evaluation.treebank import Sentence
-from megatron_sas.metrics.records import FILE_NAME, read_records
+from megatron_sas.report.load import load_run
+from megatron_sas.report.trajectories import METRICS, Run
+from megatron_sas.run.records import FILE_NAME, read_records
 from megatron_sas.visualization.attention import ModelView, Place, base_relation, counts, shown_relations, word_levels
 
 

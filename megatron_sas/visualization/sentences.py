@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sas.cli import InputError
-from megatron_sas.data.alignment import Parse
-from megatron_sas.data.parses import RelationNames, describe_parser, make_parser
-from megatron_sas.data.sources import Reading, read_units
+from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.build.align import Parse
+from megatron_sas.corpus.parsers.base import RelationNames, describe_parser, make_parser
+from megatron_sas.corpus.readers.sources import Reading, read_units
 from megatron_sas.evaluation.treebank import Sentence, load_treebank
 
 TREEBANK_SUFFIXES = (".conllu", ".jsonl", ".json")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 from megatron_sas.data import checksums
 from megatron_sas.data.checksums import CheckedMap, describe_file
 from megatron_sas.data.mlm_dataset import MLMDataset, PrefetchLoader

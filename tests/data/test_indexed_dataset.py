@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 from megatron_sas.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, token_dtype
 
 SEQUENCES = [[5, 6, 7], [], [65535], [1, 2]]

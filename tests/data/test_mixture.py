@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 from megatron_sas.data.mixture import MixedData, open_training_data, stream_samples
 from megatron_sas.data.mlm_dataset import MLMDataset
 from megatron_sas.data.packed import OPEN_FILES, PackedData

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 from megatron_sas.data.masking import mask_tokens
 from megatron_sas.data.mlm_dataset import MLMDataset, PrefetchLoader, masked_capacity, validation_batches
 from megatron_sas.data.packed import PackedData

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sas.cli import InputError
-from megatron_sas.data.merge import merge
+from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.build.merge import merge
+from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess
 from megatron_sas.data.overlap import Documents, refuse_overlap
 from megatron_sas.data.packed import PackedData
-from megatron_sas.data.preprocess import PreprocessSettings, preprocess
 
 TRAIN = {"split": "train", "validation_share": 0.2}
 VALIDATION = {"split": "validation", "validation_share": 0.2}

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 from megatron_sas.data.packed import PackedData
 
 

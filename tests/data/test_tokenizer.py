@@ -7,7 +7,7 @@ import resource
 import pytest
 from tokenizers import pre_tokenizers
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 from megatron_sas.data.tokenizer import (
     knows_words,
     load_tokenizer,

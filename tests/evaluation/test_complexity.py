@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess
 from megatron_sas.data.packed import PackedData
-from megatron_sas.data.preprocess import PreprocessSettings, preprocess
 from megatron_sas.evaluation import complexity
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, two_nearest, weight_norm
 from megatron_sas.evaluation.text import pack_file, packed_text, plain_text

@@ -13,8 +13,8 @@ import pytest
 from synthetic_data import write_packed
 
 from megatron_sas.data.packed import PackedData
-from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension
+from megatron_sas.evaluation.minimal_pairs import BlimpTask, load_blimp
 from megatron_sas.evaluation.text import packed_forwards, packed_text
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
@@ -27,7 +27,7 @@ WORKER = """
 import json, sys
 import torch, torch.distributed as dist
 from megatron_sas.data.packed import PackedData
-from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
+from megatron_sas.evaluation.minimal_pairs import BlimpTask, load_blimp
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension
 from megatron_sas.evaluation.text import packed_text
 from megatron_sas.evaluation.treebank import load_treebank

@@ -12,9 +12,9 @@ import pytest
 from engine_runs import ROOT, checkpoint, train, write_inputs
 from transformers import BertForMaskedLM
 
+from megatron_sas.core.files import sha256_file
 from megatron_sas.evaluation.command_line import check_arguments
 from megatron_sas.evaluation.provenance import model_source, weights_sha256
-from megatron_sas.files import sha256_file
 
 
 @pytest.fixture(scope="module")

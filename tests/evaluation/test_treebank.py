@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 from megatron_sas.evaluation.treebank import Sentence, load_treebank, tokenize_words
 
 GOOD = {"words": ["Dogs", "bark", "."], "heads": [2, 0, 2], "relns": ["nsubj", "root", "punct"]}

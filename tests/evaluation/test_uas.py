@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 from megatron_sas.evaluation.batching import deal
 from megatron_sas.evaluation.treebank import Sentence, load_treebank
 from megatron_sas.evaluation.uas import DIRECTIONS, OFFSETS, TreebankTask, count_correct, evaluate_uas, word_attention

@@ -31,9 +31,9 @@ from processes import Job, Zygote  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
-from megatron_sas.engine.checkpoint import newest_checkpoint, read_state  # noqa: E402
-from megatron_sas.metrics.records import read_records  # noqa: E402
-from megatron_sas.model.pretrained import verify_checkpoint  # noqa: E402
+from megatron_sas.run.checkpoint import newest_checkpoint, read_state  # noqa: E402
+from megatron_sas.run.reading import verify_checkpoint  # noqa: E402
+from megatron_sas.run.records import read_records  # noqa: E402
 
 
 def settings(steps: int) -> dict:

@@ -15,7 +15,7 @@ from engine_runs import checkpoint, largest_difference, moments, records, weight
 from processes import steps_done, wait_until
 from synthetic_data import write_packed
 
-from megatron_sas.engine.checkpoint import newest_checkpoint
+from megatron_sas.run.checkpoint import newest_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +44,7 @@ def check_equal(run, whole):
 def test_a_killed_rank(zygote, config, whole, tmp_path, victim):
     """The other one notices by itself and says so; started again, the run is the same."""
     run = tmp_path / "run"
-    hold = {"before": "megatron_sas.engine.engine:Engine.update", "call": 26, "until": str(tmp_path / "never")}
+    hold = {"before": "megatron_sas.train.step:Engine.update", "call": 26, "until": str(tmp_path / "never")}
     job = zygote.start(config, run, RUN, ranks=2, wound={"rank": victim, "hold": hold})  # or it might be done before
     wait_until(lambda: steps_done(run) >= 25 and (tmp_path / "never-reached").exists(), "training")
     job.send(signal.SIGKILL, [victim])

@@ -7,9 +7,9 @@ import random
 import pytest
 from engine_runs import largest_difference, moments, records, weights
 
-from megatron_sas.engine.checkpoint import newest_checkpoint
-from megatron_sas.metrics.records import read_records
-from megatron_sas.model.pretrained import verify_checkpoint
+from megatron_sas.run.checkpoint import newest_checkpoint
+from megatron_sas.run.reading import verify_checkpoint
+from megatron_sas.run.records import read_records
 
 pytestmark = pytest.mark.slow
 

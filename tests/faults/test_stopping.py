@@ -15,8 +15,8 @@ import pytest
 from engine_runs import LAUNCHER_VARIABLES, ROOT, checkpoint, free_port, override_arguments, records, weights
 from processes import steps_done, wait_until
 
-from megatron_sas.engine.checkpoint import newest_checkpoint, read_state
-from megatron_sas.metrics.records import read_records
+from megatron_sas.run.checkpoint import newest_checkpoint, read_state
+from megatron_sas.run.records import read_records
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,7 @@ def test_a_signal_to_any_rank_stops_all(zygote, config, tmp_path, ranks, number,
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(zygote, config, tmp_path):
     """Stopped by the file, in the middle; then finished: no marker, equal to the run without a stop."""
     run, whole, short = tmp_path / "run", tmp_path / "whole", LONG | {"train.steps": 60}
-    hold = {"before": "megatron_sas.engine.engine:Engine.update", "call": 4, "until": str(run / "stop")}
+    hold = {"before": "megatron_sas.train.step:Engine.update", "call": 4, "until": str(run / "stop")}
     job = zygote.start(config, run, short, ranks=2, wound={"hold": hold})
     wait_until(lambda: steps_done(run) >= 3, "training")
     (run / "stop").touch()
@@ -86,7 +86,7 @@ sys.meta_path.insert(0, HeldImport())
 def test_a_signal_while_the_program_starts_is_not_lost(zygote, config, tmp_path):
     """Nothing is done yet, so nothing is saved, and the requeued run is as good as new."""
     run, go = tmp_path / "run", tmp_path / "go"
-    hold = {"before": "megatron_sas.engine.trainer:initialize_distributed", "until": str(go)}
+    hold = {"before": "megatron_sas.train.trainer:initialize_distributed", "until": str(go)}
     job = zygote.start(config, run, {"train.steps": 4}, wound={"hold": hold})
     wait_until(Path(f"{go}-reached").exists, "the start")
     job.send(signal.SIGTERM)
@@ -176,7 +176,7 @@ def test_an_evaluation_does_not_outlast_the_grace_period(zygote, config, tmp_pat
     treebank.write_text((json.dumps(sentence) + "\n") * 60_000)
     slow = {"evaluation.treebank": str(treebank), "evaluation.batch_tokens": 8, "evaluation.every": 100_000}
     go = tmp_path / "go"
-    hold = {"before": "megatron_sas.engine.trainer:Trainer._between_batches", "call": 100, "until": str(go)}
+    hold = {"before": "megatron_sas.train.trainer:Trainer._between_batches", "call": 100, "until": str(go)}
     job = zygote.start(config, run, LONG | slow, ranks=2, wound={"hold": hold})
     wait_until(Path(f"{go}-reached").exists, "the evaluation at step 0")
     started = time.monotonic()

@@ -7,7 +7,7 @@ from engine_runs import largest_difference, records
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_sas.metrics.records import read_records
+from megatron_sas.run.records import read_records
 
 pytestmark = pytest.mark.slow
 

@@ -325,7 +325,7 @@ def test_flex_attention_is_for_training_on_a_gpu():
 @pytest.mark.parametrize(("dtype", "kernels"), [(torch.float32, ["Triton"]), (torch.float64, ["plain", "plain"])])
 def test_who_adds_entries_on_a_gpu(dtype, kernels, monkeypatch):
     """Our kernel does not take float64."""
-    from megatron_sas.kernels import triton_entries
+    from megatron_sas.kernels.triton import entries as triton_entries
 
     used = []
     monkeypatch.setattr(triton_entries, "add_entry_gradients_", lambda *_: used.append("Triton"))

@@ -108,7 +108,7 @@ def test_dropout_masks_are_the_same_on_every_device(backend, device):
 
 
 def test_searched_and_fixed_tiles_agree():
-    from megatron_sas.kernels.triton_attention import _SEARCHED
+    from megatron_sas.kernels.triton.attention import _SEARCHED
 
     case = make_case(2, batch=16, num_heads=8, seq=512, dim=64, dtype=torch.bfloat16)
     fast = case.run("triton", torch.bfloat16, "cuda")

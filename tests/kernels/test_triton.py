@@ -28,7 +28,7 @@ def make_inputs(dropout_p: float, **changes: object) -> tuple:
 @pytest.mark.parametrize("uneven", [False, True])
 def test_operator_is_well_formed(dropout_p, uneven):
     """Schema, fake tensors, autograd registration and tracing by AOTAutograd, as torch checks them."""
-    from megatron_sas.kernels.triton_attention import _forward
+    from megatron_sas.kernels.triton.attention import _forward
 
     torch.library.opcheck(_forward, make_inputs(dropout_p, uneven=uneven))
 
@@ -87,7 +87,7 @@ def test_integer_types_of_heads(integer):
 @pytest.mark.parametrize("which", ["both", "head", "dependent"])
 def test_sparse_gradient_for_other_kernels(kind, which):
     """The kernel that adds entries on a GPU equals the plain operations that do so elsewhere."""
-    from megatron_sas.kernels import triton_entries
+    from megatron_sas.kernels.triton import entries as triton_entries
 
     case = make_case(3, batch=2, num_heads=3, seq=150, dim=24, dtype=torch.float64, kind=kind)
     heads = valid_heads(case.heads, None)
@@ -108,7 +108,8 @@ def test_sparse_gradient_for_other_kernels(kind, which):
 
 def test_every_grid_has_one_dimension_and_the_device_of_its_tensors(monkeypatch):
     """The others end at 65,535, and there may be more maps. Triton launches on the current device."""
-    from megatron_sas.kernels import triton_attention, triton_entries
+    from megatron_sas.kernels.triton import attention as triton_attention
+    from megatron_sas.kernels.triton import entries as triton_entries
 
     grids, plain = [], triton.runtime.jit.KernelInterface.__getitem__
     guarded: list[torch.Tensor] = []
@@ -140,7 +141,7 @@ def test_every_grid_has_one_dimension_and_the_device_of_its_tensors(monkeypatch)
 
 def test_searches_are_told_apart_by_few_classes_of_shapes():
     """Each class costs a search. Triton ignores keys that are not arguments of the kernel."""
-    from megatron_sas.kernels import triton_attention
+    from megatron_sas.kernels.triton import attention as triton_attention
 
     assert {"seq_class", "maps_class"} <= set(triton_attention._SEARCH_KEYS)
     for kernel in triton_attention.HALF_CONFIGS:
@@ -156,7 +157,7 @@ def test_searches_are_told_apart_by_few_classes_of_shapes():
 
 def test_short_sequences_and_few_tokens_are_not_searched(monkeypatch):
     """The result is kept on disk: a first call that takes no time must not decide for all later ones."""
-    from megatron_sas.kernels import triton_attention
+    from megatron_sas.kernels.triton import attention as triton_attention
 
     launched = []
 

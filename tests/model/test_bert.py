@@ -12,7 +12,7 @@ from bert_pairs import SMALL, hf_gradients, hf_twin, perturbed_bert, random_ids
 from transformers import BertConfig as HFConfig
 from transformers import BertForMaskedLM
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 from megatron_sas.model import SIZES, Bert, BertConfig, load_model
 from megatron_sas.model.huggingface import from_hf_config, from_hf_state, to_hf_config, to_hf_state
 

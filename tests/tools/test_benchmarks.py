@@ -13,9 +13,9 @@ import torch
 from engine_runs import write_inputs
 from synthetic_data import write_packed
 
-from megatron_sas.cli import InputError
-from megatron_sas.device import choose_device
-from megatron_sas.metrics.benchmark import Times, describe_device, median_ratio, time_interleaved
+from megatron_sas.core.benchmark import Times, describe_device, median_ratio, time_interleaved
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.device import choose_device
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,4 +1,4 @@
-"""tools/convert_checkpoint.py: its command line (the conversion itself is tested in tests/model/test_conversion.py)."""
+"""tools/convert_checkpoint.py: its command line (the conversion itself is tested in tests/export/test_hf.py)."""
 
 from __future__ import annotations
 

@@ -12,11 +12,11 @@ import pytest
 from bert_pairs import tiny_hf_bert
 from synthetic_data import write_packed
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.files import sha256_file
 from megatron_sas.data.tokenizer import load_tokenizer, save_tokenizer
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
 from megatron_sas.evaluation.text import pack_file, plain_text
-from megatron_sas.files import sha256_file
 from megatron_sas.model import load_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,20 +18,20 @@ import torch
 from engine_runs import train, write_inputs
 from transformers import BertForMaskedLM
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.files import sha256_file
 from megatron_sas.data.packed import PackedData
-from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
 from megatron_sas.evaluation.complexity import weight_norm
-from megatron_sas.evaluation.measuring import measure_models
-from megatron_sas.evaluation.points import is_whole, point_directory, read_items, read_point, read_points, read_settings
-from megatron_sas.evaluation.summary import heads_over_time
-from megatron_sas.evaluation.trajectory import Inputs
+from megatron_sas.evaluation.minimal_pairs import BlimpTask, load_blimp
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
-from megatron_sas.files import sha256_file
-from megatron_sas.metrics.records import read_records
 from megatron_sas.model import load_model
-from megatron_sas.model.trajectory import list_models
+from megatron_sas.run.records import read_records
+from megatron_sas.trajectory.measure import Inputs
+from megatron_sas.trajectory.models import list_models
+from megatron_sas.trajectory.points import is_whole, point_directory, read_items, read_point, read_points, read_settings
+from megatron_sas.trajectory.summary import heads_over_time
+from megatron_sas.trajectory.workers import measure_models
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = [0, 2, 3, 4, 6]

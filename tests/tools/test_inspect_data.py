@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from engine_runs import launch
 
-from megatron_sas.data.drawing import segments
+from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess
+from megatron_sas.corpus.inspect.drawing import segments
 from megatron_sas.data.packed import PackedData
-from megatron_sas.data.preprocess import PreprocessSettings, preprocess
 from megatron_sas.data.tokenizer import load_tokenizer
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "##s", "."]
@@ -66,7 +66,7 @@ def test_refusals(prefix, tmp_path, arguments, message, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "tools"))
     import inspect_data
 
-    from megatron_sas.cli import InputError
+    from megatron_sas.core.cli import InputError
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.html").write_text("mine")

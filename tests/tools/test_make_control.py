@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sas.cli import InputError
-from megatron_sas.data.controls import parse_control
+from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.controls import parse_control
 from megatron_sas.data.indexed_dataset import IndexedDatasetWriter
 from megatron_sas.data.packed import FILES, FORMAT, FORMAT_VERSION, PackedData
 

@@ -12,14 +12,14 @@ import torch
 from engine_runs import launch, train, write_inputs
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess
 from megatron_sas.data.packed import PackedData
-from megatron_sas.data.preprocess import PreprocessSettings, preprocess
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
-from megatron_sas.metrics.records import read_records
+from megatron_sas.export.hf import to_hf
 from megatron_sas.model import load_model
-from megatron_sas.model.conversion import to_hf
+from megatron_sas.run.records import read_records
 
 NOUNS, VERBS = ("dog", "painter", "café", "Walker"), ("see", "help", "watch")
 

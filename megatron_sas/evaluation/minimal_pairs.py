@@ -1,0 +1,183 @@
+"""Grammatical acceptability: BLiMP (Warstadt et al. 2020) by pseudo-log-likelihood, and sets in its file format."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.files import sha256_file
+from megatron_sas.corpus.readers.text_lines import is_encodable, parse_json
+from megatron_sas.evaluation.batching import AfterBatch
+from megatron_sas.evaluation.pll import PllTask
+
+_FIELDS = ("sentence_good", "sentence_bad", "field", "linguistics_term", "UID")
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """One file of minimal pairs: (good, bad) sentences, and where the set belongs in the benchmark."""
+
+    uid: str
+    field: str
+    term: str
+    pairs: Sequence[tuple[str, str]]
+
+
+def load_blimp(directory: str | Path) -> list[PairSet]:
+    """Read every `*.jsonl` file of a directory, in order of file name, as one set each.
+
+    A line is a JSON object with strings `sentence_good`, `sentence_bad`, `field`, `linguistics_term` and `UID`, the
+    last three equal within a file; other fields are ignored. Pairs of equal sentences stay (BLiMP has a few): no model
+    gets them right. Raises `InputError` naming file and line for anything else.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such directory; give the folder that holds BLiMP's .jsonl files")
+    sets: dict[str, PairSet] = {}
+    for path in sorted(directory.glob("*.jsonl")):
+        pair_set = _read_set(path)
+        if pair_set.uid in sets:
+            raise InputError(
+                f"{path}: UID {pair_set.uid!r} is also that of another file in the folder; keep one of them"
+            )
+        sets[pair_set.uid] = pair_set
+    if not sets:
+        raise InputError(f"{directory}: no .jsonl files in it; give the folder that holds BLiMP's .jsonl files")
+    return list(sets.values())
+
+
+def sha256_folder(directory: Path) -> str:
+    """One hash over names and contents of the .jsonl files that `load_blimp` reads."""
+    lines = "".join(f"{sha256_file(path)}  {path.name}\n" for path in sorted(directory.glob("*.jsonl")))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+class BlimpTask:
+    """Minimal pairs prepared for one tokenizer, to be evaluated many times; all pairs or the first few of each set.
+
+    Raises `InputError` for a sentence that does not fit `max_length` tokens or has none, and for `pairs_per_set` below
+    1.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[PairSet],
+        tokenizer: Any,
+        metric: str = "pll",
+        pairs_per_set: int | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        if pairs_per_set is not None and pairs_per_set < 1:
+            raise InputError(f"pairs_per_set: {pairs_per_set} is below 1; leave it out to use all pairs")
+        self.metric, self.pairs_per_set = metric, pairs_per_set
+        self.sets = [PairSet(s.uid, s.field, s.term, s.pairs[:pairs_per_set]) for s in data]
+        sentences = [sentence for s in self.sets for pair in s.pairs for sentence in pair]
+        names = [f"{s.uid}: pair {index}" for s in self.sets for index in range(len(s.pairs)) for _ in range(2)]
+        self.pll = PllTask(sentences, tokenizer, metric, max_length, names)
+
+    def num_forwards(self, batch_tokens: int) -> int:
+        """Forward passes that `evaluate` makes on every rank."""
+        return self.pll.num_forwards(batch_tokens)
+
+    def evaluate(
+        self, model: torch.nn.Module, *, batch_tokens: int = 8192, after_batch: AfterBatch | None = None
+    ) -> dict:
+        """Score all pairs and summarise.
+
+        Every rank returns the same numbers (but for `seconds`). `after_batch` runs after each forward pass.
+
+        Keys: `blimp` (mean over the sets), `fields` and `terms` (means over the sets within each), `sets` (accuracy,
+        correct, num_pairs, field, linguistics_term), `metric`, `pairs_per_set`, `num_sets`, `num_pairs`,
+        `num_sentences`, `num_masked_copies`, `num_non_finite` (sentences whose score is not a number: their pairs
+        count as wrong), `seconds`, `sentences_per_second`.
+        """
+        started = time.perf_counter()
+        scores = self.pll.score(model, batch_tokens=batch_tokens, after_batch=after_batch)
+        return self.summarize(scores, time.perf_counter() - started)
+
+    def correct_pairs(self, scores: np.ndarray) -> np.ndarray:
+        """Whether the good sentence of each pair scores strictly higher: bool (pairs,), set after set."""
+        return scores[0::2] > scores[1::2]
+
+    def sets_of_pairs(self) -> np.ndarray:
+        """The number in `sets` of each pair's set: int16 (pairs,)."""
+        return np.repeat(np.arange(len(self.sets), dtype=np.int16), [len(s.pairs) for s in self.sets])
+
+    def summarize(self, scores: np.ndarray, seconds: float) -> dict:
+        """The result of `evaluate` from sentence scores, float64 (2 · pairs,): good, bad, good, bad, …"""
+        good_wins = self.correct_pairs(scores)
+        sets, first = {}, 0
+        for pair_set in self.sets:
+            correct, total = int(good_wins[first : first + len(pair_set.pairs)].sum()), len(pair_set.pairs)
+            first += total
+            sets[pair_set.uid] = {
+                "accuracy": correct / total,
+                "correct": correct,
+                "num_pairs": total,
+                "field": pair_set.field,
+                "linguistics_term": pair_set.term,
+            }
+        return {
+            "blimp": float(np.mean([result["accuracy"] for result in sets.values()])),
+            "fields": _means_over_sets(sets, "field"),
+            "terms": _means_over_sets(sets, "linguistics_term"),
+            "sets": sets,
+            "metric": self.metric,
+            "pairs_per_set": self.pairs_per_set,
+            "num_sets": len(sets),
+            "num_pairs": len(good_wins),
+            "num_sentences": len(scores),
+            "num_masked_copies": self.pll.num_copies,
+            "num_non_finite": int((~np.isfinite(scores)).sum()),
+            "seconds": seconds,
+            "sentences_per_second": len(scores) / seconds,
+        }
+
+
+def _means_over_sets(sets: Mapping[str, dict], key: str) -> dict[str, float]:
+    accuracies: dict[str, list[float]] = {}
+    for result in sets.values():
+        accuracies.setdefault(result[key], []).append(result["accuracy"])
+    return {name: float(np.mean(values)) for name, values in sorted(accuracies.items())}
+
+
+def _read_set(path: Path) -> PairSet:
+    pairs, labels = [], None
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert the file") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        value = _parse_pair(line, f"{path}:{number}")
+        here = (value["UID"], value["field"], value["linguistics_term"])
+        if labels is not None and here != labels:
+            raise InputError(
+                f"{path}:{number}: UID, field and linguistics_term are {here}, above {labels}; one set a file"
+            )
+        labels = here
+        pairs.append((value["sentence_good"], value["sentence_bad"]))
+    if labels is None:
+        raise InputError(f"{path}: no pairs in it; remove the file or fill it")
+    return PairSet(*labels, pairs)
+
+
+def _parse_pair(line: str, where: str) -> dict:
+    value = parse_json(line, where)
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected an object, found {type(value).__name__}")
+    for field in _FIELDS:
+        if not isinstance(value.get(field), str) or not value[field].strip():
+            raise InputError(f"{where}: field {field!r} is missing or not a non-empty string")
+        if not is_encodable(value[field]):
+            raise InputError(f"{where}: half of a surrogate pair in field {field!r}; correct or remove it")
+    return value

@@ -1,0 +1,1 @@
+"""Dependency attention in Triton: forward, backward, and the entries along edges."""

@@ -1,0 +1,61 @@
+"""Complexity through the phases: intrinsic dimension, weight norm, attention entropy, attention to heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from megatron_sas.report.comparisons import Condition, runs_of
+from megatron_sas.report.figures.style import (
+    GREY,
+    STYLE,
+    condition_lines,
+    draw_curves,
+    draw_legend,
+    label_styles,
+    new_figure,
+    scale_steps,
+)
+from megatron_sas.report.run_onsets import BLIMP, UAS, Onsets, clear_bend
+
+MEASURES = (
+    ("twonn", "intrinsic\ndimension"),
+    ("weight_norm", "weight norm"),
+    ("attention_entropy", "attention\nentropy (nats)"),
+    ("sas_to_head", "α to head,\nbest head"),
+)
+
+
+def draw_complexity(found: Sequence[Condition], onsets: Onsets, x_scale: str = "linear") -> Figure | None:
+    """A panel per measure that any run has; grey lines are the base's mean onsets of structure and capabilities."""
+    runs = runs_of(found)
+    panels = [(key, title) for key, title in MEASURES if any(len(run.curve(key)) > 1 for run in runs)]
+    if not panels:
+        return None
+    styles = label_styles(runs)
+    marks = []
+    for metric, dash, name in ((UAS, "--", "structure onset (base)"), (BLIMP, ":", "capabilities onset (base)")):
+        steps = [bend.step for run in runs if run.is_base and (bend := clear_bend(onsets, run, metric)) is not None]
+        marks += [(float(np.mean(steps)), dash, name)] if steps else []
+    with mpl.rc_context(STYLE):
+        figure = new_figure(9.5, 1.7 * len(panels) + 1.0)
+        axes = np.atleast_1d(figure.subplots(len(panels), 1, sharex=True))
+        for axis, (key, title) in zip(axes, panels, strict=True):
+            for condition in found:
+                curves = [curve for run in condition.runs if len(curve := run.curve(key)) > 1]
+                if curves:
+                    draw_curves(axis, curves, *styles[condition.label])
+            for step, dash, _ in marks:
+                axis.axvline(step, color=GREY, linestyle=dash, linewidth=1.2, zorder=2)
+            axis.set_ylabel(title)
+        scale_steps(axes[-1], runs, x_scale)
+        axes[-1].set_xlabel("training step")
+        figure.align_ylabels(axes)
+        handles = condition_lines(styles)
+        handles += [Line2D([], [], color=GREY, linestyle=dash, linewidth=1.2, label=name) for _, dash, name in marks]
+        draw_legend(figure, handles)
+    return figure

@@ -1,0 +1,154 @@
+"""Branches: runs that begin at a checkpoint of another run and share its past.
+
+A branch continues the parent's weights, moments and counters, and its records begin with the parent's. What it is must
+be true of that past as well, so its configuration may differ from the parent's only in what takes effect later
+(docs/branching.md has the list). `RUN/lineage.json` says where a branch comes from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sas.config import Config, load_config
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.files import sha256_file, write_bytes_atomic, write_json_atomic
+from megatron_sas.core.manifest import MANIFEST
+from megatron_sas.optim.schedules import sas_weight
+from megatron_sas.run.checkpoint import CONFIG, newest_checkpoint, read_state, remove_directory
+from megatron_sas.run.reading import checkpoints_directory, is_checkpoint, verify_checkpoint
+from megatron_sas.run.records import FILE_NAME, lines_until
+from megatron_sas.trajectory.models import LINEAGE, LINEAGE_FORMAT, LINEAGE_VERSION, RING, SNAPSHOTS
+
+MAY_CHANGE = ("sas", "run", "checkpoint", "snapshots", "evaluation", "logging", "watch")
+"""Sections that a branch may change; `run.seed` is excepted."""
+MAY_CHANGE_TOO = (
+    "data.heads",
+    *(f"train.{field}" for field in ("steps", "zero_stage", "deepspeed_config", "max_nonfinite_updates")),
+)
+BY_CONTENT = ("data.train", "data.validation", "data.tokenizer")
+"""Paths whose contents are compared when they are opened, for a branch and a continued run alike."""
+RECORDED = ("sas", "data", "train")
+"""Sections whose changes lineage.json names: the others do not touch what is trained."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Where a new run begins."""
+
+    checkpoint: Path  # verified
+    lineage: dict[str, Any]  # the content of lineage.json
+
+    @property
+    def step(self) -> int:
+        """Updates that the parent has made there."""
+        return self.lineage["step"]
+
+    @property
+    def link(self) -> dict[str, Any]:
+        """The entry for the list of ancestors in a checkpoint's state, oldest first."""
+        return {name: value for name, value in self.lineage.items() if name not in ("format", "version")}
+
+
+def find_branch(config: Config, say: Callable[[str], None]) -> Branch:
+    """The verified checkpoint that `run.branch_from` names, for a run that may branch off there.
+
+    Raises:
+        InputError: there is none, it lies in no run, or the configuration contradicts the parent's past.
+    """
+    source, where = Path(config.run.branch_from), f"run.branch_from: {config.run.branch_from}"
+    if not source.is_dir():
+        raise InputError(f"{where}: no such directory; give a run or a checkpoint of one")
+    if is_checkpoint(source):
+        verify_checkpoint(source)
+        checkpoint = source
+    else:
+        checkpoint = newest_checkpoint(source, say)
+        if checkpoint is None:
+            raise InputError(f"{where}: has no checkpoint; give a run or a checkpoint of one")
+    parent = checkpoint.resolve().parent.parent
+    in_run = checkpoint.resolve().parent == checkpoints_directory(parent) and (parent / FILE_NAME).is_file()
+    if not in_run or not (checkpoint / CONFIG).is_file():
+        raise InputError(
+            f"{where}: is not in the run that wrote it, whose {FILE_NAME} a branch begins with; give the checkpoint "
+            "there (model.init_from takes weights alone, from anywhere)"
+        )
+    old, step = load_config(checkpoint / CONFIG), read_state(checkpoint)["step"]
+    _refuse_another_past(old, config, step, checkpoint)
+    run_dir = Path(config.run.output_dir).resolve()
+    lineage = {
+        "format": LINEAGE_FORMAT,
+        "version": LINEAGE_VERSION,
+        "parent_run": _path_between(run_dir, parent),
+        "checkpoint": checkpoint.resolve().name,
+        "step": step,
+        "manifest_sha256": sha256_file(checkpoint / MANIFEST),
+        "changed": _changes(old, config, RECORDED),
+    }
+    return Branch(checkpoint, lineage)
+
+
+def begin_branch(run_dir: Path, branch: Branch) -> None:
+    """Give a run without a checkpoint of its own the parent's records; what an earlier attempt left goes.
+
+    Whenever this is interrupted, the run still has no checkpoint, and so begins here again.
+    """
+    for name in ("tensorboard", SNAPSHOTS, RING):
+        if (run_dir / name).exists():
+            remove_directory(run_dir / name)
+    write_json_atomic(run_dir / LINEAGE, branch.lineage)
+    parent = branch.checkpoint.resolve().parent.parent
+    write_bytes_atomic(run_dir / FILE_NAME, lines_until(parent / FILE_NAME, branch.step))
+
+
+def _refuse_another_past(old: Config, new: Config, step: int, checkpoint: Path) -> None:
+    """The new configuration must hold for the updates that the parent has made."""
+    where = f"run.branch_from: {checkpoint}"
+    refused = [name for name in _changes(old, new) if not _may_change(name)]
+    if refused:
+        values = _changes(old, new)[refused[0]]
+        example = f" ({json.dumps(values[0])}, not {json.dumps(values[1])})" if len(refused) == 1 else ""
+        raise InputError(
+            f"{where} was made with other values of {', '.join(refused)}{example}; restore them: a branch may change "
+            "sas, data.heads, and what does not touch training"
+        )
+    for done in range(step):
+        before, after = sas_weight(old.sas.schedule, done), sas_weight(new.sas.schedule, done)
+        if before != after:
+            raise InputError(
+                f"{where}: sas.schedule says λ = {after:g} for update {done + 1}, which was made with λ = {before:g}; "
+                f"keep the parent's stages up to update {step} ({_stages(old)}) and change what follows"
+            )
+    if new.train.steps <= step:
+        raise InputError(f"train.steps: {new.train.steps} leaves nothing to do after step {step} of {checkpoint}")
+
+
+def _may_change(name: str) -> bool:
+    return name in MAY_CHANGE_TOO or (name.split(".")[0] in MAY_CHANGE and name != "run.seed")
+
+
+def _changes(old: Config, new: Config, sections: tuple[str, ...] | None = None) -> dict[str, list[Any]]:
+    """`section.field` of what differs, with both values as JSON has them; where data lie does not count."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    return {
+        f"{section}.{field}": [before[section][field], after[section][field]]
+        for section in sections or before
+        for field in before[section]
+        if before[section][field] != after[section][field] and f"{section}.{field}" not in BY_CONTENT
+    }
+
+
+def _stages(config: Config) -> str:
+    stages = config.model_dump(mode="json")["sas"]["schedule"]
+    return json.dumps([{name: value for name, value in stage.items() if value is not None} for stage in stages])
+
+
+def _path_between(run_dir: Path, parent: Path) -> str:
+    """`parent` as seen from `run_dir`, so that both can be moved together; absolute where they share only the root."""
+    if len(Path(os.path.commonpath([run_dir, parent])).parts) < 2:
+        return str(parent)
+    return os.path.relpath(parent, run_dir)

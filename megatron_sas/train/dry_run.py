@@ -1,0 +1,244 @@
+"""`pretrain_mlm.py --dry-run`: check everything, name every problem at once, make one step, leave nothing behind."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from megatron_sas.config import Config, load_config
+from megatron_sas.core import distributed
+from megatron_sas.core.cli import InputError
+from megatron_sas.data.mixture import MixedData, open_training_data
+from megatron_sas.data.overlap import refuse_overlap
+from megatron_sas.data.packed import PackedData
+from megatron_sas.data.tokenizer import load_tokenizer
+from megatron_sas.evaluation.minimal_pairs import load_blimp
+from megatron_sas.evaluation.treebank import load_treebank
+from megatron_sas.launch.environment import (
+    collective_timeout,
+    initialize_distributed,
+    number_of_processes,
+    refuse_missing_gpu,
+    share_cores,
+)
+from megatron_sas.model.config import BertConfig
+from megatron_sas.objective.pretraining import MaskedLMWithSas
+from megatron_sas.optim.schedules import sas_weight
+from megatron_sas.run.checkpoint import CONFIG
+from megatron_sas.run.memory import MemoryEstimate, PeakMemory, count_parameters, estimate_memory, show_bytes
+from megatron_sas.run.reading import checkpoints_directory
+from megatron_sas.train.branch import Branch
+from megatron_sas.train.build import build_parts, check_tokenizer, where_to_start
+from megatron_sas.train.checks import CHECKS, check_shared_directory, existing_ancestor
+from megatron_sas.train.deepspeed_config import deepspeed_config
+from megatron_sas.train.dry_run_report import Report
+from megatron_sas.train.step import Engine
+
+CHECKPOINT_BYTES = 12  # per parameter: float32 weights and two moments
+
+
+def preflight(path: str, overrides: Sequence[str]) -> int:
+    """The exit code of a dry run: 0 when a training run could start, 2 when something is wrong."""
+    report = Report()
+    report.join()
+    for name, action in CHECKS:
+        report.check(name, action)
+    config = report.check("configuration", lambda: load_config(path, overrides), lambda _: path)
+    if config is not None:
+        report.timeout = collective_timeout(config.run.timeout_minutes)
+        _check_configured(config, report)
+    ready = report.agree()  # alike on all processes, since the step needs all of them
+    if ready:
+        with report.all_or_none():
+            _try_one_step(config, report)
+        ready = report.agree()
+    if not ready:
+        return report.fail()
+    distributed.leave()
+    if report.rank == 0:
+        print("ready: nothing was written", flush=True)
+    report.leave()
+    return 0
+
+
+def _check_configured(config: Config, report: Report) -> None:
+    """Everything that the configuration names."""
+    data, section = config.data, config.evaluation
+    world_size = number_of_processes()
+    deepspeed = report.check(
+        "batch and DeepSpeed",
+        lambda: deepspeed_config(config.train, world_size),
+        lambda d: (
+            f"{world_size} × {config.train.micro_batch_size} × {d['gradient_accumulation_steps']} sequences, "
+            f"ZeRO-{config.train.zero_stage}"
+        ),
+    )
+    packed = report.check("training data", lambda: _open_data(config, data.parts(), data.heads, report), _describe_data)
+    validation = None
+    if data.validation is not None:
+        validation = report.check(
+            "validation data", lambda: _open_data(config, [(data.validation, None)], None, report), _describe_data
+        )
+    begins = config.run.branch_from is None and not Path(config.run.output_dir, CONFIG).is_file()
+    if packed is not None and begins:
+        report.check("overlap", lambda: refuse_overlap(packed.parts, validation), lambda _: "none by the headers")
+    if section.treebank is not None:
+        report.check("treebank", lambda: load_treebank(section.treebank), lambda found: f"{len(found)} sentences")
+    if section.blimp is not None:
+        report.check("minimal pairs", lambda: load_blimp(section.blimp), lambda found: f"{len(found)} sets")
+    report.check("output directory", lambda: check_output_directory(Path(config.run.output_dir)))
+    branch = None
+    if config.run.branch_from is not None:  # which the run's own checkpoint replaces once there is one
+        _, branch = report.check("branch", lambda: where_to_start(config, print), _describe_start) or (None, None)
+    if packed is not None:
+        shape = config.bert_config(packed.tokenizer.vocab_size, packed.tokenizer.pad_id)
+        report.check("disk space", lambda: check_disk_space(config, count_parameters(shape), branch))
+        if deepspeed is not None:
+            estimate = _estimate(config, shape, packed.seq_length, world_size, deepspeed)
+            report.check("memory per device (estimate)", lambda: check_memory(estimate))
+
+
+def _open_data(
+    config: Config, parts: list[tuple[str, float | None]], heads: str | None, report: Report
+) -> PackedData | MixedData:
+    packed = open_training_data(parts, heads)
+    if report.rank == 0:
+        packed.verify()  # which training leaves out: it reads everything
+    path = config.data.tokenizer or packed.tokenizer.path
+    check_tokenizer(load_tokenizer(path), path, packed)
+    if packed.seq_length > config.model.max_position_embeddings:
+        raise InputError(
+            f"{packed.prefix}: sequences of {packed.seq_length} tokens are longer than model.max_position_embeddings "
+            f"{config.model.max_position_embeddings}; raise that or preprocess again"
+        )
+    return packed
+
+
+def _describe_data(packed: PackedData | MixedData) -> str:
+    return f"{packed.num_sequences:,} sequences of {packed.seq_length}, tokenizer and checksums match"
+
+
+def _describe_start(start: tuple[Path | None, Branch | None]) -> str:
+    checkpoint, branch = start
+    if branch is None:
+        return f"already begun, continues from {checkpoint}"
+    return f"from {checkpoint}, changes {', '.join(branch.lineage['changed']) or 'nothing'}"
+
+
+def check_output_directory(path: Path) -> str:
+    """Whether a run could be written there; the file that tries it has no name, so nothing is left."""
+    directory = existing_ancestor(path)
+    if not directory.is_dir():
+        raise InputError(f"run.output_dir: {directory} is a file; choose another run.output_dir")
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"x" * 4096)
+    except OSError as error:
+        raise InputError(
+            f"run.output_dir: {directory} cannot be written ({error.strerror}); choose another directory"
+        ) from None
+    return f"{path} can be written"
+
+
+def check_disk_space(config: Config, parameters: int, branch: Branch | None = None) -> str:
+    """Whether all checkpoints and snapshots that the schedule still asks for fit; a branch begins after its parent."""
+    run_dir, section, last = Path(config.run.output_dir), config.checkpoint, config.train.steps
+    names = (path.name[5:] for path in checkpoints_directory(run_dir).glob("step_*"))
+    done = max((int(name) for name in names if name.isdigit()), default=branch.step if branch else -1)
+    due = [step for step in range(done + 1, last + 1) if section.due(step, last)]
+    count = len(due)
+    if section.keep_last is not None:  # and one more while the oldest is not yet removed
+        forever = sum(step % section.keep_every == 0 for step in due) if section.keep_every else 0
+        count = min(count, section.keep_last + 1 + forever)
+    snapshots = sum(config.snapshots.due(step, last) for step in range(done + 1, last + 1))
+    snapshots += config.watch.most_snapshots
+    needed = count * parameters * CHECKPOINT_BYTES
+    text = f"{count} checkpoints of {show_bytes(parameters * CHECKPOINT_BYTES)}"
+    if snapshots:
+        size = parameters * (2 if config.snapshots.dtype == "bf16" else 4)
+        needed += snapshots * size
+        text += f" and {snapshots} snapshots of {show_bytes(size)}"
+    free = shutil.disk_usage(existing_ancestor(run_dir)).free
+    text += f" need {show_bytes(needed)}"
+    if needed > free:
+        raise InputError(
+            f"run.output_dir: {text}, but {show_bytes(free)} are free; set checkpoint.keep_last or "
+            "raise checkpoint.every"
+        )
+    return f"{text}, {show_bytes(free)} are free"
+
+
+def check_memory(estimate: MemoryEstimate) -> str:
+    """Whether the estimate fits in what is free now, on the GPU or in this process's share of the host."""
+    if torch.cuda.is_available():
+        refuse_missing_gpu()
+        free, place = torch.cuda.mem_get_info(distributed.local_rank())[0], "the GPU"
+    else:
+        free = psutil.virtual_memory().available // distributed.local_world_size()
+        place = "a process's share of this host"
+    if estimate.total > free:
+        raise InputError(
+            f"{estimate} do not fit into the {show_bytes(free)} that are free on {place}; lower train.micro_batch_size "
+            "or raise train.zero_stage (docs/zero.md)"
+        )
+    return f"{estimate} of {show_bytes(free)} free"
+
+
+def _estimate(
+    config: Config, shape: BertConfig, seq_length: int, world_size: int, deepspeed: dict[str, Any]
+) -> MemoryEstimate:
+    return estimate_memory(
+        shape,
+        world_size=world_size,
+        zero_stage=config.train.zero_stage,
+        precision=config.train.precision,
+        accumulation=deepspeed["gradient_accumulation_steps"],
+        micro_batch_size=config.train.micro_batch_size,
+        seq_length=seq_length,
+        mask_prob=config.data.mask_prob,
+        zero_optimization=deepspeed["zero_optimization"],
+        cuda=torch.cuda.is_available(),
+    )
+
+
+def _try_one_step(config: Config, report: Report) -> None:
+    """The update that a run would begin with, through the real engine; its weights are thrown away."""
+
+    def step() -> tuple[str, int]:
+        started = time.perf_counter()
+        device = initialize_distributed(config.run.timeout_minutes)
+        share_cores()
+        check_shared_directory(Path(config.run.output_dir))
+        with PeakMemory(device) as memory:
+            parts = build_parts(config, lambda _: None)
+            module = MaskedLMWithSas(parts.bert, config.sas_objective())
+            engine = Engine(module, config.train, config.run.seed, device)
+            parts.load_optimizer(engine)
+            engine.set_learning_rate(0.0)
+            weight = sas_weight(config.sas.schedule, parts.start_step)
+            result = engine.update(parts.dataset.window(parts.start_step), weight, measure_sas=True)
+            sums = distributed.all_reduce_sum_(torch.stack([result.mlm_sum.float(), result.grad_norm.float()]))
+        loss = float(sums[0]) / max(int(result.num_masked), 1)
+        if not math.isfinite(float(sums.sum())):
+            raise InputError(f"loss {loss:g} or its gradient is not finite; lower train.learning_rate, check the data")
+        peak = max(distributed.gather_objects(memory.peak))
+        return f"{parts.origin}, masked-LM loss {loss:.4f}, {time.perf_counter() - started:.1f} s with start-up", peak
+
+    def step_within_memory() -> tuple[str, int]:
+        try:
+            return step()
+        except torch.OutOfMemoryError as error:
+            reason = str(error).split(". ")[0]
+            raise InputError(f"{reason}; lower train.micro_batch_size or raise train.zero_stage") from None
+
+    done = report.check("one step", step_within_memory, lambda found: found[0])
+    if done is not None:
+        report.check("memory per device (measured)", lambda: show_bytes(done[1]))

@@ -1,0 +1,146 @@
+"""The breakthrough watch: recent models in a ring on the disk, kept for good when an onset is detected.
+
+Every `watch.every` steps the saver writes a snapshot, as beside any training. As long as nothing happens it goes to
+RUN/ring, which forgets old ones; an onset moves the ring to RUN/snapshots, and so do the snapshots after it go there.
+All ranks gather for each of these snapshots anyway, so rank 0, which alone has a `Watch`, decides alone.
+
+Everything is a function of the records up to a step: a resumed run reads them again and goes on as if never stopped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_sas.config import Config
+from megatron_sas.core.files import fsync_directory
+from megatron_sas.onsets.online import OnsetDetector
+from megatron_sas.run.checkpoint import checkpoint_name, remove_directory, step_of
+from megatron_sas.run.records import Records, iterate_records
+from megatron_sas.run.saver import Saver
+from megatron_sas.trajectory.models import RING, SNAPSHOTS
+
+CURVES = {"uas": ("evaluation", "uas", 1), "loss": ("train", "mlm_loss", -1)}
+"""Kind of record, name of the value, and sign of the onset, by metric."""
+EVENT = "onset_detected"
+
+
+class Watch:
+    """The watch of one run, on rank 0."""
+
+    def __init__(
+        self, config: Config, own_step: int, records: Records, saver: Saver, say: Callable[[str], None]
+    ) -> None:
+        """Go on where the records end.
+
+        Args:
+            config: with a section watch that is on.
+            own_step: of the checkpoint of this run that it continues from; -1 if it has none.
+            records: cut back to the step that the run continues from; events are written there.
+            saver: writes the snapshots.
+            say: where to tell.
+        """
+        self.section, self.config = config.watch, config
+        self.records, self.saver, self.say = records, saver, say
+        run_dir = Path(config.run.output_dir)
+        self.ring, self.snapshots = run_dir / RING, run_dir / SNAPSHOTS
+        self._own_step = own_step
+        self._detectors = {
+            name: OnsetDetector(self.section.delta, CURVES[name][2], self.section.start)
+            for name in self.section.metrics
+        }
+        self._keep_until = -1  # snapshots up to this step are kept for good
+        self._remove_what_was_cut_off()
+        self._read_past()
+
+    def observe(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Look at what was just recorded; on an onset, write the event and keep the ring for good.
+
+        Raises:
+            OSError: the ring could not be moved.
+        """
+        for name, found in self._feed(kind, step, values).items():
+            self.saver.wait_for_thread()  # the newest of the ring may still be under way
+            reach = self.section.keep * self.section.interval
+            kept = [s for s in sorted(_steps(self.ring) | _steps(self.snapshots)) if step - reach <= s < step]
+            kept = [s for s in kept if self.section.due(s)]
+            values = {"metric": name, "strength": found.strength, "threshold": found.threshold, "snapshots": kept}
+            self.records.write("event", step, {"event": EVENT, **values})
+            self._keep_until = max(self._keep_until, step + self.section.reach_after)
+            self._promote(step)
+            self.say(
+                f"step {step}: onset of {name} detected (bend {found.strength:.3g}, threshold {found.threshold:.3g}); "
+                f"{len(kept)} snapshots kept, more until step {step + self.section.reach_after}"
+            )
+
+    def place(self, step: int) -> str:
+        """The run's directory for the snapshot of `step`; makes room in the ring.
+
+        The ring holds what a detection now would keep, and what one would after a restart from the newest checkpoint,
+        or from the one that is being written.
+        """
+        reach = self.section.keep * self.section.interval
+        ends = [step, max(self._own_step, self.saver.published), self.saver.step or -1]
+        for old in sorted(_steps(self.ring)):
+            if not any(end - reach < old <= end for end in ends):
+                remove_directory(self.ring / checkpoint_name(old))
+        wanted = step <= self._keep_until or self.config.snapshots.due(step, self.config.train.steps)
+        return SNAPSHOTS if wanted else RING
+
+    def _feed(self, kind: str, step: int, values: dict[str, Any]) -> dict[str, Any]:
+        """Give every detector its value; returns the onsets, whose detectors have done their work."""
+        found = {}
+        for name, detector in self._detectors.items():
+            wanted, key, _ = CURVES[name]
+            if kind == wanted and (detection := detector.add(step, values.get(key))):
+                found[name] = detection
+        for name in found:
+            del self._detectors[name]
+        return found
+
+    def _read_past(self) -> None:
+        passed, told = {}, set()
+        for line in iterate_records(self.records.path):
+            passed |= dict.fromkeys(self._feed(line["kind"], line["step"], line), line["step"])
+            if line.get("event") == EVENT and line["step"] >= self.section.start:
+                told.add(line["metric"])
+                self._keep_until = max(self._keep_until, line["step"] + self.section.reach_after)
+                self._promote(line["step"])  # again, if the machine went down meanwhile
+        for name in told:
+            self._detectors.pop(name, None)
+        for name in passed.keys() - told:  # the settings have changed
+            self.say(
+                f"watch: by these settings {name} had its onset at step {passed[name]}; it is not watched any more"
+            )
+
+    def _remove_what_was_cut_off(self) -> None:
+        """Snapshots that a run which was killed made after the checkpoint; they are made again, where they belong."""
+        for step in _steps(self.ring):
+            if step > self._own_step or not self.section.due(step):
+                remove_directory(self.ring / checkpoint_name(step))
+        for step in _steps(self.snapshots):
+            scheduled = self.config.snapshots.due(step, self.config.train.steps)
+            if step > self._own_step and self.section.due(step) and not scheduled:
+                remove_directory(self.snapshots / checkpoint_name(step))
+
+    def _promote(self, onset: int) -> None:
+        """Move what the ring has around `onset` to the snapshots. Interrupted anywhere, it can be done again."""
+        first = onset - self.section.keep * self.section.interval
+        steps = [step for step in _steps(self.ring) if first <= step <= onset + self.section.reach_after]
+        if not steps:
+            return
+        self.snapshots.mkdir(parents=True, exist_ok=True)
+        for name in map(checkpoint_name, sorted(steps)):
+            if (self.snapshots / name).exists():
+                remove_directory(self.ring / name)
+            else:
+                os.replace(self.ring / name, self.snapshots / name)
+        fsync_directory(self.snapshots)
+        fsync_directory(self.ring)
+
+
+def _steps(directory: Path) -> set[int]:
+    """The steps of the models in `directory`, which need not exist."""
+    return {step for path in directory.glob("step_*") if (step := step_of(path)) is not None}

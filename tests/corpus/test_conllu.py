@@ -1,0 +1,147 @@
+"""The CoNLL-U reader on real and on broken files."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+
+import pytest
+import zstandard
+
+from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.readers import text_lines
+from megatron_sas.corpus.readers.conllu import read_conllu
+from megatron_sas.corpus.readers.text_lines import read_lines
+
+
+def row(number, form, head, relation="dep", misc="_"):
+    return "\t".join([str(number), form, "_", "_", "_", "_", str(head), relation, "_", misc])
+
+
+def write(path, *rows, encoding="utf-8"):
+    path.write_bytes("\n".join(rows).encode(encoding) + b"\n\n")
+    return path
+
+
+def test_words_spans_and_multiword_tokens(tmp_path):
+    path = write(
+        tmp_path / "a.conllu",
+        "# newdoc id = x",
+        "# text = I don't go zum (Arzt).",
+        row(1, "I", 4, "nsubj"),
+        "\t".join(["2-3", "don't"] + ["_"] * 8),
+        row(2, "do", 4, "aux"),
+        row(3, "n't", 4, "advmod"),
+        row(4, "go", 0, "root"),
+        "\t".join(["4.1", "gone"] + ["_"] * 8),
+        "\t".join(["5-6", "zum"] + ["_"] * 8),
+        row(5, "zu", 8, "case"),
+        row(6, "dem", 8, "det"),
+        row(7, "(", 8, "punct", "SpaceAfter=No"),
+        row(8, "Arzt", 4, "obl", "X=1|SpaceAfter=No"),
+        row(9, ")", 8, "punct", "SpaceAfter=No"),
+        row(10, ".", 4, "punct"),
+    )
+    (sentence,) = read_conllu(path)
+    assert sentence.text == "I don't go zum (Arzt)."
+    assert sentence.words == ["I", "do", "n't", "go", "zu", "dem", "(", "Arzt", ")", "."]
+    assert sentence.heads == [3, 3, 3, -1, 7, 7, 7, 3, 7, 3]
+    assert [sentence.text[a:b] for a, b in sentence.spans] == ["I", "do", "n't", "go", "zum", "", "(", "Arzt", ")", "."]
+    assert sentence.relns[3] == "root"
+    assert sentence.newdoc and sentence.line == 1
+
+
+def test_every_ewt_sentence_rebuilds_its_text(data_dir):
+    count = words = 0
+    for sentence in read_conllu(data_dir / "ud_ewt" / "en_ewt-ud-dev.conllu"):
+        text = next(c.removeprefix("text = ") for c in sentence.comments if c.startswith("text = "))
+        assert sentence.text == text
+        for (start, end), word in zip(sentence.spans, sentence.words, strict=True):
+            assert text[start:end] == word
+        count, words = count + 1, words + len(sentence.words)
+    assert (count, words) == (2001, 25147)  # as the treebank's own README counts
+
+
+GOOD = [row(1, "good", 0, "root"), ""]
+
+
+@pytest.mark.parametrize(
+    ("rows", "line", "reason"),
+    [
+        ([row(1, "a", 5)], 3, "HEAD is 5 in a sentence of 1 words"),
+        ([row(1, "a", 2), row(2, "b", 3), row(3, "c", 2)], 4, "cycle"),
+        ([row(1, "a", 1)], 3, "cycle"),
+        ([row(1, "a", "_")], 3, "HEAD is '_'"),
+        ([row(1, "a", -1)], 3, "HEAD is '-1'"),
+        ([row(1, "a", 0) + "\tx"], 3, "11 tab-separated columns"),
+        (["1 a _ _ _ _ 0 root _ _"], 3, "1 tab-separated columns"),
+        ([row(1, "a", 0), row(3, "b", 1)], 4, "ID is 3 where 2 is due"),
+        ([row("x", "a", 0)], 3, "ID is 'x'"),
+        ([row(1, "", 0)], 3, "FORM is empty"),
+        (["\t".join(["1-2", "ab"] + ["_"] * 8), row(1, "a", 0)], 3, "multiword token ends at word 2"),
+        (["\t".join(["1-1", "ab"] + ["_"] * 8), row(1, "a", 0)], 3, "empty or overlaps"),
+    ],
+)
+def test_broken_sentences_are_refused_or_skipped(tmp_path, rows, line, reason):
+    path = write(tmp_path / "a.conllu", *GOOD, *rows, "", row(1, "last", 0, "root"))
+    with pytest.raises(InputError) as error:
+        list(read_conllu(path))
+    assert str(error.value).startswith(f"{path}:{line}: ") and reason in str(error.value)
+    assert "--on-error skip" in str(error.value)
+    reports = []
+    sentences = list(read_conllu(path, "skip", lambda *report: reports.append(report)))
+    assert [s.words for s in sentences] == [["good"], ["last"]]
+    assert len(reports) == 1 and reports[0][0] == f"{path}:{line}" and reason in reports[0][1]
+
+
+def test_invalid_utf8_and_newdoc_of_a_skipped_sentence(tmp_path):
+    path = write(
+        tmp_path / "a.conllu", row(1, "a", 0), "", "# newdoc", row(1, "é", 0), "", row(1, "b", 0), encoding="latin-1"
+    )
+    with pytest.raises(InputError, match=r"a.conllu:4: invalid UTF-8"):
+        list(read_conllu(path))
+    sentences = list(read_conllu(path, "skip"))
+    assert [(s.words, s.newdoc) for s in sentences] == [(["a"], False), (["b"], True)]
+
+
+def test_comments_without_words_are_no_sentence(tmp_path):
+    path = write(tmp_path / "a.conllu", "# newdoc", "", "", row(1, "a", 0), "", "# the end")
+    (sentence,) = read_conllu(path)
+    assert sentence.newdoc
+
+
+@pytest.mark.parametrize("pack", [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstandard.compress)])
+def test_compressed_files(tmp_path, pack):
+    suffix, compress = pack
+    content = "".join(f"line {i} é\n" for i in range(50_000)).encode()
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(compress(content[:1000]) + compress(content[1000:]))
+    lines = list(read_lines(path))
+    assert "".join(f"{text}\n" for _, text in lines).encode() == content
+    assert [number for number, _ in lines] == list(range(1, 50_001))
+    path.write_bytes(compress(content)[:-50])
+    with pytest.raises(InputError, match="damaged compressed file"):
+        list(read_lines(path))
+    path.write_bytes(b"this is not compressed at all")
+    with pytest.raises(InputError, match="damaged compressed file"):
+        list(read_lines(path))
+
+
+def test_long_lines_come_in_parts_or_are_broken_input(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_lines, "MAX_LINE_BYTES", 64)
+    long = "ab cd éé " * 40 + "x" * 200 + "é" * 200 + "\n"
+    path = tmp_path / "a.txt"
+    path.write_text("\ufefffirst\n" + long + "last\n\nend")
+    parts = list(read_lines(path, cut_long=True))
+    assert parts[0] == (1, "first") and parts[-3:] == [(3, "last"), (4, ""), (5, "end")]
+    assert {number for number, _ in parts[1:-3]} == {2}
+    assert "".join(text for _, text in parts[1:-3]) == long.rstrip("\n")
+    assert all(len(text.encode()) <= 64 for _, text in parts)
+    with pytest.raises(InputError, match=r"a.txt:2: line longer than 64 bytes"):
+        list(read_lines(path))
+    assert list(read_lines(path, "skip")) == [(1, "first"), (2, None), (3, "last"), (4, ""), (5, "end")]
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        list(read_lines(tmp_path / "none.txt"))
