@@ -138,8 +138,8 @@ class Saver:
         publish(self._partial(step), step)
         self.published = step
         section = self.config.checkpoint
-        if section.keep_last is not None:
-            remove_old_checkpoints(self.run_dir, step, section.keep_last, section.keep_every)
+        if section.kept is not None:
+            remove_old_checkpoints(self.run_dir, step, section.kept, section.keep_every)
 
     def _write_snapshot(self, path: Path, share: Share) -> None:
         tokenizer = copy.deepcopy(self.tokenizer)  # writing it for other programs changes it

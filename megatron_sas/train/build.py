@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -150,8 +151,8 @@ def _half_begun(path: Path) -> bool:
 def _refuse_lost_checkpoints(run_dir: Path) -> None:
     """Refuse (`InputError`) to begin a run anew whose records prove that it had a checkpoint.
 
-    A save begins when the one before is published, so records beyond the second one that was due prove the first. So
-    does a run that was continued, stopped or finished later than it began.
+    A save begins when the one before is published, so records beyond the second one that was due prove the first, be it
+    due by step or by the clock. So does a run that was continued, stopped or finished later than it began.
     """
     old, records = load_config(run_dir / CONFIG), read_records(run_dir / FILE_NAME)
     last, began, first = old.train.steps, 0, 0
@@ -161,9 +162,14 @@ def _refuse_lost_checkpoints(run_dir: Path) -> None:
     skipped = {record["step"] for record in records if record.get("event") == "skipped_update"}  # nothing is saved then
     saved = (step for step in range(first, last + 1) if old.checkpoint.due(step, last) and step not in skipped)
     second = next(islice(saved, 1, None), last)
-    for step, event in ((record["step"], record.get("event")) for record in records):
+    # A branch's own start comes last. The second save begins an interval later, after an update that may take long.
+    started = max((record["time"] for record in records if record.get("event") == "start"), default=math.inf)
+    surely_saved = started + 2 * (old.checkpoint.seconds or math.inf)
+    for record in records:
+        step, event = record["step"], record.get("event")
         later = event in ("start", "stopped", "finished") and step > began and step not in skipped
-        if step > second or later:
+        by_clock = record["kind"] == "train" and step not in skipped and record["time"] > surely_saved
+        if step > second or later or by_clock:
             raise InputError(
                 f"{checkpoints_directory(run_dir)}: holds no checkpoint, but the run's records reach update "
                 f"{max(record['step'] for record in records)}; restore the newest, choose another run.output_dir, or "
