@@ -9,11 +9,13 @@ import os
 import sys
 import time
 
+from megatron_sas.core.streams import keep_printing
 from megatron_sas.run.signals import StopRequest, rank_by_launcher
 
 
 def main() -> int:
     """Train as the command line says; returns the exit code."""
+    keep_printing()
     stop = StopRequest()
     stop.listen()  # before torch and deepspeed are imported, which takes seconds
     try:

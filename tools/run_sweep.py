@@ -22,6 +22,7 @@ from megatron_sas.core.directory_lock import DirectoryLock
 from megatron_sas.experiments.sweep import PlannedRun, Sweep, plan_sweep
 from megatron_sas.run.directory import RunDirectory
 from megatron_sas.run.records import read_records
+from megatron_sas.run.signals import signals_to_heed
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,7 +40,6 @@ The batch script is started with SWEEP.yaml, DIR, the names of its array's runs 
 hold for all runs; it asks for the arguments of a run with --arguments NAME."""
 
 COLUMNS = {"validation_mlm_loss": "MLM loss", "uas": "UAS", "blimp": "BLiMP"}
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 60.0  # for a run that has trained nothing yet to end by itself; torchrun gives its workers 30
 
@@ -100,7 +100,7 @@ def trainer_arguments(sweep: Sweep, run: PlannedRun) -> list[str]:
 def run_here(sweep: Sweep, directory: Path, jobs: int | None, processes: int) -> list[PlannedRun]:
     """Make all unfinished runs on this machine; returns those that failed.
 
-    A SIGTERM or SIGINT has the running ones save a checkpoint and end.
+    A signal that would stop one of them (`signals_to_heed`) has the running ones save a checkpoint and end.
     """
     devices = _devices()
     jobs = jobs or max(1, len(devices) // processes)
@@ -168,7 +168,7 @@ class Running:
 def _listening() -> Iterator[list[int]]:
     """The signals that asked to stop, as they arrive."""
     asked: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in signals_to_heed()}
     try:
         yield asked
     finally:

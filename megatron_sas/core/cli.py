@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_sas.core.streams import fault_of_output, keep_printing
+
 
 class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: file, line or field; what is wrong; what to do."""
@@ -18,7 +20,11 @@ class CommonError(InputError):
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a tool's `main` and exit: 0 on success, 2 with one line on stderr for wrong input or an unusable file."""
+    """Run a tool's `main` and exit: 0 on success, 2 with one line on stderr for wrong input or an unusable file.
+
+    Where nobody reads what it prints (`tool | head`) it goes on, since it may have files to write.
+    """
+    keep_printing()
     try:
         code = main() or 0
     except InputError as error:
@@ -31,6 +37,9 @@ def run_main(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("error: interrupted; nothing half-written was left behind", file=sys.stderr)
         code = 130
+    if fault := fault_of_output():
+        print(f"error: standard output: {fault.strerror}; not all of it was written", file=sys.stderr)
+        code = code or 2
     sys.exit(code)
 
 

@@ -42,10 +42,15 @@ class Section(BaseModel):
 class When(Section):
     """A set of completed updates: step 0, the last, every `every`, and every `dense_every` until `dense_until`."""
 
-    every: int | None = Field(None, description="regular interval; none: only the first and last step", ge=1)
+    every: int | None = Field(None, description="regular interval in steps; none: only the first and last step", ge=1)
     dense_every: int | None = Field(None, description="interval of the early, dense part", ge=1)
     dense_until: int = Field(0, description="where the dense part ends (included)", ge=0)
     at: tuple[int, ...] = Field((), description="further steps")
+
+    @property
+    def names_steps(self) -> bool:
+        """Whether any step but the first and the last is asked for."""
+        return self.every is not None or self.dense_every is not None or bool(self.at)
 
     def faults(self) -> list[str]:
         """The dense part needs an interval and an end."""

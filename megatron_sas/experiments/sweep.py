@@ -217,8 +217,9 @@ def _parent(text: str, others: dict[str, PlannedRun]) -> tuple[PlannedRun, int]:
     checkpoint = parent.config.checkpoint
     if not checkpoint.due(int(step), parent.config.train.steps):
         raise InputError(f"{BRANCH}: {condition} writes no checkpoint at step {step}; add it to checkpoint.at")
-    if checkpoint.keep_last is not None:
-        raise InputError(f"{BRANCH}: {condition} may have removed that checkpoint; leave checkpoint.keep_last out")
+    if checkpoint.kept is not None and int(step) < parent.config.train.steps:
+        remedy = "name it in checkpoint.at" if checkpoint.keep_last is None else "leave checkpoint.keep_last out"
+        raise InputError(f"{BRANCH}: {condition} may have removed that checkpoint; {remedy}")
     return parent, int(step)
 
 

@@ -36,15 +36,34 @@ from megatron_sas.run.directory import RunDirectory, step_name
 
 
 class CheckpointSection(When):
-    """When complete checkpoints are written, and which are kept."""
+    """When complete checkpoints are written, and which are kept; default: every 10 minutes, the last two."""
 
-    keep_last: int | None = Field(None, description="keep so many of the newest; none: keep all", ge=1)
+    minutes: float | None = Field(
+        None, description="also after so many minutes; 0: never; default: 10 when no steps are named here", ge=0, le=1e6
+    )
+    keep_last: int | None = Field(
+        None, description="keep so many of the newest; default: all, but 2 when no steps are named here", ge=1
+    )
     keep_every: int | None = Field(None, description="also keep those at multiples of this step", ge=1)
 
+    @property
+    def seconds(self) -> float | None:
+        """After how long a checkpoint is due, whatever the step; None: never by the clock."""
+        minutes = self.minutes if self.minutes is not None or self.names_steps else 10.0
+        return 60.0 * minutes if minutes else None
+
+    @property
+    def kept(self) -> int | None:
+        """How many of the newest are kept; None: all."""
+        return self.keep_last if self.keep_last is not None or self.names_steps else 2
+
     def faults(self) -> list[str]:
-        """`keep_every` makes exceptions from `keep_last`."""
-        without = ["keep_every: needs keep_last"] if self.keep_every and self.keep_last is None else []
-        return super().faults() + without
+        """`keep_every` makes exceptions from `keep_last`, and what the clock writes has no other limit."""
+        faults = super().faults()
+        if self.kept is None:
+            faults += ["keep_every: needs keep_last"] if self.keep_every else []
+            faults += ["minutes: needs keep_last, or there is no end of checkpoints"] if self.minutes else []
+        return faults
 
 
 class SnapshotSection(When):
@@ -54,8 +73,7 @@ class SnapshotSection(When):
 
     def due(self, step: int, last_step: int) -> bool:
         """Whether `step` belongs to the set; no step does when nothing is configured."""
-        wanted = self.every is not None or self.dense_every is not None or bool(self.at)
-        return wanted and super().due(step, last_step)
+        return self.names_steps and super().due(step, last_step)
 
 
 class Saver:
@@ -164,8 +182,8 @@ class Saver:
     def _publish(self, step: int) -> None:
         publish(self._partial(step), step)
         self.published = step
-        if self.section.keep_last is not None:
-            remove_old_checkpoints(self.run, step, self.section.keep_last, self.section.keep_every)
+        if self.section.kept is not None:
+            remove_old_checkpoints(self.run, step, self.section.kept, self.section.keep_every)
 
     def _write_snapshot(self, path: Path, weights: dict[str, Tensor]) -> None:
         with atomic_directory(path, overwrite=True) as directory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -151,8 +152,8 @@ def where_to_start(config: Config, say: Callable[[str], None]) -> tuple[Path | N
 def _refuse_lost_checkpoints(run: RunDirectory) -> None:
     """Refuse (`InputError`) to begin a run anew whose records prove that it had a checkpoint.
 
-    A save begins when the one before is published, so records beyond the second one that was due prove the first. So
-    does a run that was continued, stopped or finished later than it began.
+    A save begins when the one before is published, so records beyond the second one that was due prove the first, be it
+    due by step or by the clock. So does a run that was continued, stopped or finished later than it began.
     """
     old, records = load_config(run.config), read_records(run.records)
     last, began, first = old.train.steps, 0, 0
@@ -162,9 +163,14 @@ def _refuse_lost_checkpoints(run: RunDirectory) -> None:
     skipped = {record["step"] for record in records if record.get("event") == "skipped_update"}  # nothing is saved then
     saved = (step for step in range(first, last + 1) if old.checkpoint.due(step, last) and step not in skipped)
     second = next(islice(saved, 1, None), last)
-    for step, event in ((record["step"], record.get("event")) for record in records):
+    # A branch's own start comes last. The second save begins an interval later, after an update that may take long.
+    started = max((record["time"] for record in records if record.get("event") == "start"), default=math.inf)
+    surely_saved = started + 2 * (old.checkpoint.seconds or math.inf)
+    for record in records:
+        step, event = record["step"], record.get("event")
         later = event in ("start", "stopped", "finished") and step > began and step not in skipped
-        if step > second or later:
+        by_clock = record["kind"] == "train" and step not in skipped and record["time"] > surely_saved
+        if step > second or later or by_clock:
             raise InputError(
                 f"{run.checkpoints}: holds no checkpoint, but the run's records reach update "
                 f"{max(record['step'] for record in records)}; restore the newest, choose another run.output_dir, or "

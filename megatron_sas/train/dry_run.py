@@ -153,9 +153,11 @@ def check_disk_space(config: Config, parameters: int, branch: Branch | None = No
     done = max(steps_in(RunDirectory(run_dir).checkpoints), default=branch.step if branch else -1)
     due = [step for step in range(done + 1, last + 1) if section.due(step, last)]
     count = len(due)
-    if section.keep_last is not None:  # and one more while the oldest is not yet removed
+    if section.seconds is not None:
+        count = last - done  # at most: nobody knows how often the clock asks
+    if section.kept is not None:  # and one more while the oldest is not yet removed
         forever = sum(step % section.keep_every == 0 for step in due) if section.keep_every else 0
-        count = min(count, section.keep_last + 1 + forever)
+        count = min(count, section.kept + 1 + forever)
     snapshots = sum(config.snapshots.due(step, last) for step in range(done + 1, last + 1))
     snapshots += config.watch.most_snapshots
     needed = count * parameters * CHECKPOINT_BYTES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,8 @@ class Trainer:
         self.saver = make_saver(config, self.engine, parts)
         self.watchdog = Watchdog(config.run.timeout_minutes)
         self.last_step = config.train.steps
+        self.saved_at = time.monotonic()  # when the newest checkpoint was begun, or this start of the run
+        self.save_now = False  # all ranks have agreed that a checkpoint is due by rank 0's clock
         self.throughput = measure_throughput(config, parts, device)
         self.records: Records | None = None
         self.watch: Watch | None = None
@@ -170,6 +173,7 @@ class Trainer:
         else:
             reasons = [r for r in distributed.gather_objects(self.stop.reason) if r is not None]
             if step != self.saver.step and step != self.parts.start_step:
+                self._write_pending()
                 self._save(step, checkpoint=True, snapshot=False)
             self.saver.finish()
             self._event(step, event="stopped", reason=reasons[0])
@@ -193,9 +197,10 @@ class Trainer:
         self.engine.set_learning_rate(rate)
         # With λ = 0 the term costs a little and changes nothing, so it is measured only where the line is written.
         measure = (step + 1) % config.logging.every == 0 or step + 1 == self.last_step
-        result = self.engine.update(window, weight, measure, [self._asked_to_stop(), *self.saver.flags()])
-        asked, written, failed = result.flags
-        self.stopping = asked > 0
+        flags = [self._asked_to_stop(), self._long_unsaved(), *self.saver.flags()]
+        result = self.engine.update(window, weight, measure, flags)
+        asked, unsaved, written, failed = result.flags
+        self.stopping, self.save_now = asked > 0, unsaved > 0
         self.saver.react(written, failed)
         edges = sum(int((batch.heads >= 0).sum()) for batch in window.micro_batches)
         self.pending.append(PendingUpdate(step + 1, result, edges, weight, rate))
@@ -207,6 +212,11 @@ class Trainer:
             self.stop.look_for_file(self.run_dir)
         return self.stop.reason is not None
 
+    def _long_unsaved(self) -> bool:
+        """Whether a checkpoint is due by the clock, which is rank 0's."""
+        seconds = self.config.checkpoint.seconds
+        return distributed.is_main() and seconds is not None and time.monotonic() - self.saved_at >= seconds
+
     def _between_batches(self) -> None:
         """Called after each forward of an evaluation: all ranks agree on whether to give it up."""
         self.watchdog.beat("an evaluation")
@@ -217,15 +227,20 @@ class Trainer:
         asked = distributed.all_reduce_sum_(torch.tensor(int(self._asked_to_stop()), device=self.engine.device))
         return int(asked) > 0
 
-    def _write_pending(self) -> None:
-        """Read the collected updates off the device at once, and write a record for each."""
+    def _write_pending(self, speed: bool = True) -> None:
+        """Read the collected updates off the device at once, and write a record for each.
+
+        Without `speed` the last one does not show how fast training was since it was shown last.
+        """
         if not self.pending:
             return
         lines = read_pending(self.pending, self.config, self.engine.device)
-        lines[-1] |= self.throughput.window() | memory() | self.gpu.read()
+        if speed:
+            lines[-1] |= self.throughput.window() | memory() | self.gpu.read()
         for entry, values in zip(self.pending, lines, strict=True):
             self._record("train", entry.step, values)
-        self._show(self.pending[-1].step, lines[-1])
+        if speed:
+            self._show(self.pending[-1].step, lines[-1])
         self._look_for_skipped(lines)
         self.pending.clear()
 
@@ -259,8 +274,10 @@ class Trainer:
             self._evaluate(step)
         checkpoint = self.config.checkpoint.due(step, self.last_step)
         snapshot = self.config.snapshots.due(step, self.last_step) or self.config.watch.due(step)
-        if not resumed and (checkpoint or snapshot):
-            self._save(step, checkpoint, snapshot)
+        if not resumed and (checkpoint or snapshot or self.save_now):
+            # When the clock asks, nothing but the time may show in the records.
+            self._write_pending(speed=checkpoint or snapshot)
+            self._save(step, checkpoint or self.save_now, snapshot)
 
     def _save(self, step: int, checkpoint: bool, snapshot: bool) -> None:
         """Begin to write what is due.
@@ -268,8 +285,9 @@ class Trainer:
         While updates are being skipped there is no checkpoint, so that the newest is from before the trouble; only the
         last step always has one.
         """
-        self._write_pending()
         checkpoint = checkpoint and (self.skipped.in_a_row == 0 or step == self.last_step)
+        if not (checkpoint or snapshot):
+            return
         self.watchdog.beat(f"the checkpoint of step {step}")
         if self.records is not None:
             self.records.flush()  # a checkpoint has all records before it
@@ -287,6 +305,8 @@ class Trainer:
             directory = self.directory.snapshots
             if snapshot and self.watch is not None:
                 directory = self.watch.place(step)
+            if checkpoint:
+                self.saved_at = time.monotonic()
             self.saver.begin(step, state, checkpoint=checkpoint, snapshot=directory if snapshot else None)
 
     def _time_for_evaluation(self, step: int) -> bool:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import signal
+
 import pytest
 import soak
-from engine_runs import largest_difference, records, weights
+from engine_runs import checkpoint, largest_difference, moments, records, weights
+from processes import steps_done, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -48,3 +52,48 @@ def test_one_process_then_two_then_one(fork_server, config, tmp_path):
         for step, line in mine.items():
             assert line == pytest.approx(theirs[step], rel=2e-5), f"{kind} {step}"
     assert largest_difference(weights(tmp_path / "parts", STEPS), weights(tmp_path / "whole", STEPS)) < 1e-5
+
+
+CLOCKED = {"train.steps": 10, "checkpoint.every": None, "logging.every": 4, "evaluation.every": 5}
+BY_THE_CLOCK = ("time", "seconds", "tokens_per_second", "memory_gib")
+
+
+def records_but_for_the_clock(run):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{name: None if name in BY_THE_CLOCK else value for name, value in line.items()} for line in lines]
+
+
+def kept(run):
+    return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step_*"))
+
+
+def test_when_the_clock_saves_shows_nowhere(fork_server, config, tmp_path):
+    """After every update, or never: the same records, field for field, and the same weights and moments."""
+    often, never = tmp_path / "often", tmp_path / "never"
+    fork_server.train(config, often, CLOCKED | {"checkpoint.minutes": 1e-9, "checkpoint.keep_last": 20}, ranks=2)
+    fork_server.train(config, never, CLOCKED | {"checkpoint.minutes": 0}, ranks=2)
+    assert (kept(often), kept(never)) == (list(range(11)), [0, 10])
+    assert records_but_for_the_clock(often) == records_but_for_the_clock(never)
+    for read in (weights, moments):
+        assert largest_difference(read(often, 10), read(never, 10)) == 0.0
+
+
+def test_a_killed_run_that_saves_by_the_clock_goes_on(fork_server, config, tmp_path):
+    """From one of the last two checkpoints; when all are gone it is not begun again."""
+    run, unhurt = tmp_path / "run", tmp_path / "unhurt"
+    clock = CLOCKED | {"train.steps": 40, "checkpoint.minutes": 1e-9}
+    hold = {"before": "megatron_sas.train.step:Engine.update", "call": 30, "until": str(tmp_path / "never")}
+    job = fork_server.start(config, run, clock, fault={"hold": hold})
+    wait_until(lambda: (tmp_path / "never-reached").exists() and steps_done(run) >= 29, "training")
+    job.send(signal.SIGKILL)
+    job.wait()
+    assert len(kept(run)) <= 3 and kept(run)[-1] >= 28
+    checkpoints = (run / "checkpoints").rename(tmp_path / "elsewhere")
+    job = fork_server.start(config, run, clock)
+    assert job.wait() == [2]
+    assert "holds no checkpoint, but the run's records reach update 29" in job.output()
+    checkpoints.rename(run / "checkpoints")
+    assert f"continuing from {checkpoint(run, kept(run)[-1])}" in fork_server.train(config, run, clock)
+    fork_server.train(config, unhurt, clock | {"checkpoint.minutes": 0})
+    assert largest_difference(weights(run, 40), weights(unhurt, 40)) == 0.0
+    assert records(run) == records(unhurt)

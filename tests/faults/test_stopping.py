@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def check_stopped(run, reason):
 
 @pytest.mark.parametrize(
     ("ranks", "number", "to"),
-    [(2, signal.SIGTERM, [1]), (2, signal.SIGUSR1, [0]), (2, signal.SIGTERM, [0, 1]), (1, signal.SIGINT, [0])],
+    [(2, signal.SIGTERM, [1]), (2, signal.SIGUSR1, [0]), (2, signal.SIGHUP, [0, 1]), (1, signal.SIGINT, [0])],
 )
 def test_a_signal_to_any_rank_stops_all(fork_server, config, tmp_path, ranks, number, to):
     run = tmp_path / "run"
@@ -152,17 +153,15 @@ def test_an_old_stop_file_stops_nothing(fork_server, config, tmp_path):
 
 
 def test_the_second_interrupt_ends_at_once(fork_server, config, tmp_path):
-    run = tmp_path / "run"
-    job = fork_server.start(config, run, LONG | {"evaluation.validation_sequences": 10})
+    """While the run, asked to stop by the first, is about to save."""
+    run, go = tmp_path / "run", tmp_path / "go"
+    hold = {"before": "megatron_sas.train.trainer:Trainer._end", "until": str(go)}
+    job = fork_server.start(config, run, LONG, fault={"hold": hold})
     wait_until(lambda: steps_done(run) >= 3, "training")
-    for _ in range(200):
-        job.send(signal.SIGINT)
-        if None not in job.exits():
-            break
-    (code,) = job.wait()
-    if code == 0:
-        pytest.skip("the run ended between two signals")
-    assert code == 130
+    job.send(signal.SIGINT)
+    wait_until(Path(f"{go}-reached").exists, "the end")
+    job.send(signal.SIGINT)
+    assert job.wait() == [130], job.output()
     assert "interrupted twice; nothing was saved" in job.output()
     assert "Traceback" not in job.output()
     assert not (run / "requeue").exists()
@@ -191,14 +190,14 @@ def test_an_evaluation_does_not_outlast_the_grace_period(fork_server, config, tm
 class Launched:
     """A launcher with its ranks, as a user or Slurm starts it."""
 
-    def __init__(self, launcher, config, run, log):
+    def __init__(self, launcher, config, run, log, terminal=None):
         clean = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
         arguments = ["--config", config, *override_arguments({**LONG, "run.output_dir": str(run)})]
         self.run, self.log = run, log
         with open(log, "w") as file:
             self.process = subprocess.Popen(
                 [str(a) for a in (*launcher, ROOT / "pretrain_mlm.py", *arguments)],
-                stdout=file,
+                stdout=file if terminal is None else terminal,
                 stderr=subprocess.STDOUT,
                 env={**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             )
@@ -227,8 +226,8 @@ def launched(config, tmp_path):
     """Start a launcher; whatever is left of it afterwards is killed."""
     started = []
 
-    def start(*launcher):
-        started.append(Launched(launcher, config, tmp_path / "run", tmp_path / "log.txt"))
+    def start(*launcher, terminal=None):
+        started.append(Launched(launcher, config, tmp_path / "run", tmp_path / "log.txt", terminal))
         return started[-1]
 
     yield start
@@ -264,9 +263,13 @@ def test_the_deepspeed_launcher_passes_sigterm_on_to_one_rank_after_another(laun
 
 @pytest.mark.skipif(not DEEPSPEED.exists(), reason="the deepspeed launcher is not beside this Python")
 def test_a_signal_to_deepspeeds_runner_orphans_the_ranks_and_the_stop_file_reaches_them(launched):
-    job = launched(*deepspeed())
+    """Also when the terminal that they print to is gone."""
+    window, terminal = pty.openpty()
+    job = launched(*deepspeed(), terminal=terminal)
+    os.close(terminal)
     job.process.send_signal(signal.SIGTERM)
     assert job.process.wait(60) == -signal.SIGTERM
+    os.close(window)
     before = steps_done(job.run)
     wait_until(lambda: steps_done(job.run) > before, "the orphans' progress")
     (job.run / "stop").touch()

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from engine_runs import checkpoint, largest_difference, train, weights
+from megatron_sas.config_sections import CheckpointSection
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -43,6 +44,29 @@ def test_which_checkpoints_are_kept(config, tmp_path, overrides, expected):
 def test_keep_every_needs_keep_last(config):
     with pytest.raises(InputError, match=r"checkpoint\.keep_every: needs keep_last"):
         load_config(config, ["--checkpoint.keep_every=3"])
+
+
+@pytest.mark.parametrize(
+    ("section", "seconds", "keeps"),
+    [
+        ({}, 600.0, 2),
+        ({"minutes": 0}, None, 2),
+        ({"keep_last": 5}, 600.0, 5),
+        ({"keep_every": 1000}, 600.0, 2),
+        ({"every": 3}, None, None),
+        ({"dense_every": 3, "dense_until": 9}, None, None),
+        ({"at": [3], "keep_last": 1}, None, 1),
+        ({"every": 3, "minutes": 5, "keep_last": 4}, 300.0, 4),
+    ],
+)
+def test_where_no_steps_are_named_a_checkpoint_is_due_every_ten_minutes_and_two_are_kept(section, seconds, keeps):
+    found = CheckpointSection.model_validate(section)
+    assert (found.seconds, found.kept) == (seconds, keeps)
+
+
+def test_the_clock_needs_a_limit(config):
+    with pytest.raises(InputError, match=r"checkpoint\.minutes: needs keep_last"):
+        load_config(config, ["--checkpoint.minutes=10"])  # beside `every`
 
 
 def test_the_only_valid_checkpoint_is_never_removed(config, tmp_path):

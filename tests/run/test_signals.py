@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 
 import pytest
 
+from megatron_sas.run import signals
 from megatron_sas.run.signals import SIGNALS, StopRequest
 
 
@@ -16,6 +18,7 @@ def received():
     numbers = []
     before = {number: signal.signal(number, lambda number, _: numbers.append(number)) for number in SIGNALS}
     yield numbers
+    signal.set_wakeup_fd(-1)
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -60,6 +63,52 @@ def test_the_second_interrupt_ends_whatever_the_launcher_has_sent_meanwhile(rece
     signal.raise_signal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_two_interrupts_before_python_calls_the_handler_are_two(received):
+    """Python calls it once for both. C calls that nothing of Python's comes between are the only way to see this."""
+    send = ctypes.CDLL(None)["raise"]
+    stop = StopRequest()
+    stop.listen()
+    assert list(map(send, [signal.SIGTERM, signal.SIGINT])) == [0, 0]
+    assert stop.reason in ("SIGTERM", "SIGINT")
+    again = StopRequest()
+    again.listen()
+    with pytest.raises(KeyboardInterrupt):
+        list(map(send, [signal.SIGINT, signal.SIGINT]))
+    assert again.reason == "SIGINT"
+
+
+@pytest.mark.parametrize("inside", ["rank_by_launcher", "os.isatty", "os.read", "signal.Signals"])
+def test_an_interrupt_while_the_first_is_handled_is_the_second(received, monkeypatch, inside):
+    module, _, name = inside.rpartition(".")
+    owner = getattr(signals, module) if module else signals
+    function = getattr(owner, name)
+
+    def interrupted(*arguments):
+        monkeypatch.setattr(owner, name, function)
+        signal.raise_signal(signal.SIGINT)
+        return function(*arguments)
+
+    stop = StopRequest()
+    stop.listen()
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert stop.reason == "SIGINT"  # and so the program says "interrupted twice"
+
+
+def test_a_hangup_is_a_request_except_under_nohup(received):
+    ignoring = StopRequest()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    ignoring.listen()
+    signal.raise_signal(signal.SIGHUP)
+    assert ignoring.reason is None
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    stop = StopRequest()
+    stop.listen()
+    signal.raise_signal(signal.SIGHUP)
+    assert stop.reason == "SIGHUP"
 
 
 def test_a_closed_standard_error_does_not_matter(received, monkeypatch):

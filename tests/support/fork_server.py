@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -29,6 +30,7 @@ sys.path.insert(0, str(ROOT))  # the launcher's environment has it; pretrain_mlm
 def main() -> None:
     """Answer requests until stdin closes; then end what is still running."""
     os.environ["DS_ACCELERATOR"] = "cpu"
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
     import fault_injection
 
     for name in IMPORTED_LATER:

@@ -216,6 +216,8 @@ def test_disk_space(config, tmp_path, monkeypatch):
     kept = load_config(config, ["--run.output_dir=x", "--checkpoint.keep_last=1", "--snapshots.every=2"])
     text = preflight.check_disk_space(kept, 1_000)
     assert text.startswith("2 checkpoints of 12 KiB and 4 snapshots of 2 KiB need 31 KiB, ")
+    clock = load_config(config, ["--run.output_dir=x", "--checkpoint.every=null", "--train.steps=90"])
+    assert preflight.check_disk_space(clock, 1_000).startswith("3 checkpoints of 12 KiB need 35 KiB, ")
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=35_000))
     with pytest.raises(
         InputError, match=r"3 checkpoints .* need 35 KiB, but 34 KiB are free; set checkpoint\.keep_last"
