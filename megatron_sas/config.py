@@ -11,7 +11,7 @@ import difflib
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from megatron_sas.model.config import BertConfig, ModelSection
 from megatron_sas.objective.pretraining import SasObjective
 from megatron_sas.objective.sas import SasSection
 from megatron_sas.onsets.online import WatchSection
-from megatron_sas.optim.schedules import Stage
+from megatron_sas.optim.schedules import SCHEDULES, Stage
 from megatron_sas.optim.section import TrainSection
 from megatron_sas.run.directory import RunSection
 from megatron_sas.run.records import LoggingSection
@@ -83,11 +83,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """YAML that `load_config` reads back to an equal configuration."""
-        values = self.model_dump(mode="json")
-        values["sas"]["schedule"] = [
-            {name: value for name, value in asdict(stage).items() if value is not None} for stage in self.sas.schedule
-        ]
-        return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -165,6 +161,7 @@ def _may_be_list(section: str, field: str) -> bool:
 def _describe(detail: dict[str, Any]) -> list[str]:
     """One pydantic fault as phrases: where, what, and for typos what was probably meant."""
     location = [str(part) for part in detail["loc"]]
+    kind = next((location.pop(i + 1) for i, name in enumerate(location[:-1]) if name == "schedule"), None)
     where = ".".join(location)
     if detail["type"] == "value_error":  # from `Section.faults`
         return [".".join([*location, fault]) for fault in str(detail["ctx"]["error"]).split(FAULT_SEPARATOR)]
@@ -173,7 +170,7 @@ def _describe(detail: dict[str, Any]) -> list[str]:
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = list(Config.model_fields)
         if detail["type"] == "unexpected_keyword_argument":
-            known = [field.name for field in fields(Stage)]
+            known = [field.name for field in fields(Stage if kind == "stages" else SCHEDULES[kind])]
         elif len(location) > 1:
             known = list(Config.model_fields[location[0]].annotation.model_fields)
         close = difflib.get_close_matches(location[-1], known, n=1)

@@ -40,7 +40,6 @@ from megatron_sas.core.cli import InputError, run_main
 from megatron_sas.core.files import refuse_existing, write_json_atomic
 from megatron_sas.launch.environment import initialize_distributed
 from megatron_sas.objective.pretraining import MaskedLMWithSas
-from megatron_sas.optim.schedules import sas_weight
 from megatron_sas.run.directory import RunDirectory
 from megatron_sas.train.build import Parts, build_parts, make_saver
 from megatron_sas.train.step import Engine
@@ -63,7 +62,7 @@ class Run:
     def updates(self) -> None:
         """`every` updates, the messages of a save under way travelling with them, and the end of that save."""
         for _ in range(self.every):
-            weight = sas_weight(self.config.sas.schedule, self.step)
+            weight = self.config.sas.schedule(self.step)
             window = self.dataset.window(self.step)
             result = self.engine.update(window, weight, measure_sas=False, flags=self.saver.flags())
             self.saver.react(*result.flags)

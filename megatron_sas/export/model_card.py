@@ -10,6 +10,8 @@ import yaml
 
 from megatron_sas import __version__
 from megatron_sas.model.config import BertConfig
+from megatron_sas.optim.schedules import read_schedule
+from megatron_sas.optim.section import TrainSection
 from megatron_sas.run.directory import CONFIG, STATE, run_of
 
 METRICS = {
@@ -97,8 +99,7 @@ def _training(state: dict[str, Any], run: dict[str, Any] | None, config: BertCon
             "batch": f"{train['global_batch_size']} sequences, micro-batch {train['micro_batch_size']}",
             "optimizer": f"AdamW, peak learning rate {train['learning_rate']:g}, betas {tuple(train['adam_betas'])}, "
             f"eps {train['adam_eps']:g}, weight decay {train['weight_decay']:g}, gradient {clipping}",
-            "learning rate": f"linear warm-up over {train['warmup_steps']:,} updates, linear decay to 0 at update "
-            f"{train['decay_horizon']:,}",
+            "learning rate": TrainSection(**train).schedule.course(),
             "dropout": f"hidden {config.hidden_dropout:g}, attention {config.attention_dropout:g}",
             "precision": f"{train['precision']}, ZeRO stage {train['zero_stage']}",
             "seed": run["run"]["seed"],
@@ -114,8 +115,10 @@ def _describe_link(link: dict[str, Any]) -> str:
     return f"`{link['parent_run']}` at update {link['step']:,}, where {changed} changed"
 
 
-def describe_schedule(stages: list[dict[str, Any]]) -> str:
-    """λ by completed updates in words, from the stages as the configuration's YAML has them."""
+def describe_schedule(stages: list[dict[str, Any]] | dict[str, Any]) -> str:
+    """λ by completed updates in words, from the schedule as the configuration's YAML has it."""
+    if isinstance(stages, dict):
+        return read_schedule(stages).describe()
     parts = []
     for stage in sorted(stages, key=lambda s: s["start"]):
         value = f"{stage['value']:g}"

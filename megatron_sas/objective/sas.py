@@ -12,15 +12,15 @@ attention dropout; here they are those before it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_sas.core.settings import Section
-from megatron_sas.optim.schedules import Stage, check_stages
+from megatron_sas.optim.schedules import AnySchedule, Stages, schedule_faults
 
 MODES = ("max", "uniform")
 DIRECTIONS = ("both", "to_head", "to_dependent")
@@ -29,8 +29,10 @@ DIRECTIONS = ("both", "to_head", "to_dependent")
 class SasSection(Section):
     """The SAS regularizer: loss = MLM + λ·R. λ > 0 suppresses syntactic attention, λ < 0 promotes it."""
 
-    schedule: tuple[Stage, ...] = Field(
-        (), description="λ by completed updates: a number, or stages {start, end, value[, end_value]}; default 0"
+    schedule: AnySchedule = Field(
+        Stages(()),
+        description="λ by completed updates: a number, stages {start, end, value[, end_value]}, or {kind: linear, "
+        "cosine or wsd, value, warmup_steps, decay_horizon[, decay_steps]}; default 0",
     )
     mode: Literal["max", "uniform"] = Field("max", description="R: best (layer, head) per edge, or all of them")
     p: float = Field(1.0, description="exponent of mode uniform", ge=1)
@@ -39,16 +41,9 @@ class SasSection(Section):
         "sequence", description="mean over the global batch, or the paper's sum over the micro-batch"
     )
 
-    @field_validator("schedule", mode="before")
-    @classmethod
-    def _number_is_a_constant(cls, value: Any) -> Any:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return ({"start": 0, "value": float(value)},) if value else ()
-        return value
-
     def faults(self) -> list[str]:
-        """Stages must be well-formed and must not overlap."""
-        return [f"schedule: {fault}" for fault in check_stages(self.schedule)]
+        """The schedule must be sound."""
+        return schedule_faults(self.schedule)
 
 
 def sas_term(

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.glue.tasks import NOT_AVERAGED
-from megatron_sas.optim.schedules import Stage, describe_stages, plateau, role, sas_weight
+from megatron_sas.optim.schedules import Schedule, plateau, read_schedule, role
 from megatron_sas.run.directory import CONFIG
 
 ROLES = ("base", "suppress", "promote", "release", "control", "other")
@@ -117,14 +118,14 @@ class Run:
         return Curve(*np.array(means, np.float64).reshape(-1, 2).T)
 
     @cached_property
-    def schedule(self) -> tuple[Stage, ...]:
-        """Stages of λ, from the configuration; empty when the SAS term is off."""
-        stages = self.setting("sas.schedule") or ()
+    def schedule(self) -> Schedule:
+        """λ by completed updates, from the configuration."""
         try:
-            return tuple(Stage(**stage) for stage in stages)
-        except TypeError:
+            return read_schedule(self.setting("sas.schedule") or 0)
+        except ValidationError:
             raise InputError(
-                f"{self.path / CONFIG}: sas.schedule is not a list of stages; restore the trainer's own file"
+                f"{self.path / CONFIG}: sas.schedule is not a list of stages or another schedule; restore the "
+                "trainer's own file"
             ) from None
 
     @property
@@ -183,14 +184,14 @@ class Run:
     @property
     def weight(self) -> Curve:
         """λ over the steps of the run, fine enough to show where stages begin and end."""
-        edges = {edge for stage in self.schedule for edge in (stage.start, stage.end) if edge is not None}
+        edges = self.schedule.knots()
         grid = np.linspace(0, self.final_step, 200).astype(int).tolist()
         steps = sorted(s for s in {*grid, *edges, *(edge - 1 for edge in edges)} if 0 <= s <= self.final_step)
-        return Curve(np.array(steps, np.float64), np.array([sas_weight(self.schedule, s) for s in steps], np.float64))
+        return Curve(np.array(steps, np.float64), np.array([self.schedule(s) for s in steps], np.float64))
 
     def describe_schedule(self) -> str:
         """λ in words."""
-        return describe_stages(self.schedule)
+        return self.schedule.describe()
 
     def nested(self, key: str, *, first: bool = False) -> dict[str, Any]:
         """The dictionary `key` of the last evaluation that has it (`first`: of step 0); {} when there is none."""

@@ -18,7 +18,6 @@ from megatron_sas.config import Config, load_config
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import sha256_file, write_bytes_atomic, write_json_atomic
 from megatron_sas.core.manifest import MANIFEST
-from megatron_sas.optim.schedules import sas_weight
 from megatron_sas.run.checkpoint import newest_checkpoint, read_state, remove_directory
 from megatron_sas.run.directory import (
     CONFIG,
@@ -124,11 +123,11 @@ def _refuse_another_past(old: Config, new: Config, step: int, checkpoint: Path) 
             "sas, data.heads, and what does not touch training"
         )
     for done in range(step):
-        before, after = sas_weight(old.sas.schedule, done), sas_weight(new.sas.schedule, done)
+        before, after = old.sas.schedule(done), new.sas.schedule(done)
         if before != after:
             raise InputError(
                 f"{where}: sas.schedule says λ = {after:g} for update {done + 1}, which was made with λ = {before:g}; "
-                f"keep the parent's stages up to update {step} ({_stages(old)}) and change what follows"
+                f"keep the parent's stages up to update {step} ({_schedule(old)}) and change what follows"
             )
     if new.train.steps <= step:
         raise InputError(f"train.steps: {new.train.steps} leaves nothing to do after step {step} of {checkpoint}")
@@ -149,9 +148,8 @@ def _changes(old: Config, new: Config, sections: tuple[str, ...] | None = None) 
     }
 
 
-def _stages(config: Config) -> str:
-    stages = config.model_dump(mode="json")["sas"]["schedule"]
-    return json.dumps([{name: value for name, value in stage.items() if value is not None} for stage in stages])
+def _schedule(config: Config) -> str:
+    return json.dumps(config.model_dump(mode="json")["sas"]["schedule"])
 
 
 def _path_between(run_dir: Path, parent: Path) -> str:

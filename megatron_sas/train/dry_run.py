@@ -31,7 +31,6 @@ from megatron_sas.launch.environment import (
 )
 from megatron_sas.model.config import BertConfig
 from megatron_sas.objective.pretraining import MaskedLMWithSas
-from megatron_sas.optim.schedules import sas_weight
 from megatron_sas.run.directory import RunDirectory, steps_in
 from megatron_sas.run.memory import MemoryEstimate, PeakMemory, count_parameters, estimate_memory, show_bytes
 from megatron_sas.train.branch import Branch
@@ -221,7 +220,7 @@ def _try_one_step(config: Config, report: Report) -> None:
             engine = Engine(module, config.train, config.run.seed, device)
             parts.load_optimizer(engine)
             engine.set_learning_rate(0.0)
-            weight = sas_weight(config.sas.schedule, parts.start_step)
+            weight = config.sas.schedule(parts.start_step)
             result = engine.update(parts.dataset.window(parts.start_step), weight, measure_sas=True)
             sums = distributed.all_reduce_sum_(torch.stack([result.mlm_sum.float(), result.grad_norm.float()]))
         loss = float(sums[0]) / max(int(result.num_masked), 1)

@@ -27,8 +27,6 @@ from megatron_sas.launch.environment import (
 )
 from megatron_sas.launch.watchdog import Watchdog
 from megatron_sas.objective.pretraining import MaskedLMWithSas
-from megatron_sas.optim.learning_rate import learning_rate
-from megatron_sas.optim.schedules import sas_weight
 from megatron_sas.run.directory import RunDirectory
 from megatron_sas.run.nvml import GpuMonitor
 from megatron_sas.run.records import Records
@@ -183,13 +181,7 @@ class Trainer:
         """One update; returns how many are done now."""
         config, step = self.config, window.step
         self.watchdog.beat(f"update {step + 1}")
-        weight = sas_weight(config.sas.schedule, step)
-        rate = learning_rate(
-            step,
-            peak=config.train.learning_rate,
-            warmup_steps=config.train.warmup_steps,
-            decay_horizon=config.train.decay_horizon,
-        )
+        weight, rate = config.sas.schedule(step), config.train.schedule(step)
         self.engine.set_learning_rate(rate)
         # With λ = 0 the term costs a little and changes nothing, so it is measured only where the line is written.
         measure = (step + 1) % config.logging.every == 0 or step + 1 == self.last_step
