@@ -52,11 +52,12 @@ def edge_probs(q: Tensor, k: Tensor, lse: Tensor, heads: Tensor, scale: float) -
     return torch.where(edge, to_head, 0.0), torch.where(edge, to_dependent, 0.0)
 
 
-def row_sums(g_head: Tensor | None, g_dependent: Tensor | None, heads: Tensor) -> Tensor | None:
+def row_sums(g_head: Tensor | None, g_dependent: Tensor | None, heads: Tensor | None) -> Tensor | None:
     """t `(B, H, S)`: the sum of g over the entries of each row of the map; None when there is no gradient at all."""
+    if g_head is None and g_dependent is None:
+        return None
     if heads.dim() == 3:
-        sums = [row_sums(*one) for one in _single_sets(g_head, g_dependent, heads)]
-        return None if sums[0] is None else torch.stack(sums).sum(0)
+        return torch.stack([row_sums(*one) for one in _single_sets(g_head, g_dependent, heads)]).sum(0)
     if g_dependent is None:
         return g_head
     index = heads.clamp(min=0)[:, None, :].expand_as(g_dependent)  # g is 0 where there is no edge
