@@ -10,13 +10,14 @@ import yaml
 
 from megatron_sas import __version__
 from megatron_sas.model.config import BertConfig
+from megatron_sas.objective.terms import TERMS
 from megatron_sas.optim.schedules import read_schedule
 from megatron_sas.optim.section import TrainSection
 from megatron_sas.run.directory import CONFIG, STATE, run_of
 
 METRICS = {
     "validation_mlm_loss": "masked-LM loss on held-out text",
-    "validation_sas": "SAS term on held-out text, per sequence",
+    **{f"validation_{name}": f"{term.title} on held-out text, per sequence" for name, term in TERMS.items()},
     "uas": "UAS, each relation's best head",
     "uas_baseline": "UAS of the best fixed offsets",
     "uas_single_head": "UAS of the best single head",
@@ -86,16 +87,13 @@ def _training(state: dict[str, Any], run: dict[str, Any] | None, config: BertCon
     if "converted_from" in state:
         rows["initial weights"] = f"converted from {state['converted_from']}"
     if run is not None:
-        train, sas = run["train"], run["sas"]
+        train = run["train"]
         if run["model"].get("init_from"):
             rows["initial weights"] = run["model"]["init_from"]
         clipping = f"clipped at {train['grad_clip']:g}" if train["grad_clip"] else "not clipped"
         rows |= {
             "objective": f"masked LM (each token masked with probability {run['data']['mask_prob']:g}) + λ · R",
-            "λ": describe_schedule(sas["schedule"]),
-            "R": f"mode {sas['mode']}"
-            + (f", p {sas['p']:g}" if sas["mode"] == "uniform" else "")
-            + f", directions {sas['directions']}, reduction {sas['reduction']}",
+            **_terms(run),
             "batch": f"{train['global_batch_size']} sequences, micro-batch {train['micro_batch_size']}",
             "optimizer": f"AdamW, peak learning rate {train['learning_rate']:g}, betas {tuple(train['adam_betas'])}, "
             f"eps {train['adam_eps']:g}, weight decay {train['weight_decay']:g}, gradient {clipping}",
@@ -107,6 +105,16 @@ def _training(state: dict[str, Any], run: dict[str, Any] | None, config: BertCon
     if "versions" in state:
         rows["trained with"] = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
     rows["exported with"] = f"megatron_sas {__version__}"
+    return rows
+
+
+def _terms(run: dict[str, Any]) -> dict[str, str]:
+    """λ and R of the run's terms; their names are told where there are several."""
+    rows, found = {}, [name for name in TERMS if name in run]
+    for name in found:
+        which = f" of {name}" if len(found) > 1 else ""
+        rows[f"λ{which}"] = describe_schedule(run[name]["schedule"])
+        rows[f"R{which}"] = TERMS[name](TERMS[name].section_class(**run[name])).describe()
     return rows
 
 

@@ -304,7 +304,7 @@ def is_zero(schedule: Schedule, steps: int) -> bool:
     return found is not None and found[0] == 0
 
 
-def role(schedule: Schedule, steps: int, heads: str | None, others: Iterable[Schedule] = ()) -> str:
+def role(schedule: Schedule, others: Iterable[Schedule], *, steps: int, heads: str | None) -> str:
     """What a run of `steps` updates is in an experiment: `base` (every weight is 0), `control` (other `heads` than the
     parses'), `suppress` (λ > 0 throughout), `promote` (λ < 0 throughout), `release` (λ > 0 until a step, then 0) or
     `other`.

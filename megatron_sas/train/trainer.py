@@ -26,7 +26,8 @@ from megatron_sas.launch.environment import (
     use_deterministic_algorithms,
 )
 from megatron_sas.launch.watchdog import Watchdog
-from megatron_sas.objective.pretraining import MaskedLMWithSas
+from megatron_sas.objective.pretraining import MaskedLMWithTerms
+from megatron_sas.objective.terms import weights
 from megatron_sas.run.directory import RunDirectory
 from megatron_sas.run.nvml import GpuMonitor
 from megatron_sas.run.records import Records
@@ -37,7 +38,7 @@ from megatron_sas.train.checks import check_shared_directory
 from megatron_sas.train.onset_snapshots import Watch
 from megatron_sas.train.skipped_updates import SkippedUpdates
 from megatron_sas.train.step import Engine
-from megatron_sas.train.step_log import PendingUpdate, read_pending
+from megatron_sas.train.step_log import PendingUpdate, describe, read_pending
 
 VERSIONS = {"megatron_sas": __version__} | {name: version(name) for name in ("torch", "deepspeed", "transformers")}
 
@@ -77,7 +78,8 @@ class Trainer:
         parts = build_parts(config, self.say, self.lock)
         self.parts, self.dataset = parts, parts.dataset
         self.skipped = SkippedUpdates(config.train.max_nonfinite_updates, **parts.state.get("skipped", {}))
-        self.engine = Engine(MaskedLMWithSas(parts.bert, config.sas_objective()), config.train, config.run.seed, device)
+        self.terms = config.terms(parts.dataset.packed.tokenizer.special_ids)
+        self.engine = Engine(MaskedLMWithTerms(parts.bert, self.terms), config.train, config.run.seed, device)
         if parts.checkpoint is not None:
             parts.load_optimizer(self.engine)
             self.say(parts.origin)
@@ -181,16 +183,15 @@ class Trainer:
         """One update; returns how many are done now."""
         config, step = self.config, window.step
         self.watchdog.beat(f"update {step + 1}")
-        weight, rate = config.sas.schedule(step), config.train.schedule(step)
+        weight, rate = weights(self.terms, step), config.train.schedule(step)
         self.engine.set_learning_rate(rate)
-        # With λ = 0 the term costs a little and changes nothing, so it is measured only where the line is written.
+        # With λ = 0 a term costs a little and changes nothing, so it is measured only where the line is written.
         measure = (step + 1) % config.logging.every == 0 or step + 1 == self.last_step
         result = self.engine.update(window, weight, measure, [self._asked_to_stop(), *self.saver.flags()])
         asked, written, failed = result.flags
         self.stopping = asked > 0
         self.saver.react(written, failed)
-        edges = sum(int((batch.heads >= 0).sum()) for batch in window.micro_batches)
-        self.pending.append(PendingUpdate(step + 1, result, edges, weight, rate))
+        self.pending.append(PendingUpdate(step + 1, result, weight, rate))
         self.throughput.add(config.train.global_batch_size * self.dataset.packed.seq_length)
         return step + 1
 
@@ -213,7 +214,7 @@ class Trainer:
         """Read the collected updates off the device at once, and write a record for each."""
         if not self.pending:
             return
-        lines = read_pending(self.pending, self.config, self.engine.device)
+        lines = read_pending(self.pending, self.terms, self.config.train, self.engine.device)
         lines[-1] |= self.throughput.window() | memory() | self.gpu.read()
         for entry, values in zip(self.pending, lines, strict=True):
             self._record("train", entry.step, values)
@@ -234,9 +235,7 @@ class Trainer:
                     self.skipped.refuse(entry.step)
 
     def _show(self, step: int, values: dict[str, Any]) -> None:
-        sas = f"  sas/edge {values['sas_per_edge']:.4f}" if "sas_per_edge" in values else ""
-        text = f"loss {values['loss']:.4f}  mlm {values['mlm_loss']:.4f}{sas}"
-        text += f"  λ {values['sas_weight']:g}  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s"
+        text = describe(values, self.terms)
         if self.bar.disable:
             self.say(f"step {step:>{len(str(self.last_step))}}/{self.last_step}  {text}")
         else:

@@ -90,8 +90,8 @@ def test_the_papers_multistage_run():
 )
 def test_what_a_schedule_is_in_an_experiment(stages, found, kind):
     assert plateau(Stages(stages), 100) == found
-    assert role(Stages(stages), 100, None) == kind
-    assert role(Stages(stages), 100, "permuted") == ("base" if kind == "base" else "control")
+    assert role(Stages(stages), [], steps=100, heads=None) == kind
+    assert role(Stages(stages), [], steps=100, heads="permuted") == ("base" if kind == "base" else "control")
     if found is not None:  # as the schedule has it, update by update
         assert all(Stages(stages)(step) == (found[0] if step < found[1] else 0) for step in range(100))
 
@@ -156,16 +156,16 @@ def test_faults_of_kinds_are_named():
 @pytest.mark.parametrize("kind", [Linear, Cosine, Wsd])
 def test_a_kind_is_no_plateau_unless_it_is_zero(kind):
     assert plateau(kind(0.1, 50), 100) is None
-    assert role(kind(0.1, 50), 100, None) == "other"
-    assert role(kind(0.1, 50), 100, "permuted") == "control"
-    assert (plateau(kind(0.0, 50), 100), role(kind(0.0, 50), 100, None)) == ((0.0, 100), "base")
+    assert role(kind(0.1, 50), [], steps=100, heads=None) == "other"
+    assert role(kind(0.1, 50), [], steps=100, heads="permuted") == "control"
+    assert (plateau(kind(0.0, 50), 100), role(kind(0.0, 50), [], steps=100, heads=None)) == ((0.0, 100), "base")
 
 
 def test_another_term_makes_a_run_neither_base_nor_suppressed():
     zero, one = Stages([]), Stages([Stage(0, 0.1)])
-    assert role(one, 100, None, [zero]) == "suppress"
-    assert role(one, 100, None, [zero, one]) == "other"
-    assert role(zero, 100, "permuted", [one]) == "other"
+    assert role(one, [zero], steps=100, heads=None) == "suppress"
+    assert role(one, [zero, one], steps=100, heads=None) == "other"
+    assert role(zero, [one], steps=100, heads="permuted") == "other"
 
 
 def test_schedules_are_read_as_written():

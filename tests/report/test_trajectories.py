@@ -74,9 +74,9 @@ def test_training_loss_stands_in_for_a_missing_validation_loss(tmp_path, runs):
 
 def test_weight_follows_the_schedule(runs):
     base, released = load_runs([runs / "base", runs / "released"])
-    assert base.is_base and not base.weight.values.any() and base.describe_schedule() == "0"
+    assert base.is_base and not base.weight("sas").values.any() and base.describe_schedule() == "0"
     assert not released.is_base
-    weight = released.weight
+    weight = released.weight("sas")
     assert (weight.values[weight.steps < 200] == 0.015).all() and not weight.values[weight.steps >= 200].any()
     assert {199, 200} <= set(weight.steps)
     assert released.describe_schedule() == "0.015 in steps 0 to 200, then 0"
