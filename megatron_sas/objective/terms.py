@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_sas.core.settings import Section
 from megatron_sas.model.bert import BertOutput
 from megatron_sas.objective.base import Batch, Term
+from megatron_sas.objective.offset import OffsetTerm
 from megatron_sas.objective.sas import SasTerm
 from megatron_sas.optim.schedules import Stages
 
@@ -18,6 +19,7 @@ T = TypeVar("T")
 
 TERMS: dict[str, type[Term]] = {
     "sas": SasTerm,
+    "offset": OffsetTerm,
 }
 
 
