@@ -11,12 +11,12 @@ import difflib
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ValidationError, create_model
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.settings import FAULT_SEPARATOR, Section
@@ -24,10 +24,10 @@ from megatron_sas.core.yaml_file import Dumper, Loader, read_yaml
 from megatron_sas.data.mixture import DataSection
 from megatron_sas.evaluation.live import EvaluationSection
 from megatron_sas.model.config import BertConfig, ModelSection
-from megatron_sas.objective.pretraining import SasObjective
-from megatron_sas.objective.sas import SasSection
+from megatron_sas.objective.base import Term
+from megatron_sas.objective.terms import TERMS, is_in_run, make_terms
 from megatron_sas.onsets.online import WatchSection
-from megatron_sas.optim.schedules import Stage
+from megatron_sas.optim.schedules import SCHEDULES, Stage
 from megatron_sas.optim.section import TrainSection
 from megatron_sas.run.directory import RunSection
 from megatron_sas.run.records import LoggingSection
@@ -36,13 +36,18 @@ from megatron_sas.run.saver import CheckpointSection, SnapshotSection
 NULL = ("", "~", "null")
 
 
-class Config(Section):
-    """Everything that defines a run."""
-
+class _BeforeTerms(Section):
     run: RunSection
     model: ModelSection = ModelSection()
     data: DataSection
-    sas: SasSection = SasSection()
+
+
+_terms = {name: (term.section_class, term.section_class()) for name, term in TERMS.items()}
+
+
+class Config(create_model("_WithTerms", __base__=_BeforeTerms, **_terms)):
+    """Everything that defines a run. Every term of the objective has a section of its name."""
+
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
     snapshots: SnapshotSection = SnapshotSection()
@@ -77,17 +82,28 @@ class Config(Section):
             attention_backend=model.attention_backend,
         )
 
-    def sas_objective(self) -> SasObjective:
-        """The settings of the SAS term."""
-        return SasObjective(self.sas.mode, self.sas.p, self.sas.directions, self.sas.reduction)
+    def terms(self, special_ids: Sequence[int] = ()) -> dict[str, Term]:
+        """The terms of the run by name; `special_ids` are the tokenizer's."""
+        return make_terms({name: getattr(self, name) for name in TERMS}, special_ids)
+
+    def used(self) -> dict[str, dict[str, Any]]:
+        """The sections that this run reads, as YAML has them: of terms that it does not have there is none."""
+        values = self.model_dump(mode="json")
+        return {name: values[name] for name in values if name not in TERMS or is_in_run(name, getattr(self, name))}
+
+    def differences(self, other: Config) -> dict[str, list[Any]]:
+        """`section.field` to both values, of what is used and differs; None for the one that lacks the section."""
+        before, after = self.used(), other.used()
+        both = {
+            f"{section}.{field}": [before.get(section, {}).get(field), after.get(section, {}).get(field)]
+            for section in Config.model_fields
+            for field in before.get(section) or after.get(section) or {}
+        }
+        return {name: values for name, values in both.items() if values[0] != values[1]}
 
     def to_yaml(self) -> str:
         """YAML that `load_config` reads back to an equal configuration."""
-        values = self.model_dump(mode="json")
-        values["sas"]["schedule"] = [
-            {name: value for name, value in asdict(stage).items() if value is not None} for stage in self.sas.schedule
-        ]
-        return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.used(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -165,6 +181,7 @@ def _may_be_list(section: str, field: str) -> bool:
 def _describe(detail: dict[str, Any]) -> list[str]:
     """One pydantic fault as phrases: where, what, and for typos what was probably meant."""
     location = [str(part) for part in detail["loc"]]
+    kind = next((location.pop(i + 1) for i, name in enumerate(location[:-1]) if name == "schedule"), None)
     where = ".".join(location)
     if detail["type"] == "value_error":  # from `Section.faults`
         return [".".join([*location, fault]) for fault in str(detail["ctx"]["error"]).split(FAULT_SEPARATOR)]
@@ -173,7 +190,7 @@ def _describe(detail: dict[str, Any]) -> list[str]:
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = list(Config.model_fields)
         if detail["type"] == "unexpected_keyword_argument":
-            known = [field.name for field in fields(Stage)]
+            known = [field.name for field in fields(Stage if kind == "stages" else SCHEDULES[kind])]
         elif len(location) > 1:
             known = list(Config.model_fields[location[0]].annotation.model_fields)
         close = difflib.get_close_matches(location[-1], known, n=1)

@@ -12,7 +12,7 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.core.settings import When
 from megatron_sas.kernels import BACKENDS
 from megatron_sas.model.config import ModelSection
-from megatron_sas.optim.schedules import Stage, sas_weight
+from megatron_sas.optim.schedules import Cosine, Linear, Stage, Stages, Wsd
 from megatron_sas.optim.section import TrainSection
 
 MINIMAL = """
@@ -47,7 +47,7 @@ def test_defaults_are_the_papers(tmp_path):
         1_000_000,
     )
     assert (train.adam_betas, train.adam_eps, train.weight_decay, train.grad_clip) == ((0.9, 0.999), 1e-8, 0.0, 1.0)
-    assert (config.data.mask_prob, config.sas.mode, config.sas.schedule) == (0.15, "max", ())
+    assert (config.data.mask_prob, config.sas.mode, config.sas.schedule) == (0.15, "max", Stages([]))
     bert = config.bert_config(vocab_size=30522, pad_token_id=0)
     assert (bert.num_layers, bert.hidden_size, bert.hidden_dropout, bert.norm_placement) == (12, 768, 0.1, "post")
 
@@ -102,6 +102,22 @@ checkpoint: {dense_every: 5}
             "sas: {schedule: [{start: 0, value: 1, end: 5}, {start: 3, value: 2}]}",
             "sas.schedule: stages 0 and 1 overlap: stage 0 lasts until 5, stage 1 starts at 3",
         ),
+        (
+            "sas: {schedule: {kind: cosin, value: 1}}",
+            "sas.schedule: should be a list of stages or a kind: linear, cosine, wsd, not {'kind': 'cosin', ",
+        ),
+        (
+            "sas: {schedule: {kind: wsd, value: 1, decay_horizon: 9, decay_step: 3}}",
+            "sas.schedule.decay_step: unknown field; did you mean decay_steps?",
+        ),
+        (
+            "sas: {schedule: {kind: cosine, value: 1, decay_horizon: 0}}",
+            "sas.schedule.decay_horizon: input should be greater than or equal to 1, not 0",
+        ),
+        (
+            "sas: {schedule: {kind: cosine, value: 1, decay_horizon: 9, warmup_steps: 9}}",
+            "sas.schedule.warmup_steps: 9 is not before decay_horizon 9",
+        ),
         ("evaluation: {complexity_sequences: 50}", "evaluation.complexity_sequences: needs data.validation"),
         ("watch: {metrics: [loss]}", "watch.delta: is required when metrics are watched"),
         (
@@ -143,6 +159,31 @@ def test_zero_3_is_not_compiled(tmp_path):
         (["--train.learning_rate", "-1e-4"], "train.learning_rate: input should be greater than 0, not -0.0001"),
         (["--train.steps", "1.5"], "train.steps: input should be a valid integer"),
         (["--train.adam_betas", "[0.9, 1]"], "train.adam_betas: [0.9, 1.0] must be at least 0 and less than 1"),
+        (
+            ["--train.schedule", "cosin"],
+            "train.schedule: should be a list of stages or a kind: linear, cosine, wsd",
+        ),
+        (
+            ["--train.schedule", "{kind: cosine, warmup_steps: 3}"],
+            "train.schedule: should leave warmup_steps to train.warmup_steps",
+        ),
+        (
+            ["--train.schedule", "{kind: wsd, decay_steps: 0}"],
+            "train.schedule.decay_steps: input should be greater than",
+        ),
+        (
+            ["--train.schedule", "{kind: wsd, steps: 1}"],
+            "train.schedule.steps: unknown field; did you mean decay_steps?",
+        ),
+        (
+            ["--train.schedule", "{kind: wsd, decay_steps: 999000}"],
+            "train.warmup_steps: 10000 is after the decay begins, at step 1000",
+        ),
+        (
+            ["--train.schedule", "[{start: 0, end: 50, value: 1e-4}]"],
+            "train.steps: 100 is beyond the end of schedule's stages 50, where lr reaches 0",
+        ),
+        (["--train.schedule", "-1e-4"], "train.schedule: a learning rate must not be negative"),
         (["--train.steps"], "--train.steps: has no value"),
         (["--train.steps", "--run.seed", "3"], "--train.steps: has no value"),
         (["--steps", "3"], "2 faults:\n  --steps: not an override; write --section.field value"),
@@ -190,7 +231,7 @@ def test_overrides(tmp_path):
     )
     assert config.train.learning_rate == 1e-3  # the last one counts
     assert config.train.grad_clip == 0
-    assert config.sas.schedule == (Stage(0, -0.01),)
+    assert config.sas.schedule == Stages([Stage(0, -0.01)])
     assert config.logging.every == 3
     assert config.evaluation.at == (3, 5)
     assert config.data.train == "other/a.b"
@@ -221,6 +262,8 @@ def test_numbers_as_people_write_them(tmp_path, number):
         "-0.001",
         "[{start: 0, end: 3000, value: 1e-3}]",
         "[{start: 5, value: 0.1}, {start: 0, end: 5, value: 0, end_value: 0.1}]",
+        "{kind: cosine, value: -0.1, decay_horizon: 9, warmup_steps: 2}",
+        "{kind: wsd, value: 0.1, decay_horizon: 9, decay_steps: 3}",
     ],
 )
 def test_yaml_round_trip(tmp_path, schedule):
@@ -232,9 +275,25 @@ def test_yaml_round_trip(tmp_path, schedule):
     )
     again = load(tmp_path, config.to_yaml())
     assert again == config
-    assert [sas_weight(again.sas.schedule, s) for s in range(10)] == [
-        sas_weight(config.sas.schedule, s) for s in range(10)
-    ]
+    assert [again.sas.schedule(s) for s in range(10)] == [config.sas.schedule(s) for s in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("written", "schedule"),
+    [
+        ("linear", Linear(1e-4, 1_000_000, 10_000)),
+        ("cosine", Cosine(1e-4, 1_000_000, 10_000)),
+        ("{kind: wsd, decay_steps: 200000}", Wsd(1e-4, 1_000_000, 10_000, 200_000)),
+        ("[{start: 0, end: 400, value: 1e-3}]", Stages([Stage(0, 1e-3, 400)])),
+    ],
+)
+def test_schedules_of_the_learning_rate(tmp_path, written, schedule):
+    """They take peak, warm-up and horizon from fields of their own, also where those are overridden later."""
+    config = load(tmp_path, MINIMAL, "--train.schedule", written)
+    assert config.train.schedule == schedule
+    again = load(tmp_path, config.to_yaml(), "--train.learning_rate", "2e-4")
+    assert again.train.schedule(10_000) == (2e-4 if written[0] != "[" else 0.0)
+    assert load(tmp_path, config.to_yaml()) == config
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,8 @@ from megatron_sas.core.benchmark import Times, describe_device, median_ratio, ti
 from megatron_sas.core.cli import InputError, run_main
 from megatron_sas.core.files import refuse_existing, write_json_atomic
 from megatron_sas.launch.environment import initialize_distributed
-from megatron_sas.objective.pretraining import MaskedLMWithSas
-from megatron_sas.optim.schedules import sas_weight
+from megatron_sas.objective.pretraining import MaskedLMWithTerms
+from megatron_sas.objective.terms import weights
 from megatron_sas.run.directory import RunDirectory
 from megatron_sas.train.build import Parts, build_parts, make_saver
 from megatron_sas.train.step import Engine
@@ -57,15 +57,17 @@ class Run:
         self.run = RunDirectory(Path(config.run.output_dir))
         parts: Parts = build_parts(config, lambda _: None)
         self.dataset = parts.dataset
-        self.engine = Engine(MaskedLMWithSas(parts.bert, config.sas_objective()), config.train, config.run.seed, device)
+        self.terms = config.terms(parts.dataset.packed.tokenizer.special_ids)
+        module = MaskedLMWithTerms(parts.bert, self.terms)
+        self.engine = Engine(module, config.train, config.run.seed, device)
         self.saver = make_saver(config, self.engine, parts)
 
     def updates(self) -> None:
         """`every` updates, the messages of a save under way travelling with them, and the end of that save."""
         for _ in range(self.every):
-            weight = sas_weight(self.config.sas.schedule, self.step)
+            weight = weights(self.terms, self.step)
             window = self.dataset.window(self.step)
-            result = self.engine.update(window, weight, measure_sas=False, flags=self.saver.flags())
+            result = self.engine.update(window, weight, measure=False, flags=self.saver.flags())
             self.saver.react(*result.flags)
             self.step += 1
         self.saver.finish()

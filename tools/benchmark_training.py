@@ -52,7 +52,8 @@ from megatron_sas.core.files import refuse_existing, write_json_atomic
 from megatron_sas.kernels import choose_backend
 from megatron_sas.model import SIZES, Bert, BertConfig
 from megatron_sas.model.huggingface import to_hf_config, to_hf_state
-from megatron_sas.objective.pretraining import MaskedLMWithSas, SasObjective
+from megatron_sas.objective.pretraining import MaskedLMWithTerms
+from megatron_sas.objective.sas import SasSection, SasTerm
 from megatron_sas.run.throughput import flops_per_token, peak_flops
 
 SAS_WEIGHT = 0.001
@@ -143,7 +144,8 @@ def build_variant(name: str, setting: Setting, batch: Batch) -> Callable[[], Non
 def _ours(name: str, setting: Setting, batch: Batch) -> tuple[nn.Module, Callable[[], Tensor]]:
     weight = 0.0 if name == "ours_mlm" else SAS_WEIGHT
     bert = setting.bert(attention_backend="flex" if name == "ours_flex" else "auto")
-    module = MaskedLMWithSas(bert, SasObjective(mode="uniform" if name == "ours_uniform" else "max"))
+    section = SasSection(mode="uniform" if name == "ours_uniform" else "max")
+    module = MaskedLMWithTerms(bert, {"sas": SasTerm(section)})
     if setting.compiled:
         module.compile_parts()
     count, sequences = int((batch.labels >= 0).sum()), batch.input_ids.shape[0]
@@ -153,9 +155,9 @@ def _ours(name: str, setting: Setting, batch: Batch) -> tuple[nn.Module, Callabl
             batch.input_ids,
             batch.masked_positions,
             batch.labels,
-            batch.heads if weight else None,
+            batch.heads,
             mlm_scale=1.0 / count,
-            sas_scale=weight / sequences,
+            term_scales={"sas": weight / sequences} if weight else {},
         ).loss
 
     return module, loss
@@ -209,12 +211,13 @@ def _deepspeed_step(setting: Setting, batch: Batch) -> Callable[[], None]:
         compile=setting.compiled,
         grad_clip=GRAD_CLIP,
     )
-    engine = Engine(MaskedLMWithSas(setting.bert(), SasObjective()), section, 0, setting.device)
+    module = MaskedLMWithTerms(setting.bert(), {"sas": SasTerm(SasSection())})
+    engine = Engine(module, section, 0, setting.device)
     names = ("input_ids", "masked_positions", "labels", "heads")
     tensors = {name: getattr(batch, name) for name in names}
     micro_batch = MicroBatch(index=0, sample_ids=torch.arange(sequences), **tensors)
     window = Window(0, [micro_batch], int((batch.labels >= 0).sum()))
-    return lambda: engine.update(window, SAS_WEIGHT, measure_sas=False)
+    return lambda: engine.update(window, {"sas": SAS_WEIGHT}, measure=False)
 
 
 def largest_that_fits(fits: Callable[[int], bool]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -18,7 +19,7 @@ from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
 from megatron_sas.evaluation.validation import evaluate_validation
 from megatron_sas.model.bert import Bert
-from megatron_sas.objective.pretraining import SasObjective
+from megatron_sas.objective.base import Term
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,11 +58,11 @@ class LiveEvaluation:
         validation: PackedData | None,
         *,
         max_length: int,
-        sas: SasObjective,
+        terms: Mapping[str, Term],
         mask_prob: float,
     ) -> None:
         self.section, self.validation = section, validation
-        self.sas, self.mask_prob = sas, mask_prob
+        self.terms, self.mask_prob = terms, mask_prob
         self.treebank: TreebankTask | None = None
         if section.treebank is not None:
             sentences = load_treebank(section.treebank)[: section.treebank_sentences]
@@ -84,7 +85,7 @@ class LiveEvaluation:
             values |= evaluate_validation(
                 model,
                 self.validation,
-                self.sas,
+                self.terms,
                 num_sequences=self.section.validation_sequences,
                 batch_tokens=batch_tokens,
                 mask_prob=self.mask_prob,

@@ -1,6 +1,8 @@
-"""Masked-LM loss and SAS term on held-out packed data, with the same masks at every evaluation."""
+"""Masked-LM loss and terms on held-out packed data, with the same masks at every evaluation."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 
@@ -9,8 +11,9 @@ from megatron_sas.data.mlm_dataset import validation_batches
 from megatron_sas.data.packed import PackedData
 from megatron_sas.evaluation.batching import AfterBatch, evaluating
 from megatron_sas.model.bert import Bert
-from megatron_sas.objective.pretraining import SasObjective, mlm_loss_sum
-from megatron_sas.objective.sas import sas_term
+from megatron_sas.objective.base import Batch, Term
+from megatron_sas.objective.pretraining import mlm_loss_sum
+from megatron_sas.objective.terms import EdgeSets
 
 VALIDATION_SEED = 0x76616C  # not the run's seed: runs with different seeds are validated on the same masks
 
@@ -18,14 +21,14 @@ VALIDATION_SEED = 0x76616C  # not the run's seed: runs with different seeds are 
 def evaluate_validation(
     model: Bert,
     packed: PackedData,
-    sas: SasObjective,
+    terms: Mapping[str, Term],
     *,
     num_sequences: int,
     batch_tokens: int,
     mask_prob: float,
     after_batch: AfterBatch | None = None,
 ) -> dict[str, float]:
-    """`validation_mlm_loss` (mean over masked tokens) and `validation_sas` (R, mean over sequences).
+    """`validation_mlm_loss` (mean over masked tokens) and for every term `validation_NAME` (R, mean over sequences).
 
     The first `num_sequences` sequences are shared among the ranks, which all make the same number of forwards and all
     return the same values. `after_batch` is called after each forward.
@@ -39,20 +42,22 @@ def evaluate_validation(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
+    names = list(terms)
     with evaluating(model) as device:
-        sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, masked tokens, R, sequences
+        sums = torch.zeros(3 + len(names), dtype=torch.float64, device=device)  # loss, masked tokens, sequences, each R
         for batch in batches:
-            output = model(
-                batch.input_ids.to(device),
-                heads=batch.heads.to(device),
-                masked_positions=batch.masked_positions.to(device),
-            )
-            sums[0] += mlm_loss_sum(output.logits, batch.labels.to(device))
+            inputs = (batch.input_ids, batch.masked_positions, batch.labels, batch.heads)
+            seen = Batch(*(tensor.to(device) for tensor in inputs))
+            sets = EdgeSets(terms, seen)
+            output = model(seen.input_ids, heads=sets.heads, masked_positions=seen.masked_positions)
+            real = (batch.sample_ids >= 0).to(device)  # (B,)
+            sums[0] += mlm_loss_sum(output.logits, seen.labels)
             sums[1] += len(batch.labels)
-            term = sas_term(output.to_head, output.to_dependent, mode=sas.mode, p=sas.p, directions=sas.directions)
-            sums[2] += term.sum()
-            sums[3] += int((batch.sample_ids >= 0).sum())
+            sums[2] += real.sum()
+            for place, name in enumerate(names, start=3):
+                sums[place] += (terms[name](sets.output_for(name, output), seen) * real).sum()
             if after_batch is not None:
                 after_batch()
-    loss, tokens, term, sequences = distributed.all_reduce_sum_(sums).tolist()
-    return {"validation_mlm_loss": loss / max(tokens, 1.0), "validation_sas": term / max(sequences, 1.0)}
+    loss, tokens, sequences, *totals = distributed.all_reduce_sum_(sums).tolist()
+    values = {f"validation_{name}": total / max(sequences, 1.0) for name, total in zip(names, totals, strict=True)}
+    return {"validation_mlm_loss": loss / max(tokens, 1.0), **values}

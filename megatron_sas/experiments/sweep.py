@@ -28,6 +28,7 @@ from megatron_sas.config import Config, load_config
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import write_json_atomic
 from megatron_sas.core.yaml_file import read_yaml
+from megatron_sas.objective.terms import TERMS, syntactic_first
 from megatron_sas.optim.schedules import plateau, role
 from megatron_sas.run.directory import RunDirectory, steps_in
 from megatron_sas.run.records import last_records
@@ -226,8 +227,9 @@ def _parent(text: str, others: dict[str, PlannedRun]) -> tuple[PlannedRun, int]:
 def describe(config: Config) -> dict[str, Any]:
     """What a run is to the analysis: `role` (see `schedule.role`), and `release_step` or None."""
     steps = config.train.steps
-    kind = role(config.sas.schedule, steps, config.data.heads)
-    step = plateau(config.sas.schedule, steps)[1] if kind == "release" else None
+    schedule, others = syntactic_first({name: getattr(config, name).schedule for name in TERMS})
+    kind = role(schedule, others, steps=steps, heads=config.data.heads)
+    step = plateau(schedule, steps)[1] if kind == "release" else None
     return {"role": kind, "release_step": step}
 
 

@@ -10,11 +10,14 @@ import yaml
 
 from megatron_sas import __version__
 from megatron_sas.model.config import BertConfig
+from megatron_sas.objective.terms import TERMS
+from megatron_sas.optim.schedules import read_schedule
+from megatron_sas.optim.section import TrainSection
 from megatron_sas.run.directory import CONFIG, STATE, run_of
 
 METRICS = {
     "validation_mlm_loss": "masked-LM loss on held-out text",
-    "validation_sas": "SAS term on held-out text, per sequence",
+    **{f"validation_{name}": f"{term.title} on held-out text, per sequence" for name, term in TERMS.items()},
     "uas": "UAS, each relation's best head",
     "uas_baseline": "UAS of the best fixed offsets",
     "uas_single_head": "UAS of the best single head",
@@ -84,21 +87,17 @@ def _training(state: dict[str, Any], run: dict[str, Any] | None, config: BertCon
     if "converted_from" in state:
         rows["initial weights"] = f"converted from {state['converted_from']}"
     if run is not None:
-        train, sas = run["train"], run["sas"]
+        train = run["train"]
         if run["model"].get("init_from"):
             rows["initial weights"] = run["model"]["init_from"]
         clipping = f"clipped at {train['grad_clip']:g}" if train["grad_clip"] else "not clipped"
         rows |= {
             "objective": f"masked LM (each token masked with probability {run['data']['mask_prob']:g}) + λ · R",
-            "λ": describe_schedule(sas["schedule"]),
-            "R": f"mode {sas['mode']}"
-            + (f", p {sas['p']:g}" if sas["mode"] == "uniform" else "")
-            + f", directions {sas['directions']}, reduction {sas['reduction']}",
+            **_terms(run),
             "batch": f"{train['global_batch_size']} sequences, micro-batch {train['micro_batch_size']}",
             "optimizer": f"AdamW, peak learning rate {train['learning_rate']:g}, betas {tuple(train['adam_betas'])}, "
             f"eps {train['adam_eps']:g}, weight decay {train['weight_decay']:g}, gradient {clipping}",
-            "learning rate": f"linear warm-up over {train['warmup_steps']:,} updates, linear decay to 0 at update "
-            f"{train['decay_horizon']:,}",
+            "learning rate": TrainSection(**train).schedule.course(),
             "dropout": f"hidden {config.hidden_dropout:g}, attention {config.attention_dropout:g}",
             "precision": f"{train['precision']}, ZeRO stage {train['zero_stage']}",
             "seed": run["run"]["seed"],
@@ -109,13 +108,25 @@ def _training(state: dict[str, Any], run: dict[str, Any] | None, config: BertCon
     return rows
 
 
+def _terms(run: dict[str, Any]) -> dict[str, str]:
+    """λ and R of the run's terms; their names are told where there are several."""
+    rows, found = {}, [name for name in TERMS if name in run]
+    for name in found:
+        which = f" of {name}" if len(found) > 1 else ""
+        rows[f"λ{which}"] = describe_schedule(run[name]["schedule"])
+        rows[f"R{which}"] = TERMS[name](TERMS[name].section_class(**run[name])).describe()
+    return rows
+
+
 def _describe_link(link: dict[str, Any]) -> str:
     changed = ", ".join(link["changed"]) or "nothing"
     return f"`{link['parent_run']}` at update {link['step']:,}, where {changed} changed"
 
 
-def describe_schedule(stages: list[dict[str, Any]]) -> str:
-    """λ by completed updates in words, from the stages as the configuration's YAML has them."""
+def describe_schedule(stages: list[dict[str, Any]] | dict[str, Any]) -> str:
+    """λ by completed updates in words, from the schedule as the configuration's YAML has it."""
+    if isinstance(stages, dict):
+        return read_schedule(stages).describe()
     parts = []
     for stage in sorted(stages, key=lambda s: s["start"]):
         value = f"{stage['value']:g}"

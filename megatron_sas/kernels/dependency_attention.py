@@ -32,18 +32,20 @@ AUTO = {"cuda": ("triton", "cudnn", "sdpa", "chunked"), "cpu": ("sdpa", "chunked
 """What `auto` tries, in this order, by kind of device. On CPU this is the order of speed (`benchmarks/cpu`)."""
 
 
-def choose_backend(q: Tensor, dropout_p: float, *, has_seqlens: bool = False) -> str:
-    """The backend that `auto` takes for inputs like `q`: the first of `AUTO` that can."""
+def choose_backend(q: Tensor, dropout_p: float, *, has_seqlens: bool = False, sets: int = 1) -> str:
+    """The backend that `auto` takes for inputs like `q` and so many sets of edges: the first of `AUTO` that can."""
     return next(
         name
         for name in AUTO.get(q.device.type, ("chunked",))
-        if backend_refusal(name, q, has_seqlens, dropout_p) is None
+        if backend_refusal(name, q, has_seqlens, dropout_p, sets) is None
     )
 
 
-def backend_refusal(backend: str, q: Tensor, has_seqlens: bool, dropout_p: float) -> str | None:
-    """Why a backend cannot take such inputs, or None when it can."""
+def backend_refusal(backend: str, q: Tensor, has_seqlens: bool, dropout_p: float, sets: int = 1) -> str | None:
+    """Why a backend cannot take such inputs and so many sets of edges, or None when it can."""
     if backend == "triton":
+        if sets > 1:
+            return f"our Triton kernels take one set of edges, not {sets}"
         if not HAS_TRITON:
             return "Triton is not installed (CUDA builds of torch bring it)"
         from megatron_sas.kernels.triton.attention import triton_refusal
@@ -84,7 +86,8 @@ def dependency_attention(
     Args:
         q, k, v: `(batch, heads, seq, head_dim)`, one floating dtype and device.
         heads: integer `(batch, seq)`; `heads[b, i] = j` means that token i depends on token j, and any value outside
-            `[0, seqlens[b])` that there is no edge. None: plain attention, and None for both probabilities.
+            `[0, seqlens[b])` that there is no edge. Or `(batch, sets, seq)`, several such sets of edges over the same
+            attention. None: plain attention, and None for both probabilities.
         seqlens: integer `(batch,)`, valid tokens per sequence; later key columns get no attention, edges from or to
             later tokens do not count, and later rows of `out` are finite but unspecified. None: all valid.
         dropout_p: probability with which attention probabilities are dropped (inverted dropout); drawn from torch's
@@ -94,16 +97,17 @@ def dependency_attention(
 
     Returns:
         `out` like q; `to_head[b, h, i]` = α[i, heads[i]] and `to_dependent[b, h, i]` = α[heads[i], i], both float32
-        (float64 for float64 inputs) `(batch, heads, seq)`, before dropout, 0 without gradient where there is no edge.
-        All three are differentiable in q, k and v.
+        (float64 for float64 inputs) `(batch, heads, seq)`, before dropout, 0 without gradient where there is no edge;
+        `(batch, sets, heads, seq)` for several sets. All three are differentiable in q, k and v.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the backend cannot take such inputs.
     """
     _check(q, k, v, heads, seqlens, dropout_p, backend)
+    sets = heads.shape[1] if heads is not None and heads.dim() == 3 else 1
     if backend == "auto":
-        backend = choose_backend(q, dropout_p, has_seqlens=seqlens is not None)
-    elif (reason := backend_refusal(backend, q, seqlens is not None, dropout_p)) is not None:
+        backend = choose_backend(q, dropout_p, has_seqlens=seqlens is not None, sets=sets)
+    elif (reason := backend_refusal(backend, q, seqlens is not None, dropout_p, sets)) is not None:
         raise ValueError(f"dependency_attention: backend {backend!r}: {reason}; choose 'auto'")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     with torch.autocast(q.device.type, enabled=False):  # it would round float32 scores to bfloat16
@@ -125,9 +129,10 @@ def _check(
             f"dependency_attention: q, k, v must share one floating dtype, not {q.dtype}, {k.dtype}, {v.dtype}"
         )
     batch, _, seq, _ = q.shape
-    if heads is not None and (tuple(heads.shape) != (batch, seq) or heads.dtype not in INTEGER_TYPES):
+    if heads is not None and (not _fit(tuple(heads.shape), batch, seq) or heads.dtype not in INTEGER_TYPES):
         raise ValueError(
-            f"dependency_attention: heads must be integer {(batch, seq)}, not {heads.dtype} {tuple(heads.shape)}"
+            f"dependency_attention: heads must be integer {(batch, seq)} or ({batch}, sets, {seq}), "
+            f"not {heads.dtype} {tuple(heads.shape)}"
         )
     if seqlens is not None and (tuple(seqlens.shape) != (batch,) or seqlens.dtype not in INTEGER_TYPES):
         raise ValueError(
@@ -135,3 +140,8 @@ def _check(
         )
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dependency_attention: dropout_p must be in [0, 1), not {dropout_p}")
+
+
+def _fit(heads: tuple[int, ...], batch: int, seq: int) -> bool:
+    """Whether heads of this shape are one set of edges or several."""
+    return heads == (batch, seq) or (len(heads) == 3 and (heads[0], heads[2]) == (batch, seq) and heads[1] > 0)

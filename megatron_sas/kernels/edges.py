@@ -7,6 +7,9 @@ With g = p · ∂L/∂p for an entry p = P[r, c], the gradient of the scores is
 
 so a flash backward with δ replaced by δ + t, followed by dq_r += scale · g · k_c and dk_c += scale · g · q_r for each
 entry, is exact (the softmax Jacobian applied to a sparse gradient).
+
+Several sets of edges, heads `(B, sets, S)`, are as many single ones: their probabilities are stacked to
+`(B, sets, H, S)`, and their gradients add up.
 """
 
 from __future__ import annotations
@@ -34,7 +37,13 @@ def rows_at(x: Tensor, heads: Tensor) -> Tensor:
 
 
 def edge_probs(q: Tensor, k: Tensor, lse: Tensor, heads: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`to_head`, `to_dependent` `(B, H, S)` in the accumulation dtype, from q, k `(B, H, S, D)` and lse `(B, H, S)`."""
+    """`to_head`, `to_dependent` `(B, H, S)` in the accumulation dtype, from q, k `(B, H, S, D)` and lse `(B, H, S)`.
+
+    With heads `(B, sets, S)` both are `(B, sets, H, S)`.
+    """
+    if heads.dim() == 3:
+        along = [edge_probs(q, k, lse, one, scale) for one in heads.unbind(1)]
+        return torch.stack([first for first, _ in along], 1), torch.stack([second for _, second in along], 1)
     dtype = accumulation_dtype(q.dtype)
     q, k = q.to(dtype), k.to(dtype)
     edge = (heads >= 0)[:, None, :]
@@ -43,8 +52,12 @@ def edge_probs(q: Tensor, k: Tensor, lse: Tensor, heads: Tensor, scale: float) -
     return torch.where(edge, to_head, 0.0), torch.where(edge, to_dependent, 0.0)
 
 
-def row_sums(g_head: Tensor | None, g_dependent: Tensor | None, heads: Tensor) -> Tensor | None:
+def row_sums(g_head: Tensor | None, g_dependent: Tensor | None, heads: Tensor | None) -> Tensor | None:
     """t `(B, H, S)`: the sum of g over the entries of each row of the map; None when there is no gradient at all."""
+    if g_head is None and g_dependent is None:
+        return None
+    if heads.dim() == 3:
+        return torch.stack([row_sums(*one) for one in _single_sets(g_head, g_dependent, heads)]).sum(0)
     if g_dependent is None:
         return g_head
     index = heads.clamp(min=0)[:, None, :].expand_as(g_dependent)  # g is 0 where there is no edge
@@ -58,16 +71,30 @@ def add_entry_gradients_(
 ) -> None:  # fmt: skip
     """Add dq_r += scale·g·k_c and dk_c += scale·g·q_r in place, for all entries (r, c).
 
-    q, k and the gradients are `(B, H, S, D)` in any memory layout, the g `(B, H, S)`, 0 where there is no edge.
+    q, k and the gradients are `(B, H, S, D)` in any memory layout, the g `(B, H, S)`, or `(B, sets, H, S)` for heads
+    `(B, sets, S)`, 0 where there is no edge.
     """
+    if heads.dim() == 3:
+        for one_head, one_dependent, one in _single_sets(g_head, g_dependent, heads):
+            add_entry_gradients_(grad_q, grad_k, q, k, one, scale, one_head, one_dependent)
+        return
     if q.device.type == "cuda" and HAS_TRITON and grad_q.dtype == torch.float32:  # it cannot multiply float64 with it
-        from megatron_sas.kernels.triton.entries import add_entry_gradients_
+        from megatron_sas.kernels.triton import entries
 
-        add_entry_gradients_(grad_q, grad_k, q, k, heads, scale, g_head, g_dependent)
+        entries.add_entry_gradients_(grad_q, grad_k, q, k, heads, scale, g_head, g_dependent)
         return
     for g, transposed in ((g_head, False), (g_dependent, True)):
         if g is not None:
             _add_nonzero_entries_(grad_q, grad_k, q, k, heads, scale, g, transposed)
+
+
+def _single_sets(
+    g_head: Tensor | None, g_dependent: Tensor | None, heads: Tensor
+) -> list[tuple[Tensor | None, Tensor | None, Tensor]]:
+    """g `(B, H, S)` of both directions and heads `(B, S)`, set by set."""
+    none = [None] * heads.shape[1]
+    parts = (none if g is None else g.unbind(1) for g in (g_head, g_dependent))
+    return list(zip(*parts, heads.unbind(1), strict=True))
 
 
 def _add_nonzero_entries_(

@@ -26,10 +26,10 @@ def key_mask(seqlens: Tensor | None, seq: int, dtype: torch.dtype) -> Tensor | N
 
 
 def valid_heads(heads: Tensor, seqlens: Tensor | None) -> Tensor:
-    """int64 heads `(B, S)` in which every edge that leaves the valid part of its sequence is -1."""
+    """int64 heads `(B, S)` or `(B, sets, S)` in which every edge that leaves the valid part of its sequence is -1."""
     heads = heads.to(torch.int64)
-    positions = torch.arange(heads.shape[1], device=heads.device)
-    limit = heads.shape[1] if seqlens is None else seqlens.to(torch.int64)[:, None]
+    positions = torch.arange(heads.shape[-1], device=heads.device)
+    limit = heads.shape[-1] if seqlens is None else seqlens.to(torch.int64).view(-1, *[1] * (heads.dim() - 1))
     valid = (heads >= 0) & (heads < limit) & (positions < limit)
     return torch.where(valid, heads, -1)
 
@@ -55,9 +55,16 @@ def reference_attention(
     out = torch.matmul(dropped, v.to(probs.dtype)).to(q.dtype)
     if heads is None:
         return out, None, None
-    heads = valid_heads(heads, seqlens)
-    index = heads.clamp(min=0)[:, None, :, None].expand(-1, q.shape[1], -1, -1)  # (B, H, S, 1)
+    return out, *_entries(probs, valid_heads(heads, seqlens))
+
+
+def _entries(probs: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
+    """`to_head` and `to_dependent` of maps `(B, H, S, S)`, for valid heads `(B, S)` or `(B, sets, S)`."""
+    if heads.dim() == 3:
+        along = [_entries(probs, one) for one in heads.unbind(1)]
+        return torch.stack([first for first, _ in along], 1), torch.stack([second for _, second in along], 1)
+    index = heads.clamp(min=0)[:, None, :, None].expand(-1, probs.shape[1], -1, -1)  # (B, H, S, 1)
     edge = (heads >= 0)[:, None, :]
     to_head = torch.where(edge, probs.gather(-1, index).squeeze(-1), 0.0)
     to_dependent = torch.where(edge, probs.transpose(-1, -2).gather(-1, index).squeeze(-1), 0.0)
-    return out, to_head, to_dependent
+    return to_head, to_dependent

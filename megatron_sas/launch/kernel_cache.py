@@ -52,11 +52,13 @@ def first_of_each_host_first() -> Iterator[None]:
             barrier()
 
 
-def check_attention_backend(config: BertConfig, seq_length: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise `InputError` if the chosen backend cannot train such a model here."""
+def check_attention_backend(
+    config: BertConfig, seq_length: int, dtype: torch.dtype, device: torch.device, sets: int = 1
+) -> None:
+    """Raise `InputError` if the chosen backend cannot train such a model here, with so many sets of edges."""
     shape = (1, config.num_heads, seq_length, config.head_dim)
     q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
-    reason = backend_refusal(config.attention_backend, q, False, config.attention_dropout)
+    reason = backend_refusal(config.attention_backend, q, False, config.attention_dropout, sets)
     if reason is not None:
         raise InputError(f"model.attention_backend: {config.attention_backend}: {reason}; choose auto")
 

@@ -30,6 +30,8 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Output `(B, S, C)`, `to_head` and `to_dependent` `(B, H, S)` (None without `heads`).
 
+        Heads `(B, sets, S)` give probabilities `(B, sets, H, S)`.
+
         `observer` is called with the whole map `(B, H, S, S)` in float32: for evaluation, never while training.
         """
         batch, seq, hidden = x.shape
@@ -39,7 +41,8 @@ class SelfAttention(nn.Module):
             observer(attention_probs(q, k, seqlens, q.shape[-1] ** -0.5))
         dropout_p = self.dropout_p if self.training else 0.0
         backend = self.backend
-        if not self.training and backend_refusal(backend, q, seqlens is not None, dropout_p) is not None:
+        sets = heads.shape[1] if heads is not None and heads.dim() == 3 else 1
+        if not self.training and backend_refusal(backend, q, seqlens is not None, dropout_p, sets) is not None:
             backend = "auto"  # chosen for training; evaluations have padding, and may run on another device
         out, to_head, to_dependent = dependency_attention(
             q, k, v, heads, seqlens=seqlens, dropout_p=dropout_p, backend=backend

@@ -7,7 +7,7 @@ an option (then a last LayerNorm closes the encoder). Equal to `transformers.Ber
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,20 @@ AttentionObserver = Callable[[int, Tensor], None]
 
 @dataclass
 class BertOutput:
-    """What a forward returns; `to_head` and `to_dependent` have one `(B, H, S)` entry per layer."""
+    """What a forward returns; `to_head` and `to_dependent` have one `(B, H, S)` entry per layer.
+
+    With several sets of edges these are `(B, sets, H, S)`.
+    """
 
     hidden: Tensor  # (B, S, C)
     logits: Tensor | None  # (M, padded V), -inf beyond V
     to_head: tuple[Tensor, ...]
     to_dependent: tuple[Tensor, ...]
+
+    def select(self, number: int) -> BertOutput:
+        """The same with the probabilities along one of several sets of edges."""
+        to_head, to_dependent = (tuple(x[:, number] for x in layers) for layers in (self.to_head, self.to_dependent))
+        return replace(self, to_head=to_head, to_dependent=to_dependent)
 
 
 class Embeddings(nn.Module):
@@ -138,7 +146,7 @@ class Bert(nn.Module):
 
         Args:
             input_ids: int64 `(B, S)`.
-            heads: int64 `(B, S)` dependency heads, -1 = none; None: no edge probabilities.
+            heads: int64 `(B, S)` dependency heads, -1 = none, or `(B, sets, S)`; None: no edge probabilities.
             seqlens: int64 `(B,)` valid lengths; None: all of S.
             masked_positions: int64 `(M,)`, flat indices into B·S; None: no logits.
             attention_observer: called once per layer with (layer, map `(B, H, S, S)` in float32, before dropout).

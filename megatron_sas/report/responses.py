@@ -72,7 +72,7 @@ def mean_over_training(run: Run, metric: Metric) -> float | None:
 
 
 def _first_weight(run: Run) -> float:
-    return min(run.schedule, key=lambda stage: stage.start).value if run.schedule else 0.0
+    return run.schedule(min(run.schedule.knots(), default=0))
 
 
 def _whole(found: Sequence[Condition]) -> dict[str, set[str]]:

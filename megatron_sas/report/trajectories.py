@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.glue.tasks import NOT_AVERAGED
-from megatron_sas.optim.schedules import Stage, describe_stages, plateau, role, sas_weight
+from megatron_sas.objective.terms import TERMS, syntactic_first
+from megatron_sas.optim.schedules import Schedule, is_zero, plateau, read_schedule, role
 from megatron_sas.run.directory import CONFIG
 
 ROLES = ("base", "suppress", "promote", "release", "control", "other")
@@ -117,15 +119,30 @@ class Run:
         return Curve(*np.array(means, np.float64).reshape(-1, 2).T)
 
     @cached_property
-    def schedule(self) -> tuple[Stage, ...]:
-        """Stages of λ, from the configuration; empty when the SAS term is off."""
-        stages = self.setting("sas.schedule") or ()
-        try:
-            return tuple(Stage(**stage) for stage in stages)
-        except TypeError:
-            raise InputError(
-                f"{self.path / CONFIG}: sas.schedule is not a list of stages; restore the trainer's own file"
-            ) from None
+    def schedules(self) -> dict[str, Schedule]:
+        """λ of every term by completed updates, from the configuration."""
+        found = {}
+        for name in TERMS:
+            try:
+                found[name] = read_schedule(self.setting(f"{name}.schedule") or 0)
+            except ValidationError:
+                raise InputError(
+                    f"{self.path / CONFIG}: {name}.schedule is not a list of stages or another schedule; restore the "
+                    "trainer's own file"
+                ) from None
+        return found
+
+    @property
+    def schedule(self) -> Schedule:
+        """λ of the term along dependency heads."""
+        return syntactic_first(self.schedules)[0]
+
+    @property
+    def other_terms(self) -> list[str]:
+        """The further terms whose λ is not 0 throughout."""
+        steps = self.planned_steps or self.final_step
+        others = syntactic_first({name: name for name in TERMS})[1]
+        return [name for name in others if not is_zero(self.schedules[name], steps)]
 
     @property
     def planned_steps(self) -> int | None:
@@ -148,7 +165,7 @@ class Run:
 
     @property
     def _plateau(self) -> tuple[float, int] | None:
-        return plateau(self.schedule, self.planned_steps or self.final_step)
+        return None if self.other_terms else plateau(self.schedule, self.planned_steps or self.final_step)
 
     @property
     def constant_weight(self) -> float | None:
@@ -166,7 +183,8 @@ class Run:
         """One of `ROLES`: the sweep's, or what the configuration amounts to."""
         if self.assigned_role is not None:
             return self.assigned_role
-        return role(self.schedule, self.planned_steps or self.final_step, self.setting("data.heads"))
+        steps = self.planned_steps or self.final_step
+        return role(*syntactic_first(self.schedules), steps=steps, heads=self.setting("data.heads"))
 
     @property
     def release_step(self) -> int | None:
@@ -180,17 +198,19 @@ class Run:
         """Whether this is what others are compared with: λ is 0 throughout, unless a sweep gives it another role."""
         return self.role == "base"
 
-    @property
-    def weight(self) -> Curve:
-        """λ over the steps of the run, fine enough to show where stages begin and end."""
-        edges = {edge for stage in self.schedule for edge in (stage.start, stage.end) if edge is not None}
+    def weight(self, term: str) -> Curve:
+        """λ of a term over the steps of the run, fine enough to show where stages begin and end."""
+        schedule = self.schedules[term]
+        edges = schedule.knots()
         grid = np.linspace(0, self.final_step, 200).astype(int).tolist()
         steps = sorted(s for s in {*grid, *edges, *(edge - 1 for edge in edges)} if 0 <= s <= self.final_step)
-        return Curve(np.array(steps, np.float64), np.array([sas_weight(self.schedule, s) for s in steps], np.float64))
+        return Curve(np.array(steps, np.float64), np.array([schedule(s) for s in steps], np.float64))
 
     def describe_schedule(self) -> str:
-        """λ in words."""
-        return describe_stages(self.schedule)
+        """λ in words, with the names of further terms."""
+        others = [f"{name} {self.schedules[name].describe()}" for name in self.other_terms]
+        own = self.schedule.describe()
+        return "; ".join([own, *others] if own != "0" or not others else others)
 
     def nested(self, key: str, *, first: bool = False) -> dict[str, Any]:
         """The dictionary `key` of the last evaluation that has it (`first`: of step 0); {} when there is none."""

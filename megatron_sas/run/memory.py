@@ -72,7 +72,7 @@ def estimate_memory(
     micro_batch_size: int,
     seq_length: int,
     mask_prob: float,
-    sas: bool = True,
+    edge_sets: int = 1,
     zero_optimization: dict[str, Any] | None = None,
     cuda: bool = True,
 ) -> MemoryEstimate:
@@ -80,7 +80,7 @@ def estimate_memory(
 
     Args:
         accumulation: micro-batches per update; with more than one, gradients exist while activations peak.
-        sas: whether edge probabilities are computed (λ ≠ 0, or a step whose line is logged).
+        edge_sets: sets of edges along which probabilities are computed, one for each term that asks for some.
         zero_optimization: that section of DeepSpeed's JSON (bucket sizes, offloading).
         cuda: dropout keeps masks of 1 byte there, of the activations' size on a CPU.
     """
@@ -120,7 +120,7 @@ def estimate_memory(
         masked=masked,
         autocast=bf16 and zero_stage == 0,
         compute=compute,
-        sas=sas,
+        edge_sets=edge_sets,
         cuda=cuda,
     )
     # The gradient of the logits: in compiled code beside them, else in their place.
@@ -136,7 +136,7 @@ def activation_bytes(
     masked: int,
     autocast: bool,
     compute: int,
-    sas: bool,
+    edge_sets: int,
     cuda: bool,
 ) -> float:
     """Bytes that one forward keeps for its backward, without the weights (and autocast's copies of them).
@@ -151,8 +151,7 @@ def activation_bytes(
     mask = (1 if cuda else inner) if config.hidden_dropout > 0 else 0
     layer = inner * (3 * c + c + 2 * c + 2 * config.intermediate_size) + norm_input * 2 * c + 2 * mask * c
     layer += 4 * FP32 + FP32 * heads  # mean and deviation of the LayerNorms, logsumexp
-    if sas:
-        layer += 2 * FP32 * heads + 8  # the two probabilities, int64 heads
+    layer += edge_sets * (2 * FP32 * heads + 8)  # the two probabilities, int64 heads
     embeddings = 2 * norm_input * c + mask * c + 16
     head = masked * inner * (4 * c + vocab)
     return micro_batch_size * seq_length * (config.num_layers * layer + embeddings) + head

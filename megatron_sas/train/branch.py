@@ -18,7 +18,7 @@ from megatron_sas.config import Config, load_config
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import sha256_file, write_bytes_atomic, write_json_atomic
 from megatron_sas.core.manifest import MANIFEST
-from megatron_sas.optim.schedules import sas_weight
+from megatron_sas.objective.terms import TERMS
 from megatron_sas.run.checkpoint import newest_checkpoint, read_state, remove_directory
 from megatron_sas.run.directory import (
     CONFIG,
@@ -32,7 +32,7 @@ from megatron_sas.run.directory import (
 from megatron_sas.run.reading import verify_checkpoint
 from megatron_sas.run.records import lines_until
 
-MAY_CHANGE = ("sas", "run", "checkpoint", "snapshots", "evaluation", "logging", "watch")
+MAY_CHANGE = (*TERMS, "run", "checkpoint", "snapshots", "evaluation", "logging", "watch")
 """Sections that a branch may change; `run.seed` is excepted."""
 MAY_CHANGE_TOO = (
     "data.heads",
@@ -40,7 +40,7 @@ MAY_CHANGE_TOO = (
 )
 BY_CONTENT = ("data.train", "data.validation", "data.tokenizer")
 """Paths whose contents are compared when they are opened, for a branch and a continued run alike."""
-RECORDED = ("sas", "data", "train")
+RECORDED = (*TERMS, "data", "train")
 """Sections whose changes lineage.json names: the others do not touch what is trained."""
 
 
@@ -121,14 +121,17 @@ def _refuse_another_past(old: Config, new: Config, step: int, checkpoint: Path) 
         example = f" ({json.dumps(values[0])}, not {json.dumps(values[1])})" if len(refused) == 1 else ""
         raise InputError(
             f"{where} was made with other values of {', '.join(refused)}{example}; restore them: a branch may change "
-            "sas, data.heads, and what does not touch training"
+            f"{', '.join(TERMS)}, data.heads, and what does not touch training"
         )
-    for done in range(step):
-        before, after = sas_weight(old.sas.schedule, done), sas_weight(new.sas.schedule, done)
-        if before != after:
+    for name in TERMS:
+        before, after = getattr(old, name).schedule, getattr(new, name).schedule
+        other = next((done for done in range(step) if before(done) != after(done)), None)
+        if other is not None:
+            stages = json.dumps(old.model_dump(mode="json")[name]["schedule"])
             raise InputError(
-                f"{where}: sas.schedule says λ = {after:g} for update {done + 1}, which was made with λ = {before:g}; "
-                f"keep the parent's stages up to update {step} ({_stages(old)}) and change what follows"
+                f"{where}: {name}.schedule says λ = {after(other):g} for update {other + 1}, which was made with "
+                f"λ = {before(other):g}; keep the parent's stages up to update {step} ({stages}) and change what "
+                "follows"
             )
     if new.train.steps <= step:
         raise InputError(f"train.steps: {new.train.steps} leaves nothing to do after step {step} of {checkpoint}")
@@ -140,18 +143,11 @@ def _may_change(name: str) -> bool:
 
 def _changes(old: Config, new: Config, sections: tuple[str, ...] | None = None) -> dict[str, list[Any]]:
     """`section.field` of what differs, with both values as JSON has them; where data lie does not count."""
-    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     return {
-        f"{section}.{field}": [before[section][field], after[section][field]]
-        for section in sections or before
-        for field in before[section]
-        if before[section][field] != after[section][field] and f"{section}.{field}" not in BY_CONTENT
+        name: values
+        for name, values in old.differences(new).items()
+        if name not in BY_CONTENT and (sections is None or name.split(".")[0] in sections)
     }
-
-
-def _stages(config: Config) -> str:
-    stages = config.model_dump(mode="json")["sas"]["schedule"]
-    return json.dumps([{name: value for name, value in stage.items() if value is not None} for stage in stages])
 
 
 def _path_between(run_dir: Path, parent: Path) -> str:

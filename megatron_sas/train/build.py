@@ -114,7 +114,8 @@ def build_parts(config: Config, say: Callable[[str], None], lock: DirectoryLock 
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     device = torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     seq_length = parts.dataset.packed.seq_length
-    agreed(lambda: check_attention_backend(parts.bert.config, seq_length, dtype, device))
+    sets = len(config.terms())
+    agreed(lambda: check_attention_backend(parts.bert.config, seq_length, dtype, device, sets))
     if device.type == "cuda":
         build_attention_kernels(parts.bert.config, config.train.micro_batch_size, seq_length, dtype, device)
     if lock is not None:  # last, so that a run which is refused leaves no directory behind
@@ -198,18 +199,13 @@ def refuse_other_experiment(old: Config, new: Config, saved: Path) -> None:
 
     Its length, records and sharding may change, and where its data lie.
     """
-    before, after = old.model_dump(), new.model_dump()
-    changed = [
-        f"{section}.{field}"
-        for section in before
-        if section not in MAY_CHANGE
-        for field in before[section]
-        if before[section][field] != after[section][field]
-    ]
+    differences = old.differences(new)
     # The reduction `sum` is over the micro-batch, which is then part of what λ means.
-    sharding = () if old.sas.reduction == "sum" else ("train.micro_batch_size",)
+    summed = any(term.reduction == "sum" for term in old.terms().values())
+    sharding = () if summed else ("train.micro_batch_size",)
+    changed = [name for name in differences if name.split(".")[0] not in MAY_CHANGE]
     changed = [name for name in changed if name not in (*MAY_CHANGE_IN_TRAIN, *BY_CONTENT, *sharding)]
-    changed += [f"run.{field}" for field in ("seed", "branch_from") if before["run"][field] != after["run"][field]]
+    changed += [name for name in ("run.seed", "run.branch_from") if name in differences]
     if changed:
         raise InputError(
             f"{saved}: the run there was started with other values of {', '.join(changed)}; "
@@ -257,7 +253,7 @@ def _build(config: Config, checkpoint: Path | None) -> Parts:
         tokenizer,
         validation,
         max_length=config.model.max_position_embeddings,
-        sas=config.sas_objective(),
+        terms=config.terms(packed.tokenizer.special_ids),
         mask_prob=data.mask_prob,
     )
     return Parts(tokenizer, dataset, bert, evaluation, checkpoint, state)

@@ -30,8 +30,8 @@ from megatron_sas.launch.environment import (
     share_cores,
 )
 from megatron_sas.model.config import BertConfig
-from megatron_sas.objective.pretraining import MaskedLMWithSas
-from megatron_sas.optim.schedules import sas_weight
+from megatron_sas.objective.pretraining import MaskedLMWithTerms
+from megatron_sas.objective.terms import weights
 from megatron_sas.run.directory import RunDirectory, steps_in
 from megatron_sas.run.memory import MemoryEstimate, PeakMemory, count_parameters, estimate_memory, show_bytes
 from megatron_sas.train.branch import Branch
@@ -204,6 +204,7 @@ def _estimate(
         micro_batch_size=config.train.micro_batch_size,
         seq_length=seq_length,
         mask_prob=config.data.mask_prob,
+        edge_sets=len(config.terms()),
         zero_optimization=deepspeed["zero_optimization"],
         cuda=torch.cuda.is_available(),
     )
@@ -219,12 +220,12 @@ def _try_one_step(config: Config, report: Report) -> None:
         check_shared_directory(Path(config.run.output_dir))
         with PeakMemory(device) as memory:
             parts = build_parts(config, lambda _: None)
-            module = MaskedLMWithSas(parts.bert, config.sas_objective())
-            engine = Engine(module, config.train, config.run.seed, device)
+            terms = config.terms(parts.dataset.packed.tokenizer.special_ids)
+            engine = Engine(MaskedLMWithTerms(parts.bert, terms), config.train, config.run.seed, device)
             parts.load_optimizer(engine)
             engine.set_learning_rate(0.0)
-            weight = sas_weight(config.sas.schedule, parts.start_step)
-            result = engine.update(parts.dataset.window(parts.start_step), weight, measure_sas=True)
+            weight = weights(terms, parts.start_step)
+            result = engine.update(parts.dataset.window(parts.start_step), weight, measure=True)
             sums = distributed.all_reduce_sum_(torch.stack([result.mlm_sum.float(), result.grad_norm.float()]))
         loss = float(sums[0]) / max(int(result.num_masked), 1)
         if not math.isfinite(float(sums.sum())):

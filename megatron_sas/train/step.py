@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from megatron_sas.data.mlm_dataset import Window
 from megatron_sas.kernels import choose_backend
 from megatron_sas.kernels.layer_norm import use_apex_layer_norm_
 from megatron_sas.model.bert import Bert
-from megatron_sas.objective.pretraining import MaskedLMWithSas
+from megatron_sas.objective.pretraining import MaskedLMWithTerms
 from megatron_sas.optim.param_groups import decay_groups
 from megatron_sas.optim.section import TrainSection
 from megatron_sas.train.deepspeed_config import deepspeed_config
@@ -37,7 +37,8 @@ class UpdateResult:
 
     mlm_sum: Tensor
     num_masked: Tensor  # already summed over all ranks
-    sas_sum: Tensor | None
+    term_sums: dict[str, Tensor]  # of the terms that were computed
+    edge_counts: dict[str, Tensor]
     grad_norm: Tensor  # of the whole update, before clipping; not finite: the update was skipped
     flags: list[int]  # the callers' flags, summed over all ranks
 
@@ -47,7 +48,7 @@ class Engine:
 
     moments = MOMENTS
 
-    def __init__(self, module: MaskedLMWithSas, train: TrainSection, seed: int, device: torch.device) -> None:
+    def __init__(self, module: MaskedLMWithTerms, train: TrainSection, seed: int, device: torch.device) -> None:
         """Wrap `module`, whose weights must be equal on all ranks.
 
         Raises:
@@ -122,12 +123,14 @@ class Engine:
         for group in self._engine.basic_optimizer.param_groups:
             group["lr"] = value
 
-    def update(self, window: Window, sas_weight: float, measure_sas: bool, flags: Sequence[int] = ()) -> UpdateResult:
+    def update(
+        self, window: Window, weights: Mapping[str, float], measure: bool, flags: Sequence[int] = ()
+    ) -> UpdateResult:
         """One update from this rank's accumulation window; skipped by all ranks if loss or gradient is not finite.
 
         Args:
             window: the micro-batches of this rank.
-            sas_weight: λ. With 0 the SAS term is computed only if `measure_sas`, and has no gradient.
+            weights: λ of the module's terms by name. With 0 a term is computed only if `measure`, without gradient.
             flags: small numbers to be summed over all ranks; they travel with the count of masked tokens, for nothing.
         """
         train = self.train_section
@@ -137,25 +140,30 @@ class Engine:
         read_flags = _reader(counts[1:])
         rounds = self.world_size * self.accumulation
         mlm_scale = rounds / num_masked.clamp(min=1)
-        sequence_reduction = self._engine.module.sas.reduction == "sequence"
-        sas_scale = sas_weight * (rounds / train.global_batch_size if sequence_reduction else 1.0)
+        scales = {
+            name: weights[name] * (rounds / train.global_batch_size if term.reduction == "sequence" else 1.0)
+            for name, term in self._engine.module.terms.items()
+            if weights[name] or measure
+        }
         mlm_sum = torch.zeros((), device=self.device)
-        sas_sum = torch.zeros((), device=self.device) if sas_weight or measure_sas else None
+        term_sums = {name: torch.zeros((), device=self.device) for name in scales}
+        edge_counts = {name: torch.zeros((), dtype=torch.int64, device=self.device) for name in scales}
         for batch in window.micro_batches:
             # Dropout belongs to the micro-batch, so it is the same in a resumed run and on any number of processes.
             torch.manual_seed(int(hash_u64(DROPOUT, self.seed, window.step, batch.index)[0]) >> 1)
-            heads = None if sas_sum is None else self._to_device(batch.heads)
             parts = self._engine(
                 self._to_device(batch.input_ids),
                 self._to_device(batch.masked_positions),
                 self._to_device(batch.labels),
-                heads,
+                self._to_device(batch.heads) if scales else None,
                 mlm_scale=mlm_scale,
-                sas_scale=sas_scale,
+                term_scales=scales,
             )
             mlm_sum += parts.mlm_sum
-            if sas_sum is not None:
-                sas_sum += parts.sas_sum
+            for name, value in parts.term_sums.items():
+                term_sums[name] += value
+            for name, count in parts.edge_counts.items():
+                edge_counts[name] += count
             # Times 1, or NaN where the loss is not finite: then so is the gradient, and with it the norm, on all ranks.
             self._engine.backward(parts.loss * (1.0 + 0.0 * parts.loss.detach()))
             if train.zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
@@ -164,7 +172,7 @@ class Engine:
             self._engine.step()
         if train.zero_stage > 0:
             self._norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
-        return UpdateResult(mlm_sum, num_masked, sas_sum, self._norm, read_flags())
+        return UpdateResult(mlm_sum, num_masked, term_sums, edge_counts, self._norm, read_flags())
 
     def _skip_unless_finite(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Before AdamW's step: have it change nothing, its step count included, when the gradient's norm is not finite.

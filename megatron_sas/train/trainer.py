@@ -27,9 +27,8 @@ from megatron_sas.launch.environment import (
     use_deterministic_algorithms,
 )
 from megatron_sas.launch.watchdog import Watchdog
-from megatron_sas.objective.pretraining import MaskedLMWithSas
-from megatron_sas.optim.learning_rate import learning_rate
-from megatron_sas.optim.schedules import sas_weight
+from megatron_sas.objective.pretraining import MaskedLMWithTerms
+from megatron_sas.objective.terms import weights
 from megatron_sas.run.directory import RunDirectory
 from megatron_sas.run.nvml import GpuMonitor
 from megatron_sas.run.records import Records
@@ -40,7 +39,7 @@ from megatron_sas.train.checks import check_shared_directory
 from megatron_sas.train.onset_snapshots import Watch
 from megatron_sas.train.skipped_updates import SkippedUpdates
 from megatron_sas.train.step import Engine
-from megatron_sas.train.step_log import PendingUpdate, read_pending
+from megatron_sas.train.step_log import PendingUpdate, describe, read_pending
 
 VERSIONS = {"megatron_sas": __version__} | {name: version(name) for name in ("torch", "deepspeed", "transformers")}
 
@@ -80,7 +79,8 @@ class Trainer:
         parts = build_parts(config, self.say, self.lock)
         self.parts, self.dataset = parts, parts.dataset
         self.skipped = SkippedUpdates(config.train.max_nonfinite_updates, **parts.state.get("skipped", {}))
-        self.engine = Engine(MaskedLMWithSas(parts.bert, config.sas_objective()), config.train, config.run.seed, device)
+        self.terms = config.terms(parts.dataset.packed.tokenizer.special_ids)
+        self.engine = Engine(MaskedLMWithTerms(parts.bert, self.terms), config.train, config.run.seed, device)
         if parts.checkpoint is not None:
             parts.load_optimizer(self.engine)
             self.say(parts.origin)
@@ -187,23 +187,16 @@ class Trainer:
         """One update; returns how many are done now."""
         config, step = self.config, window.step
         self.watchdog.beat(f"update {step + 1}")
-        weight = sas_weight(config.sas.schedule, step)
-        rate = learning_rate(
-            step,
-            peak=config.train.learning_rate,
-            warmup_steps=config.train.warmup_steps,
-            decay_horizon=config.train.decay_horizon,
-        )
+        weight, rate = weights(self.terms, step), config.train.schedule(step)
         self.engine.set_learning_rate(rate)
-        # With λ = 0 the term costs a little and changes nothing, so it is measured only where the line is written.
+        # With λ = 0 a term costs a little and changes nothing, so it is measured only where the line is written.
         measure = (step + 1) % config.logging.every == 0 or step + 1 == self.last_step
         flags = [self._asked_to_stop(), self._long_unsaved(), *self.saver.flags()]
         result = self.engine.update(window, weight, measure, flags)
         asked, unsaved, written, failed = result.flags
         self.stopping, self.save_now = asked > 0, unsaved > 0
         self.saver.react(written, failed)
-        edges = sum(int((batch.heads >= 0).sum()) for batch in window.micro_batches)
-        self.pending.append(PendingUpdate(step + 1, result, edges, weight, rate))
+        self.pending.append(PendingUpdate(step + 1, result, weight, rate))
         self.throughput.add(config.train.global_batch_size * self.dataset.packed.seq_length)
         return step + 1
 
@@ -234,7 +227,7 @@ class Trainer:
         """
         if not self.pending:
             return
-        lines = read_pending(self.pending, self.config, self.engine.device)
+        lines = read_pending(self.pending, self.terms, self.config.train, self.engine.device)
         if speed:
             lines[-1] |= self.throughput.window() | memory() | self.gpu.read()
         for entry, values in zip(self.pending, lines, strict=True):
@@ -257,9 +250,7 @@ class Trainer:
                     self.skipped.refuse(entry.step)
 
     def _show(self, step: int, values: dict[str, Any]) -> None:
-        sas = f"  sas/edge {values['sas_per_edge']:.4f}" if "sas_per_edge" in values else ""
-        text = f"loss {values['loss']:.4f}  mlm {values['mlm_loss']:.4f}{sas}"
-        text += f"  λ {values['sas_weight']:g}  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s"
+        text = describe(values, self.terms)
         if self.bar.disable:
             self.say(f"step {step:>{len(str(self.last_step))}}/{self.last_step}  {text}")
         else:

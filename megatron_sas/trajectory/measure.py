@@ -21,7 +21,6 @@ from megatron_sas.evaluation.text import TextBatch, open_packed_text, packed_tex
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask, UasObserver, observe_treebank, summarize
 from megatron_sas.evaluation.validation import evaluate_validation
-from megatron_sas.objective.pretraining import SasObjective
 from megatron_sas.run.reading import load_model
 from megatron_sas.trajectory.points import BlimpItems, Items, UasItems
 
@@ -148,7 +147,7 @@ class TrajectoryTask:
             values["attention_entropy"] = entropy.result()
         if (along := sas.result()) is not None:
             values["text_sas"] = along
-        loss = evaluate_validation(model, packed, SasObjective(), mask_prob=MASK_PROB, **sizes)
+        loss = evaluate_validation(model, packed, {}, mask_prob=MASK_PROB, **sizes)
         return {**values, "mlm_loss": loss["validation_mlm_loss"]}
 
 

@@ -10,7 +10,7 @@ from megatron_sas.evaluation.batching import deal
 from megatron_sas.evaluation.observers import EntropyObserver, SasObserver
 from megatron_sas.evaluation.treebank import Sentence, load_treebank
 from megatron_sas.evaluation.uas import TreebankTask, UasObserver, evaluate_uas, observe_treebank
-from megatron_sas.objective.sas import sas_term
+from megatron_sas.objective.along_edges import attention_along
 from megatron_sas.run.reading import load_model
 
 
@@ -90,7 +90,7 @@ def test_sas_is_the_regularizers_own_term(model_directory, task):
             for ids, heads in zip((s.ids for s in task.sentences), task.heads, strict=True):
                 with torch.no_grad():
                     output = model(torch.from_numpy(ids)[None], heads=torch.from_numpy(heads)[None])
-                term = sas_term(output.to_head, output.to_dependent, mode=mode, directions=direction)
+                term = attention_along(output.to_head, output.to_dependent, mode=mode, directions=direction)
                 total += float(term) / (1 if mode == "max" else 8)  # layers × heads
             totals[direction if mode == "max" else f"uniform_{direction}"] = total / result["num_edges"]
     assert {name: result[name] for name in totals} == pytest.approx(totals, rel=1e-5)

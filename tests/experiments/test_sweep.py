@@ -44,7 +44,7 @@ def test_runs_and_their_configurations(write_sweep, tmp_path):
     run = sweep.runs[1]
     assert (run.name, run.config.run.seed, run.config.run.output_dir) == ("minus/seed-7", 7, str(run.directory))
     assert run.directory == tmp_path / "runs" / "minus" / "seed-7"
-    assert run.config.sas.schedule[0].value == 0.1 and run.config.checkpoint.every == 2
+    assert run.config.sas.schedule(0) == 0.1 and run.config.checkpoint.every == 2
     branch = sweep.runs[3]
     assert branch.parent == run.directory
     assert branch.config.run.branch_from == str(run.directory / "checkpoints" / "step_00000002")

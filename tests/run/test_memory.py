@@ -13,7 +13,8 @@ from megatron_sas.data.mlm_dataset import MicroBatch, Window
 from megatron_sas.launch.environment import initialize_distributed
 from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
-from megatron_sas.objective.pretraining import MaskedLMWithSas, SasObjective
+from megatron_sas.objective.pretraining import MaskedLMWithTerms
+from megatron_sas.objective.sas import SasSection, SasTerm
 from megatron_sas.optim.section import TrainSection
 from megatron_sas.run.memory import (
     MemoryEstimate,
@@ -29,6 +30,9 @@ SEQ_LENGTH = 128
 SMALL_BUCKETS = {"reduce_bucket_size": 1_000_000, "allgather_bucket_size": 1_000_000}
 # layers, hidden size, vocabulary, micro-batch: the first is mostly weights, the second mostly activations and logits
 DEEP, BROAD = (4, 256, 1_000, 4), (2, 128, 8_000, 16)
+
+
+SAS = {"sas": SasTerm(SasSection())}
 
 
 def shape(layers: int, hidden: int, vocab: int, dropout: float = 0.1) -> BertConfig:
@@ -64,7 +68,7 @@ def device():
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_activations_are_what_autograd_keeps(mode, size, dropout):
     config = shape(*size[:3], dropout)
-    module = MaskedLMWithSas(Bert(config), SasObjective()).train()
+    module = MaskedLMWithTerms(Bert(config), SAS).train()
     if mode == "bf16":
         module = module.bfloat16()
     batch = micro_batch(config, size[3])
@@ -83,7 +87,7 @@ def test_activations_are_what_autograd_keeps(mode, size, dropout):
         torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"),
     ):
         output = module(
-            batch.input_ids, batch.masked_positions, batch.labels, batch.heads, mlm_scale=1.0, sas_scale=0.1
+            batch.input_ids, batch.masked_positions, batch.labels, batch.heads, mlm_scale=1.0, term_scales={"sas": 0.1}
         )
     assert output.loss.requires_grad
     expected = activation_bytes(
@@ -93,7 +97,7 @@ def test_activations_are_what_autograd_keeps(mode, size, dropout):
         masked=len(batch.labels),
         autocast=mode == "autocast",
         compute=2 if mode == "bf16" else 4,
-        sas=True,
+        edge_sets=1,
         cuda=False,
     )
     assert expected == pytest.approx(sum(kept.values()), rel=0.05)
@@ -118,9 +122,9 @@ def test_the_estimate_is_within_a_fifth_of_an_update(device, tmp_path, size, sta
         deepspeed_config=str(json),
     )
     with PeakMemory(device) as memory:
-        engine = Engine(MaskedLMWithSas(Bert(config), SasObjective()), train, 0, device)
+        engine = Engine(MaskedLMWithTerms(Bert(config), SAS), train, 0, device)
         batches = [micro_batch(config, size[3]) for _ in range(accumulation)]
-        engine.update(Window(0, batches, sum(len(b.labels) for b in batches)), 0.1, True)
+        engine.update(Window(0, batches, sum(len(b.labels) for b in batches)), {"sas": 0.1}, True)
     estimate = estimate_memory(
         config,
         world_size=1,

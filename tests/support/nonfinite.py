@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 
 from megatron_sas.core import distributed
-from megatron_sas.objective.pretraining import MaskedLMWithSas
+from megatron_sas.objective.pretraining import MaskedLMWithTerms
 from megatron_sas.train.step import Engine
 
 
@@ -38,7 +38,7 @@ def _poison(parts, how):
 @contextlib.contextmanager
 def poisoned(updates: list[int], how: str = "nan", rank: int = 0) -> Iterator[None]:
     """Spoil the last micro-batch of the given updates (counted from 1) on `rank` alone."""
-    update, forward = Engine.update, MaskedLMWithSas.forward
+    update, forward = Engine.update, MaskedLMWithTerms.forward
     left = 0
 
     def note(self, window, *arguments):
@@ -52,5 +52,5 @@ def poisoned(updates: list[int], how: str = "nan", rank: int = 0) -> Iterator[No
         left -= 1
         return _poison(parts, how) if left == 0 else parts
 
-    with mock.patch.object(Engine, "update", note), mock.patch.object(MaskedLMWithSas, "forward", spoil):
+    with mock.patch.object(Engine, "update", note), mock.patch.object(MaskedLMWithTerms, "forward", spoil):
         yield

@@ -77,8 +77,8 @@ def test_a_branch_is_the_run_that_had_its_schedule_from_the_start(parent, combin
 
 def test_the_lineage_is_recorded(parent, branch, tmp_path):
     lineage = json.loads((branch / "lineage.json").read_text())
-    old = [{"start": 0, "value": 0.1, "end": 4, "end_value": None}]
-    new = [{"start": 0, "value": 0.1, "end": 3, "end_value": None}]
+    old = [{"start": 0, "value": 0.1, "end": 4}]
+    new = [{"start": 0, "value": 0.1, "end": 3}]
     assert lineage == {
         "format": "megatron_sas lineage",
         "version": 1,

@@ -54,18 +54,18 @@ def updates() -> None:
     """Updates of ZeRO-0 in bf16 from the prefetching loader; in a process of their own, since it joins a group."""
     from megatron_sas.data.mlm_dataset import PrefetchLoader
     from megatron_sas.launch.environment import initialize_distributed
-    from megatron_sas.objective.pretraining import MaskedLMWithSas
+    from megatron_sas.objective.pretraining import MaskedLMWithTerms
     from megatron_sas.train.build import build_parts
     from megatron_sas.train.step import Engine
 
     config = load_config(sys.argv[1], override_arguments({"train.precision": "bf16", "model.attention_dropout": 0.1}))
     device = initialize_distributed(config.run.timeout_minutes)
     parts = build_parts(config, lambda _: None)
-    engine = Engine(MaskedLMWithSas(parts.bert, config.sas_objective()), config.train, config.run.seed, device)
+    engine = Engine(MaskedLMWithTerms(parts.bert, config.terms()), config.train, config.run.seed, device)
     with PrefetchLoader(parts.dataset, 0, 6, pin_memory=True) as loader:
         windows = list(loader)
     for window in windows[:4]:  # compiles, searches for tiles, allocates
-        engine.update(window, 0.1, measure_sas=True)
+        engine.update(window, {"sas": 0.1}, measure=True)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
 
@@ -74,7 +74,7 @@ def updates() -> None:
 
     torch.cuda.synchronize = refuse  # DeepSpeed's accelerator calls it by this name
     for window in windows[4:]:
-        engine.update(window, 0.1, measure_sas=True)
+        engine.update(window, {"sas": 0.1}, measure=True)
     torch.cuda.set_sync_debug_mode("default")
     print("nothing waited")
 
@@ -87,7 +87,7 @@ def test_bf16_computes_in_bf16(config):
 def dtypes() -> None:
     """What the layers' matrices compute in, in an update of ZeRO-0 under bf16; in a process of its own."""
     from megatron_sas.launch.environment import initialize_distributed
-    from megatron_sas.objective.pretraining import MaskedLMWithSas
+    from megatron_sas.objective.pretraining import MaskedLMWithTerms
     from megatron_sas.train.build import build_parts
     from megatron_sas.train.step import Engine
 
@@ -95,9 +95,9 @@ def dtypes() -> None:
     config = load_config(sys.argv[1], override_arguments(overrides))
     device = initialize_distributed(config.run.timeout_minutes)
     parts = build_parts(config, lambda _: None)
-    engine = Engine(MaskedLMWithSas(parts.bert, config.sas_objective()), config.train, config.run.seed, device)
+    engine = Engine(MaskedLMWithTerms(parts.bert, config.terms()), config.train, config.run.seed, device)
     seen = set()
     for layer in parts.bert.layers:
         layer.up.register_forward_hook(lambda module, given, result: seen.add(result.dtype))
-    engine.update(parts.dataset.window(0), 0.1, measure_sas=True)
+    engine.update(parts.dataset.window(0), {"sas": 0.1}, measure=True)
     print(seen)

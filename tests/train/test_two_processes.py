@@ -28,6 +28,7 @@ pytestmark = pytest.mark.slow
 
 VARIANTS = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
 NO_DROPOUT = {"model.hidden_dropout": 0.0}
+TERMS = {**NO_DROPOUT, "offset.schedule": [{"start": 1, "end": 4, "value": 0.2}], "offset.distance": 3}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,7 @@ def two(config, one, tmp_path_factory):
     for micro in (4, 1):
         overrides = {**NO_DROPOUT, "train.micro_batch_size": micro, "train.zero_stage": 2}
         runs.append({"name": f"micro-{micro}", "overrides": overrides})
+    runs.append({"name": "terms", "overrides": {**TERMS, "train.micro_batch_size": 1, "train.zero_stage": 1}})
     runs.append({"name": "sum", "overrides": {"sas.reduction": "sum"}})
     runs.append({"name": "elastic", "overrides": {"train.steps": 4, "train.zero_stage": 3}})
     source = {"run.branch_from": str(checkpoint(one / "whole", 3)), "train.zero_stage": 3}
@@ -104,6 +106,20 @@ def test_accumulation_and_world_size_do_not_matter(config, two, tmp_path):
         lines = records(tmp_path / "run")
         for step, line in records(two / f"micro-{micro}").items():
             assert line == pytest.approx(lines[step], rel=5e-6)
+
+
+def test_terms_depend_on_neither_accumulation_nor_world_size(config, two, tmp_path):
+    train(config, tmp_path / "run", {**TERMS, "train.micro_batch_size": 8})
+    assert largest_difference(weights(two / "terms", 6), weights(tmp_path / "run", 6)) < 1e-5
+    for kind, names in (
+        ("train", ("loss", "sas", "offset", "offset_per_edge")),
+        ("evaluation", ("validation_offset",)),
+    ):
+        lines = [
+            [[line[name] for name in names] for line in read_records(run / "metrics.jsonl") if line["kind"] == kind]
+            for run in (two / "terms", tmp_path / "run")
+        ]
+        assert lines[0] == [pytest.approx(line, rel=1e-5) for line in lines[1]]
 
 
 def test_the_sum_reduction_depends_on_the_micro_batch_alone(config, two, tmp_path):

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from megatron_sas.objective.terms import TERMS
 from megatron_sas.report.figures.style import (
     GREY,
     STYLE,
@@ -26,21 +27,21 @@ from megatron_sas.report.trajectories import METRICS, Metric, Run, conditions
 
 
 def draw(runs: Sequence[Run], onsets: Onsets, x_scale: str = "linear") -> Figure:
-    """A figure with one panel per metric that any run has, and one for λ where it is not always 0.
+    """A figure with one panel per metric that any run has, and one for the λ of every term that is not always 0.
 
     Vertical lines mark the mean of a condition's clear onsets; dots at the foot of a panel are each run's onset, with
     its interval over items where there is one, one row per condition. Where colours repeat, lines and dots tell apart.
     """
     panels = [metric for metric in METRICS if any(len(run.metric(metric)) for run in runs)]
-    with_weight = any(not run.is_base for run in runs)
-    heights = [0.45] * with_weight + [1.6 if metric.name == "loss" else 1.2 for metric in panels]
+    steered = [name for name in TERMS if any(np.any(run.weight(name).values) for run in runs)]
+    heights = [0.45] * len(steered) + [1.6 if metric.name == "loss" else 1.2 for metric in panels]
     colours = label_styles(runs)
     with mpl.rc_context(STYLE):
         figure = new_figure(9.5, 1.9 * sum(heights) + 0.9)
         axes = np.atleast_1d(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights))
-        if with_weight:
-            _draw_weight(axes[0], runs, colours)
-        for axis, metric in zip(axes[with_weight:], panels, strict=True):
+        for axis, name in zip(axes, steered, strict=False):
+            _draw_weight(axis, name, runs, colours)
+        for axis, metric in zip(axes[len(steered) :], panels, strict=True):
             _draw_metric(axis, metric, runs, onsets, colours)
         scale_steps(axes[-1], runs, x_scale)
         axes[-1].set_xlabel("training step")
@@ -103,13 +104,13 @@ def _mark_onsets(axis: Axes, group: Sequence[RunOnset | None], colour: str, dash
         axis.plot(onset.bend.step, y, marker_of(dash), color=colour, markersize=3.2, transform=across, zorder=6)
 
 
-def _draw_weight(axis: Axes, runs: Sequence[Run], styles: dict[str, tuple[str, str]]) -> None:
+def _draw_weight(axis: Axes, term: str, runs: Sequence[Run], styles: dict[str, tuple[str, str]]) -> None:
     for label, group in conditions(runs).items():
         colour, dash = styles[label]
-        weight = group[0].weight
+        weight = group[0].weight(term)
         axis.step(weight.steps, weight.values, where="post", color=colour, linestyle=dash, linewidth=1.6)
         axis.fill_between(weight.steps, weight.values, step="post", color=colour, alpha=0.12, linewidth=0)
-    axis.set_ylabel("λ")
+    axis.set_ylabel("λ" if TERMS[term].syntactic else f"λ {term}")
     axis.margins(y=0.2)
     axis.locator_params(axis="y", nbins=3)
 

@@ -1,4 +1,4 @@
-"""The SAS term against plain loops over its definition."""
+"""R along edges against plain loops over its definition."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_sas.objective.sas import DIRECTIONS, sas_term
+from megatron_sas.objective.along_edges import DIRECTIONS, attention_along
 
 
 def random_probs(seed: int, layers: int, batch: int, num_heads: int, seq: int, levels: int) -> tuple[list, list]:
@@ -71,7 +71,7 @@ def naive(parts: list[list[Tensor]], mode: str, p: float) -> tuple[list[float], 
 def test_equals_loops(seed, layers, batch, num_heads, seq, levels, mode_p, directions):
     mode, p = mode_p
     to_head, to_dependent = random_probs(seed, layers, batch, num_heads, seq, levels)
-    term = sas_term(to_head, to_dependent, mode=mode, p=p, directions=directions)
+    term = attention_along(to_head, to_dependent, mode=mode, p=p, directions=directions)
     totals, gradients = naive(wanted_directions(to_head, to_dependent, directions), mode, p)
     torch.testing.assert_close(term, torch.tensor(totals, dtype=torch.float64))
     assert term[0] == 0
@@ -92,7 +92,7 @@ def test_ties_go_to_the_lowest_layer_and_head_alone():
     layers = [torch.full((1, 2, 3), 0.5, requires_grad=True) for _ in range(2)]
     layers[0].data[0, 0, 1] = 0.4
     layers[0].data[0, :, 2] = 0.4
-    sas_term(layers, layers, directions="to_head").sum().backward()
+    attention_along(layers, layers, directions="to_head").sum().backward()
     assert layers[0].grad.tolist() == [[[1, 0, 0], [0, 1, 0]]]
     assert layers[1].grad.tolist() == [[[0, 0, 1], [0, 0, 0]]]
 
@@ -101,13 +101,13 @@ def test_ties_go_to_the_lowest_layer_and_head_alone():
 def test_gradients_are_contiguous(mode, p):
     """A compiled layer copies others before it uses them."""
     to_head, to_dependent = random_probs(0, 3, 2, 2, 5, 1000)
-    term = sas_term(to_head, to_dependent, mode=mode, p=p)
+    term = attention_along(to_head, to_dependent, mode=mode, p=p)
     assert all(grad.is_contiguous() for grad in torch.autograd.grad(term.sum(), to_head + to_dependent))
 
 
 def test_unused_direction_has_no_gradient():
     to_head, to_dependent = random_probs(0, 2, 2, 2, 5, 1000)
-    sas_term(to_head, to_dependent, directions="to_dependent").sum().backward()
+    attention_along(to_head, to_dependent, directions="to_dependent").sum().backward()
     assert all(x.grad is None for x in to_head)
     assert all(x.grad is not None for x in to_dependent)
 
@@ -117,7 +117,7 @@ def test_small_probabilities_to_a_high_power(p):
     """α^p is 0 in float32 for what suppression leaves, but the p-th root of its sum is not."""
     probs = [(1e-4 * torch.rand(2, 3, 5)).requires_grad_() for _ in range(2)]
     exact = [x.detach().double().requires_grad_() for x in probs]
-    terms = [sas_term(x, x, mode="uniform", p=p, directions="to_head") for x in (probs, exact)]
+    terms = [attention_along(x, x, mode="uniform", p=p, directions="to_head") for x in (probs, exact)]
     power = sum((x.detach().double() ** p).sum(dim=(1, 2)) for x in probs)
     torch.testing.assert_close(terms[1], power ** (1 / p))
     torch.testing.assert_close(terms[0].double(), terms[1])
@@ -129,7 +129,7 @@ def test_small_probabilities_to_a_high_power(p):
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
 def test_no_edges_at_all_gives_zero_with_finite_gradient(p):
     zeros = [torch.zeros(2, 2, 4, requires_grad=True)]
-    term = sas_term(zeros, zeros, mode="uniform", p=p)
+    term = attention_along(zeros, zeros, mode="uniform", p=p)
     assert (term == 0).all()
     term.sum().backward()
     assert torch.isfinite(zeros[0].grad).all()
