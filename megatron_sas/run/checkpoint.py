@@ -181,15 +181,19 @@ def remove_directory(path: Path) -> None:
     remove(hidden)
 
 
-def remove_leftovers(run_dir: Path) -> None:
-    """Remove what a killed run left: half-written files, checkpoints and snapshots, and half-deleted ones."""
+def remove_leftovers(run_dir: Path) -> list[Path]:
+    """Remove what a killed run left: half-written files, checkpoints and snapshots, and half-deleted ones.
+
+    Returns what there was.
+    """
     directories = ("checkpoints", "snapshots", "ring")
-    patterns = [f".{name}.*.tmp" for name in (CONFIG, "metrics.jsonl", "lineage.json", "requeue")]
+    patterns = [f".{name}.*.tmp" for name in (CONFIG, "metrics.jsonl", "lineage.json", "requeue", "tensorboard")]
     patterns += [f".{name}.old" for name in (*directories, "tensorboard")]
     patterns += [f"{name}/.{what}" for name in directories for what in ("step_*.tmp", "step_*.old", f"{LATEST}.*.tmp")]
-    for pattern in patterns:
-        for path in run_dir.glob(pattern):
-            remove(path)
+    found = [path for pattern in patterns for path in run_dir.glob(pattern)]
+    for path in found:
+        remove(path)
+    return found
 
 
 def step_of(path: Path) -> int | None:

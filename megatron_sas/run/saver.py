@@ -57,8 +57,7 @@ class Saver:
         self._unpublished: int | None = None  # step of a checkpoint that is being written
         self._writing: Future | None = None
         self._publishing: Future | None = None  # rank 0
-        if distributed.is_main():
-            remove_leftovers(self.run_dir)
+        self.removed = remove_leftovers(self.run_dir) if distributed.is_main() else []
 
     def begin(self, step: int, state: dict[str, Any], *, checkpoint: bool, snapshot: str | None) -> None:
         """Gather what is to be saved and start writing it. A collective.
@@ -74,7 +73,7 @@ class Saver:
         if snapshot is not None:
             self._where = self.run_dir / snapshot / checkpoint_name(step)
             if distributed.is_main():
-                jobs.append(partial(self._write_snapshot, self._where, share))
+                jobs.append(partial(self._write_snapshot, self._where, step, share))
         if checkpoint:
             directory = self._partial(step)
             self._where = checkpoints_directory(self.run_dir) / checkpoint_name(step)
@@ -141,10 +140,10 @@ class Saver:
         if section.kept is not None:
             remove_old_checkpoints(self.run_dir, step, section.kept, section.keep_every)
 
-    def _write_snapshot(self, path: Path, share: Share) -> None:
+    def _write_snapshot(self, path: Path, step: int, share: Share) -> None:
         tokenizer = copy.deepcopy(self.tokenizer)  # writing it for other programs changes it
         with atomic_directory(path, overwrite=True) as directory:
-            write_hf(directory, self.bert_config, share.weights, tokenizer, self.config.snapshots.dtype)
+            write_hf(directory, self.bert_config, share.weights, tokenizer, self.config.snapshots.dtype, step)
 
     def _together(self, work: Future | None) -> None:
         """Wait for `work` on all ranks, and raise on all if it failed on any."""
