@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from blanked_treebank import BLANKED
 from engine_runs import free_port
 
 from megatron_sas.run.records import read_records
@@ -49,6 +50,8 @@ def test_toy_language_from_corpus_to_report(tmp_path):
             *("--tokenizer", corpus / "vocab.txt", "--output", data / part),
         )
     tool("make_control", "--data", data / "train", "--control", "permuted")
+    with open(corpus / "treebank.conllu", "a") as file:
+        file.write(BLANKED)
 
     def train(name: str, weight: float, *more: str) -> Path:
         run(
@@ -83,6 +86,8 @@ def test_toy_language_from_corpus_to_report(tmp_path):
     tool("eval_blimp", "--model", base, "--blimp", corpus / "blimp", "--output", tmp_path / "blimp.json")
     # Offline equals live: the whole treebank and all pairs were also used while training.
     offline = json.loads((tmp_path / "syntax.json").read_text())["uas"]
+    (started,) = (r for r in read_records(base / "metrics.jsonl") if r.get("event") == "start")
+    assert started["treebank_sentences_blanked"] == 3
     assert offline == pytest.approx(final["base"]["uas"], abs=2e-3)
     assert json.loads((tmp_path / "blimp.json").read_text())["blimp"] == pytest.approx(final["base"]["blimp"], abs=0.02)
 

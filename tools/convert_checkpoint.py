@@ -14,10 +14,13 @@ from megatron_sas.export.hf import DTYPES, from_hf, to_hf
 
 DESCRIPTION = """\
 to-hf    a training checkpoint becomes a BertForMaskedLM directory that transformers (4 and 5) and minicons load as it
-         is: config.json, model.safetensors, the tokenizer (with vocab.txt for WordPiece) and a README.md that says how
-         the model was trained and, if the run's metrics.jsonl is beside the checkpoints, how it was evaluated.
+         is: config.json (with the step, which all tools report), model.safetensors, the tokenizer (with vocab.txt for
+         WordPiece) and a README.md that says how the model was trained and, if the run's metrics.jsonl is beside the
+         checkpoints, how it was evaluated.
 from-hf  a BertForMaskedLM directory becomes a checkpoint of step 0, which the tools take as --model and from which a
-         run starts with `model.init_from: OUT_DIR` (a run can also name the Hugging Face directory itself there).
+         run starts with `model.init_from: OUT_DIR` (a run can also name the Hugging Face directory itself there). The
+         pooler and the next-sentence head, which a masked LM does not use, are left out; a file with anything else that
+         would be lost is refused.
 
 to-hf and then from-hf give back the same weights exactly (with --dtype fp32)."""
 

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_sas.core.cli import progress, run_main
 from megatron_sas.core.files import write_json_atomic
+from megatron_sas.evaluation.blimp_labels import MANY_TIES
 from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, precision
 from megatron_sas.evaluation.minimal_pairs import BlimpTask, load_blimp, sha256_folder
 from megatron_sas.evaluation.pll import METRICS
@@ -18,7 +19,8 @@ from megatron_sas.evaluation.provenance import provenance
 from megatron_sas.run.reading import load_model
 
 DESCRIPTION = """\
-Score both sentences of every minimal pair and count how often the good one scores strictly higher (chance is 0.5).
+Score both sentences of every minimal pair and count how often the good one scores strictly higher (chance is 0.5);
+pairs whose scores are the same are counted as ties and as wrong.
 A sentence's score is the sum over its tokens of log p(token | all others), one masked copy per token (Salazar et al.
 2020). Accuracies are reported per set, per linguistic term and per field (means over the sets in each), and overall
 (mean over all sets). All of BLiMP is 1.3 million masked copies: use --pairs-per-set for a quick look."""
@@ -33,7 +35,7 @@ def main() -> None:
     total = task.num_forwards(arguments.batch_tokens)
     with precision(arguments, device), progress(total=total, unit="batch", desc="BLiMP") as bar:
         result = task.evaluate(model, batch_tokens=arguments.batch_tokens, after_batch=bar.update)
-    print("\n".join(table(result)))
+    print("\n".join([*table(result), task.pll.unknown.line("these sentences")]))
     record = {
         **provenance(arguments.model, model, tokenizer),
         "precision": arguments.precision,
@@ -46,13 +48,14 @@ def main() -> None:
 
 def table(result: dict) -> list[str]:
     """Lines to print: terms under their fields, then the overall figures."""
-    lines = [f"{'field / term':<36} {'sets':>5} {'accuracy':>9}"]
+    lines = [f"{'field / term':<36} {'sets':>5} {'accuracy':>9} {'ties':>6}"]
     for field, accuracy in result["fields"].items():
         within = [row for row in result["sets"].values() if row["field"] == field]
-        lines.append(f"{field:<36} {len(within):>5} {accuracy:>9.3f}")
+        lines.append(f"{field:<36} {len(within):>5} {accuracy:>9.3f} {sum(row['ties'] for row in within):>6}")
         for term in sorted({row["linguistics_term"] for row in within}):
-            values = [row["accuracy"] for row in within if row["linguistics_term"] == term]
-            lines.append(f"  {term:<34} {len(values):>5} {sum(values) / len(values):>9.3f}")
+            rows = [row for row in within if row["linguistics_term"] == term]
+            mean = sum(row["accuracy"] for row in rows) / len(rows)
+            lines.append(f"  {term:<34} {len(rows):>5} {mean:>9.3f} {sum(row['ties'] for row in rows):>6}")
     lines += [
         "",
         f"overall {result['blimp']:.4f}   mean of {result['num_sets']} sets, "
@@ -60,6 +63,12 @@ def table(result: dict) -> list[str]:
         f"{result['num_sentences']} sentences, {result['num_masked_copies']} masked copies in "
         f"{result['seconds']:.1f} s: {result['sentences_per_second']:.1f} sentences/s",
     ]
+    if result["num_ties"]:
+        warning = "warning: " if result["num_ties"] > MANY_TIES * result["num_pairs"] else ""
+        lines.append(
+            f"{warning}{result['num_ties']} ties, which count as wrong; {result['num_identical']} pairs of identical "
+            "sentences"
+        )
     if result["num_non_finite"]:
         lines.append(f"warning: {result['num_non_finite']} scores are not finite; their pairs count as wrong")
     return lines

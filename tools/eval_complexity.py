@@ -11,18 +11,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.files import sha256_file, write_json_atomic
-from megatron_sas.data.tokenizer import tokenizer_hash
+from megatron_sas.data.unknown import Unknown
 from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, precision
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
 from megatron_sas.evaluation.provenance import provenance
-from megatron_sas.evaluation.text import open_packed_text, pack_file, packed_forwards, packed_text, plain_text
+from megatron_sas.evaluation.text import (
+    open_packed_text,
+    pack_file,
+    packed_forwards,
+    packed_text,
+    plain_text,
+    unknown_in,
+)
 from megatron_sas.run.reading import load_model
 
 DESCRIPTION = """\
 Read the vector of [CLS] in the last hidden layer of many sequences of text (nothing is masked) and estimate on how many
 dimensions these vectors lie, by TwoNN (Facco et al. 2017): the ratio of the distances to the second and to the first
-neighbour, fitted without its largest 10 %. Equal vectors count once. The standard error is that of drawing the points;
-the estimate also depends on how many there are and how long they are, so compare models on the same text only.
+neighbour, fitted without its largest 10 %. Equal texts and equal vectors count once. The standard error is that of
+drawing the points; the estimate also depends on how many there are and how long they are, so compare models on the same
+text only.
 
 --text is a file as for tools/preprocess_data.py (.txt, .jsonl, .conllu, also compressed), which is packed as there into
 sequences of --seq-length, or the prefix of packed data. Beside it stands the Euclidean norm of all weights."""
@@ -40,10 +48,12 @@ def main() -> None:
     if Path(f"{arguments.text}.json").is_file():
         if arguments.seq_length is not None:
             raise InputError("--seq-length: packed data has its own sequence length; leave it out")
-        packed = open_packed_text(arguments.text, tokenizer_hash(tokenizer), longest)
+        packed = open_packed_text(arguments.text, tokenizer, longest)
         total, seq_length = min(arguments.num_texts, packed.num_sequences), packed.seq_length
         sizes = {"num_sequences": total, "batch_tokens": arguments.batch_tokens}
         batches, forwards = packed_text(packed, **sizes), packed_forwards(packed, **sizes)
+        unknown = unknown_in(packed, total)
+        rows = packed.tokens[:total]
         text = {"prefix": str(Path(arguments.text).resolve()), "fingerprint": packed.fingerprint}
     else:
         seq_length = min(128, longest) if arguments.seq_length is None else arguments.seq_length
@@ -58,16 +68,18 @@ def main() -> None:
         )
         total, batches = len(rows), plain_text(rows, arguments.batch_tokens)
         forwards = len(batches)
+        special = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        unknown = Unknown.of(rows, tokenizer.unk_token_id, special)
         text = {"path": str(Path(arguments.text).resolve()), "sha256": sha256_file(arguments.text)}
     with precision(arguments, device), progress(total=forwards, unit="batch", desc="complexity") as bar:
         vectors = cls_vectors(model, batches, total, after_batch=bar.update)
-    result = intrinsic_dimension(vectors)
+    result = intrinsic_dimension(vectors, rows)
     norm = weight_norm(model)
-    print("\n".join(lines(result, norm, total, seq_length)))
+    print("\n".join([*lines(result, norm, total, seq_length), unknown.line("this text")]))
     record = {
         **provenance(arguments.model, model, tokenizer),
         "precision": arguments.precision,
-        "text": {**text, "sequences": total, "seq_length": seq_length},
+        "text": {**text, "sequences": total, "seq_length": seq_length, "unknown": unknown.record()},
         "intrinsic_dimension": result,
         "weight_norm": norm,
     }

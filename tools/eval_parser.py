@@ -14,6 +14,7 @@ from megatron_sas.core.cli import InputError, run_main
 from megatron_sas.core.files import sha256_file, write_json_atomic
 from megatron_sas.corpus.parsers.base import describe_parser, make_parser
 from megatron_sas.corpus.readers.conllu import read_conllu
+from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.evaluation.command_line import check_output
 from megatron_sas.evaluation.parser_quality import evaluate_parser, gold_units
 
@@ -38,18 +39,20 @@ def main() -> None:
     description = describe_parser(arguments.parser)
     if not arguments.treebank.name.endswith((".conllu", ".conllu.gz", ".conllu.xz", ".conllu.zst")):
         raise InputError(f"{arguments.treebank}: is not CoNLL-U; the parser needs text, which other treebanks lack")
-    sentences = list(read_conllu(arguments.treebank))
+    blanked: list[str] = []
+    sentences = list(read_conllu(arguments.treebank, blanked=blanked.append))
     parser, results = make_parser(arguments.parser), {}
     for kind in ("sentence", "paragraph"):
         units = gold_units(sentences, paragraphs=kind == "paragraph")
         start = time.perf_counter()
         results[kind] = {"units": len(units), **evaluate_parser(units, parser)}
         results[kind]["words_per_second"] = results[kind]["words"] / (time.perf_counter() - start)
-    print("\n".join(table(results)))
+    print("\n".join([*table(results), *filter(None, [blanked_note(len(blanked))])]))
     record = {
         "parser": description,
         "treebank": {"path": str(arguments.treebank), "sha256": sha256_file(arguments.treebank)},
         "sentences": len(sentences),
+        "sentences_blanked": len(blanked),
         **results,
     }
     write_json_atomic(arguments.output, record)

@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.files import sha256_file, write_json_atomic
-from megatron_sas.data.tokenizer import tokenizer_hash
+from megatron_sas.corpus.readers.trees import blanked_note
+from megatron_sas.data.tokenizer import tokenizer_identity
 from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, precision
 from megatron_sas.evaluation.provenance import model_source, provenance
 from megatron_sas.evaluation.treebank import load_treebank
@@ -43,7 +44,7 @@ def main() -> None:
     if arguments.untrained is not None:
         other, other_tokenizer = load_model(arguments.untrained, device)
         if (
-            tokenizer_hash(other_tokenizer) != tokenizer_hash(tokenizer)
+            tokenizer_identity(other_tokenizer) != tokenizer_identity(tokenizer)
             or other.config.max_position_embeddings != model.config.max_position_embeddings
         ):
             raise InputError(
@@ -55,7 +56,7 @@ def main() -> None:
         untrained = {**model_source(arguments.untrained), **untrained}
     with precision(arguments, device):
         result = evaluate(task, model, arguments.batch_tokens, "syntax")
-    print("\n".join(table(result, untrained)))
+    print("\n".join([*table(result, untrained), task.unknown.line("these words")]))
     record = {
         **provenance(arguments.model, model, tokenizer),
         "precision": arguments.precision,
@@ -98,6 +99,7 @@ def table(result: dict, untrained: dict | None) -> list[str]:
         f"best single head {result['uas_single_head']:.4f}   {single['layer']}-{single['head']} {single['direction']}",
         f"{result['num_edges']} dependencies in {result['num_sentences']} sentences; "
         f"{result['num_skipped']} too long and skipped",
+        *filter(None, [blanked_note(result["num_blanked"])]),
     ]
     if untrained:
         lines.append(

@@ -11,15 +11,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.device import DEVICE_HELP
+from megatron_sas.data.unknown import Unknown
 from megatron_sas.evaluation.pll import METRICS
 from megatron_sas.trajectory.measure import Inputs
-from megatron_sas.trajectory.models import list_models
-from megatron_sas.trajectory.points import TRAJECTORY
+from megatron_sas.trajectory.models import STEP_PATTERN_HELP, list_models
+from megatron_sas.trajectory.points import TRAJECTORY, read_points
 from megatron_sas.trajectory.workers import measure_models
 
 DESCRIPTION = """\
 Measure every snapshot and checkpoint of a run (those of the runs that it branched from, up to the branch, included), or
-every model in a folder of Hugging Face directories, whose step is the last number in the name (seed_0-step_20k).
+every model in a folder of Hugging Face directories. Exports record their step; of other models it is the number in
+which the names differ (seed_0-step_20k). Stages (OLMo, Ettin) count on from one another.
 
   --treebank  UAS overall, by relation and by head; attention entropy; SAS by the regularizer's own measure
   --blimp     minimal pairs by set, term and field
@@ -34,7 +36,7 @@ relation and since when, and summary.csv has a line a model. docs/trajectories.m
 def main() -> None:
     arguments = parse_arguments()
     inputs = check_inputs(arguments)
-    models = list_models(arguments.models)
+    models = list_models(arguments.models, arguments.step_pattern, lambda line: print(line, file=sys.stderr))
     if arguments.steps:
         models = [(step, path) for step, path in models if any(low <= step <= high for low, high in arguments.steps)]
         if not models:
@@ -57,7 +59,19 @@ def main() -> None:
             report=report,
             after_model=bar.update,
         )
+    for line in unknown_lines(next(reversed(read_points(output)), {})):
+        print(line)
     print(f"{output}: {len(models) - left_out} models measured, {left_out} skipped")
+
+
+def unknown_lines(point: dict) -> list[str]:
+    """How much of each input the tokenizer does not know: the same in all points, absent from those of old versions."""
+    found = {
+        "--treebank": point.get("uas", {}).get("unknown"),
+        "--blimp": point.get("blimp", {}).get("unknown"),
+        "--text": point.get("text_unknown"),
+    }
+    return [Unknown.from_record(record).line(name) for name, record in found.items() if record is not None]
 
 
 def check_inputs(arguments: argparse.Namespace) -> Inputs:
@@ -108,6 +122,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--steps", nargs="+", type=steps, metavar="N|FIRST-LAST", help="only models of these steps (all)"
     )
+    parser.add_argument("--step-pattern", metavar="REGEX", help=STEP_PATTERN_HELP)
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="models measured at once, a process each (1)"
     )

@@ -22,6 +22,7 @@ import megatron_sas
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.device import DEVICE_HELP, choose_device
 from megatron_sas.core.files import write_json_atomic
+from megatron_sas.data.unknown import Unknown
 from megatron_sas.evaluation.command_line import add_model_argument, check_output
 from megatron_sas.glue.data import Columns, Examples, read_file, read_hub, task_files
 from megatron_sas.glue.finetune import FORMAT, Pretrained, Settings, encode, finetune, identity, record
@@ -83,6 +84,8 @@ def run_task(
     if missing:
         max_length = wanted["settings"]["max_length"]
         encoded = [encode(examples, pretrained, max_length) for examples in (train, *validation)]
+        unknown = sum((examples.unknown for examples in encoded), Unknown())
+        print(unknown.line(f"the texts of {task.name}"))
         steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
         with progress(total=steps * len(missing), unit="step", desc=task.name) as bar:
             for seed in missing:

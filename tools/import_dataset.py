@@ -19,6 +19,7 @@ from megatron_sas.core.cli import run_main
 from megatron_sas.corpus.import_dataset import COUNTS, ImportSettings, import_dataset
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer
+from megatron_sas.data.unknown import Unknown
 
 
 def main() -> None:
@@ -41,6 +42,7 @@ def main() -> None:
     counts = import_dataset(settings)["counts"]
     for name, meaning in COUNTS.items():
         print(f"{counts[name]:>14,}  {meaning}")
+    print(Unknown(counts["pieces"], counts["pieces_unknown"]).line("the dataset"))
     beginning = PackedData(settings.output).tokens[0, :40].tolist()
     print(f"{settings.output}: begins with {load_tokenizer(settings.tokenizer).decode(beginning)!r}")
 

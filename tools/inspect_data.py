@@ -18,7 +18,7 @@ from megatron_sas.corpus.inspect.drawing import as_html, as_text, segments
 from megatron_sas.corpus.inspect.statistics import MIN_WORDS_OF_DUPLICATES, statistics
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.sampler import permute
-from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
+from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_identity
 
 EPILOG = """\
 Coverage is the share of words with an edge (a root has none, nor a word whose head lies beyond the sequence's end).
@@ -39,7 +39,7 @@ def main() -> None:
     numbers = chosen_sequences(arguments, packed.num_sequences)
     path = arguments.tokenizer or packed.tokenizer.path
     tokenizer = load_tokenizer(path)
-    if tokenizer_hash(tokenizer) != packed.tokenizer.hash:
+    if not tokenizer_identity(tokenizer).matches(packed.tokenizer.identity):
         raise InputError(f"{path}: is not the tokenizer that made {arguments.data}; give that one with --tokenizer")
     drawn = {number: segments(packed, number, tokenizer) for number in numbers}
     with progress(total=packed.num_sequences, unit="sequence", desc="statistics") as bar:

@@ -27,8 +27,9 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLI
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from megatron_sas.core.cli import InputError, run_main  # noqa: E402
-from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess  # noqa: E402
+from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess, remarks  # noqa: E402
 from megatron_sas.corpus.build.shards import parse_shard, preprocess_shards  # noqa: E402
+from megatron_sas.corpus.readers.line_breaks import LINE_BREAKS  # noqa: E402
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[PreprocessSettings, tuple[int, int] | None]:
@@ -40,7 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[PreprocessSetti
         required=True,
         metavar="FILE",
         help=".txt (a paragraph a line, documents separated by blank lines), .jsonl (a document a line, its paragraphs "
-        "separated by newlines), .conllu; each also .gz, .xz, .zst; or "
+        "separated by newlines; of both see --line-breaks), .conllu; each also .gz, .xz, .zst; or "
         "hf:NAME[@REVISION][:CONFIG]:SPLIT[@k/n], a Hugging Face dataset, streamed (part k of n of it)",
     )
     parser.add_argument(
@@ -71,6 +72,14 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[PreprocessSetti
         help="for files and datasets of a sentence a row, such as BookCorpus: every N rows (lines with text of .txt, "
         "JSON objects, rows of datasets, sentences of .conllu) are a document, each a paragraph or more of it; blank "
         "lines and # newdoc mean nothing (default: documents as under --input)",
+    )
+    parser.add_argument(
+        "--line-breaks",
+        choices=LINE_BREAKS,
+        default="auto",
+        help="paragraph: every line is one. wrapped: lines follow each other in a paragraph up to a blank line. auto "
+        "(the default): lines are joined only where a text looks hard-wrapped, as books and mails of 70 columns do; "
+        "says how many",
     )
     parser.add_argument(
         "--on-error",
@@ -122,6 +131,7 @@ def main() -> None:
     counts = header["counts"]
     for name, value in counts.items():
         print(f"{name.replace('_', ' '):>28} {value:>14,}")
+    print("\n".join(remarks(header)))
     print(
         f"{settings.output}: {counts['sequences']:,} sequences of {settings.seq_length} from {counts['words']:,} words "
         f"in {seconds:.1f} s, {counts['words'] / seconds:,.0f} words/s with {settings.workers} worker(s)"

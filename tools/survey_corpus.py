@@ -23,6 +23,7 @@ from megatron_sas.core.cli import InputError, run_main
 from megatron_sas.core.files import refuse_existing, write_json_atomic
 from megatron_sas.corpus.inspect.survey import SurveySettings, survey
 from megatron_sas.corpus.readers.conllu import read_conllu
+from megatron_sas.corpus.readers.line_breaks import LINE_BREAKS
 from megatron_sas.evaluation.minimal_pairs import load_blimp
 from megatron_sas.evaluation.treebank import load_treebank
 
@@ -46,6 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--text-field", default="text", help="as for tools/preprocess_data.py")
     parser.add_argument("--rows-per-document", type=int, metavar="N", help="as there, and with the same N")
+    parser.add_argument("--line-breaks", choices=LINE_BREAKS, default="auto", help="as there (auto)")
     parser.add_argument("--on-error", choices=("refuse", "skip"), default="refuse", help="as there")
     parser.add_argument("--max-loss", type=float, default=0.05, help="as there (0.05)")
     parser.add_argument("--workers", type=int, default=1, help="processes; each takes whole inputs (1)")
@@ -81,6 +83,7 @@ def main() -> None:
         max_loss=given.max_loss,
         workers=given.workers,
         rows_per_document=given.rows_per_document,
+        line_breaks=given.line_breaks,
     )
     start = time.perf_counter()
     report = survey(settings)

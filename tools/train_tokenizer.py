@@ -4,7 +4,8 @@
     python tools/train_tokenizer.py --input wiki-*.jsonl.xz --type wordpiece --vocab-size 30522 --output tokenizer
 
 Writes a Hugging Face tokenizer with [PAD] [UNK] [CLS] [SEP] [MASK] as ids 0 to 4, for --tokenizer of
-tools/preprocess_data.py and for transformers 4 and 5. The same input gives the same files.
+tools/preprocess_data.py and for transformers 4 and 5. The same input gives the same files, with any number of cores;
+other versions of the libraries, and for unigram another kind of processor, may give others (docs/decisions.md).
 """
 
 from __future__ import annotations

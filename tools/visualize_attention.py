@@ -15,11 +15,12 @@ import torch
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.device import DEVICE_HELP, choose_device
 from megatron_sas.core.files import refuse_existing, write_text_atomic
-from megatron_sas.data.tokenizer import tokenizer_hash
+from megatron_sas.corpus.readers.trees import blanked_note
+from megatron_sas.data.tokenizer import tokenizer_identity
 from megatron_sas.evaluation.treebank import Sentence, load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
 from megatron_sas.run.reading import load_model
-from megatron_sas.trajectory.models import list_models
+from megatron_sas.trajectory.models import STEP_PATTERN_HELP, list_models
 from megatron_sas.visualization.attention import ModelView, Place, check_size, choose_sentences, view
 from megatron_sas.visualization.page import find_run, page_data, render
 from megatron_sas.visualization.sentences import load_sentences
@@ -47,7 +48,7 @@ def main() -> None:
     if arguments.max_models < 2:
         raise InputError("--max-models: 1 leaves no course to look at; give one model with --model instead")
     device = choose_device(arguments.device)
-    models = list_models(arguments.model)
+    models = list_models(arguments.model, arguments.step_pattern, print)
     total_models = len(models)
     if total_models > arguments.max_models:  # evenly by number, so most of them are where most were saved
         chosen = np.linspace(0, total_models - 1, arguments.max_models).round().astype(int)
@@ -67,7 +68,8 @@ def main() -> None:
             "models": f"{len(models)} of {total_models} models"
             if len(models) < total_models
             else f"{total_models} models",
-            "sentences": f"{arguments.sentences.name}, {len(sentences)} of {len(given)} sentences",
+            "sentences": f"{arguments.sentences.name}, {len(sentences)} of {len(given)} sentences"
+            + (f" ({blanked_note(given.num_blanked)})" if given.num_blanked else ""),
             "trees": f"parsed by {arguments.parser}" if arguments.parser else "trees of the treebank",
         },
         treebank=treebank,
@@ -76,6 +78,9 @@ def main() -> None:
     page = render(data)
     write_text_atomic(arguments.output, page)
     ends = list(dict.fromkeys((0, len(models) - 1)))
+    for path, count in {arguments.sentences: given.num_blanked, arguments.treebank: treebank["blanked"]}.items():
+        if path is not None and count:
+            print(f"{path}: {blanked_note(count)}")
     print("UAS " + ", ".join(f"{views[end].uas:.3f} at step {models[end][0]}" for end in ends))
     if data["missing"]:
         print(f"no best head for {', '.join(data['missing'])}: {treebank['name']} has no such edges")
@@ -90,14 +95,17 @@ def look(
     Returns the sentences to show, the description of the treebank, and what `view` returns.
     """
     first, tokenizer = load_model(models[-1][1], device)
+    identity = tokenizer_identity(tokenizer)
     length = first.config.max_position_embeddings
     sentences, pieces = choose_sentences(sentences, tokenizer, length, arguments.limit)
     own = arguments.treebank is None
-    edges = sentences if own else load_treebank(arguments.treebank)[: arguments.treebank_sentences]
+    edges = sentences if own else load_treebank(arguments.treebank, arguments.treebank_sentences)
     try:
         task = TreebankTask(edges, tokenizer, length)
     except InputError as error:
         raise InputError(f"{arguments.sentences if own else arguments.treebank}: {error}") from None
+    if task.unknown.is_high:
+        print(task.unknown.line("these words"))
     check_size(len(models), arguments.max_heads, sentences)
     views: dict[int, ModelView] = {}
     heads: list[Place] | None = None
@@ -105,7 +113,7 @@ def look(
         for number in [len(models) - 1, *range(len(models) - 1)]:
             path = models[number][1]
             model, other = (first, tokenizer) if heads is None else load_model(path, device)
-            if tokenizer_hash(other) != tokenizer_hash(tokenizer):
+            if tokenizer_identity(other) != identity:
                 raise InputError(f"{path}: its tokenizer is not that of {models[-1][1]}; give models of one run")
             shape = (model.config.num_layers, model.config.num_heads)
             if shape != (first.config.num_layers, first.config.num_heads):
@@ -121,6 +129,7 @@ def look(
         "own": own,
         "sentences": len(task.sentences),
         "edges": int(task.edge_counts.sum()),
+        "blanked": task.num_blanked,
     }
     return sentences, treebank, [views[number] for number in range(len(models))], heads or []
 
@@ -140,6 +149,7 @@ def parse_arguments() -> argparse.Namespace:
         help="a run (its snapshots and checkpoints), a folder of models, or one model: a Hugging Face "
         "BertForMaskedLM directory or a training checkpoint",
     )
+    parser.add_argument("--step-pattern", metavar="REGEX", help=STEP_PATTERN_HELP)
     parser.add_argument(
         "--sentences",
         required=True,

@@ -12,6 +12,9 @@ from typing import IO
 from megatron_sas.core.cli import InputError
 
 LOCK = ".lock"
+SINCE = " since "
+"""In a line about a process that outlasts its program if that is killed: between its name and its time of start."""
+
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -20,6 +23,7 @@ class DirectoryLock:
 
     def __init__(self, directory: str | Path, remedy: str) -> None:
         self.path, self.remedy = Path(directory) / LOCK, remedy
+        self.before: list[str] = []  # lines with SINCE of earlier holders that did not `release` the directory
         self._file: IO[str] | None = None
 
     @property
@@ -44,14 +48,25 @@ class DirectoryLock:
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 file.seek(0)
-                holder = file.read().strip() or "another process"
+                holder = file.readline().partition(SINCE)[0].strip() or "another process"
                 file.close()
                 raise InputError(f"{self.path.parent}: {holder} is running in this directory; {self.remedy}") from None
         file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        self._file = file
+        self.before, self._file = [line for line in file.read().splitlines() if SINCE in line], file
+        self.write([f"process {os.getpid()} on {socket.gethostname()}", *self.before])
+
+    def write(self, lines: list[str]) -> None:
+        """Put down who has it: first the process that others are told of."""
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.writelines(f"{line}\n" for line in lines)
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let others have it, and leave nothing for them to read: all is done."""
+        if self._file is not None:
+            self.write([])
+            self.close()
 
     def close(self) -> None:
         """Let others have it."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import re
 import sys
@@ -47,7 +48,7 @@ def open_dataset(name: str, block: int = 1) -> Any:
     match = check_name(name)
     with _errors_in_one_line(name):
         source, saved = _source(name, match)
-        rows = source if saved else source.as_streaming_dataset(split=match["split"])
+        rows = source if saved else _stream(source, match["split"])
         if match["part"] is None:
             return rows
         part, parts = int(match["part"]), int(match["parts"])
@@ -75,7 +76,7 @@ def dataset_version(name: str) -> dict[str, Any]:
         source, saved = _source(name, match)
         if saved:
             return _content(entry["filename"] for entry in source.cache_files)
-        source.as_streaming_dataset(split=match["split"])  # a wrong split is said before anything is read
+        _stream(source, match["split"])  # a wrong split is said before anything is read
         if Path(match["dataset"]).is_dir():
             files = {str(split): paths for split, paths in source.config.data_files.items()}
             splits = files if match["split"] == "all" else match["split"].split("+")
@@ -99,8 +100,9 @@ def read_rows(name: str, block: int = 1) -> Iterator[dict[str, Any]]:
             return
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
+            remedy = "correct it" if isinstance(error, ValueError) else "try again"  # content, or the network
             raise InputError(
-                f"{name}: fails after row {number} ({type(error).__name__}: {reason}); try again"
+                f"{name}: fails after row {number} ({type(error).__name__}: {reason}); {remedy}"
             ) from error
         number += 1
         yield row
@@ -144,6 +146,60 @@ def _source(name: str, match: re.Match[str]) -> tuple[Any, bool]:
             "that one or give a folder of its files"
         )
     return builder, False
+
+
+def _stream(builder: Any, split: str) -> Any:
+    """The rows of a split, without a download as a whole.
+
+    JSON lines are parsed here, each by itself. `datasets` would give all of them the types of the first 10 MiB, and
+    fail where a field that was empty so far gets its first number, or an id its first letter.
+    """
+    from datasets.packaged_modules.json.json import Json
+
+    if isinstance(builder, Json) and builder.config.field is None:
+        lines = _lines(builder).as_streaming_dataset(split=split).filter(lambda row: not row["text"].isspace())
+        first = next(iter(lines), None)
+        if first is not None and _is_object(first["text"]):
+            return lines.map(_parse_line, remove_columns=["text"])
+    return builder.as_streaming_dataset(split=split)
+
+
+def _lines(builder: Any) -> Any:
+    """A builder for the lines of another one's files."""
+    from datasets.packaged_modules.text.text import Text
+    from datasets.streaming import extend_dataset_builder_for_streaming
+
+    config = builder.config
+    lines = Text(
+        dataset_name=builder.dataset_name,
+        base_path=builder.base_path,
+        token=builder.token,
+        storage_options=builder.storage_options,
+        data_files=config.data_files,
+        encoding="utf-8-sig" if config.encoding == "utf-8" else config.encoding,
+        encoding_errors=config.encoding_errors,
+        keep_linebreaks=True,
+    )
+    extend_dataset_builder_for_streaming(lines)
+    return lines
+
+
+def _is_object(line: str) -> bool:
+    """Whether a line is a whole JSON object; that of an array, or of an object on several lines, is not."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _parse_line(row: dict[str, str]) -> dict[str, Any]:
+    try:
+        record = json.loads(row["text"])
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(record, dict):
+        raise ValueError("a line is not a JSON object")
+    return record
 
 
 @functools.cache

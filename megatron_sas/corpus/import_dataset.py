@@ -24,6 +24,7 @@ from megatron_sas.corpus.readers.sources import input_files, source_name
 from megatron_sas.corpus.readers.text_lines import check_file_name
 from megatron_sas.data.packed import SENTENCE_START, WORD_START
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_info
+from megatron_sas.data.unknown import Unknown
 
 COLUMNS = ("input_ids", "heads", "relns")
 
@@ -71,6 +72,8 @@ def import_dataset(settings: ImportSettings) -> dict[str, Any]:
             row = reader(tokens, heads, relations, counts)
             if row is None:
                 continue
+            unknown = Unknown.of(row.tokens, info.unk_id, info.special_ids)
+            counts.update(pieces=unknown.pieces, pieces_unknown=unknown.unknown)
             inner = slice(1, -1)
             if (
                 len(row.tokens) == settings.seq_length
@@ -106,6 +109,8 @@ COUNTS = {
     "rows_packed_anew": "rows of another length or with padding: their pieces are packed anew",
     "rows_left_out": "rows whose columns differ in length, are empty, or hold ids that are not in the vocabulary",
     "rows_without_edges": "rows without any edge (text that was not parsed)",
+    "pieces": "pieces in the rows used, special tokens aside",
+    "pieces_unknown": "[UNK] among them",
     "sequences": "sequences written",
     "edges": "edges written",
     "edges_to_self": "heads that point to their own position (roots): no edges",
@@ -136,13 +141,13 @@ def _continuations(tokenizer: Any, vocab_size: int) -> np.ndarray:
 def _rows(name: str, counts: Counter[str]) -> Iterator[tuple[Any, Any, Any]]:
     for row in progress(read_rows(name), unit=" rows", unit_scale=True, desc="importing"):
         missing = [column for column in COLUMNS if column not in row]
-        if missing:
+        if missing and not counts["rows"]:  # a later row of JSON lines may lack one, and is then left out
             raise InputError(
                 f"{name}: has no column {', '.join(missing)}; needed are {', '.join(COLUMNS)}, there are "
                 f"{', '.join(row)}"
             )
         counts["rows"] += 1
-        yield tuple(row[column] for column in COLUMNS)
+        yield tuple(row.get(column) for column in COLUMNS)
 
 
 class _Reader:

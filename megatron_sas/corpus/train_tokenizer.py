@@ -37,7 +37,8 @@ class TokenizerSettings:
 
 
 def train_tokenizer(paragraphs: Iterable[str], settings: TokenizerSettings) -> PreTrainedTokenizerFast:
-    """A tokenizer from text, which WordPiece reads twice; the same text gives the same tokenizer.
+    """A tokenizer from text, which WordPiece reads twice; the same text gives the same tokenizer in every process, with
+    any number of cores.
 
     A WordPiece vocabulary stays smaller than asked for when the text has no more word parts that occur twice.
 
@@ -71,7 +72,7 @@ def _train_wordpiece(paragraphs: Iterable[str], settings: TokenizerSettings) -> 
     trainer = trainers.WordPieceTrainer(
         vocab_size=settings.vocab_size,
         min_frequency=2,
-        initial_alphabet=list(alphabet),
+        initial_alphabet=sorted(alphabet),
         limit_alphabet=len(alphabet),
         special_tokens=fixed,
         show_progress=False,

@@ -85,7 +85,7 @@ class MixedData:
     def __init__(self, parts: Sequence[PackedData], weights: Sequence[float | None]) -> None:
         first = parts[0]
         for part in parts:
-            if part.tokenizer.hash != first.tokenizer.hash:
+            if not part.tokenizer.identity.matches(first.tokenizer.identity):
                 raise InputError(f"data.train: {part.prefix} and {first.prefix} were made with different tokenizers")
             if part.seq_length != first.seq_length:
                 raise InputError(

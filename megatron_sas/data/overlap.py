@@ -106,9 +106,15 @@ def _meet(one: dict[str, Any], two: dict[str, Any]) -> bool:
     if one.get("text_field") != two.get("text_field"):
         return False
     (begin, end), (other_begin, other_end) = _hashes(one), _hashes(two)
-    if one.get("rows_per_document") != two.get("rows_per_document"):  # other documents of the same text: no side
+    if _rows(one) != _rows(two):  # other documents of the same text: no side
         return begin < end and other_begin < other_end  # of the one is a side of the other
     return max(begin, other_begin) < min(end, other_end)
+
+
+def _rows(settings: dict[str, Any]) -> tuple[int, str] | None:
+    """What makes documents of rows, and of lines rows; None where documents are those of the input."""
+    rows = settings.get("rows_per_document")
+    return None if rows is None else (rows, settings.get("line_breaks", "paragraph"))
 
 
 def _hashes(settings: dict[str, Any]) -> tuple[float, float]:

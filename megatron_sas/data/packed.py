@@ -25,8 +25,21 @@ SENTENCE_START = 2
 
 
 @dataclass(frozen=True)
+class TokenizerIdentity:
+    """What tells tokenizers apart: `hash` is of what they consist of, `digest` of what they do; earlier versions
+    recorded no `digest`."""
+
+    hash: str
+    digest: str | None = None
+
+    def matches(self, other: TokenizerIdentity) -> bool:
+        """Whether both are of the same tokenizer, as far as both say."""
+        return self.hash == other.hash and (None in (self.digest, other.digest) or self.digest == other.digest)
+
+
+@dataclass(frozen=True)
 class TokenizerInfo:
-    """The tokenizer that made the data, as recorded in the header. `hash` identifies its content, `path` is a hint."""
+    """The tokenizer that made the data, as recorded in the header. `path` is a hint."""
 
     path: str
     hash: str
@@ -36,6 +49,12 @@ class TokenizerInfo:
     sep_id: int
     mask_id: int
     unk_id: int
+    digest: str | None = None
+
+    @property
+    def identity(self) -> TokenizerIdentity:
+        """What tells it from other tokenizers."""
+        return TokenizerIdentity(self.hash, self.digest)
 
     @property
     def special_ids(self) -> tuple[int, ...]:

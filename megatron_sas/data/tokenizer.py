@@ -10,19 +10,38 @@ import contextlib
 import errno
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sas.core.cli import InputError, first_line
 from megatron_sas.core.files import write_json_atomic
-from megatron_sas.data.packed import TokenizerInfo
+from megatron_sas.data.packed import TokenizerIdentity, TokenizerInfo
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+SPECIAL_NAMES = ("pad", "unk", "cls", "sep", "mask")
+
+# Cut into pieces for `tokenizer_digest`, which headers and checkpoints hold: never change it.
+_PROBE = (
+    "The QUICK brown Fox's e-mail: café, CAFÉ, cafe\u0301, naïve, Straße, STRASSE, İstanbul, ﬁne",
+    "  spaces  two\tTab\u00a0no-break\u3000wide\u200bzero\u00adsoft \u2581 ##ing ▁the Ġthe ",
+    "\u0007bell\u007fdelete\u0085next\ufffdreplaced\ufeffmark",
+    "中文字 テスト ｶﾅ 한국어 Русский ελληνικά עברית हिन्दी ไทย",
+    "3.14 1,000 10% $5 €7 x² ½ “quoted” ‘single’ – — … #tag @user a_b <b> {c} ~ ^ \\ / | can't don’t",
+    "😀 👩\u200d🔬 🇩🇪 e\u0301\u0323 ❤\ufe0f",
+    "[PAD] [UNK] [CLS] [SEP] [MASK] [mask] x[SEP]y <s> </s> <pad> <unk> <mask>",
+    "a" * 99 + " " + "a" * 100 + " " + "a" * 101,
+)
+_PROBED_ENTRIES = 1000
+
+_warned: set[Path] = set()
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
@@ -46,10 +65,16 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     tokenizer = _from_directory(path) if path.is_dir() else _from_vocabulary(path)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{path}: this tokenizer has no fast implementation, so no offsets; save it as tokenizer.json")
-    names = ("pad", "unk", "cls", "sep", "mask")
-    missing = [name for name in names if getattr(tokenizer, f"{name}_token_id") is None]
+    missing = [name for name in SPECIAL_NAMES if getattr(tokenizer, f"{name}_token_id") is None]
     if missing:
-        raise InputError(f"{path}: the tokenizer has no {', '.join(missing)} token; a masked LM needs all of {names}")
+        raise InputError(
+            f"{path}: the tokenizer has no {', '.join(missing)} token; a masked LM needs all of {SPECIAL_NAMES}"
+        )
+    if not _knows_a_word(tokenizer):
+        raise InputError(
+            f"{path}: no word is among the tokenizer's {len(tokenizer)} entries; put the model's tokenizer.json or "
+            "vocab.txt there"
+        )
     return tokenizer
 
 
@@ -83,10 +108,35 @@ def _from_directory(path: Path) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{path}: not a usable tokenizer directory ({reason})") from error
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        _warn_of_other_reading(path, tokenizer)
+        return tokenizer
+    except Exception as error:  # `tokenizers` raises bare ones, for instance for an empty vocab.txt
+        raise InputError(
+            f"{path}: not a usable tokenizer directory ({first_line(error)}); put the model's tokenizer.json or "
+            "vocab.txt there"
+        ) from error
+
+
+def _warn_of_other_reading(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Say on stderr, once, when a tokenizer does something else than its tokenizer.json says.
+
+    transformers 5 rebuilds BERT's tokenizers from tokenizer_config.json, and lower-cases where that says nothing.
+    """
+    file = path / "tokenizer.json"
+    if path in _warned or not file.is_file() or not getattr(tokenizer, "is_fast", False):
+        return
+    written, used = json.loads(file.read_text(encoding="utf-8")), json.loads(tokenizer.backend_tokenizer.to_str())
+    if all(written.get(name) == used[name] for name in ("normalizer", "pre_tokenizer")):
+        return
+    entries = _entries(tokenizer)
+    if _behaviour(written, entries) != _behaviour(used, entries):
+        _warned.add(path)
+        print(
+            f"warning: {file}: transformers reads it with another normalisation than it holds, that of "
+            "tokenizer_config.json; set do_lower_case and strip_accents there to what the model was trained with",
+            file=sys.stderr,
+        )
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path, max_length: int | None) -> None:
@@ -107,7 +157,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path, max_leng
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in transformers 4, which 5 understands too
     write_json_atomic(path, config)
-    if tokenizer_hash(load_tokenizer(directory)) != tokenizer_hash(tokenizer):
+    if not tokenizer_identity(load_tokenizer(directory)).matches(tokenizer_identity(tokenizer)):
         raise InputError(f"{directory}: the tokenizer does not survive saving; use another version of transformers")
 
 
@@ -146,15 +196,58 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     content = {name: parts[name] for name in ("model", "normalizer", "pre_tokenizer")}
     content["vocabulary"] = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    content["special"] = [getattr(tokenizer, f"{name}_token_id") for name in ("pad", "unk", "cls", "sep", "mask")]
+    content["special"] = _special_ids(tokenizer)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 (hexadecimal) of what the tokenizer does: its entries with their ids, its special ids, and the ids of
+    fixed texts and of its own entries with capitals and accents."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    ids = _behaviour(json.loads(tokenizer.backend_tokenizer.to_str()), _entries(tokenizer))
+    return hashlib.sha256(json.dumps([vocabulary, _special_ids(tokenizer), ids]).encode()).hexdigest()
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerFast) -> TokenizerIdentity:
+    """What tells `tokenizer` from others, for comparison with the record in a header or checkpoint."""
+    return TokenizerIdentity(tokenizer_hash(tokenizer), tokenizer_digest(tokenizer))
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerFast) -> list[int | None]:
+    return [getattr(tokenizer, f"{name}_token_id") for name in SPECIAL_NAMES]
+
+
+def _entries(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """All entries, by id."""
+    vocabulary = tokenizer.get_vocab()
+    return sorted(vocabulary, key=vocabulary.__getitem__)
+
+
+def _knows_a_word(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether an entry besides added and special tokens has a letter or digit."""
+    added = tokenizer.get_added_vocab()
+    return any(entry not in added and any(map(str.isalnum, entry)) for entry in tokenizer.get_vocab())
+
+
+def _behaviour(parts: dict[str, Any], entries: list[str]) -> list[list[int]]:
+    """The ids that a serialised tokenizer gives to the texts of the probe and to variants of some of its entries.
+
+    The variants show, whatever the vocabulary, whether capitals and accents count. They are made of ASCII: what Python
+    knows of other letters depends on its version.
+    """
+    stems = [stem for entry in entries if (stem := re.sub("[^A-Za-z0-9]", "", entry))]
+    chosen = stems[:: max(1, -(-len(stems) // _PROBED_ENTRIES))]
+    variants = [f"{stem} {stem.capitalize()} {stem.upper()} {stem[:1]}\u0301{stem[1:]}" for stem in chosen]
+    plain = plain_text_tokenizer(json.dumps(parts, ensure_ascii=False))
+    encodings = plain.encode_batch([*_PROBE, *variants], add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
 
 def tokenizer_info(tokenizer: PreTrainedTokenizerFast, path: str | Path) -> TokenizerInfo:
     """The record of `tokenizer` for the header of packed data."""
     return TokenizerInfo(
         path=str(Path(path).resolve()),
-        hash=tokenizer_hash(tokenizer),
+        **asdict(tokenizer_identity(tokenizer)),
         vocab_size=vocab_size(tokenizer),
         pad_id=tokenizer.pad_token_id,
         cls_id=tokenizer.cls_token_id,
@@ -164,6 +257,15 @@ def tokenizer_info(tokenizer: PreTrainedTokenizerFast, path: str | Path) -> Toke
     )
 
 
+def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[Encoding]:
+    """Cut texts into pieces as preprocessing does, with nothing around them: every tool reads text through this.
+
+    Called directly, a Hugging Face tokenizer takes "[MASK]" in a text for the special token.
+    """
+    plain = plain_text_tokenizer(tokenizer.backend_tokenizer.to_str())
+    return plain.encode_batch(list(texts), add_special_tokens=False)
+
+
 def plain_text_tokenizer(serialised: str) -> Tokenizer:
     """The `tokenizers` object for whole texts, from `backend_tokenizer.to_str()`.
 
@@ -171,10 +273,8 @@ def plain_text_tokenizer(serialised: str) -> Tokenizer:
     """
     from tokenizers import Tokenizer
 
-    parts = json.loads(serialised)
-    if parts["model"].get("type") == "Unigram":
-        serialised = json.dumps(_without_special_pieces(parts), ensure_ascii=False)
-    tokenizer = Tokenizer.from_str(serialised)
+    parts = _without_special_pieces(json.loads(serialised))
+    tokenizer = Tokenizer.from_str(json.dumps(parts, ensure_ascii=False))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -182,16 +282,27 @@ def plain_text_tokenizer(serialised: str) -> Tokenizer:
 
 
 def _without_special_pieces(parts: dict[str, Any]) -> dict[str, Any]:
-    """A serialised unigram tokenizer whose model cannot use its special tokens as pieces of a text.
+    """A serialised tokenizer whose model cannot use its special tokens as pieces of a text.
 
-    They stand among its pieces with the best score of all, so that "[SEP]" in a text would become one. SentencePiece
-    leaves them out of its search; here they get names that no text contains. (A very bad score would not do: the model
-    takes it for the worst of a piece, and prices unknown characters, such as "[" may be one, still worse.)
+    `encode_special_tokens` alone keeps the text in front of the model whole, but "[SEP]" is among the model's own
+    entries: a unigram model gives it the best score of all, and others find it where text is cut at white space only.
+    So special tokens get names that no text contains. (A very bad score would not do for unigram: the model takes it
+    for the worst of a piece, and prices unknown characters, such as "[" may be one, still worse.)
     """
-    pieces = parts["model"]["vocab"]
-    special = [token for token in parts["added_tokens"] if token["special"] and token["id"] < len(pieces)]
-    for token in special:
-        pieces[token["id"]][0] = f"\0{token['content']}"  # U+0000 is taken out of texts as they are read
-    parts["added_tokens"] = [token for token in parts["added_tokens"] if token not in special]
-    parts["post_processor"] = None
+    model = parts["model"]
+    vocabulary = model["vocab"]
+    entries = vocabulary if isinstance(vocabulary, dict) else {entry: i for i, (entry, _) in enumerate(vocabulary)}
+    merged = {"".join(merge) for merge in model.get("merges", [])}  # what merges make is a piece like others
+    hidden = {
+        token["content"]: f"\0{token['content']}"  # U+0000 is taken out of texts as they are read
+        for token in parts["added_tokens"]
+        if token["special"] and token["content"] in entries and token["content"] not in merged
+    }
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {hidden.get(entry, entry): number for entry, number in vocabulary.items()}
+    else:
+        model["vocab"] = [[hidden.get(entry, entry), score] for entry, score in vocabulary]
+    if model.get("unk_token") in hidden:
+        model["unk_token"] = hidden[model["unk_token"]]
+    parts["added_tokens"] = [token for token in parts["added_tokens"] if token["content"] not in hidden]
     return parts

@@ -25,14 +25,21 @@ BLOCK_ELEMENTS = 2**24  # distances in memory at once, and as many coordinates: 
 RESAMPLES = 200
 
 
-def intrinsic_dimension(vectors: Tensor) -> dict[str, Any]:
+def intrinsic_dimension(vectors: Tensor, texts: np.ndarray | None = None) -> dict[str, Any]:
     """TwoNN of `vectors` (N, C), computed in float64 on their device.
+
+    `texts` (N, S) are the tokens that they are of, if known. Equal texts then count once even where their vectors
+    differ in the last digits, as they may in batches of different sizes: such near duplicates are each other's nearest
+    neighbour and spoil the estimate.
 
     Keys: `twonn` (None for fewer than `MIN_POINTS` distinct points, points that are not finite, or neighbours that are
     all equally far), `standard_error` (spread over bootstrap samples of the μ, which takes them for independent),
     `num_points` (distinct points), `duplicates` (points equal to another one, which are left out) and `discarded`
     (points left out of the fit).
     """
+    if texts is not None:
+        _, first, which = np.unique(texts, axis=0, return_index=True, return_inverse=True)
+        vectors = vectors[torch.from_numpy(first[which.reshape(-1)]).to(vectors.device)]
     points = torch.unique(vectors.double(), dim=0)  # sorted, so the order in which vectors came does not matter
     count = len(points)
     result = {"num_points": count, "duplicates": len(vectors) - count, "discarded": count - _num_fitted(count)}

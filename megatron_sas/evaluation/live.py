@@ -11,9 +11,11 @@ from pydantic import Field
 
 from megatron_sas.core.settings import When
 from megatron_sas.data.packed import PackedData
+from megatron_sas.data.unknown import Unknown
 from megatron_sas.evaluation.batching import AfterBatch
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension
 from megatron_sas.evaluation.minimal_pairs import BlimpTask, load_blimp
+from megatron_sas.evaluation.observers import AttentionStatistics
 from megatron_sas.evaluation.text import packed_text
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 
 GRACE_SECONDS = 30.0
+MOST_HEADS = 0.75
 
 
 class EvaluationSection(When):
@@ -65,13 +68,22 @@ class LiveEvaluation:
         self.terms, self.mask_prob = terms, mask_prob
         self.treebank: TreebankTask | None = None
         if section.treebank is not None:
-            sentences = load_treebank(section.treebank)[: section.treebank_sentences]
+            sentences = load_treebank(section.treebank, section.treebank_sentences)
             self.treebank = TreebankTask(sentences, tokenizer, max_length)
         self.blimp: BlimpTask | None = None
         if section.blimp is not None:
             self.blimp = BlimpTask(
                 load_blimp(section.blimp), tokenizer, section.blimp_metric, section.blimp_pairs_per_set, max_length
             )
+
+    def unknown(self) -> dict[str, Unknown]:
+        """How much of each input the tokenizer does not know, by the field that names the input."""
+        found = {}
+        if self.treebank is not None:
+            found["evaluation.treebank"] = self.treebank.unknown
+        if self.blimp is not None:
+            found["evaluation.blimp"] = self.blimp.pll.unknown
+        return found
 
     def evaluate(self, model: Bert, after_batch: AfterBatch | None = None) -> dict[str, Any]:
         """All metrics of one evaluation. A collective: every rank makes the same number of forwards.
@@ -82,6 +94,8 @@ class LiveEvaluation:
         values: dict[str, Any] = {}
         batch_tokens = self.section.batch_tokens
         if self.validation is not None:
+            info = self.validation.tokenizer
+            statistics = AttentionStatistics(info.cls_id, info.sep_id)
             values |= evaluate_validation(
                 model,
                 self.validation,
@@ -90,30 +104,47 @@ class LiveEvaluation:
                 batch_tokens=batch_tokens,
                 mask_prob=self.mask_prob,
                 after_batch=after_batch,
+                statistics=statistics,
             )
+            values["validation_attention"] = statistics.result()
             if self.section.complexity_sequences is not None:
                 total = min(self.section.complexity_sequences, self.validation.num_sequences)
                 batches = packed_text(self.validation, num_sequences=total, batch_tokens=batch_tokens)
                 vectors = cls_vectors(model, batches, total, after_batch=after_batch)
-                dimension = intrinsic_dimension(vectors)
+                dimension = intrinsic_dimension(vectors, self.validation.tokens[:total])
                 values |= {"twonn": dimension["twonn"], "twonn_standard_error": dimension["standard_error"]}
+                values["twonn_duplicates"] = dimension["duplicates"]
         if self.treebank is not None:
-            result = self.treebank.evaluate(model, batch_tokens=batch_tokens, after_batch=after_batch)
+            statistics = self.treebank.attention_statistics()
+            result = self.treebank.evaluate(
+                model, batch_tokens=batch_tokens, after_batch=after_batch, statistics=statistics
+            )
             values |= {name: result[name] for name in ("uas", "uas_baseline", "uas_single_head")}
             values["uas_relations"] = result["relations"]
+            values["treebank_attention"] = statistics.result()
         if self.blimp is not None:
             result = self.blimp.evaluate(model, batch_tokens=batch_tokens, after_batch=after_batch)
             values |= {
                 "blimp": result["blimp"],
+                "blimp_ties": result["num_ties"],
                 "blimp_fields": result["fields"],
                 "blimp_terms": result["terms"],
                 "blimp_sets": {
-                    uid: {name: entry[name] for name in ("accuracy", "num_pairs")}
+                    uid: {name: entry[name] for name in ("accuracy", "num_pairs", "ties")}
                     for uid, entry in result["sets"].items()
                 },
             }
         values["seconds"] = time.perf_counter() - started
         return values
+
+
+def collapsed_attention(values: dict[str, Any]) -> dict[str, Any] | None:
+    """What an evaluation measured of attention, if most heads have collapsed: on validation data, else on the treebank.
+
+    A head that attends to little but [SEP] is ordinary in a trained BERT; that most heads do so at once is not.
+    """
+    attention = values.get("validation_attention", values.get("treebank_attention"))
+    return attention if attention is not None and attention["collapsed_heads"] >= MOST_HEADS else None
 
 
 def evaluation_stride(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,10 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import sha256_file
 from megatron_sas.corpus.readers.text_lines import is_encodable, parse_json
 from megatron_sas.evaluation.batching import AfterBatch
+from megatron_sas.evaluation.blimp_labels import canonical, means_over_sets
 from megatron_sas.evaluation.pll import PllTask
+
+RESOLUTION = 2.0**-22  # of a score: a sum of float32 log-probabilities, whose last digits depend on the batch
 
 _FIELDS = ("sentence_good", "sentence_bad", "field", "linguistics_term", "UID")
 
@@ -35,8 +38,9 @@ def load_blimp(directory: str | Path) -> list[PairSet]:
     """Read every `*.jsonl` file of a directory, in order of file name, as one set each.
 
     A line is a JSON object with strings `sentence_good`, `sentence_bad`, `field`, `linguistics_term` and `UID`, the
-    last three equal within a file; other fields are ignored. Pairs of equal sentences stay (BLiMP has a few): no model
-    gets them right. Raises `InputError` naming file and line for anything else.
+    last three equal within a file; other fields are ignored. Field and term get the one name that they have in
+    `blimp_labels`. Pairs of equal sentences stay (BLiMP has a few): no model gets them right. Raises `InputError`
+    naming file and line for anything else.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -95,9 +99,11 @@ class BlimpTask:
         Every rank returns the same numbers (but for `seconds`). `after_batch` runs after each forward pass.
 
         Keys: `blimp` (mean over the sets), `fields` and `terms` (means over the sets within each), `sets` (accuracy,
-        correct, num_pairs, field, linguistics_term), `metric`, `pairs_per_set`, `num_sets`, `num_pairs`,
-        `num_sentences`, `num_masked_copies`, `num_non_finite` (sentences whose score is not a number: their pairs
-        count as wrong), `seconds`, `sentences_per_second`.
+        correct, num_pairs, ties, identical, field, linguistics_term), `metric`, `pairs_per_set`, `num_sets`,
+        `num_pairs`, `num_ties` (pairs that the scores do not decide: they count as wrong), `num_identical` (those of
+        them whose two sentences are the same to the tokenizer), `num_sentences`, `num_masked_copies`,
+        `num_non_finite` (sentences whose score is not a number: their pairs count as wrong), `unknown` (pieces that
+        are [UNK]), `seconds`, `sentences_per_second`.
         """
         started = time.perf_counter()
         scores = self.pll.score(model, batch_tokens=batch_tokens, after_batch=after_batch)
@@ -105,7 +111,21 @@ class BlimpTask:
 
     def correct_pairs(self, scores: np.ndarray) -> np.ndarray:
         """Whether the good sentence of each pair scores strictly higher: bool (pairs,), set after set."""
-        return scores[0::2] > scores[1::2]
+        return (scores[0::2] > scores[1::2]) & ~self.tied_pairs(scores)
+
+    def tied_pairs(self, scores: np.ndarray) -> np.ndarray:
+        """Whether a pair's scores differ by less than rounding makes them differ: bool (pairs,), set after set.
+
+        A model that has no preference would otherwise seem to have one, by which batches its sentences were in.
+        """
+        good, bad = scores[0::2], scores[1::2]
+        finite = np.isfinite(good) & np.isfinite(bad)
+        distance = np.abs(np.subtract(good, bad, where=finite, out=np.full(len(good), np.inf)))
+        return finite & (distance <= RESOLUTION * np.maximum(np.abs(good), np.abs(bad)))
+
+    def identical_pairs(self) -> np.ndarray:
+        """Whether a pair's two sentences have the same tokens: bool (pairs,), set after set."""
+        return self.pll.first_equal[0::2] == self.pll.first_equal[1::2]
 
     def sets_of_pairs(self) -> np.ndarray:
         """The number in `sets` of each pair's set: int16 (pairs,)."""
@@ -113,40 +133,39 @@ class BlimpTask:
 
     def summarize(self, scores: np.ndarray, seconds: float) -> dict:
         """The result of `evaluate` from sentence scores, float64 (2 · pairs,): good, bad, good, bad, …"""
-        good_wins = self.correct_pairs(scores)
+        good_wins, ties, identical = self.correct_pairs(scores), self.tied_pairs(scores), self.identical_pairs()
         sets, first = {}, 0
         for pair_set in self.sets:
-            correct, total = int(good_wins[first : first + len(pair_set.pairs)].sum()), len(pair_set.pairs)
+            total = len(pair_set.pairs)
+            here = slice(first, first + total)
             first += total
             sets[pair_set.uid] = {
-                "accuracy": correct / total,
-                "correct": correct,
+                "accuracy": int(good_wins[here].sum()) / total,
+                "correct": int(good_wins[here].sum()),
                 "num_pairs": total,
+                "ties": int(ties[here].sum()),
+                "identical": int(identical[here].sum()),
                 "field": pair_set.field,
                 "linguistics_term": pair_set.term,
             }
         return {
             "blimp": float(np.mean([result["accuracy"] for result in sets.values()])),
-            "fields": _means_over_sets(sets, "field"),
-            "terms": _means_over_sets(sets, "linguistics_term"),
+            "fields": means_over_sets(sets, "field"),
+            "terms": means_over_sets(sets, "linguistics_term"),
             "sets": sets,
             "metric": self.metric,
             "pairs_per_set": self.pairs_per_set,
             "num_sets": len(sets),
             "num_pairs": len(good_wins),
+            "num_ties": int(ties.sum()),
+            "num_identical": int(identical.sum()),
             "num_sentences": len(scores),
             "num_masked_copies": self.pll.num_copies,
             "num_non_finite": int((~np.isfinite(scores)).sum()),
+            "unknown": self.pll.unknown.record(),
             "seconds": seconds,
             "sentences_per_second": len(scores) / seconds,
         }
-
-
-def _means_over_sets(sets: Mapping[str, dict], key: str) -> dict[str, float]:
-    accuracies: dict[str, list[float]] = {}
-    for result in sets.values():
-        accuracies.setdefault(result[key], []).append(result["accuracy"])
-    return {name: float(np.mean(values)) for name, values in sorted(accuracies.items())}
 
 
 def _read_set(path: Path) -> PairSet:
@@ -159,7 +178,7 @@ def _read_set(path: Path) -> PairSet:
         if not line.strip():
             continue
         value = _parse_pair(line, f"{path}:{number}")
-        here = (value["UID"], value["field"], value["linguistics_term"])
+        here = (value["UID"], *(canonical(kind, value[kind]) for kind in ("field", "linguistics_term")))
         if labels is not None and here != labels:
             raise InputError(
                 f"{path}:{number}: UID, field and linguistics_term are {here}, above {labels}; one set a file"

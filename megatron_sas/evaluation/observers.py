@@ -1,7 +1,7 @@
-"""What is measured on attention maps, layer by layer as a forward pass produces them: entropy, and SAS.
+"""What is measured of attention, layer by layer as a forward pass produces it: entropy, attention to [CLS], SAS.
 
 Several observers share one pass (`share_pass`), so only one layer's maps exist at a time. B sequences, S tokens, L
-layers, H heads.
+layers, H heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -12,13 +12,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_sas.core.distributed import all_reduce_sum_
+from megatron_sas.kernels import attention_statistics
+
+COLLAPSED = 0.25
+"""A head with less than this share of the largest possible entropy gives almost all of its attention to few tokens."""
+
 
 class TokenBatch(Protocol):
     """What observers need to know about a batch besides its maps."""
 
+    input_ids: Tensor  # int64 (B, S)
     seqlens: Tensor | None  # int64 (B,), valid lengths; None: all of S
     heads: Tensor  # int64 (B, S), dependency heads, -1 = none
-    counts: bool  # false for a batch that is only run because other ranks run one
+    counts: bool | Tensor  # false for a batch, or bool (B,) for rows, that are only run because other ranks run one
 
 
 class MapObserver(Protocol):
@@ -31,50 +38,89 @@ class MapObserver(Protocol):
         """All layers of a batch have been observed."""
 
 
-def share_pass(model: torch.nn.Module, batch: Any, observers: Sequence[MapObserver], **inputs: Any) -> Any:
-    """One forward pass of `batch.input_ids` and `inputs` that feeds all observers; returns the model's output."""
+def share_pass(
+    model: torch.nn.Module,
+    batch: Any,
+    observers: Sequence[MapObserver] = (),
+    statistics: AttentionStatistics | None = None,
+    **inputs: Any,
+) -> Any:
+    """One forward pass of `batch.input_ids` and `inputs` that feeds all observers; returns the model's output.
+
+    Maps are formed only for `observers`.
+    """
 
     def observe(layer: int, probs: Tensor) -> None:
         for observer in observers:
             observer.observe(batch, layer, probs)
 
-    output = model(batch.input_ids, seqlens=batch.seqlens, attention_observer=observe, **inputs)
-    for observer in observers:
+    if observers:
+        inputs["attention_observer"] = observe
+    if statistics is not None:
+        inputs["query_key_observer"] = lambda layer, q, k: statistics.observe(batch, layer, q, k)
+    output = model(batch.input_ids, seqlens=batch.seqlens, **inputs)
+    for observer in (*observers, *([] if statistics is None else [statistics])):
         observer.end_batch(batch)
     return output
 
 
-class EntropyObserver:
-    """Entropy of every head's attention, in nats: -Σ_j α_ij log α_ij, averaged over all tokens i that are no padding.
+class AttentionStatistics:
+    """Entropy of every head's attention, in nats, and its attention to [CLS] and to [SEP].
 
-    [CLS] and [SEP] count like other tokens, as queries and as keys.
+    Averaged over all tokens that are no padding; [CLS] and [SEP] count like other tokens, as queries and as keys. From
+    queries and keys, without maps (`kernels/entropy.py`).
     """
 
-    def __init__(self) -> None:
-        self._sums: dict[int, Tensor] = {}  # float64 (H,) by layer
-        self._tokens = 0
+    def __init__(self, cls_id: int, sep_id: int) -> None:
+        self._special_ids = (cls_id, sep_id)
+        self._sums: dict[int, Tensor] = {}  # float64 (3, H) by layer: entropy, to [CLS], to [SEP]
+        self._tokens: Tensor | None = None  # float64 (2,): tokens, and the sum of their largest possible entropies
 
-    def observe(self, batch: TokenBatch, layer: int, probs: Tensor) -> None:
-        """See `MapObserver`. Keys that are padding have probability 0 and add nothing."""
-        if not batch.counts:
-            return
-        of_query = torch.special.entr(probs).sum(dim=-1, dtype=torch.float64)  # (B, H, S)
+    def observe(self, batch: TokenBatch, layer: int, q: Tensor, k: Tensor) -> None:
+        """Add one layer's queries and keys `(B, H, S, D)`."""
+        groups = [batch.input_ids == special for special in self._special_ids]
+        entropy, (to_cls, to_sep) = attention_statistics(q, k, seqlens=batch.seqlens, groups=groups)
+        total = torch.stack([entropy, to_cls, to_sep]).double()  # (3, B, H, S)
         if batch.seqlens is not None:
-            valid = torch.arange(probs.shape[-1], device=probs.device) < batch.seqlens[:, None]
-            of_query = of_query.masked_fill(~valid[:, None], 0.0)
-        total = of_query.sum(dim=(0, 2))
+            valid = torch.arange(q.shape[2], device=q.device) < batch.seqlens[:, None]
+            total = total.masked_fill(~valid[:, None], 0.0)
+        total = torch.einsum("cbhs,b->ch", total, _rows_that_count(batch))
         self._sums[layer] = self._sums[layer] + total if layer in self._sums else total
 
     def end_batch(self, batch: TokenBatch) -> None:
-        """See `MapObserver`."""
-        if batch.counts:
-            rows, seq = batch.heads.shape
-            self._tokens += rows * seq if batch.seqlens is None else int(batch.seqlens.sum())
+        """All layers of a batch have been observed."""
+        rows, seq = batch.input_ids.shape
+        lengths = torch.full((rows,), seq) if batch.seqlens is None else batch.seqlens
+        lengths = lengths.to(batch.input_ids.device, torch.float64) * _rows_that_count(batch)
+        tokens = torch.stack([lengths.sum(), torch.xlogy(lengths, lengths).sum()])
+        self._tokens = tokens if self._tokens is None else self._tokens + tokens
 
     def result(self) -> dict[str, Any]:
-        """`mean` over heads and `per_head` [L][H], in nats."""
-        per_head = torch.stack([self._sums[layer] for layer in sorted(self._sums)]) / self._tokens
-        return {"mean": float(per_head.mean()), "per_head": per_head.tolist()}
+        """`entropy`, `to_cls` and `to_sep`, each with the `mean` over heads and `per_head` [L][H]; and two numbers.
+
+        `uniform_entropy` is that of attention to all tokens alike, the largest possible, and `collapsed_heads` the
+        share of heads with less than `COLLAPSED` of it. A collective: every rank gets the result of all ranks.
+        """
+        sums = torch.stack([self._sums[layer] for layer in sorted(self._sums)], dim=1)  # (3, L, H)
+        reduced = all_reduce_sum_(torch.cat([sums.flatten(), self._tokens]))
+        tokens, uniform = reduced[-2:].tolist()
+        means = (reduced[:-2] / tokens).view_as(sums).cpu()
+        result: dict[str, Any] = {
+            name: {"mean": float(per_head.mean()), "per_head": per_head.tolist()}
+            for name, per_head in zip(("entropy", "to_cls", "to_sep"), means, strict=True)
+        }
+        collapsed = means[0] < COLLAPSED * uniform / tokens
+        return {
+            **result,
+            "uniform_entropy": uniform / tokens,
+            "collapsed_heads": float(collapsed.double().mean()),
+        }
+
+
+def _rows_that_count(batch: TokenBatch) -> Tensor:
+    """float64 `(B,)`: 1 for rows that count, 0 for others."""
+    counts = torch.as_tensor(batch.counts, dtype=torch.float64, device=batch.input_ids.device)
+    return counts.expand(len(batch.input_ids))
 
 
 class SasObserver:

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.distributed import all_reduce_sum_
-from megatron_sas.data.tokenizer import knows_words
+from megatron_sas.data.tokenizer import encode_texts, knows_words
+from megatron_sas.data.unknown import Unknown
 from megatron_sas.evaluation.batching import AfterBatch, deal, evaluating
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 METRICS = ("pll", "within_word_l2r")
 
@@ -57,7 +61,8 @@ class PllTask:
     """The masked copies of a fixed list of sentences, made once and scored as often as needed.
 
     `tokenizer` is a fast Hugging Face tokenizer with [CLS], [SEP] and [MASK]. `num_copies` is the number of masked
-    copies.
+    copies, `first_equal` int64 (num_sentences,) the first sentence that has the same tokens, `unknown` how much of the
+    sentences the tokenizer does not know.
 
     Raises `InputError` for an unknown metric or one that needs words where the tokenizer knows none, and for a sentence
     without tokens or of more than `max_length` tokens with [CLS] and [SEP] (`names[i]` says where sentence i comes
@@ -77,12 +82,12 @@ class PllTask:
         if metric == "within_word_l2r" and not knows_words(tokenizer):
             raise InputError(f"metric {metric!r}: this tokenizer takes a whole text for one word; use {METRICS[0]}")
         self.metric, self.num_sentences = metric, len(sentences)
-        encoded = (
-            tokenizer(list(sentences), add_special_tokens=False, return_attention_mask=False) if sentences else None
-        )
+        encodings = encode_texts(sentences, tokenizer)
         by_length: dict[int, list[int]] = {}
+        first_equal: dict[tuple, int] = {}
+        self.first_equal = np.zeros(len(sentences), np.int64)
         for index, sentence in enumerate(sentences):
-            length = len(encoded["input_ids"][index]) + 2
+            length = len(encodings[index]) + 2
             if length == 2 or (max_length is not None and length > max_length):
                 where = names[index] if names is not None else f"sentence {index}"
                 what = (
@@ -90,10 +95,14 @@ class PllTask:
                 )
                 raise InputError(f"{where}: {sentence[:60]!r} {what}; remove it")
             by_length.setdefault(length, []).append(index)
+            words = encodings[index].word_ids if metric == "within_word_l2r" else ()
+            self.first_equal[index] = first_equal.setdefault((*encodings[index].ids, *words), index)
         self._mask_token_id: int = tokenizer.mask_token_id
         # Sentences of one length at a time: batches need no padding.
-        self._groups = [_group(by_length[length], encoded, tokenizer, metric) for length in sorted(by_length)]
+        self._groups = [_group(by_length[length], encodings, tokenizer, metric) for length in sorted(by_length)]
         self.num_copies = sum(group.num_copies for group in self._groups)
+        pieces = (Unknown.of(group.ids[:, 1:-1], tokenizer.unk_token_id) for group in self._groups)
+        self.unknown = sum(pieces, Unknown())
 
     def batches(self, batch_tokens: int) -> list[tuple[int, int, int]]:
         """(group, first copy, last copy + 1), each of at most `batch_tokens` tokens and at least one copy."""
@@ -115,13 +124,15 @@ class PllTask:
         """Pseudo-log-likelihood of every sentence, float64 (num_sentences,), the same on every rank.
 
         `model` is called as `model(input_ids, masked_positions=...)` and computes logits only there. Log-probabilities
-        are float32, their sums float64 in a fixed order, so neither ranks nor the order of batches change a sum.
+        are float32, their sums float64 in a fixed order, so neither ranks nor the order of batches change a sum. Equal
+        sentences, which may be in batches of different sizes, have the score of the first.
         """
         if not self._groups:
             return np.zeros(0)
         log_probs = all_reduce_sum_(self.log_probs(model, deal(self.batches(batch_tokens)), after_batch)).cpu().numpy()
         sentences = np.concatenate([np.repeat(g.members, g.num_copies // len(g.members)) for g in self._groups])
-        return np.bincount(sentences, weights=log_probs.astype(np.float64), minlength=self.num_sentences)
+        scores = np.bincount(sentences, weights=log_probs.astype(np.float64), minlength=self.num_sentences)
+        return scores[self.first_equal]
 
     def log_probs(
         self,
@@ -146,10 +157,10 @@ class PllTask:
         return result
 
 
-def _group(members: list[int], encoded: Any, tokenizer: Any, metric: str) -> _Group:
+def _group(members: list[int], encodings: Sequence[Encoding], tokenizer: Any, metric: str) -> _Group:
     """The group of the sentences `members`, which have equally many tokens."""
-    tokens = np.array([encoded["input_ids"][index] for index in members], np.int64)
+    tokens = np.array([encodings[index].ids for index in members], np.int64)
     ids = np.pad(tokens, ((0, 0), (1, 1)))
     ids[:, 0], ids[:, -1] = tokenizer.cls_token_id, tokenizer.sep_token_id
-    words = np.array([encoded.word_ids(index) for index in members]) if metric == "within_word_l2r" else None
+    words = np.array([encodings[index].word_ids for index in members]) if metric == "within_word_l2r" else None
     return _Group(ids, words, np.array(members))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,9 @@ import torch
 
 import megatron_sas
 from megatron_sas.core.files import sha256_file
-from megatron_sas.data.tokenizer import tokenizer_hash
-from megatron_sas.run.directory import MODEL_WEIGHTS, STATE
+from megatron_sas.data.tokenizer import tokenizer_identity
+from megatron_sas.run.directory import MODEL_WEIGHTS
+from megatron_sas.run.reading import model_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 WEIGHT_FILES = (MODEL_WEIGHTS, "model.safetensors.index.json", "pytorch_model.bin")  # in the order of `read_model`
 
-_STEP = re.compile(r"step_(\d+)")
-
 
 def model_source(path: Path) -> dict[str, Any]:
     """Which model an evaluation is of: `model` (its directory), `model_step` (None if unknown) and `model_sha256`.
@@ -33,15 +31,6 @@ def model_source(path: Path) -> dict[str, Any]:
     `path` is a model's own directory, not a run's, whose newest checkpoint may change meanwhile (`newest_of_run`).
     """
     return {"model": str(path.resolve()), "model_step": model_step(path), "model_sha256": weights_sha256(path)}
-
-
-def model_step(path: Path) -> int | None:
-    """Updates before a checkpoint, by its state, or a snapshot, by its name; None for other models."""
-    state = path / STATE
-    if state.is_file():
-        return json.loads(state.read_text(encoding="utf-8")).get("step")
-    match = _STEP.fullmatch(path.resolve().name)
-    return int(match[1]) if match else None
 
 
 def weights_sha256(path: Path) -> str | None:
@@ -69,7 +58,7 @@ def provenance(path: Path, model: Bert, tokenizer: PreTrainedTokenizerFast) -> d
         "tokenizer": {
             "class": type(tokenizer).__name__,
             "vocab_size": len(tokenizer),
-            "hash": tokenizer_hash(tokenizer),
+            **asdict(tokenizer_identity(tokenizer)),
         },
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"

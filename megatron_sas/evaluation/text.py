@@ -16,7 +16,8 @@ from megatron_sas.corpus.build.pack import Packer
 from megatron_sas.corpus.readers.sources import Reading, read_units
 from megatron_sas.data.mlm_dataset import validation_batches
 from megatron_sas.data.packed import PackedData
-from megatron_sas.data.tokenizer import plain_text_tokenizer
+from megatron_sas.data.tokenizer import plain_text_tokenizer, tokenizer_identity
+from megatron_sas.data.unknown import Unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,14 +39,14 @@ class TextBatch:
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
-def open_packed_text(prefix: str, tokenizer_hash: str, max_length: int) -> PackedData:
+def open_packed_text(prefix: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PackedData:
     """Packed data for models with this tokenizer and maximum length.
 
     Raises:
         InputError: it is broken or does not fit such models.
     """
     packed = PackedData(prefix)
-    if packed.tokenizer.hash != tokenizer_hash:
+    if not tokenizer_identity(tokenizer).matches(packed.tokenizer.identity):
         raise InputError(f"{prefix}.json: its tokenizer is not that of the model; pack the text with the model's")
     if packed.seq_length > max_length:
         raise InputError(
@@ -53,6 +54,12 @@ def open_packed_text(prefix: str, tokenizer_hash: str, max_length: int) -> Packe
             f"pack the text with --seq-length {max_length}"
         )
     return packed
+
+
+def unknown_in(packed: PackedData, num_sequences: int) -> Unknown:
+    """How much of the first `num_sequences` sequences the tokenizer did not know."""
+    info = packed.tokenizer
+    return Unknown.of(packed.tokens[np.arange(num_sequences)], info.unk_id, info.special_ids)
 
 
 def packed_text(packed: PackedData, *, num_sequences: int, batch_tokens: int) -> Iterator[TextBatch]:

@@ -12,6 +12,8 @@ import numpy as np
 from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.readers.conllu import read_conllu
 from megatron_sas.corpus.readers.text_lines import is_encodable, parse_json
+from megatron_sas.corpus.readers.trees import is_blanked, refuse_blanked, tree_fault
+from megatron_sas.data.tokenizer import encode_texts
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,12 @@ class Sentence:
     words: Sequence[str]
     heads: Sequence[int]
     relns: Sequence[str]
+
+
+class Treebank(list[Sentence]):
+    """Sentences; `num_blanked` more were left out because the treebank comes without their words."""
+
+    num_blanked = 0
 
 
 @dataclass(frozen=True)
@@ -35,40 +43,45 @@ class TokenizedSentence:
     num_words: int
 
 
-def load_treebank(path: str | Path) -> list[Sentence]:
+def load_treebank(path: str | Path, limit: int | None = None) -> Treebank:
     """Read a treebank; the suffix decides: `.conllu` is CoNLL-U, `.jsonl` and `.json` JSON lines or one JSON array.
 
     A JSON sentence is an object with lists `words`, `heads`, `relns` of equal length, where heads count from 1 and 0
-    is the root: the form of the dependency files of Clark et al. (2019), and of the paper's WSJ sample.
+    is the root: the form of the dependency files of Clark et al. (2019), and of the paper's WSJ sample. Sentences
+    without their words (`trees.is_blanked`) are left out and counted; of the others the first `limit` are returned.
 
-    Raises `InputError` naming file and line (or the element of the array) for anything malformed or an empty treebank.
+    Raises `InputError` naming file and line (or the element of the array) for anything malformed, for heads that form
+    no tree, and for a treebank without words or sentences.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file; --treebank takes a .conllu, .jsonl or .json file")
+        raise InputError(f"{path}: no such file; a treebank is a .conllu, .jsonl or .json file")
     if path.suffix == ".conllu":
-        sentences = [Sentence(s.words, s.heads, s.relns) for s in read_conllu(path, on_error="refuse")]
+        blanked: list[str] = []
+        sentences = [Sentence(s.words, s.heads, s.relns) for s in read_conllu(path, blanked=blanked.append)]
+        num_blanked = len(blanked)
     elif path.suffix in (".jsonl", ".json"):
-        sentences = [_check_sentence(value, where) for value, where in _read_json(path)]
+        every = [_check_sentence(value, where) for value, where in _read_json(path)]
+        sentences = [sentence for sentence in every if not is_blanked(sentence.words)]
+        num_blanked = len(every) - len(sentences)
     else:
         raise InputError(f"{path}: unknown kind of treebank {path.suffix!r}; name it .conllu, .jsonl or .json")
     if not sentences:
+        refuse_blanked(path, num_blanked)
         raise InputError(f"{path}: no sentences in it; give a treebank with at least one")
-    return sentences
+    treebank = Treebank(sentences[:limit])
+    treebank.num_blanked = num_blanked
+    return treebank
 
 
 def tokenize_words(sentences: Sequence[Sentence], tokenizer: Any) -> list[TokenizedSentence]:
     """Cut sentences into word pieces, one word at a time; a word that the tokenizer reduces to nothing becomes [UNK].
 
-    `tokenizer` is a Hugging Face tokenizer with [CLS] and [SEP]. Each distinct word is tokenised once.
+    `tokenizer` is a fast Hugging Face tokenizer with [CLS] and [SEP]. Each distinct word is tokenised once.
     """
     vocabulary = list(dict.fromkeys(word for sentence in sentences for word in sentence.words))
-    encoded = (
-        tokenizer(vocabulary, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        if vocabulary
-        else []
-    )
-    pieces = dict(zip(vocabulary, encoded, strict=True))
+    encodings = encode_texts(vocabulary, tokenizer)
+    pieces = {word: encoding.ids for word, encoding in zip(vocabulary, encodings, strict=True)}
     return [_join(sentence, pieces, tokenizer) for sentence in sentences]
 
 
@@ -111,8 +124,8 @@ def _check_sentence(value: Any, where: str) -> Sentence:
     if not words or not len(words) == len(heads) == len(relns):
         sizes = f"{len(words)}, {len(heads)} and {len(relns)}"
         raise InputError(f"{where}: words, heads and relns must be of one length, at least 1; found {sizes}")
-    for index, head in enumerate(heads, start=1):
-        if not 0 <= head <= len(words) or head == index:
-            what = "is its own head" if head == index else f"has head {head}, outside 0..{len(words)}"
-            raise InputError(f"{where}: field 'heads': word {index} ({words[index - 1]!r}) {what}; 0 marks a root")
-    return Sentence(words, [head - 1 for head in heads], relns)
+    sentence = Sentence(words, [head - 1 for head in heads], relns)
+    if fault := tree_fault(sentence.heads):
+        word, reason = fault
+        raise InputError(f"{where}: field 'heads': word {word + 1} ({words[word]!r}) {reason}; 0 marks a root")
+    return sentence

@@ -19,9 +19,10 @@ import torch
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.distributed import all_reduce_sum_
+from megatron_sas.data.unknown import Unknown
 from megatron_sas.evaluation.batching import AfterBatch, deal, evaluating
-from megatron_sas.evaluation.observers import MapObserver, share_pass
-from megatron_sas.evaluation.treebank import Sentence, TokenizedSentence, tokenize_words
+from megatron_sas.evaluation.observers import AttentionStatistics, MapObserver, share_pass
+from megatron_sas.evaluation.treebank import Sentence, TokenizedSentence, Treebank, tokenize_words
 
 DIRECTIONS = ("dep->head", "head->dep")
 OFFSETS = (-1, 1, -2, 2, -3, 3)  # nearest first: of equally good baselines the shortest is reported
@@ -33,11 +34,12 @@ class TreebankTask:
     """A treebank tokenised for one tokenizer and ready to be evaluated many times.
 
     `sentences` are the `TokenizedSentence`s that fit `max_length` tokens with [CLS] and [SEP], the others are counted
-    in `num_skipped`; sentence n is number `numbers[n]` of those given. `heads[n]` int64 (S,) holds all its dependencies
-    from first piece to first piece (-1 = none). Those that count for UAS are `edges[n]`: word `edges[n][0, e]` depends
-    on word `edges[n][1, e]` by `relations[edges[n][2, e]]`. `edge_counts` (R,) and `baseline_counts` (R, 6) are int64:
-    edges of each relation, and how many of them each of `OFFSETS` (the head is the word that many places further right)
-    gets right.
+    in `num_skipped` (and in `num_blanked` those that `load_treebank` has left out); sentence n is number `numbers[n]`
+    of those given. `unknown` counts the pieces that are [UNK]. `heads[n]` int64 (S,) holds all its dependencies from
+    first piece to first piece (-1 = none). Those that count for UAS are `edges[n]`: word `edges[n][0, e]` depends on
+    word `edges[n][1, e]` by `relations[edges[n][2, e]]`. `edge_counts` (R,) and `baseline_counts` (R, 6) are int64:
+    edges of each relation, and how many of them each of `OFFSETS` (the head is the word that many places further
+    right) gets right.
 
     Raises `InputError` when no sentence fits or none has an edge that counts.
     """
@@ -53,7 +55,12 @@ class TreebankTask:
         self.sentences: list[TokenizedSentence] = [tokenized[index] for index in kept]
         self.heads = [_heads_of_pieces(sentences[index], tokenized[index]) for index in kept]
         self.num_skipped = len(sentences) - len(kept)
+        self.num_blanked = sentences.num_blanked if isinstance(sentences, Treebank) else 0
         self.pad_token_id: int = tokenizer.pad_token_id
+        self.cls_token_id: int = tokenizer.cls_token_id
+        self.sep_token_id: int = tokenizer.sep_token_id
+        pieces = np.concatenate([sentence.ids[1:-1] for sentence in self.sentences])
+        self.unknown = Unknown.of(pieces, tokenizer.unk_token_id)
         counted = [_counted_edges(sentences[index]) for index in kept]
         self.relations: list[str] = sorted({relation for edges in counted for _, _, relation in edges})
         if not self.relations:
@@ -96,30 +103,44 @@ class TreebankTask:
         """Forward passes that `evaluate` makes on every rank."""
         return len(deal(self.batches(batch_tokens)))
 
+    def attention_statistics(self) -> AttentionStatistics:
+        """What measures attention's entropy on these sentences."""
+        return AttentionStatistics(self.cls_token_id, self.sep_token_id)
+
     def evaluate(
-        self, model: torch.nn.Module, *, batch_tokens: int = 4096, after_batch: AfterBatch | None = None
+        self,
+        model: torch.nn.Module,
+        *,
+        batch_tokens: int = 4096,
+        after_batch: AfterBatch | None = None,
+        statistics: AttentionStatistics | None = None,
     ) -> dict:
         """`evaluate_uas` of this treebank."""
-        return evaluate_uas(model, self, batch_tokens=batch_tokens, after_batch=after_batch)
+        return evaluate_uas(model, self, batch_tokens=batch_tokens, after_batch=after_batch, statistics=statistics)
 
 
 def evaluate_uas(
-    model: torch.nn.Module, task: TreebankTask, *, batch_tokens: int = 4096, after_batch: AfterBatch | None = None
+    model: torch.nn.Module,
+    task: TreebankTask,
+    *,
+    batch_tokens: int = 4096,
+    after_batch: AfterBatch | None = None,
+    statistics: AttentionStatistics | None = None,
 ) -> dict:
     """Accuracy of every attention head at every relation, the best of them per relation, and UAS.
 
     `model` is called as `model(input_ids, seqlens=..., attention_observer=...)`. The treebank is shared among the
     ranks of the process group and every rank returns the whole result; `after_batch` is called after each of
-    `task.num_forwards` passes.
+    `task.num_forwards` passes, which also feed `statistics`.
 
     Keys: `uas` (edge-weighted mean over all relations of the best head's accuracy), `uas_baseline` (the same of the
     best fixed offset), `uas_single_head` (the best single head over all edges) with `single_head` (which),
-    `num_sentences`, `num_skipped`, `num_edges`, `relations` (by falling count: count, accuracy, layer, head,
-    direction, baseline, baseline_offset, in_table) and `counts` with the edges that each head got right, nested lists
-    `correct[relation][direction][layer][head]` beside the names on their axes. Layers and heads count from 0; of
-    equally good ones the lowest (layer, head) is named, `dep->head` first.
+    `num_sentences`, `num_skipped`, `num_blanked`, `num_edges`, `unknown` (pieces that are [UNK]), `relations` (by
+    falling count: count, accuracy, layer, head, direction, baseline, baseline_offset, in_table) and `counts` with the
+    edges that each head got right, nested lists `correct[relation][direction][layer][head]` beside the names on their
+    axes. Layers and heads count from 0; of equally good ones the lowest (layer, head) is named, `dep->head` first.
     """
-    correct = count_correct(model, task, deal(task.batches(batch_tokens)), after_batch)
+    correct = count_correct(model, task, deal(task.batches(batch_tokens)), after_batch, statistics)
     return summarize(task, all_reduce_sum_(correct).cpu().numpy())
 
 
@@ -128,10 +149,11 @@ def count_correct(
     task: TreebankTask,
     batches: Sequence[tuple[np.ndarray, bool]],
     after_batch: AfterBatch | None = None,
+    statistics: AttentionStatistics | None = None,
 ) -> torch.Tensor:
     """Edges that each head gets right in `batches`, int64 (R, 2, L, H) on the model's device."""
     observer = UasObserver(task)
-    observe_treebank(model, task, batches, [observer], after_batch)
+    observe_treebank(model, task, batches, [observer], after_batch, statistics)
     return observer.counts()
 
 
@@ -141,11 +163,12 @@ def observe_treebank(
     batches: Sequence[tuple[np.ndarray, bool]],
     observers: Sequence[MapObserver],
     after_batch: AfterBatch | None = None,
+    statistics: AttentionStatistics | None = None,
 ) -> None:
-    """Show the attention maps of `batches` to all observers, in one forward pass a batch."""
+    """Show the attention of `batches` to all observers and `statistics`, in one forward pass a batch."""
     with evaluating(model) as device:
         for indices, counts in batches:
-            share_pass(model, TreebankBatch(task, indices, counts, device), observers)
+            share_pass(model, TreebankBatch(task, indices, counts, device), observers, statistics)
             if after_batch is not None:
                 after_batch()
 
@@ -277,7 +300,9 @@ def summarize(task: TreebankTask, correct: np.ndarray) -> dict:
         "single_head": single_head,
         "num_sentences": len(task.sentences),
         "num_skipped": task.num_skipped,
+        "num_blanked": task.num_blanked,
         "num_edges": num_edges,
+        "unknown": task.unknown.record(),
         "relations": relations,
         "counts": {"relations": task.relations, "directions": list(DIRECTIONS), "correct": correct.tolist()},
     }

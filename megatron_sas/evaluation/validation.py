@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from megatron_sas.core import distributed
 from megatron_sas.data.mlm_dataset import validation_batches
 from megatron_sas.data.packed import PackedData
 from megatron_sas.evaluation.batching import AfterBatch, evaluating
+from megatron_sas.evaluation.observers import AttentionStatistics, share_pass
 from megatron_sas.model.bert import Bert
 from megatron_sas.objective.base import Batch, Term
 from megatron_sas.objective.pretraining import mlm_loss_sum
 from megatron_sas.objective.terms import EdgeSets
 
 VALIDATION_SEED = 0x76616C  # not the run's seed: runs with different seeds are validated on the same masks
+
+
+@dataclass(frozen=True)
+class _MaskedText:
+    """Masked sequences as `share_pass` takes a batch; rows that only fill it up do not count."""
+
+    input_ids: Tensor  # int64 (B, S)
+    heads: Tensor  # int64 (B, S)
+    counts: Tensor  # bool (B,)
+    seqlens: None = None
 
 
 def evaluate_validation(
@@ -27,11 +40,12 @@ def evaluate_validation(
     batch_tokens: int,
     mask_prob: float,
     after_batch: AfterBatch | None = None,
+    statistics: AttentionStatistics | None = None,
 ) -> dict[str, float]:
     """`validation_mlm_loss` (mean over masked tokens) and for every term `validation_NAME` (R, mean over sequences).
 
     The first `num_sequences` sequences are shared among the ranks, which all make the same number of forwards and all
-    return the same values. `after_batch` is called after each forward.
+    return the same values. `after_batch` is called after each forward, which also feeds `statistics`.
     """
     batches = validation_batches(
         packed,
@@ -49,8 +63,11 @@ def evaluate_validation(
             inputs = (batch.input_ids, batch.masked_positions, batch.labels, batch.heads)
             seen = Batch(*(tensor.to(device) for tensor in inputs))
             sets = EdgeSets(terms, seen)
-            output = model(seen.input_ids, heads=sets.heads, masked_positions=seen.masked_positions)
             real = (batch.sample_ids >= 0).to(device)  # (B,)
+            text = _MaskedText(seen.input_ids, seen.heads, real)
+            output = share_pass(
+                model, text, statistics=statistics, heads=sets.heads, masked_positions=seen.masked_positions
+            )
             sums[0] += mlm_loss_sum(output.logits, seen.labels)
             sums[1] += len(batch.labels)
             sums[2] += real.sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +12,14 @@ from torch import Tensor
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import atomic_directory, refuse_existing, write_json_atomic, write_text_atomic
 from megatron_sas.core.manifest import write_manifest
-from megatron_sas.data.tokenizer import load_tokenizer, save_tokenizer, vocab_size, write_tokenizer
+from megatron_sas.data.tokenizer import save_tokenizer, tokenizer_identity, vocab_size, write_tokenizer
 from megatron_sas.export.model_card import model_card
 from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
 from megatron_sas.model.huggingface import to_hf_config, to_hf_state
 from megatron_sas.run.directory import (
     CONFIG,
+    HF_CONFIG,
     MODEL_CONFIG,
     MODEL_WEIGHTS,
     STATE,
@@ -26,11 +28,15 @@ from megatron_sas.run.directory import (
     newest_of_run,
 )
 from megatron_sas.run.reading import (
+    CONVERTED_STEP,
     FORMAT,
+    HF_STEP,
     VERSION,
     load_state,
+    model_step,
     read_checkpoint,
     read_model,
+    read_tokenizer,
     write_model_config,
     write_weights,
 )
@@ -53,7 +59,7 @@ def to_hf(source: str | Path, output: str | Path, dtype: str = "fp32", overwrite
     Raises:
         InputError: `source` is no whole checkpoint, or is pre-LN; `output` exists.
     """
-    refuse_output(output, "config.json", overwrite)
+    refuse_output(output, HF_CONFIG, overwrite)
     checkpoint = newest_of_run(source)
     if not is_checkpoint(checkpoint):
         what = "no such directory" if not checkpoint.is_dir() else "neither a training checkpoint nor a run with one"
@@ -61,7 +67,7 @@ def to_hf(source: str | Path, output: str | Path, dtype: str = "fp32", overwrite
     config, state, tokenizer_path = read_checkpoint(checkpoint)
     with atomic_directory(output, overwrite) as directory:
         try:
-            write_hf(directory, config, state, load_tokenizer(tokenizer_path), dtype)
+            write_hf(directory, config, state, read_tokenizer(tokenizer_path), dtype, model_step(checkpoint))
         except InputError as error:
             raise InputError(f"{checkpoint}: {error}") from None
         write_text_atomic(directory / "README.md", model_card(checkpoint, config, dtype))
@@ -69,16 +75,22 @@ def to_hf(source: str | Path, output: str | Path, dtype: str = "fp32", overwrite
 
 
 def write_hf(
-    directory: Path, config: BertConfig, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, dtype: str
+    directory: Path,
+    config: BertConfig,
+    state: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str,
+    step: int | None,
 ) -> None:
     """Write config.json, model.safetensors and the tokenizer's files of a `BertForMaskedLM` into `directory`.
 
-    `state` is our state dict; `dtype` is one of `DTYPES`. Raises `InputError` for a model that has no such form.
+    `state` is our state dict; `dtype` is one of `DTYPES`; `step`, if known, goes into config.json, from which
+    `model_step` reads it. Raises `InputError` for a model that has no such form.
     """
     hf_state = {name: tensor.to(DTYPES[dtype]) for name, tensor in to_hf_state(state, config).items()}
     write_weights(directory / "model.safetensors", hf_state)
     hf_config = to_hf_config(config) | {"torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
-    write_json_atomic(directory / "config.json", hf_config)
+    write_json_atomic(directory / HF_CONFIG, hf_config | ({} if step is None else {HF_STEP: step}))
     save_tokenizer(tokenizer, directory, config.max_position_embeddings)
 
 
@@ -95,7 +107,7 @@ def from_hf(source: str | Path, output: str | Path, overwrite: bool = False) -> 
     config, state, tokenizer_path = read_model(source)
     model = Bert(config)
     load_state(model, state, where=str(source))
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = read_tokenizer(tokenizer_path)
     if vocab_size(tokenizer) > config.vocab_size:
         raise InputError(
             f"{source}: its tokenizer has {vocab_size(tokenizer)} entries but its model only {config.vocab_size}; they "
@@ -105,7 +117,9 @@ def from_hf(source: str | Path, output: str | Path, overwrite: bool = False) -> 
         write_model_config(directory / MODEL_CONFIG, config)
         write_weights(directory / MODEL_WEIGHTS, {name: tensor.contiguous() for name, tensor in state.items()})
         write_tokenizer(tokenizer, directory / TOKENIZER_DIRECTORY)
-        origin = {"converted_from": str(source.resolve())}
+        origin = {"converted_from": str(source.resolve()), "tokenizer": asdict(tokenizer_identity(tokenizer))}
+        if (step := model_step(source)) is not None:
+            origin[CONVERTED_STEP] = step
         write_json_atomic(directory / STATE, {"step": 0, "tokens": 0, "seconds": 0.0, **origin})
         write_manifest(directory, format=FORMAT, version=VERSION, step=0)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from megatron_sas import __version__
+from megatron_sas.evaluation.blimp_labels import renew_record
 from megatron_sas.model.config import BertConfig
 from megatron_sas.objective.terms import TERMS
 from megatron_sas.optim.schedules import read_schedule
@@ -177,6 +178,7 @@ def _evaluation(checkpoint: Path, step: int) -> list[str]:
     if found is None:
         return []
     rows = {label: f"{found[name]:.4f}" for name, label in METRICS.items() if isinstance(found.get(name), float)}
+    found = renew_record(found)
     rows |= {f"minimal pairs, {field}": f"{value:.4f}" for field, value in (found.get("blimp_fields") or {}).items()}
     note = "The heads behind UAS are the best ones on the treebank itself: compare with the same run's step 0."
     return ["", "## Evaluation at this step", "", *_table(rows), *(["", note] if "uas" in found else [])]

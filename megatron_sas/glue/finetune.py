@@ -14,14 +14,15 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.data.tokenizer import load_tokenizer
-from megatron_sas.evaluation.provenance import model_step, weights_sha256
+from megatron_sas.data.tokenizer import plain_text_tokenizer
+from megatron_sas.data.unknown import Unknown
+from megatron_sas.evaluation.provenance import weights_sha256
 from megatron_sas.glue.data import Examples
 from megatron_sas.glue.tasks import MISMATCHED, Task
 from megatron_sas.model.huggingface import to_hf_config, to_hf_state
 from megatron_sas.optim.param_groups import decay_groups
 from megatron_sas.run.directory import is_checkpoint, newest_of_run
-from megatron_sas.run.reading import read_model
+from megatron_sas.run.reading import model_step, read_model, read_tokenizer
 
 FORMAT = "megatron_sas glue"
 VERSION = 1
@@ -66,7 +67,7 @@ class Pretrained:
         """
         self.path = newest_of_run(path)
         config, state, tokenizer_path = read_model(self.path)
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(tokenizer_path)
+        self.tokenizer: PreTrainedTokenizerBase = read_tokenizer(tokenizer_path)
         _surround_texts(self.tokenizer)
         self.sha256 = weights_sha256(self.path)
         self.max_length = config.max_position_embeddings
@@ -110,18 +111,22 @@ class Encoded:
     ids: list[list[int]]
     types: list[list[int]]
     labels: np.ndarray
+    unknown: Unknown
 
 
 def encode(examples: Examples, pretrained: Pretrained, max_length: int) -> Encoded:
     """Cut texts into at most `max_length` tokens with [CLS] and [SEP]; of a pair the longer text gives way first."""
-    columns = [list(column) for column in zip(*examples.texts, strict=True)]
-    encoded = pretrained.tokenizer(
-        *columns, truncation=True, max_length=max_length, return_token_type_ids=True, return_attention_mask=False
-    )
-    types = encoded["token_type_ids"]
+    tokenizer = pretrained.tokenizer
+    plain = plain_text_tokenizer(tokenizer.backend_tokenizer.to_str())
+    plain.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
+    encodings = plain.encode_batch([texts if len(texts) > 1 else texts[0] for texts in examples.texts])
+    ids = [encoding.ids for encoding in encodings]
+    types = [encoding.type_ids for encoding in encodings]
     if pretrained.type_vocab_size < 2:
         types = [[0] * len(row) for row in types]
-    return Encoded(encoded["input_ids"], types, examples.labels)
+    special = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    unknown = Unknown.of(np.concatenate([np.array(row) for row in ids]), tokenizer.unk_token_id, special)
+    return Encoded(ids, types, examples.labels, unknown)
 
 
 def finetune(
@@ -138,7 +143,8 @@ def finetune(
 
     Everything random (new layers, order, dropout) follows from `seed`, so on a CPU the result is the same every time.
     Returns `seed`, `metrics` (of the last epoch), `best_epoch` (from 1, the first with the highest `task.metric`),
-    `epochs` (the metrics of each) and `train_loss` (mean of each). Metrics on a second validation set end with
+    `epochs` (the metrics of each), `train_loss` (mean of each) and `unknown` (pieces of all texts that are [UNK]).
+    Metrics on a second validation set end with
     "_mismatched". Raises `InputError` when the loss is no longer finite.
     """
     torch.manual_seed(seed)
@@ -174,7 +180,15 @@ def finetune(
             scores |= {name + MISMATCHED * number: value for name, value in found.items()}
         epochs.append(scores)
     best = max(range(len(epochs)), key=lambda epoch: epochs[epoch][task.metric])
-    return {"seed": seed, "metrics": epochs[-1], "best_epoch": best + 1, "epochs": epochs, "train_loss": losses}
+    unknown = sum((examples.unknown for examples in validation), train.unknown)
+    return {
+        "seed": seed,
+        "metrics": epochs[-1],
+        "best_epoch": best + 1,
+        "epochs": epochs,
+        "train_loss": losses,
+        "unknown": unknown.record(),
+    }
 
 
 def predict(

@@ -28,6 +28,13 @@ def chunked_attention(
     return _ChunkedDependencyAttention.apply(q, k, v, heads, mask, dropout_p, scale, seed)
 
 
+def chunked_output_and_lse(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention `(B, H, S, D)` without dropout, and the logsumexp `(B, H, S)` of its scores; neither has a gradient."""
+    return _forward(q, k, v, key_mask(seqlens, q.shape[2], accumulation_dtype(q.dtype)), None, 0.0, scale)
+
+
 def _row_blocks(seq: int) -> list[slice]:
     return [slice(start, min(start + ROWS, seq)) for start in range(0, seq, ROWS)]
 
@@ -40,21 +47,29 @@ def _dropout_factors(seed: Tensor | None, dropout_p: float, probs: Tensor, rows:
     return kept.to(probs.dtype).div_(1.0 - dropout_p)
 
 
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, dropout_p: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention `(B, H, S, D)`, and the logsumexp `(B, H, S)` of its scores."""
+    dtype = accumulation_dtype(q.dtype)
+    keys, values = k.to(dtype).transpose(-1, -2), v.to(dtype)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
+    for rows in _row_blocks(q.shape[2]):
+        scores = torch.matmul(q[:, :, rows].to(dtype), keys).mul_(scale)  # (B, H, rows, S)
+        if mask is not None:
+            scores += mask
+        lse[:, :, rows] = torch.logsumexp(scores, dim=-1)
+        probs = scores.sub_(lse[:, :, rows, None]).exp_()
+        factors = _dropout_factors(seed, dropout_p, probs, rows, q.shape[2])
+        out[:, :, rows] = torch.matmul(probs if factors is None else probs.mul_(factors), values).to(q.dtype)
+    return out, lse
+
+
 class _ChunkedDependencyAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, heads, mask, dropout_p, scale, seed):  # noqa: ANN001
-        dtype = accumulation_dtype(q.dtype)
-        keys, values = k.to(dtype).transpose(-1, -2), v.to(dtype)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
-        for rows in _row_blocks(q.shape[2]):
-            scores = torch.matmul(q[:, :, rows].to(dtype), keys).mul_(scale)  # (B, H, rows, S)
-            if mask is not None:
-                scores += mask
-            lse[:, :, rows] = torch.logsumexp(scores, dim=-1)
-            probs = scores.sub_(lse[:, :, rows, None]).exp_()
-            factors = _dropout_factors(seed, dropout_p, probs, rows, q.shape[2])
-            out[:, :, rows] = torch.matmul(probs if factors is None else probs.mul_(factors), values).to(q.dtype)
+        out, lse = _forward(q, k, v, mask, seed, dropout_p, scale)
         to_head, to_dependent = (None, None) if heads is None else edge_probs(q, k, lse, heads, scale)
         ctx.save_for_backward(q, k, v, heads, mask, seed, out, lse, to_head, to_dependent)
         ctx.dropout_p, ctx.scale = dropout_p, scale

@@ -16,6 +16,12 @@ from torch import Tensor
 from megatron_sas.kernels.edges import edge_probs
 from megatron_sas.kernels.reference import valid_heads
 
+REMEDIES = {
+    "flex": "install a torch whose FlexAttention takes a kernel that has one",
+    "fa4": "install flash-attn-4 4.0.0b5 or later",
+}
+"""What to do about a logsumexp without gradient, by backend."""
+
 
 @functools.cache
 def has_fa4() -> bool:
@@ -58,7 +64,21 @@ def lse_attention(
     out, lse = (_flex if backend == "flex" else _fa4)(q, k, v, seqlens, scale)
     if heads is None:
         return out, None, None
+    _refuse_lse_without_gradient(backend, q, k, lse)
     return out, *edge_probs(q, k, lse, valid_heads(heads, seqlens), scale)
+
+
+def _refuse_lse_without_gradient(backend: str, q: Tensor, k: Tensor, lse: Tensor) -> None:
+    """Raise `ValueError` where autograd would take the logsumexp for a constant and leave the softmax term of R out.
+
+    Not while compiling, when tensors do not always tell; the trainer has called the backend uncompiled before that.
+    """
+    wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    if wanted and not lse.requires_grad and not torch.compiler.is_compiling():
+        raise ValueError(
+            f"dependency_attention: backend {backend!r}: its logsumexp has no gradient, so that of the regularizer "
+            f"would be wrong; {REMEDIES[backend]}, or choose 'auto'"
+        )
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

@@ -161,10 +161,22 @@ def sdpa_attention(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See `dependency_attention`; `backend` is "sdpa" or "cudnn"."""
     heads = None if heads is None else valid_heads(heads, seqlens)
-    mask = key_mask(seqlens, q.shape[2], q.dtype)
-    if mask is not None:  # strides of 0: the kernel's mask argument is (B, 1, S, S), its memory (B, S)
-        mask = mask.expand(-1, 1, q.shape[2], -1)
+    mask = _square_mask(seqlens, q)
     return _FlashDependencyAttention.apply(q, k, v, heads, mask, dropout_p, scale, kernel_named(backend, q))
+
+
+def sdpa_output_and_lse(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Attention `(B, H, S, D)` without dropout, and the logsumexp `(B, H, S)` of its scores; neither has a gradient."""
+    out, lse, _ = kernel_named(backend, q).forward(q, k, v, _square_mask(seqlens, q), 0.0, scale)
+    return out, lse
+
+
+def _square_mask(seqlens: Tensor | None, q: Tensor) -> Tensor | None:
+    """The key mask as the kernels take it, `(B, 1, S, S)` with strides of 0: its memory is `(B, S)`."""
+    mask = key_mask(seqlens, q.shape[2], q.dtype)
+    return None if mask is None else mask.expand(-1, 1, q.shape[2], -1)
 
 
 class _FlashDependencyAttention(torch.autograd.Function):

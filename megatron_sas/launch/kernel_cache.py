@@ -70,6 +70,9 @@ def build_attention_kernels(
 
     Our kernels choose tile sizes by the first call that they get: it has the run's own shape, short edges, and few
     entries with a gradient, as the `max` regularizer leaves them.
+
+    Raises:
+        InputError: the chosen backend cannot train the regularizer, which shows only when it is run.
     """
     shape = (batch, config.num_heads, seq_length, config.head_dim)
     heads = torch.arange(-1, seq_length - 1, device=device).expand(batch, -1)
@@ -77,9 +80,13 @@ def build_attention_kernels(
     with first_of_each_host_first():
         for edges in (heads, None):
             q, k, v = (torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
-            out, *probabilities = dependency_attention(
-                q, k, v, edges, dropout_p=config.attention_dropout, backend=config.attention_backend
-            )
+            try:
+                out, *probabilities = dependency_attention(
+                    q, k, v, edges, dropout_p=config.attention_dropout, backend=config.attention_backend
+                )
+            except ValueError as error:
+                reason = str(error).removeprefix("dependency_attention: ")
+                raise InputError(f"model.attention_backend: {reason}") from None
             loss = out.float().sum()
             for part in probabilities:
                 loss = loss if part is None else loss + (part * winners).sum()

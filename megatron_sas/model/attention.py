@@ -1,4 +1,4 @@
-"""Multi-head self-attention that can hand out its probabilities: along dependency edges, or as whole maps."""
+"""Multi-head self-attention that returns its probabilities along dependency edges, and can show queries and keys."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from megatron_sas.kernels import backend_refusal, dependency_attention
 from megatron_sas.kernels.cpu_linear import Linear
-from megatron_sas.kernels.reference import attention_probs
 from megatron_sas.model.config import BertConfig
 
-ProbsObserver = Callable[[Tensor], None]
+QueryKeyObserver = Callable[[Tensor, Tensor], None]
 
 
 class SelfAttention(nn.Module):
@@ -26,19 +25,19 @@ class SelfAttention(nn.Module):
         self.output = Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, x: Tensor, heads: Tensor | None, seqlens: Tensor | None, observer: ProbsObserver | None = None
+        self, x: Tensor, heads: Tensor | None, seqlens: Tensor | None, observer: QueryKeyObserver | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Output `(B, S, C)`, `to_head` and `to_dependent` `(B, H, S)` (None without `heads`).
 
         Heads `(B, sets, S)` give probabilities `(B, sets, H, S)`.
 
-        `observer` is called with the whole map `(B, H, S, S)` in float32: for evaluation, never while training.
+        `observer` is called with queries and keys `(B, H, S, D)`: for evaluation, never while training.
         """
         batch, seq, hidden = x.shape
         parts = self.qkv(x).split(hidden, dim=-1)
         q, k, v = (part.view(batch, seq, self.num_heads, -1).transpose(1, 2) for part in parts)  # (B, H, S, D)
         if observer is not None:
-            observer(attention_probs(q, k, seqlens, q.shape[-1] ** -0.5))
+            observer(q, k)
         dropout_p = self.dropout_p if self.training else 0.0
         backend = self.backend
         sets = heads.shape[1] if heads is not None and heads.dim() == 3 else 1

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_sas.kernels.cpu_linear import Linear, linear
+from megatron_sas.kernels.reference import attention_probs
 from megatron_sas.model.attention import SelfAttention
 from megatron_sas.model.config import BertConfig
 
 AttentionObserver = Callable[[int, Tensor], None]
+QueryKeyObserver = Callable[[int, Tensor, Tensor], None]
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Layer(nn.Module):
         x: Tensor,
         heads: Tensor | None,
         seqlens: Tensor | None,
-        observer: Callable[[Tensor], None] | None,
+        observer: Callable[[Tensor, Tensor], None] | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """`(B, S, C)` to `(B, S, C)`, and the attention's two edge probabilities."""
         normed = self.attention_norm(x) if self.pre_norm else x
@@ -141,6 +143,7 @@ class Bert(nn.Module):
         seqlens: Tensor | None = None,
         masked_positions: Tensor | None = None,
         attention_observer: AttentionObserver | None = None,
+        query_key_observer: QueryKeyObserver | None = None,
     ) -> BertOutput:
         """Run the encoder, and the head at `masked_positions`.
 
@@ -150,11 +153,12 @@ class Bert(nn.Module):
             seqlens: int64 `(B,)` valid lengths; None: all of S.
             masked_positions: int64 `(M,)`, flat indices into B·S; None: no logits.
             attention_observer: called once per layer with (layer, map `(B, H, S, S)` in float32, before dropout).
+            query_key_observer: called once per layer with (layer, queries, keys), each `(B, H, S, D)`.
         """
         x = self.embeddings(input_ids)
         to_head, to_dependent = [], []
         for index, layer in enumerate(self.layers):
-            observer = None if attention_observer is None else _bind(attention_observer, index)
+            observer = _observer_of(index, seqlens, attention_observer, query_key_observer)
             x, layer_to_head, layer_to_dependent = layer(x, heads, seqlens, observer)
             if layer_to_head is not None:
                 to_head.append(layer_to_head)
@@ -170,5 +174,17 @@ class Bert(nn.Module):
         return self.head(hidden.reshape(-1, hidden.shape[-1])[positions], self.embeddings.word.weight)
 
 
-def _bind(observer: AttentionObserver, layer: int) -> Callable[[Tensor], None]:
-    return lambda probs: observer(layer, probs)
+def _observer_of(
+    layer: int, seqlens: Tensor | None, of_maps: AttentionObserver | None, of_queries: QueryKeyObserver | None
+) -> Callable[[Tensor, Tensor], None] | None:
+    """What a layer shows its queries and keys to; the map is formed only where somebody looks at it."""
+    if of_maps is None and of_queries is None:
+        return None
+
+    def observe(q: Tensor, k: Tensor) -> None:
+        if of_queries is not None:
+            of_queries(layer, q, k)
+        if of_maps is not None:
+            of_maps(layer, attention_probs(q, k, seqlens, q.shape[-1] ** -0.5))
+
+    return observe

@@ -47,9 +47,12 @@ NUMBERS = {
     "initializer_range": "initializer_range",
 }
 PADDED = ("embeddings.word.weight", "head.bias")
-TIED_DECODER = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
+TIED_DECODER = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
+POSITION_IDS = "bert.embeddings.position_ids"
 UNUSED_BY_MASKED_LM = {
-    "bert.embeddings.position_ids",
     "bert.pooler.dense.weight",
     "bert.pooler.dense.bias",
     "cls.seq_relationship.weight",
@@ -90,12 +93,13 @@ def to_hf_state(state: dict[str, Tensor], config: BertConfig) -> dict[str, Tenso
 def from_hf_state(hf_state: dict[str, Tensor], config: BertConfig) -> dict[str, Tensor]:
     """Hugging Face's state dict as ours; the vocabulary is padded with zero rows.
 
+    `UNUSED_BY_MASKED_LM`, which no masked LM computes with, is left out. Nothing else is.
+
     Raises:
-        InputError: parameters are missing, or there are some that a masked LM does not have.
+        InputError: parameters are missing, there are some that a masked LM does not have, or two that our model keeps
+            as one differ.
     """
-    # Checkpoints converted from TensorFlow name the LayerNorm parameters gamma and beta.
-    hf_state = {n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): t
-                for n, t in hf_state.items()}  # fmt: skip
+    hf_state = _tie(_rename_layer_norms(hf_state))
     names = _names(config.num_layers)
     qkv = {
         f"layers.{layer}.attention.qkv.{kind}": [
@@ -106,21 +110,48 @@ def from_hf_state(hf_state: dict[str, Tensor], config: BertConfig) -> dict[str, 
     }
     wanted = set(names.values()) | {name for group in qkv.values() for name in group}
     missing = sorted(wanted - set(hf_state))
-    unknown = sorted(set(hf_state) - wanted - TIED_DECODER - UNUSED_BY_MASKED_LM)
+    unknown = sorted(set(hf_state) - wanted - UNUSED_BY_MASKED_LM)
     if missing or unknown:
         raise InputError(
             f"not the weights of a BertForMaskedLM with {config.num_layers} layers: "
             f"missing {missing[:3] or 'nothing'}, unexpected {unknown[:3] or 'nothing'}"
         )
-    decoder = hf_state.get("cls.predictions.decoder.weight")
-    if decoder is not None and not torch.equal(decoder, hf_state["bert.embeddings.word_embeddings.weight"]):
-        raise InputError("the decoder is not tied to the word embedding; this project's models tie them")
     state = {ours: hf_state[theirs] for ours, theirs in names.items()}
     for name in PADDED:
         padding = torch.zeros(config.padded_vocab_size - config.vocab_size, *state[name].shape[1:])
         state[name] = torch.cat([state[name], padding.to(state[name].dtype)])
     for ours, theirs in qkv.items():
         state[ours] = torch.cat([hf_state[name] for name in theirs])
+    return state
+
+
+def _rename_layer_norms(hf_state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Checkpoints converted from TensorFlow name the LayerNorm parameters gamma and beta; one of them may have both."""
+    result: dict[str, Tensor] = {}
+    for old, tensor in hf_state.items():
+        name = old.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if name in result and not torch.equal(result[name], tensor):
+            raise InputError(f"{name} is there under two names, with different values; remove the wrong one")
+        result[name] = tensor
+    return result
+
+
+def _tie(hf_state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state without second copies: of the decoder, which our models tie, and of the numbers of the positions.
+
+    A file may have either name of a tied parameter. transformers computes with the decoder's where both are there and
+    differ, so taking the other one would be another model.
+    """
+    state = dict(hf_state)
+    for name, tied_to in TIED_DECODER.items():
+        decoder = state.pop(name, None)
+        if decoder is not None and not torch.equal(decoder, state.setdefault(tied_to, decoder)):
+            raise InputError(f"{name} differs from {tied_to}; this project's models tie them, so it cannot be read")
+    positions = state.pop(POSITION_IDS, None)
+    if positions is not None and positions.flatten().tolist() != list(range(positions.numel())):
+        raise InputError(
+            f"{POSITION_IDS} is not 0, 1, 2, …; this project's models count positions so, so it cannot be read"
+        )
     return state
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 
 from megatron_sas.core.cli import InputError, listed
+from megatron_sas.evaluation.blimp_labels import MANY_TIES, renew_record
 from megatron_sas.glue.tasks import NOT_AVERAGED
 from megatron_sas.report.trajectories import ROLES, Measured, Run
 from megatron_sas.run.directory import CONFIG, RECORDS
@@ -27,8 +28,8 @@ REACHES = 0.9  # measured snapshots must cover this share of a run to stand for 
 KEYS = {
     "loss": ("validation_mlm_loss",),
     "uas": ("uas", "uas_baseline", "uas_single_head", "uas_relations"),
-    "blimp": ("blimp", "blimp_fields", "blimp_terms", "blimp_sets"),
-    "twonn": ("twonn", "twonn_standard_error"),
+    "blimp": ("blimp", "blimp_ties", "blimp_fields", "blimp_terms", "blimp_sets"),
+    "twonn": ("twonn", "twonn_standard_error", "twonn_duplicates"),
 }
 # What each is measured on, in a trajectory's settings.
 INPUTS = {"loss": "text", "uas": "treebank", "blimp": "blimp", "twonn": "text"}
@@ -90,7 +91,7 @@ def load_run(path: Path, label: str) -> Run:
     """Read one run directory; errors as `load_runs`."""
     if not path.is_dir():
         raise InputError(f"{path}: not a directory; give a run directory that contains {RECORDS} and {CONFIG}")
-    records = sorted(read_records(path / RECORDS), key=lambda record: record["step"])
+    records = sorted(map(renew_record, read_records(path / RECORDS)), key=lambda record: record["step"])
     by_kind = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "evaluation", "event")}
     measured = read_measured(path)
     if not by_kind["evaluation"] and not measured.records:
@@ -187,10 +188,33 @@ def choose_sources(runs: Sequence[Run], notes: list[str]) -> list[Run]:
             runs = _on_the_same_items(runs, name, notes)
     glue = choose_glue(runs, notes)
     chosen = [_with_sources(run, sources, glue[run.path]) for run in runs]
+    _note_what_curves_lack(chosen, notes)
     held_out = any(_steps(run.evaluations, KEYS["loss"][0]) for run in chosen)
     if not held_out:
         notes.append("No run has a loss on held-out text: the loss is that of training, averaged between evaluations.")
     return [replace(run, training_loss=not held_out) for run in chosen]
+
+
+def _note_what_curves_lack(runs: Sequence[Run], notes: list[str]) -> None:
+    """Add notes on values that are not finite, which no curve has, and on pairs that a model does not decide."""
+    for key in (keys[0] for keys in KEYS.values()):
+        lacking = [(run, sum(key in record and record[key] is None for record in run.evaluations)) for run in runs]
+        if bad := [f"{run.label} ({run.name}) {count}" for run, count in lacking if count]:
+            notes.append(f"{key}: evaluations without a finite value are left out of the curves: {listed(bad)}.")
+    unmerged = [f"{run.label} ({run.name})" for run in runs if any("blimp_unmerged" in r for r in run.evaluations)]
+    if unmerged:
+        notes.append(
+            "blimp: fields that were recorded under two names are left out where the sets behind them are not known: "
+            f"{listed(unmerged)}."
+        )
+    tied = []
+    for run in runs:
+        ties = run.evaluations[-1].get("blimp_ties") if run.evaluations else None
+        if ties:  # a record that counts ties counts the pairs of every set
+            pairs = sum(row["num_pairs"] for row in run.nested("blimp_sets").values())
+            tied += [f"{run.label} ({run.name}) {ties} of {pairs}"] if ties > MANY_TIES * pairs else []
+    if tied:
+        notes.append(f"blimp: models end with many ties, which count as wrong: {listed(tied)}.")
 
 
 def _on_the_same_items(runs: Sequence[Run], name: str, notes: list[str]) -> list[Run]:
@@ -376,7 +400,7 @@ def _as_record(point: dict[str, Any]) -> dict[str, Any]:
     if uas := point.get("uas"):
         record |= {name: uas.get(name) for name in KEYS["uas"][:3]} | {"uas_relations": uas.get("relations")}
     if blimp := point.get("blimp"):
-        record |= {"blimp": blimp["blimp"]}
+        record |= {"blimp": blimp["blimp"], "blimp_ties": blimp.get("num_ties")}
         record |= {f"blimp_{part}": blimp.get(part) for part in ("fields", "terms", "sets")}
     if dimension := point.get("intrinsic_dimension"):
         record |= {"twonn": dimension.get("twonn"), "twonn_standard_error": dimension.get("standard_error")}

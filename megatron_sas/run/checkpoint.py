@@ -194,10 +194,15 @@ def remove_directory(path: Path) -> None:
     remove(hidden)
 
 
-def remove_leftovers(run: RunDirectory) -> None:
-    """Remove what a killed run left: half-written files, checkpoints and snapshots, and half-deleted ones."""
-    for path in run.leftovers():
+def remove_leftovers(run: RunDirectory) -> list[Path]:
+    """Remove what a killed run left: half-written files, checkpoints and snapshots, and half-deleted ones.
+
+    Returns what there was.
+    """
+    found = run.leftovers()
+    for path in found:
         remove(path)
+    return found
 
 
 def newest_checkpoint(run_dir: str | Path, say: Callable[[str], None]) -> Path | None:

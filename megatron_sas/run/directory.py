@@ -155,8 +155,8 @@ class RunDirectory:
     def leftovers(self) -> list[Path]:
         """What a killed process left: half-written files, checkpoints and models, and half-deleted ones."""
         models = (self.checkpoints, self.snapshots, self.ring)
-        files = (self.config, self.records, self.lineage, self.requeue)
-        patterns = [f".{file.name}.*.tmp" for file in files]
+        written = (self.config, self.records, self.lineage, self.requeue, self.tensorboard)
+        patterns = [f".{path.name}.*.tmp" for path in written]
         patterns += [f".{directory.name}.old" for directory in (*models, self.tensorboard)]
         for directory in models:
             patterns += [f"{directory.name}/.{what}" for what in ("step_*.tmp", "step_*.old", f"{LATEST}.*.tmp")]

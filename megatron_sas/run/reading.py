@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_sas.core.cli import InputError, first_line
 from megatron_sas.core.files import obey_umask, write_json_atomic
 from megatron_sas.core.manifest import read_manifest, verify_manifest
-from megatron_sas.data.tokenizer import load_tokenizer
+from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_digest
 from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
 from megatron_sas.model.huggingface import from_hf_config, from_hf_state
@@ -32,6 +32,7 @@ from megatron_sas.run.directory import (
     TOKENIZER_DIRECTORY,
     find_model,
     is_checkpoint,
+    step_of,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ if TYPE_CHECKING:
 
 FORMAT = "megatron_sas checkpoint"
 VERSION = 1
+HF_STEP = "megatron_sas_step"
+"""In config.json, where transformers keeps what it does not know, also when it saves again."""
+CONVERTED_STEP = "converted_step"
+"""In the state of a checkpoint that was made of an export."""
 
 
 def load_model(
@@ -53,7 +58,7 @@ def load_model(
         InputError: none of these, or the files do not fit each other.
     """
     config, state, tokenizer_path = read_model(path)
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = read_tokenizer(tokenizer_path)
     if len(tokenizer) > config.vocab_size:
         raise InputError(
             f"{tokenizer_path}: the tokenizer has {len(tokenizer)} entries but the model only {config.vocab_size}; "
@@ -64,12 +69,48 @@ def load_model(
     return model.to(device=device, dtype=dtype).eval(), tokenizer
 
 
+def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, as `read_model` returns it.
+
+    Raises:
+        InputError: there is none that can be used, or a checkpoint's does something else than when it was written.
+    """
+    tokenizer = load_tokenizer(path)
+    state = path.parent / STATE
+    if path.name == TOKENIZER_DIRECTORY and state.is_file():
+        recorded = _read_json(state).get("tokenizer")  # earlier versions recorded none
+        if recorded is not None and recorded["digest"] != tokenizer_digest(tokenizer):
+            raise InputError(
+                f"{path}: does not cut texts as when the checkpoint was written; use the versions of transformers and "
+                f"tokenizers of then ({STATE} names them)"
+            )
+    return tokenizer
+
+
 def read_model(path: str | Path) -> tuple[BertConfig, dict[str, Tensor], Path]:
     """Configuration, our float32 state dict, and where the tokenizer is. See `load_model`."""
     path = find_model(path)
     if is_checkpoint(path):
         return read_checkpoint(path)
     return *_read_hf(path), path
+
+
+def model_step(path: Path) -> int | None:
+    """Updates before a model: what a checkpoint or an export records, else a snapshot's name says; None: unknown.
+
+    `path` is a model's own directory. Weights that were converted keep their step, though a run from them begins at 0.
+    """
+    recorded = None
+    if (path / STATE).is_file():
+        state = _read_json(path / STATE)
+        recorded = state.get(CONVERTED_STEP, state.get("step"))
+    elif (path / HF_CONFIG).is_file():
+        recorded = _read_json(path / HF_CONFIG).get(HF_STEP)
+    if recorded is not None:
+        if type(recorded) is not int or recorded < 0:
+            raise InputError(f"{path}: records {recorded!r} as its step, not a whole number; correct or remove it")
+        return recorded
+    return step_of(path.resolve())
 
 
 def read_checkpoint(path: Path) -> tuple[BertConfig, dict[str, Tensor], Path]:
@@ -181,12 +222,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _shards(index: Path) -> list[str]:
-    """The files of a model in several, by its index."""
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of a model in several files."""
     names = _read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise InputError(f"{index}: weight_map does not name the files of the weights; download the model again")
-    return sorted(set(names.values()))
+    state: dict[str, Tensor] = {}
+    for shard in sorted(set(names.values())):
+        path = index.parent / Path(shard).name
+        tensors = read_weights(path)
+        if different := sorted(name for name in tensors.keys() & state.keys() if not tensors[name].equal(state[name])):
+            raise InputError(f"{path}: has another {different[0]} than the files before it; download the model again")
+        state |= tensors
+    return state
 
 
 def _read_hf(path: Path) -> tuple[BertConfig, dict[str, Tensor]]:
@@ -194,8 +242,7 @@ def _read_hf(path: Path) -> tuple[BertConfig, dict[str, Tensor]]:
     if (path / "model.safetensors").is_file():
         state = read_weights(path / "model.safetensors")
     elif (path / "model.safetensors.index.json").is_file():
-        shards = _shards(path / "model.safetensors.index.json")
-        state = {name: tensor for shard in shards for name, tensor in read_weights(path / Path(shard).name).items()}
+        state = _read_shards(path / "model.safetensors.index.json")
     elif (path / "pytorch_model.bin").is_file():
         state = _read_pickled(path / "pytorch_model.bin")
     else:
@@ -208,7 +255,10 @@ def _read_hf(path: Path) -> tuple[BertConfig, dict[str, Tensor]]:
 
 def _read_pickled(path: Path) -> dict[str, Tensor]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{path}: cannot be read ({reason}); copy the model anew") from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise InputError(f"{path}: does not hold tensors by name; save the model's state_dict alone in it")
+    return state

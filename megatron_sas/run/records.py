@@ -24,6 +24,7 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import write_bytes_atomic
 from megatron_sas.core.settings import Section
 from megatron_sas.run.directory import RECORDS, RunDirectory
+from megatron_sas.run.event_files import cut_event_files
 
 KINDS = ("train", "evaluation", "event")
 
@@ -41,20 +42,23 @@ class Records:
     def __init__(self, run_dir: str | Path, resume_step: int, tensorboard: bool) -> None:
         """Open `run_dir/metrics.jsonl` and, if `tensorboard`, an event file in `run_dir/tensorboard`.
 
-        Lines up to `resume_step` (-1: none) are kept, and later TensorBoard points hidden, so that a resumed run has
-        neither gaps nor overlaps.
+        Lines and TensorBoard points up to `resume_step` (-1: none) are kept and later ones cut off, so that a resumed
+        run has neither gaps nor overlaps.
         """
         self.path = RunDirectory(Path(run_dir)).records
         self._written: set[tuple[str, int]] = set()  # but for training's lines, of which there may be millions
+        self._events: set[str] = set()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self._cut_back(resume_step)
+        cut_event_files(RunDirectory(self.path.parent).tensorboard, resume_step)
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._board = None
         if tensorboard:
             # Imported here: it takes a second, and a run without TensorBoard does not need the package.
             from torch.utils.tensorboard import SummaryWriter
 
+            # A page that is open already hears of the cut by `purge_step`.
             self._board = SummaryWriter(str(RunDirectory(self.path.parent).tensorboard), purge_step=resume_step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
@@ -71,7 +75,7 @@ class Records:
         now = time.time()
         line = {"kind": kind, "step": int(step), "time": round(now, 3), **_plain(values)}
         self._append(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        self._remember(kind, int(step))
+        self._remember(line)
         self._show(kind, step, now, values)
         if self._board is not None and kind != "train":  # rare and slow to produce: show them at once
             with self._naming_the_board():
@@ -86,6 +90,10 @@ class Records:
     def has(self, kind: str, step: int) -> bool:
         """Whether a line exists for `step` of a kind other than "train": a resumed run asks for its evaluations."""
         return (kind, step) in self._written
+
+    def has_event(self, name: str) -> bool:
+        """Whether an event of that name was recorded, by this process or before: what is said once is not repeated."""
+        return name in self._events
 
     def flush(self) -> None:
         """Have everything that was written on the disk, so that no crash loses it."""
@@ -122,9 +130,11 @@ class Records:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(RunDirectory(self.path.parent).tensorboard)) from None
 
-    def _remember(self, kind: str, step: int) -> None:
-        if kind != "train":
-            self._written.add((kind, step))
+    def _remember(self, record: dict[str, Any]) -> None:
+        if record["kind"] != "train":
+            self._written.add((record["kind"], record["step"]))
+        if record["kind"] == "event":
+            self._events.add(record.get("event"))
 
     def _append(self, line: bytes) -> None:
         size = os.fstat(self._descriptor).st_size
@@ -136,7 +146,7 @@ class Records:
     def _cut_back(self, step: int) -> None:
         kept = lines_until(self.path, step)
         for record in map(_parse, kept.split(b"\n")[:-1]):
-            self._remember(record["kind"], record["step"])
+            self._remember(record)
         if kept != self.path.read_bytes():
             write_bytes_atomic(self.path, kept)
 

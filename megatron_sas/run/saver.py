@@ -85,13 +85,13 @@ class Saver:
         section: CheckpointSection,
         engine: TrainingState,
         describe: Callable[[Path, int, dict[str, Any]], None],
-        write_model: Callable[[Path, dict[str, Tensor]], None],
+        write_model: Callable[[Path, int, dict[str, Tensor]], None],
     ) -> None:
         """Write to `run` what `engine` holds.
 
         Args:
             describe: writes into a directory what a checkpoint has beside tensors, given the step and the counters.
-            write_model: writes into a directory a model for other programs, given its weights by name.
+            write_model: writes into a directory a model for other programs, given the step and its weights by name.
         """
         self.run, self.section, self.engine = run, section, engine
         self._describe, self._write_model = describe, write_model
@@ -103,8 +103,7 @@ class Saver:
         self._unpublished: int | None = None  # step of a checkpoint that is being written
         self._writing: Future | None = None
         self._publishing: Future | None = None  # rank 0
-        if distributed.is_main():
-            remove_leftovers(run)
+        self.removed = remove_leftovers(run) if distributed.is_main() else []
 
     def begin(self, step: int, state: dict[str, Any], *, checkpoint: bool, snapshot: Path | None) -> None:
         """Gather what is to be saved and start writing it. A collective.
@@ -120,7 +119,7 @@ class Saver:
         if snapshot is not None:
             self._where = snapshot / step_name(step)
             if distributed.is_main():
-                jobs.append(partial(self._write_snapshot, self._where, share.weights))
+                jobs.append(partial(self._write_snapshot, self._where, step, share.weights))
         if checkpoint:
             directory = self._partial(step)
             self._where = self.run.checkpoint(step)
@@ -185,9 +184,9 @@ class Saver:
         if self.section.kept is not None:
             remove_old_checkpoints(self.run, step, self.section.kept, self.section.keep_every)
 
-    def _write_snapshot(self, path: Path, weights: dict[str, Tensor]) -> None:
+    def _write_snapshot(self, path: Path, step: int, weights: dict[str, Tensor]) -> None:
         with atomic_directory(path, overwrite=True) as directory:
-            self._write_model(directory, weights)
+            self._write_model(directory, step, weights)
 
     def _together(self, work: Future | None) -> None:
         """Wait for `work` on all ranks, and raise on all if it failed on any."""

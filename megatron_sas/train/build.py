@@ -20,11 +20,12 @@ from megatron_sas.core import distributed
 from megatron_sas.core.cli import CommonError, InputError
 from megatron_sas.core.directory_lock import DirectoryLock
 from megatron_sas.core.files import write_text_atomic
+from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.data.mixture import MixedData, open_training_data
 from megatron_sas.data.mlm_dataset import MLMDataset
 from megatron_sas.data.overlap import refuse_overlap
-from megatron_sas.data.packed import PackedData
-from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
+from megatron_sas.data.packed import PackedData, TokenizerIdentity
+from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_digest, tokenizer_identity
 from megatron_sas.evaluation.live import LiveEvaluation
 from megatron_sas.export.hf import write_hf
 from megatron_sas.launch.kernel_cache import build_attention_kernels, check_attention_backend
@@ -32,7 +33,7 @@ from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
 from megatron_sas.run.checkpoint import load_moments, newest_checkpoint, read_state, write_description
 from megatron_sas.run.directory import CONFIG, RunDirectory
-from megatron_sas.run.reading import architecture_differences, load_state, read_model
+from megatron_sas.run.reading import architecture_differences, load_state, read_model, read_tokenizer
 from megatron_sas.run.records import read_records
 from megatron_sas.run.saver import Saver
 from megatron_sas.run.throughput import Throughput, flops_per_token, peak_flops
@@ -54,6 +55,7 @@ class Parts:
     """What a run is made of, before DeepSpeed."""
 
     tokenizer: PreTrainedTokenizerBase
+    identity: TokenizerIdentity  # the tokenizer's
     dataset: MLMDataset
     bert: Bert
     evaluation: LiveEvaluation
@@ -117,7 +119,9 @@ def build_parts(config: Config, say: Callable[[str], None], lock: DirectoryLock 
     sets = len(config.terms())
     agreed(lambda: check_attention_backend(parts.bert.config, seq_length, dtype, device, sets))
     if device.type == "cuda":
-        build_attention_kernels(parts.bert.config, config.train.micro_batch_size, seq_length, dtype, device)
+        size = config.train.micro_batch_size
+        # It communicates, but every rank meets its one barrier whatever fails.
+        agreed(lambda: build_attention_kernels(parts.bert.config, size, seq_length, dtype, device))
     if lock is not None:  # last, so that a run which is refused leaves no directory behind
         agreed(lambda: _begin(config, checkpoint, branch, lock) if distributed.is_main() else None)
     return parts
@@ -165,12 +169,12 @@ def _refuse_lost_checkpoints(run: RunDirectory) -> None:
     saved = (step for step in range(first, last + 1) if old.checkpoint.due(step, last) and step not in skipped)
     second = next(islice(saved, 1, None), last)
     # A branch's own start comes last. The second save begins an interval later, after an update that may take long.
-    started = max((record["time"] for record in records if record.get("event") == "start"), default=math.inf)
+    started = max((r.get("time", math.inf) for r in records if r.get("event") == "start"), default=math.inf)
     surely_saved = started + 2 * (old.checkpoint.seconds or math.inf)
     for record in records:
         step, event = record["step"], record.get("event")
         later = event in ("start", "stopped", "finished") and step > began and step not in skipped
-        by_clock = record["kind"] == "train" and step not in skipped and record["time"] > surely_saved
+        by_clock = record["kind"] == "train" and step not in skipped and record.get("time", 0.0) > surely_saved
         if step > second or later or by_clock:
             raise InputError(
                 f"{run.checkpoints}: holds no checkpoint, but the run's records reach update "
@@ -219,11 +223,12 @@ def _build(config: Config, checkpoint: Path | None) -> Parts:
     packed = open_training_data(data.parts(), data.heads)
     tokenizer_path = data.tokenizer or packed.tokenizer.path
     tokenizer = load_tokenizer(tokenizer_path)
-    check_tokenizer(tokenizer, tokenizer_path, packed)
+    identity = tokenizer_identity(tokenizer)
+    check_tokenizer(identity, tokenizer_path, packed)
     validation = None
     if data.validation is not None:
         validation = PackedData(data.validation)
-        check_tokenizer(tokenizer, tokenizer_path, validation)
+        check_tokenizer(identity, tokenizer_path, validation)
     if checkpoint is None:  # a run goes on with the data that it began with
         refuse_overlap(packed.parts, validation)
     for name, part in (("train", packed), ("validation", validation)):
@@ -256,16 +261,17 @@ def _build(config: Config, checkpoint: Path | None) -> Parts:
         terms=config.terms(packed.tokenizer.special_ids),
         mask_prob=data.mask_prob,
     )
-    return Parts(tokenizer, dataset, bert, evaluation, checkpoint, state)
+    return Parts(tokenizer, identity, dataset, bert, evaluation, checkpoint, state)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str, packed: PackedData | MixedData) -> None:
+def check_tokenizer(identity: TokenizerIdentity, path: str, packed: PackedData | MixedData) -> None:
     """Refuse a tokenizer other than the one that made the data (`InputError`)."""
-    if tokenizer_hash(tokenizer) != packed.tokenizer.hash:
-        raise InputError(
-            f"{path}: is not the tokenizer that made {packed.prefix} (hashes differ); set data.tokenizer to that one "
-            "or preprocess again"
-        )
+    for part in packed.parts:
+        if not identity.matches(part.tokenizer.identity):
+            raise InputError(
+                f"{path}: is not the tokenizer that made {part.prefix} (hashes differ); set data.tokenizer to that one "
+                "or preprocess again"
+            )
 
 
 def data_facts(packed: PackedData | MixedData, validation: PackedData | None) -> dict[str, Any]:
@@ -317,9 +323,9 @@ def make_saver(config: Config, engine: Engine, parts: Parts) -> Saver:
     bert_config, tokenizer = parts.bert.config, parts.tokenizer
     describe = partial(write_description, bert_config=bert_config, tokenizer=tokenizer, config_yaml=config.to_yaml())
 
-    def write_model(directory: Path, weights: dict[str, Tensor]) -> None:
+    def write_model(directory: Path, step: int, weights: dict[str, Tensor]) -> None:
         # A copy, since writing a tokenizer for other programs changes it.
-        write_hf(directory, bert_config, weights, copy.deepcopy(tokenizer), config.snapshots.dtype)
+        write_hf(directory, bert_config, weights, copy.deepcopy(tokenizer), config.snapshots.dtype, step)
 
     return Saver(RunDirectory(Path(config.run.output_dir)), config.checkpoint, engine, describe, write_model)
 
@@ -333,12 +339,18 @@ def introduction(config: Config, parts: Parts, engine: Engine) -> tuple[dict[str
     attention, compiled = engine.attention_backend(packed.seq_length), train.compiles(device.type)
     facts = {"world_size": world_size, "device": name, "parameters": parameters}
     facts |= {"attention": attention, "compiled": compiled}
+    if unknown := parts.evaluation.unknown():
+        facts["unknown"] = {name: counted.record() for name, counted in unknown.items()}
     line = (
         f"megatron_sas {__version__}: {parameters:,} parameters, {packed.num_sequences:,} sequences of "
         f"{packed.seq_length}, {world_size} × {name}, ZeRO-{train.zero_stage}, {train.precision}, attention by "
         f"{attention}{', compiled' if compiled else ''}, "
         f"batch {train.global_batch_size} = {world_size} × {train.micro_batch_size} × {parts.dataset.accumulation}"
     )
+    treebank = parts.evaluation.treebank
+    if treebank is not None and treebank.num_blanked:
+        facts["treebank_sentences_blanked"] = treebank.num_blanked
+        line += f"\nevaluation.treebank: {blanked_note(treebank.num_blanked)}"
     return facts, line
 
 
@@ -384,6 +396,11 @@ def _load_matching(bert: Bert, source: Path, where: str, tokenizer: PreTrainedTo
         raise InputError(
             f"{where} {', '.join(differences)} as configured; change the section model, the data or the weights"
         )
-    if load_tokenizer(tokenizer_path).get_vocab() != tokenizer.get_vocab():
+    own = read_tokenizer(tokenizer_path)
+    if own.get_vocab() != tokenizer.get_vocab():
         raise InputError(f"{where} a tokenizer with other entries than the data's; preprocess the data with {source}")
+    if tokenizer_digest(own) != tokenizer_digest(tokenizer):
+        raise InputError(
+            f"{where} a tokenizer that cuts texts in another way than the data's; preprocess the data with {source}"
+        )
     load_state(bert, state, where=str(source))

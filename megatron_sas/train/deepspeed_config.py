@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +141,7 @@ def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:
         train_batch_size=train.global_batch_size,
         train_micro_batch_size_per_gpu=train.micro_batch_size,
         gradient_accumulation_steps=train.global_batch_size // per_round,
-        # Stage 0 clips in `Engine`, because DeepSpeed does not tell the norm there.
+        # Without this key DeepSpeed clips at 1.0. Stage 0 clips in `Engine`: DeepSpeed does not give the norm there.
         gradient_clipping=train.grad_clip if train.zero_stage > 0 else 0.0,
         # Otherwise stage 1 adds the bf16 gradients of earlier micro-batches again at each later one (0.19.8).
         # `Engine` skips updates that are not finite, without the host's waiting for the device as this check does.
@@ -166,7 +168,10 @@ def _faults(section: dict[str, Any], prefix: str, path: str) -> list[str]:
         elif (key, value) == ("device", "nvme"):  # AdamW's state, swapped out, could be neither created nor saved
             faults.append(f"{name} to nvme (checkpoints need everything in memory; choose cpu)")
         elif key not in ALLOWED[prefix]:
-            unknown.append(name)
+            if meant := _meant(key, prefix):
+                faults.append(f"{name} (did you mean {meant}?)")
+            else:
+                unknown.append(name)
         elif not ALLOWED[prefix][key][1](value):
             raise InputError(f"{path}: {name} must be {ALLOWED[prefix][key][0]}, not {json.dumps(value)}")
         elif isinstance(value, dict):
@@ -176,9 +181,26 @@ def _faults(section: dict[str, Any], prefix: str, path: str) -> list[str]:
     return faults
 
 
+def _meant(key: str, prefix: str) -> str | None:
+    """The name that an unknown key of the object at `prefix` misspells, or has in another object; None: neither.
+
+    DeepSpeed 0.19.8 ignores such keys at the top level.
+    """
+    known = [outer + inner for outer, keys in ALLOWED.items() for inner in keys] + [*OWNED, *FIXED]
+    here = {name.removeprefix(prefix) for name in known if name.startswith(prefix)}
+    close = [prefix + other for other in difflib.get_close_matches(key, here, n=1, cutoff=0.8)]
+    elsewhere = [name for name in known if name.rpartition(".")[2] == key]
+    return next(iter(close + elsewhere), None)
+
+
 def _read_json(path: str) -> dict[str, Any]:
+    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if twice := sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1):
+            raise InputError(f"{path}: sets {', '.join(twice)} twice in one object; keep one")
+        return dict(pairs)
+
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=object_of)
     except FileNotFoundError:
         raise InputError(f"train.deepspeed_config: {path}: no such file") from None
     except ValueError as error:

@@ -16,12 +16,13 @@ import torch
 from megatron_sas.config import Config, load_config
 from megatron_sas.core import distributed
 from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.data.mixture import MixedData, open_training_data
 from megatron_sas.data.overlap import refuse_overlap
 from megatron_sas.data.packed import PackedData
-from megatron_sas.data.tokenizer import load_tokenizer
+from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_identity
 from megatron_sas.evaluation.minimal_pairs import load_blimp
-from megatron_sas.evaluation.treebank import load_treebank
+from megatron_sas.evaluation.treebank import Treebank, load_treebank
 from megatron_sas.launch.environment import (
     collective_timeout,
     initialize_distributed,
@@ -90,7 +91,7 @@ def _check_configured(config: Config, report: Report) -> None:
     if packed is not None and begins:
         report.check("overlap", lambda: refuse_overlap(packed.parts, validation), lambda _: "none by the headers")
     if section.treebank is not None:
-        report.check("treebank", lambda: load_treebank(section.treebank), lambda found: f"{len(found)} sentences")
+        report.check("treebank", lambda: load_treebank(section.treebank), _describe_treebank)
     if section.blimp is not None:
         report.check("minimal pairs", lambda: load_blimp(section.blimp), lambda found: f"{len(found)} sets")
     report.check("output directory", lambda: check_output_directory(Path(config.run.output_dir)))
@@ -105,6 +106,10 @@ def _check_configured(config: Config, report: Report) -> None:
             report.check("memory per device (estimate)", lambda: check_memory(estimate))
 
 
+def _describe_treebank(treebank: Treebank) -> str:
+    return "; ".join(filter(None, (f"{len(treebank)} sentences", blanked_note(treebank.num_blanked))))
+
+
 def _open_data(
     config: Config, parts: list[tuple[str, float | None]], heads: str | None, report: Report
 ) -> PackedData | MixedData:
@@ -112,7 +117,7 @@ def _open_data(
     if report.rank == 0:
         packed.verify()  # which training leaves out: it reads everything
     path = config.data.tokenizer or packed.tokenizer.path
-    check_tokenizer(load_tokenizer(path), path, packed)
+    check_tokenizer(tokenizer_identity(load_tokenizer(path)), path, packed)
     if packed.seq_length > config.model.max_position_embeddings:
         raise InputError(
             f"{packed.prefix}: sequences of {packed.seq_length} tokens are longer than model.max_position_embeddings "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ import torch
 from megatron_sas import __version__
 from megatron_sas.config import Config
 from megatron_sas.core import distributed
-from megatron_sas.core.cli import progress
+from megatron_sas.core.cli import listed, progress
 from megatron_sas.core.directory_lock import DirectoryLock
 from megatron_sas.data.mixture import stream_samples
 from megatron_sas.data.mlm_dataset import PrefetchLoader, Window
-from megatron_sas.evaluation.live import evaluation_stride
+from megatron_sas.evaluation.blimp_labels import MANY_TIES
+from megatron_sas.evaluation.live import collapsed_attention, evaluation_stride
 from megatron_sas.launch.environment import (
     initialize_distributed,
     other_threads,
@@ -30,6 +32,7 @@ from megatron_sas.launch.watchdog import Watchdog
 from megatron_sas.objective.pretraining import MaskedLMWithTerms
 from megatron_sas.objective.terms import weights
 from megatron_sas.run.directory import RunDirectory
+from megatron_sas.run.leftovers import leftovers
 from megatron_sas.run.nvml import GpuMonitor
 from megatron_sas.run.records import Records
 from megatron_sas.run.signals import StopRequest, mark_for_requeue
@@ -42,6 +45,8 @@ from megatron_sas.train.step import Engine
 from megatron_sas.train.step_log import PendingUpdate, describe, read_pending
 
 VERSIONS = {"megatron_sas": __version__} | {name: version(name) for name in ("torch", "deepspeed", "transformers")}
+
+COLLAPSE = "attention_collapsed"  # the event of a warning that a run gives once
 
 
 class _Stopped(Exception):
@@ -87,6 +92,7 @@ class Trainer:
             if line := other_threads(parts.state.get("threads"), self.threads):
                 self.say(line)
         self.saver = make_saver(config, self.engine, parts)
+        self._say_what_was_left()
         self.watchdog = Watchdog(config.run.timeout_minutes)
         self.last_step = config.train.steps
         self.saved_at = time.monotonic()  # when the newest checkpoint was begun, or this start of the run
@@ -121,6 +127,13 @@ class Trainer:
             own_step = parts.start_step if parts.checkpoint is not None and parts.branch is None else -1
             self.watch = Watch(config, own_step, self.records, self.saver, self.say)
 
+    def _say_what_was_left(self) -> None:
+        """By an earlier start that was killed; the saver has removed what was half-written."""
+        for line in leftovers(self.lock):
+            self.say(line)
+        if removed := self.saver.removed:
+            self.say(f"removed what was half-written: {listed([str(p.relative_to(self.run_dir)) for p in removed])}")
+
     def say(self, line: str) -> None:
         """Print a line on rank 0, above the progress bar if there is one."""
         if distributed.is_main():
@@ -143,6 +156,9 @@ class Trainer:
         facts, line = introduction(self.config, self.parts, self.engine)
         self._event(start, event="start", versions=VERSIONS, threads=self.threads, **facts)
         self.say(line)
+        for name, unknown in self.parts.evaluation.unknown().items():
+            if unknown.is_high:
+                self.say(unknown.line(name))
         quiet = not distributed.is_main() or not sys.stderr.isatty()
         with contextlib.closing(self.lock), self.watchdog:
             self.stopping = start < self.last_step and self._anyone_asked_to_stop()  # while the run was being built
@@ -181,6 +197,7 @@ class Trainer:
             line = f"stopped after {step} updates ({reasons[0]}); start the same command again to continue"
         if self.records is not None:
             self.records.close()
+        self.lock.release()
         self.say(line)
 
     def _update(self, window: Window) -> int:
@@ -290,6 +307,7 @@ class Trainer:
                 "thinning": {"seconds": self.evaluation_seconds, "skipped": self.skipped_evaluations},
                 "versions": VERSIONS,
                 "threads": self.threads,
+                "tokenizer": asdict(self.parts.identity),
                 "data": data_facts(self.dataset.packed, self.parts.evaluation.validation),
                 "lineage": self.parts.state.get("lineage", []),
             }
@@ -337,9 +355,29 @@ class Trainer:
         self._record("evaluation", step, values)
         names = {"validation_mlm_loss": "validation mlm", "uas": "uas", "blimp": "blimp"}
         shown = "  ".join(f"{label} {values[name]:.4f}" for name, label in names.items() if name in values)
+        num_pairs = sum(row["num_pairs"] for row in values.get("blimp_sets", {}).values())
+        if values.get("blimp_ties", 0) > MANY_TIES * num_pairs:
+            shown += f" (warning: {values['blimp_ties']} ties count as wrong)"
         if shown:
             width, seconds = len(str(self.last_step)), values["seconds"]
             self.say(f"step {step:>{width}}/{self.last_step}  evaluation: {shown}  ({seconds:.1f} s)")
+        self._warn_of_collapse(step, values)
+
+    def _warn_of_collapse(self, step: int, values: dict[str, Any]) -> None:
+        """Say once in a run, and record, that the regularizer takes attention away from nearly everything."""
+        active = {name: weight for name, weight in weights(self.terms, step - 1).items() if weight} if step else {}
+        attention = collapsed_attention(values)
+        if self.records is None or not active or attention is None or self.records.has_event(COLLAPSE):
+            return
+        under = ", ".join(f"{name} λ = {weight:g}" for name, weight in active.items())  # of the last update
+        entropy, largest = attention["entropy"]["mean"], attention["uniform_entropy"]
+        special = attention["to_cls"]["mean"] + attention["to_sep"]["mean"]
+        self._event(step, event=COLLAPSE, entropy=entropy, to_special=special, heads=attention["collapsed_heads"])
+        self.say(
+            f"step {step}: warning: attention has collapsed under {under}: its entropy is {entropy:.2f} of at "
+            f"most {largest:.2f} nats, and {special:.0%} of it goes to [CLS] and [SEP], so more is suppressed than "
+            "syntax; try a smaller λ"
+        )
 
     def _event(self, step: int, **values: Any) -> None:
         self._record("event", step, values)

@@ -12,12 +12,12 @@ import torch
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import sha256_file
 from megatron_sas.data.packed import PackedData
-from megatron_sas.data.tokenizer import tokenizer_hash
+from megatron_sas.data.tokenizer import tokenizer_digest, tokenizer_hash
 from megatron_sas.evaluation.batching import deal
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
 from megatron_sas.evaluation.minimal_pairs import BlimpTask, load_blimp, sha256_folder
-from megatron_sas.evaluation.observers import EntropyObserver, SasObserver, share_pass
-from megatron_sas.evaluation.text import TextBatch, open_packed_text, packed_text
+from megatron_sas.evaluation.observers import AttentionStatistics, SasObserver, share_pass
+from megatron_sas.evaluation.text import TextBatch, open_packed_text, packed_text, unknown_in
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask, UasObserver, observe_treebank, summarize
 from megatron_sas.evaluation.validation import evaluate_validation
@@ -57,20 +57,21 @@ class TrajectoryTask:
 
     def __init__(self, inputs: Inputs, config: BertConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.inputs = inputs
-        self.shape = _shape(config, tokenizer)
+        self.shape, self.digest = _shape(config, tokenizer), tokenizer_digest(tokenizer)
         max_length = config.max_position_embeddings
         self.treebank: TreebankTask | None = None
         self.blimp: BlimpTask | None = None
         self.text: PackedData | None = None
         if inputs.treebank is not None:
-            sentences = load_treebank(inputs.treebank)[: inputs.treebank_sentences]
+            sentences = load_treebank(inputs.treebank, inputs.treebank_sentences)
             self.treebank = TreebankTask(sentences, tokenizer, max_length)
         if inputs.blimp is not None:
             pairs = load_blimp(inputs.blimp)
             self.blimp = BlimpTask(pairs, tokenizer, inputs.blimp_metric, inputs.pairs_per_set, max_length)
         if inputs.text is not None:
-            self.text = open_packed_text(inputs.text, self.shape["tokenizer"], max_length)
+            self.text = open_packed_text(inputs.text, tokenizer, max_length)
             self.num_texts = min(inputs.text_sequences, self.text.num_sequences)
+            self.unknown_text = unknown_in(self.text, self.num_texts)
 
     def settings(self) -> dict[str, Any]:
         """What decides the measurements, as JSON values; checksums rather than paths identify inputs."""
@@ -93,7 +94,10 @@ class TrajectoryTask:
         """A model of the trajectory. Raises `InputError` when it cannot be read or is of another kind."""
         model, tokenizer = load_model(path, device)
         shape = _shape(model.config, tokenizer)
-        if different := sorted(name for name in shape if shape[name] != self.shape[name]):
+        different = sorted(name for name in shape if shape[name] != self.shape[name])
+        if not different and tokenizer_digest(tokenizer) != self.digest:
+            different = ["what the tokenizer does"]
+        if different:
             raise InputError(f"{path}: differs from the other models in {', '.join(different)}; measure it elsewhere")
         return model
 
@@ -115,10 +119,11 @@ class TrajectoryTask:
         return values, Items(uas_items, blimp_items)
 
     def _measure_treebank(self, model: Bert, task: TreebankTask) -> tuple[dict[str, Any], UasItems]:
-        entropy, sas, uas = EntropyObserver(), SasObserver(), UasObserver(task, keep_edges=True)
-        observe_treebank(model, task, deal(task.batches(self.inputs.batch_tokens)), [entropy, sas, uas])
+        statistics, sas, uas = task.attention_statistics(), SasObserver(), UasObserver(task, keep_edges=True)
+        batches = deal(task.batches(self.inputs.batch_tokens))
+        observe_treebank(model, task, batches, [sas, uas], statistics=statistics)
         values = {"uas": summarize(task, uas.counts().cpu().numpy())}
-        values |= {"attention_entropy": entropy.result(), "sas": sas.result()}
+        values |= {**_attention_values(statistics), "sas": sas.result()}
         return values, UasItems(task.edge_list(), uas.edges())
 
     def _measure_blimp(self, model: Bert, task: BlimpTask) -> tuple[dict[str, Any], BlimpItems]:
@@ -131,24 +136,28 @@ class TrajectoryTask:
         """Unmasked text for complexity, SAS on the data's own edges, and entropy if no treebank gives it; then the loss
         on masked text."""
         sizes = {"num_sequences": self.num_texts, "batch_tokens": self.inputs.batch_tokens}
-        sas, entropy = SasObserver(), EntropyObserver()
+        sas, statistics = SasObserver(), None
+        if self.treebank is None:
+            statistics = AttentionStatistics(packed.tokenizer.cls_id, packed.tokenizer.sep_id)
 
         def run(model: Bert, batch: TextBatch) -> BertOutput:
-            if self.treebank is None:
-                output = share_pass(model, batch, [entropy], heads=batch.heads)
-            else:
-                output = model(batch.input_ids, heads=batch.heads)
+            output = share_pass(model, batch, statistics=statistics, heads=batch.heads)
             sas.add_output(batch.heads, output.to_head, output.to_dependent)
             return output
 
         vectors = cls_vectors(model, packed_text(packed, **sizes), self.num_texts, run=run)
-        values: dict[str, Any] = {"intrinsic_dimension": intrinsic_dimension(vectors)}
-        if self.treebank is None:
-            values["attention_entropy"] = entropy.result()
+        values: dict[str, Any] = {"intrinsic_dimension": intrinsic_dimension(vectors, packed.tokens[: self.num_texts])}
+        values["text_unknown"] = self.unknown_text.record()
+        if statistics is not None:
+            values |= _attention_values(statistics)
         if (along := sas.result()) is not None:
             values["text_sas"] = along
         loss = evaluate_validation(model, packed, {}, mask_prob=MASK_PROB, **sizes)
         return {**values, "mlm_loss": loss["validation_mlm_loss"]}
+
+
+def _attention_values(statistics: AttentionStatistics) -> dict[str, Any]:
+    return {f"attention_{name}": value for name, value in statistics.result().items()}
 
 
 def _shape(config: BertConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

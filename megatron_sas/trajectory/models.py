@@ -3,40 +3,48 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.run.directory import RunDirectory, is_model, steps_in
+from megatron_sas.run.reading import model_step
+from megatron_sas.trajectory.step_names import REMEDY, last_number, step_by_pattern, steps_of_names
 
-_NUMBER = re.compile(r"(?<!\d)(?<!\d[.,])(\d+(?:[.,]\d+)*)([kKmM]?)(?![a-zA-Z0-9]|[.,]\d)")
-_GROUPED = re.compile(r"\d{1,3}(\.\d{3})+")  # 1.000 may be one or a thousand
-_FACTORS = {"": 1, "k": 1_000, "m": 1_000_000}
+STEP_PATTERN_HELP = (
+    "regular expression whose group is the step in the names of a folder's models, e.g. 'step_([0-9]+k?)'; k, M and B "
+    "stand for thousand, million and billion (default: what the models record, or the number in which names differ)"
+)
 
 
-def list_models(path: str | Path) -> list[tuple[int, Path]]:
+def list_models(
+    path: str | Path, step_pattern: str | None = None, report: Callable[[str], None] = lambda line: None
+) -> list[tuple[int, Path]]:
     """(step, directory) of every model of a run or in a folder, by rising step.
 
     Args:
         path: a run directory: its snapshots and checkpoints and, if it is a branch (lineage.json), those of its
             ancestors up to the branch; where a step has both, the snapshot. Or a folder of model directories
-            (Hugging Face or checkpoints): the step is the last number in the name, with k and M as thousand and
-            million (`seed_0-step_20k` is 20000, `step_1.5M` 1500000), or the place in the order of names if one of them
-            has no number. Or one model: its step is such a number in its name, else 0.
+            (Hugging Face or checkpoints): the step is what the models record, if all do, or what their names say
+            (`steps_of_names`), with k, M and B as thousand, million and billion (`seed_0-step_20k` is 20000). Or one
+            model: its step is what it records, or the last number in its name, else 0.
+        step_pattern: a regular expression whose group is the step in a name of a folder; goes before all else.
+        report: gets a line about steps that had to be guessed or moved.
 
     Raises:
-        InputError: there are no models, two have the same number or one has a number that is no step (`1e5`, `1,000`,
-            `1.5`), or the parent of a branched run is not there.
+        InputError: there are no models, two have the same step, names leave the order open, the pattern does not fit,
+            or the parent of a branched run is not there.
     """
     path = Path(path)
+    pattern = None if step_pattern is None else _compile(step_pattern)
     if not path.is_dir():
         raise InputError(f"{path}: no such directory; give a run, or a folder of models")
     if is_model(path):
-        try:
-            return [(_last_number(path) or 0, path)]
-        except InputError:  # a single model needs no place among others
-            return [(0, path)]
-    models = _models_of_run(path) if RunDirectory(path).is_run() else _models_in_folder(path)
+        return [(_step_of_one(path, pattern), path)]
+    is_run = RunDirectory(path).is_run()
+    if is_run and pattern is not None:
+        raise InputError(f"--step-pattern: {path} is a run, whose steps are known; leave it out")
+    models = _models_of_run(path) if is_run else _models_in_folder(path, pattern, report)
     if not models:
         raise InputError(f"{path}: no models in it; give a run with snapshots or checkpoints, or a folder of models")
     return sorted(models.items())
@@ -63,32 +71,60 @@ def _models_of_run(path: Path) -> dict[int, Path]:
     return models
 
 
-def _models_in_folder(folder: Path) -> dict[int, Path]:
+def _models_in_folder(folder: Path, pattern: re.Pattern[str] | None, report: Callable[[str], None]) -> dict[int, Path]:
     directories = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and is_model(path))
-    if not all(_NUMBER.search(directory.name) for directory in directories):
-        return dict(enumerate(directories))
+    names = [directory.name for directory in directories]
+    recorded = [_recorded_step(directory) for directory in directories]
+    if not names:
+        return {}
+    if pattern is not None:
+        steps = [step_by_pattern(name, pattern, f"{folder}/{name}") for name in names]
+    elif None not in recorded:
+        steps = recorded
+    else:
+        steps = steps_of_names(names, str(folder), report)
+        for name, step, known in zip(names, steps, recorded, strict=True):
+            if known not in (None, step):
+                raise InputError(
+                    f"{folder}: {name} records step {known}, but would count as {step} by its name; {REMEDY}"
+                )
     models: dict[int, Path] = {}
-    for directory in directories:
-        number = _last_number(directory)
-        if number in models:
-            raise InputError(
-                f"{folder}: {models[number].name} and {directory.name} are both number {number}; "
-                "put the models of each series into a folder of their own"
-            )
-        models[number] = directory
+    for step, directory in zip(steps, directories, strict=True):
+        if step in models:
+            raise InputError(f"{folder}: {models[step].name} and {directory.name} are both number {step}; {REMEDY}")
+        models[step] = directory
     return models
 
 
-def _last_number(path: Path) -> int | None:
-    found = list(_NUMBER.finditer(path.name))
-    if not found:
+def _recorded_step(path: Path) -> int | None:
+    """The step that a model records; None also for one that cannot be read, as loading it will say."""
+    try:
+        return model_step(path)
+    except (InputError, OSError):
         return None
-    digits, unit = found[-1].groups()
-    exponent = re.search(r"\d[eE][+-]?$", path.name[: found[-1].start()])
-    if exponent is None and re.fullmatch(r"\d+(\.\d+)?", digits) and (unit or not _GROUPED.fullmatch(digits)):
-        number = Decimal(digits) * _FACTORS[unit.lower()]
-        if number == int(number):
-            return int(number)
-    raise InputError(
-        f"{path}: the last number in its name is no step that can be read for sure; write it as in 1500, 20k or 1.5M"
-    )
+
+
+def _step_of_one(path: Path, pattern: re.Pattern[str] | None) -> int:
+    """The step of a single model, which needs no place among others: 0 if it is not known."""
+    if pattern is not None:
+        return step_by_pattern(path.name, pattern, str(path))
+    recorded = _recorded_step(path)
+    if recorded is not None:
+        return recorded
+    try:
+        return last_number(path.name, str(path)) or 0
+    except InputError:
+        return 0
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"--step-pattern: {pattern!r} is no regular expression ({error}); correct it") from None
+    if compiled.groups != 1 and "step" not in compiled.groupindex:
+        raise InputError(
+            f"--step-pattern: {pattern!r} has {compiled.groups} groups; put the step into the only one, as in "
+            r"'step_(\d+)', or name its group: (?P<step>…)"
+        )
+    return compiled

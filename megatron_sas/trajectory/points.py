@@ -22,6 +22,7 @@ import numpy as np
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.directory_lock import LOCK, DirectoryLock
 from megatron_sas.core.files import atomic_directory, finite, remove, write_json_atomic, write_text_atomic
+from megatron_sas.evaluation.blimp_labels import renew_result
 
 TRAJECTORY = "trajectory"
 """Where in a run's directory the measurements of its models go, unless they are wanted elsewhere."""
@@ -115,11 +116,16 @@ def write_point(directory: str | Path, step: int, values: dict[str, Any], items:
 
 
 def read_point(directory: str | Path, step: int) -> dict[str, Any]:
-    """The numbers of one point. Raises `InputError` when they are not there or damaged."""
+    """The numbers of one point, BLiMP's with its four fields even if the point is old.
+
+    Raises `InputError` when it is not there or damaged.
+    """
     path = point_directory(directory, step) / POINT
     value = _read_object(path)
     if value.get("step") != step:
         raise InputError(f"{path}: is of step {value.get('step')!r}; remove the directory and measure again")
+    if isinstance(blimp := value.get("blimp"), dict):
+        value["blimp"] = renew_result(blimp)
     return value
 
 
@@ -133,12 +139,15 @@ def is_whole(directory: str | Path, step: int) -> bool:
     return True
 
 
+def point_steps(directory: str | Path) -> list[int]:
+    """The steps of all points, damaged ones too, rising."""
+    names = [path.name for path in (Path(directory) / POINTS).glob("step_*")]
+    return sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))
+
+
 def read_points(directory: str | Path) -> list[dict[str, Any]]:
     """The numbers of all points, by rising step. Raises `InputError` when one is damaged."""
-    steps = [
-        int(match[1]) for path in (Path(directory) / POINTS).glob("step_*") if (match := _STEP.fullmatch(path.name))
-    ]
-    return [read_point(directory, step) for step in sorted(steps)]
+    return [read_point(directory, step) for step in point_steps(directory)]
 
 
 def read_items(directory: str | Path, step: int) -> Items:

@@ -17,10 +17,11 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.core.device import choose_device
 from megatron_sas.core.processes import end_with_parent
 from megatron_sas.corpus.readers.text_lines import OnError
+from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.evaluation.provenance import weights_sha256
 from megatron_sas.run.reading import load_model
 from megatron_sas.trajectory.measure import Inputs, TrajectoryTask
-from megatron_sas.trajectory.points import is_whole, read_point, write_point, writing
+from megatron_sas.trajectory.points import is_whole, point_steps, read_point, write_point, writing
 from megatron_sas.trajectory.summary import write_summary
 
 Model = tuple[int, Path]
@@ -66,8 +67,11 @@ def measure_models(
 
     reference = _first_readable(models, leave_out)
     task = _make_task(inputs, reference)
+    if task.treebank is not None and task.treebank.num_blanked:
+        report(f"{inputs.treebank}: {blanked_note(task.treebank.num_blanked)}")
     settings = {"source": os.path.relpath(source.resolve(), output.resolve()), **task.settings()}
     with writing(output, settings):
+        _refuse_moved(models, output)
         waiting = []
         for step, path in models:
             if step in bad or _is_measured(output, step, path):
@@ -119,6 +123,23 @@ def _measure(task: TrajectoryTask, step: int, path: Path, output: Path, device: 
         ) from None
     write_point(output, step, {**source, **values}, items)
     return None
+
+
+def _refuse_moved(models: Sequence[Model], output: Path) -> None:
+    """Refuse models that have points at other steps: their names were read in another way, or others follow now.
+
+    Raises:
+        InputError: there is such a model; its old point would stand beside the new one.
+    """
+    steps = {str(path.resolve()): step for step, path in models}
+    for old in point_steps(output):
+        with contextlib.suppress(InputError):  # a damaged point is measured again
+            path = read_point(output, old).get("model")
+            if (new := steps.get(path, old)) != old:
+                break
+    else:
+        return
+    raise InputError(f"{output}: has {path} as step {old}, which is step {new} now; choose another --output")
 
 
 def _is_measured(output: Path, step: int, path: Path) -> bool:

@@ -11,12 +11,12 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.build.align import Parse
 from megatron_sas.corpus.parsers.base import RelationNames, describe_parser, make_parser
 from megatron_sas.corpus.readers.sources import Reading, read_units
-from megatron_sas.evaluation.treebank import Sentence, load_treebank
+from megatron_sas.evaluation.treebank import Sentence, Treebank, load_treebank
 
 TREEBANK_SUFFIXES = (".conllu", ".jsonl", ".json")
 
 
-def load_sentences(path: str | Path, parser: str | None) -> list[Sentence]:
+def load_sentences(path: str | Path, parser: str | None) -> Treebank:
     """The sentences of a file, with trees.
 
     Args:
@@ -38,7 +38,7 @@ def load_sentences(path: str | Path, parser: str | None) -> list[Sentence]:
     return parse_text(path, parser)
 
 
-def parse_text(path: Path, parser: str) -> list[Sentence]:
+def parse_text(path: Path, parser: str) -> Treebank:
     """All sentences of a text file with the trees that the parser gives them."""
     if parser in ("none", "conllu"):
         raise InputError(f"--parser {parser}: makes no parses of its own; give spacy:MODEL")
@@ -46,9 +46,9 @@ def parse_text(path: Path, parser: str) -> list[Sentence]:
     texts = [unit.content for unit in read_units([str(path)], Reading())]
     names = RelationNames()
     parses = make_parser(parser).parse(texts, [None] * len(texts), names)  # only `none` looks at word pieces
-    return [
+    return Treebank(
         sentence for text, parse in zip(texts, parses, strict=True) for sentence in _sentences(text, parse, names.names)
-    ]
+    )
 
 
 def _sentences(text: str, parse: Parse, names: list[str]) -> Iterator[Sentence]:

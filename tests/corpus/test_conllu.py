@@ -68,7 +68,7 @@ GOOD = [row(1, "good", 0, "root"), ""]
 @pytest.mark.parametrize(
     ("rows", "line", "reason"),
     [
-        ([row(1, "a", 5)], 3, "HEAD is 5 in a sentence of 1 words"),
+        ([row(1, "a", 5)], 3, "column HEAD is 5: word 1 has head 5, outside 0..1"),
         ([row(1, "a", 2), row(2, "b", 3), row(3, "c", 2)], 4, "cycle"),
         ([row(1, "a", 1)], 3, "cycle"),
         ([row(1, "a", "_")], 3, "HEAD is '_'"),
@@ -85,13 +85,18 @@ GOOD = [row(1, "good", 0, "root"), ""]
 def test_broken_sentences_are_refused_or_skipped(tmp_path, rows, line, reason):
     path = write(tmp_path / "a.conllu", *GOOD, *rows, "", row(1, "last", 0, "root"))
     with pytest.raises(InputError) as error:
-        list(read_conllu(path))
+        list(read_conllu(path, "refuse"))
     assert str(error.value).startswith(f"{path}:{line}: ") and reason in str(error.value)
     assert "--on-error skip" in str(error.value)
     reports = []
     sentences = list(read_conllu(path, "skip", lambda *report: reports.append(report)))
     assert [s.words for s in sentences] == [["good"], ["last"]]
     assert len(reports) == 1 and reports[0][0] == f"{path}:{line}" and reason in reports[0][1]
+
+
+def test_a_reader_without_the_option_does_not_advise_it(tmp_path):
+    with pytest.raises(InputError, match=r"a\.conllu:1: column HEAD is 1: word 1 is its own head, .*; correct it$"):
+        list(read_conllu(write(tmp_path / "a.conllu", row(1, "a", 1))))
 
 
 def test_invalid_utf8_and_newdoc_of_a_skipped_sentence(tmp_path):

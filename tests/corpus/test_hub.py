@@ -91,6 +91,87 @@ def test_parts_are_row_groups_then_rows_where_there_are_fewer_files(tmp_path, ca
     assert capfd.readouterr().err.count(line) == 1
 
 
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """`datasets` takes the types of JSON from the first 16 KiB instead of 10 MiB."""
+    original = datasets.load_dataset_builder
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *names: original(*names, chunksize=1 << 14))
+
+
+def write_json(folder, rows):
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"hf:{folder}:train"
+
+
+@pytest.mark.parametrize(
+    ("early", "late"),
+    [
+        ({"score": None}, {"score": 3}),
+        ({}, {"score": 3}),
+        ({"score": 1}, {"score": 3.5}),
+        ({"id": 7}, {"id": "a7"}),
+        ({"tags": []}, {"tags": [1, 2]}),
+        ({"meta": {"a": 1}}, {"meta": {"a": 1, "b": 2}}),
+        ({"day": "2020-01-01"}, {"day": "unknown"}),
+    ],
+)
+def test_json_whose_types_change_late(tmp_path, small_chunks, early, late):
+    """Every row is what its own line says."""
+    rows = [{"text": f"{number} " + "the cat sat " * 10, **early} for number in range(200)] + [{"text": "last", **late}]
+    name = write_json(tmp_path / "set", rows)
+    assert list(read_rows(name)) == rows
+    assert [list(read_rows(f"{name}@{part}/2")) for part in range(2)] == [rows[::2], rows[1::2]]
+
+
+def test_imported_json_whose_first_numbers_come_late(tmp_path, small_chunks, vocab_file):
+    """Text without a parse first: its lists of relations are empty, and rows that have none are left out."""
+    ids = [2, 5, 6, 7, 8, 5, 6, 3]
+    plain = {"input_ids": ids, "heads": [-1] * 8, "relns": [-1] * 8}
+    parsed = {"input_ids": ids, "heads": [-1, 2, *[-1] * 6], "relns": [-1, 0, *[-1] * 6]}
+    empty = {"input_ids": ids, "heads": [], "relns": []}
+    name = write_json(tmp_path / "set", [empty] * 400 + [plain, parsed, {"input_ids": ids, "heads": [-1] * 8}])
+    header = import_dataset(ImportSettings(name, str(vocab_file), str(tmp_path / "out"), seq_length=8))
+    assert {key: header["counts"][key] for key in ("rows", "rows_left_out", "sequences", "edges")} == {
+        "rows": 403,
+        "rows_left_out": 401,
+        "sequences": 2,
+        "edges": 1,
+    }
+
+
+@pytest.mark.parametrize("form", ["array", "several lines"])
+def test_json_that_is_not_lines(tmp_path, form):
+    rows = [{"text": "one", "id": 1}, {"text": "two", "id": 2}]
+    (tmp_path / "set").mkdir()
+    text = json.dumps(rows) if form == "array" else "\n".join(json.dumps(row, indent=1) for row in rows)
+    (tmp_path / "set" / "train.json").write_text(text)
+    assert list(read_rows(f"hf:{tmp_path}/set:train")) == rows
+
+
+def test_lines_of_json_that_are_broken(tmp_path):
+    (tmp_path / "set").mkdir()
+    path = tmp_path / "set" / "train.jsonl"
+    for broken in ('{"text": ', '["text"]'):
+        path.write_text('\ufeff{"text": "one\u2028a\u0085b"}\n\n{"text": "two"}\n' + broken + "\n", "utf-8")
+        rows = read_rows(f"hf:{tmp_path}/set:train")
+        assert [next(rows)["text"], next(rows)["text"]] == ["one\u2028a\x85b", "two"]
+        with pytest.raises(InputError, match=r"set:train: fails after row 2 \(.*\); correct it$"):
+            next(rows)
+
+
+def test_every_pass_begins_at_the_beginning(tmp_path):
+    """Also after one that was given up: no state of `datasets` is kept, which it would ignore in later epochs."""
+    files = parquet(tmp_path / "set", 3, 2)
+    write_json(tmp_path / "lines", [{"text": text} for text in chain(*files)])
+    for folder in ("set", "lines"):
+        given_up = read_rows(f"hf:{tmp_path / folder}:train")
+        next(given_up)
+        for _ in range(2):
+            assert texts(f"hf:{tmp_path / folder}:train") == list(chain(*files))
+        assert [row["text"] for row in given_up] == list(chain(*files))[1:]
+
+
 def test_version_of_a_folder(tmp_path):
     """That of the split's files, whatever the folder is called and whenever they were written."""
     parquet(tmp_path / "set", 4, 3)

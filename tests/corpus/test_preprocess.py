@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blanked_treebank import BLANKED, ORDINARY
 from child_processes import children, is_alive
 
 from megatron_sas.core.cli import InputError
@@ -440,13 +441,42 @@ def test_everything_bad_at_once(data_dir, tmp_path):
         "no field": 1,
         "not a string": 1,
         "foreign to the tokenizer": 50,
+        "a word too long for the tokenizer, now one [UNK]": 50,
     }
     counts = header["counts"]
     assert (counts["documents"], counts["empty_documents"], counts["skipped"]) == (45, 1, 5)
     assert counts["paragraphs_with_controls"] == 1
     assert counts["paragraphs_cut"] > 3_000_000 // 20_000 + 1_000_000 // 20_000
+    assert (counts["words_too_long"], counts["words_cut"]) == (50, 49)  # of the million letters
+    assert header["report"]["a word too long for the tokenizer, now one [UNK]"]["examples"][0] == {
+        "where": f"{source}:42",
+        "text": f"{'x' * 40}… (20,000 characters)",
+    }
     with pytest.raises(InputError, match=r"a.jsonl: 5 of 50 records left out, mostly for 'invalid UTF-8'; more than"):
         run(source, vocab, "none", tmp_path / "out", on_error="skip", max_loss=0.09)
+
+
+def test_long_words_and_unknown_pieces_are_reported(vocab_file, tmp_path):
+    """A word of 101 characters is [UNK] for its length alone, one of 100 because nothing of it is in the vocabulary."""
+    (tmp_path / "a.txt").write_text("the cat sat " * 20 + "q" * 100 + " " + "a" * 101 + " zebra\n")
+    arguments = ["--tokenizer", vocab_file, "--parser", "none", "--seq-length", "16"]
+    done = subprocess.run(
+        [sys.executable, TOOL, "--input", tmp_path / "a.txt", *arguments, "--output", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    counts = json.loads((tmp_path / "out.json").read_text())["counts"]
+    assert (counts["pieces"], counts["pieces_unknown"], counts["words_too_long"]) == (63, 3, 1)
+    assert "\n3 of 63 pieces of the input are [UNK] (4.76%)\n" in done.stdout
+    assert f"now one [UNK]: 1, the first at {tmp_path}/a.txt:1: {'a' * 40}… (101 characters)\n" in done.stdout
+    (tmp_path / "b.txt").write_text("the cat sat " * 9 + "zebra " * 3 + "\n")
+    done = subprocess.run(
+        [sys.executable, TOOL, "--input", tmp_path / "b.txt", *arguments, "--output-dir", tmp_path / "shards"],
+        capture_output=True,
+        text=True,
+    )
+    assert f"{tmp_path}/shards/b: warning: 3 of 30 pieces of the input are [UNK] (10.00%)" in done.stdout
 
 
 def test_losses_of_reading_and_of_parsing_do_not_depend_on_the_workers(vocab_file, tmp_path, monkeypatch):
@@ -534,6 +564,24 @@ def test_documents_of_so_many_rows(vocab_file, tmp_path, kind):
             run(name, vocab_file, parser, tmp_path / "more", rows_per_document=wrong)
         with pytest.raises(InputError, match=f"^--rows-per-document {wrong}: must be at least 1$"):
             survey(SurveySettings([name], rows_per_document=wrong))
+
+
+def test_sentences_without_words_are_no_training_data(vocab_file, tmp_path):
+    """They are counted, whatever --max-loss; a document that has nothing else leaves no trace."""
+    for name, content in (("mixed", BLANKED + ORDINARY * 3), ("ordinary", ORDINARY * 3), ("blanked", BLANKED)):
+        (tmp_path / f"{name}.conllu").write_text(content)
+    headers = {
+        name: run(tmp_path / f"{name}.conllu", vocab_file, "conllu", tmp_path / name, seq_length=8, max_loss=0)
+        for name in ("mixed", "ordinary")
+    }
+    for name in FILES:
+        assert (tmp_path / f"mixed.{name}").read_bytes() == (tmp_path / f"ordinary.{name}").read_bytes()
+    counts = headers["mixed"]["counts"]
+    assert counts == headers["ordinary"]["counts"] | {"sentences_blanked": 3}
+    assert (counts["sentences"], counts["documents"], counts["skipped"]) == (3, 3, 0)
+    with pytest.raises(InputError, match=r"blanked\.conllu: has no words: in all 3 sentences .* README\)$"):
+        run(tmp_path / "blanked.conllu", vocab_file, "conllu", tmp_path / "out", seq_length=8, on_error="skip")
+    assert not list(tmp_path.glob("out*"))
 
 
 def command(*arguments):

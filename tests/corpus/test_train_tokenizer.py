@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import sentencepiece
+from engine_runs import launch
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
@@ -62,6 +63,24 @@ def test_special_tokens_come_first_and_the_size_is_kept(trained):
 
 def test_training_again_gives_the_same(kind, trained):
     assert tokenizer_hash(train_tokenizer(list(paragraphs()), TokenizerSettings(kind, 90))) == tokenizer_hash(trained)
+
+
+OTHER_PROCESS = """
+import os, sys
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from data.test_tokenizer_training import KINDS, TokenizerSettings, paragraphs, tokenizer_hash, train_tokenizer
+for kind in KINDS:
+    print(kind, tokenizer_hash(train_tokenizer(list(paragraphs()), TokenizerSettings(kind, 90))))
+"""
+
+
+def test_another_process_with_other_threads_and_hashes_trains_the_same():
+    """Hash maps have another order there, and libraries find one core."""
+    printed = launch("-c", OTHER_PROCESS, PYTHONHASHSEED="3", RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    expected = [
+        f"{kind} {tokenizer_hash(train_tokenizer(list(paragraphs()), TokenizerSettings(kind, 90)))}" for kind in KINDS
+    ]
+    assert printed.split("\n")[:-1] == expected
 
 
 def test_saved_files_read_back_everywhere(kind, trained, tmp_path):

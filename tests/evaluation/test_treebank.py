@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from blanked_treebank import BLANKED, ORDINARY
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.evaluation.treebank import Sentence, load_treebank, tokenize_words
@@ -43,6 +44,8 @@ def test_conllu_and_json_forms_of_real_data_agree(data_dir, tmp_path):
         ({**GOOD, "heads": [2, 0, 4]}, r":2: field 'heads': word 3 \('\.'\) has head 4, outside 0\.\.3"),
         ({**GOOD, "heads": [2, 0, -1]}, r":2: field 'heads': word 3 \('\.'\) has head -1"),
         ({**GOOD, "heads": [1, 0, 2]}, r":2: field 'heads': word 1 \('Dogs'\) is its own head"),
+        ({**GOOD, "heads": [2, 3, 1]}, r":2: field 'heads': word 1 \('Dogs'\) is on a cycle: .*; 0 marks a root"),
+        ({**GOOD, "heads": [3, 0, 1]}, r":2: field 'heads': word 1 \('Dogs'\) is on a cycle"),
     ],
 )
 def test_broken_lines_name_file_line_and_field(tmp_path, bad, message):
@@ -76,6 +79,27 @@ def test_a_byte_order_mark_is_dropped(tmp_path, name):
     assert len(load_treebank(tmp_path / name)) == 1
 
 
+def as_json(conllu):
+    """The sentences of a CoNLL-U text as JSON lines."""
+    for block in conllu.strip().split("\n\n"):
+        rows = [line.split("\t") for line in block.split("\n") if line.split("\t")[0].isdigit()]
+        yield {"words": [r[1] for r in rows], "heads": [int(r[6]) for r in rows], "relns": [r[7] for r in rows]}
+
+
+@pytest.mark.parametrize("suffix", ["conllu", "jsonl"])
+def test_sentences_without_words_are_left_out_and_counted(tmp_path, suffix):
+    """And do not count among the first sentences; one with a real "_" stays."""
+    for name, content in (("mixed", BLANKED + ORDINARY * 3), ("blanked", BLANKED)):
+        text = content if suffix == "conllu" else "".join(json.dumps(value) + "\n" for value in as_json(content))
+        (tmp_path / f"{name}.{suffix}").write_text(text)
+    treebank = load_treebank(tmp_path / f"mixed.{suffix}", 2)
+    assert [s.words for s in treebank] == [["the", "dog", "saw", "_", "."]] * 2
+    assert treebank.num_blanked == 3
+    with pytest.raises(InputError, match=rf"blanked\.{suffix}: has no words: in all 3 sentences .* script") as error:
+        load_treebank(tmp_path / f"blanked.{suffix}")
+    assert "\n" not in str(error.value)
+
+
 def test_unusable_files(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         load_treebank(tmp_path / "none.conllu")
@@ -87,8 +111,15 @@ def test_unusable_files(tmp_path):
     with pytest.raises(InputError, match=r"latin\.jsonl: not UTF-8 at byte 15"):
         load_treebank(tmp_path / "latin.jsonl")
     cycle = "1\ta\t_\t_\t_\t_\t2\tdep\t_\t_\n2\tb\t_\t_\t_\t_\t1\tdep\t_\t_\n\n"
-    with pytest.raises(InputError, match=r"cycle\.conllu:"):
+    with pytest.raises(InputError, match=r"cycle\.conllu:1: column HEAD is 2: word 1 is on a cycle.*; correct it$"):
         load_treebank(write_lines(tmp_path / "cycle.conllu", cycle))
+
+
+def test_special_tokens_among_the_words_are_words(tokenizer):
+    names = ["[MASK]", "[SEP]", "[UNK]", "[mask]"]
+    (tokenized,) = tokenize_words([Sentence(names, [-1, 0, 0, 0], ["root", "dep", "dep", "dep"])], tokenizer)
+    expected = "[CLS] [ mask ] [ sep ] [ un ##k ] [ mask ] [SEP]".split()  # noqa: SIM905
+    assert tokenizer.convert_ids_to_tokens(tokenized.ids) == expected
 
 
 def test_words_are_tokenised_one_by_one(tokenizer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM, B
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.manifest import write_manifest
-from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
+from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash, tokenizer_identity
 from megatron_sas.export.hf import from_hf, to_hf
 from megatron_sas.export.model_card import describe_schedule
 from megatron_sas.model import Bert, BertConfig
@@ -78,6 +78,24 @@ def test_the_tokenizer_comes_along(run, exported):
         assert tokenizer.model_max_length == 32
     assert (exported / "vocab.txt").read_text().split()[:6] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "w0"]
     assert json.loads((exported / "tokenizer_config.json").read_text())["tokenizer_class"] == "BertTokenizer"
+
+
+def test_a_checkpoint_whose_tokenizer_does_something_else_now_is_refused(exported, tmp_path):
+    """As another version of transformers may read it; a checkpoint that says nothing of it is taken as it is."""
+    from_hf(exported, tmp_path / "checkpoint")
+    state = json.loads((tmp_path / "checkpoint" / "state.json").read_text())
+    assert state["tokenizer"] == asdict(tokenizer_identity(load_tokenizer(exported)))
+    for digest, allowed in ((state["tokenizer"]["digest"], True), ("0" * 64, False), (None, True)):
+        tokenizer = {} if digest is None else {"tokenizer": {**state["tokenizer"], "digest": digest}}
+        (tmp_path / "checkpoint" / "state.json").write_text(json.dumps({"step": 0} | tokenizer))
+        write_manifest(tmp_path / "checkpoint", format=FORMAT, version=VERSION, step=0)
+        if allowed:
+            load_model(tmp_path / "checkpoint")
+            continue
+        message = "tokenizer: does not cut texts as when the checkpoint was written; use the versions"
+        for read in (load_model, lambda path: to_hf(path, tmp_path / "hf")):
+            with pytest.raises(InputError, match=message):
+                read(tmp_path / "checkpoint")
 
 
 def test_tokenizers_that_are_not_wordpiece_get_the_class_that_all_versions_know(tmp_path):
@@ -235,6 +253,69 @@ def test_damaged_hugging_face_directories_are_refused(exported, tmp_path):
         (exported / name).unlink()
     assert "its tokenizer has 66 entries but its model only 65" in message()
     assert not (tmp_path / "back").exists()
+
+
+WORDS, BIAS = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
+NORM = "bert.embeddings.LayerNorm"
+
+
+@pytest.mark.parametrize("form", ["model.safetensors", "shards", "pytorch_model.bin"])
+def test_no_tensor_that_differs_from_what_is_used_is_dropped(exported, tmp_path, form):
+    tensors = {name: tensor.clone() for name, tensor in load_file(exported / "model.safetensors").items()}
+
+    def write(more):
+        (exported / "model.safetensors").unlink(missing_ok=True)
+        if form == "model.safetensors":
+            save_file(tensors | more, exported / form)
+        elif form == "pytorch_model.bin":
+            torch.save(tensors | more, exported / form)
+        else:
+            parts = {"a.safetensors": tensors, "b.safetensors": more}
+            for name, part in parts.items():
+                save_file(part, exported / name)
+            files = {name: file for file, part in parts.items() for name in part}
+            (exported / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+    positions = torch.arange(32)[None]
+    for more, message in [
+        ({"cls.predictions.decoder.bias": tensors[BIAS] + 1}, f"cls.predictions.decoder.bias differs from {BIAS}"),
+        (
+            {"cls.predictions.decoder.weight": tensors[WORDS] + 1},
+            f"cls.predictions.decoder.weight differs from {WORDS}",
+        ),
+        ({f"{NORM}.gamma": tensors[f"{NORM}.weight"] + 1}, f"{NORM}.weight is there under two names"),
+        ({"bert.embeddings.position_ids": positions.flip(1)}, "position_ids is not 0, 1, 2"),
+        ({"bert.surprise": positions}, r"unexpected ['bert.surprise']"),
+    ]:
+        write(more)
+        found = refused(from_hf, exported, tmp_path / "back")
+        assert str(exported) in found and message in found
+    equal = {"cls.predictions.decoder.bias": tensors[BIAS], "cls.predictions.decoder.weight": tensors[WORDS]}
+    unused = {"bert.pooler.dense.weight": torch.ones(64, 64), "cls.seq_relationship.bias": torch.ones(2)}
+    write(
+        {name: tensor.clone() for name, tensor in (equal | unused).items()}
+        | {"bert.embeddings.position_ids": positions}
+    )
+    expected = read_model(exported)[1]
+    if form == "model.safetensors":  # under the decoder's name alone it is the bias of both, as for transformers
+        tensors["cls.predictions.decoder.bias"] = tensors.pop(BIAS)
+        write({})
+        assert largest_difference(read_model(exported)[1], expected) == 0.0
+
+
+def test_shards_that_disagree_and_pickles_of_something_else_are_refused(exported, tmp_path):
+    tensors = {name: tensor.clone() for name, tensor in load_file(exported / "model.safetensors").items()}
+    (exported / "model.safetensors").unlink()
+    save_file(tensors, exported / "a.safetensors")
+    save_file({BIAS: tensors[BIAS] + 1, "bert.pooler.dense.bias": torch.ones(64)}, exported / "b.safetensors")
+    files = {**dict.fromkeys(tensors, "a.safetensors"), "bert.pooler.dense.bias": "b.safetensors"}
+    (exported / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    assert f"b.safetensors: has another {BIAS} than the files before it" in refused(
+        from_hf, exported, tmp_path / "back"
+    )
+    (exported / "model.safetensors.index.json").unlink()
+    torch.save({"state_dict": tensors}, exported / "pytorch_model.bin")
+    assert "pytorch_model.bin: does not hold tensors by name" in refused(from_hf, exported, tmp_path / "back")
 
 
 def test_existing_outputs_are_overwritten_only_on_request_and_if_they_are_models(run, exported, tmp_path):

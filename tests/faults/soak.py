@@ -188,9 +188,9 @@ def _check_finished(run: Path, whole: Path, steps: int) -> None:
 
 def _points(run: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows, without what depends on the clock."""
-    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}, purge_orphaned_data=False).Reload()
     tags = [f"train/{name}" for name in ("loss", "mlm_loss", "grad_norm", "lr")] + ["evaluation/validation_mlm_loss"]
-    return {tag: [(point.step, point.value) for point in board.Scalars(tag)] for tag in tags}
+    return {tag: sorted((point.step, point.value) for point in board.Scalars(tag)) for tag in tags}
 
 
 def main() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -75,6 +77,46 @@ def test_a_hung_rank(fork_server, config, tmp_path, victim):
         assert "it waits for rank 1 (silent for " in message
     else:
         assert "it waits for rank 0 or its launcher, which keeps the store" in message
+
+
+@pytest.fixture
+def shared_memory():
+    """A file as NCCL leaves it in the memory that processes share, when they are killed while they begin."""
+    if not os.access("/dev/shm", os.W_OK):
+        pytest.skip("no /dev/shm to write to")
+    descriptor, path = tempfile.mkstemp(dir="/dev/shm", prefix="nccl-")
+    os.write(descriptor, b"x" * 2**20)
+    os.close(descriptor)
+    yield Path(path)
+    os.unlink(path)
+
+
+def test_what_a_killed_start_left_is_named_by_the_next_one(fork_server, config, tmp_path, shared_memory):
+    """A process that still runs and shared memory; what nobody uses any more is not named."""
+    run, host = tmp_path / "run", socket.gethostname()
+    job = fork_server.start(config, run, LONG, ranks=2)
+    wait_until(lambda: steps_done(run) >= 5, "training")
+    job.send(signal.SIGSTOP, [1])
+    job.send(signal.SIGKILL, [0])
+    wait_until(lambda: job.exits()[0] is not None, "the end of rank 0")
+    refused = fork_server.start(config, run, LONG | {"run.seed": 2})  # which forgets nothing
+    assert refused.wait() == [2]
+    again = fork_server.start(config, run, LONG, ranks=2)
+    log = Path(f"{again.log}-0.txt")
+    wait_until(lambda: log.exists() and "parameters" in log.read_text(), "the next start")
+    job.send(signal.SIGKILL)
+    again.send(signal.SIGTERM)
+    assert again.wait() == [0, 0]
+    first, second = job.pids
+    assert f"killed or failed: process {first} on {host}, process {second} on {host}\n" in again.output()
+    remedy = f"`kill -9 {second}` there ends it"
+    assert f"process {second} on {host} is left of an earlier start and still holds memory; {remedy}" in again.output()
+    assert f"shared memory that killed programs have left on {host}" in again.output()
+    assert str(shared_memory) in again.output()
+    assert shared_memory.exists()
+    with shared_memory.open():  # somebody uses it
+        output = fork_server.train(config, run, LONG | {"train.steps": steps_done(run) + 1}, ranks=2)
+    assert "earlier start" not in output and str(shared_memory) not in output
 
 
 def test_a_suspended_job_is_not_hung(fork_server, config, tmp_path):

@@ -21,6 +21,7 @@ from transformers import BertTokenizerFast
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.manifest import write_manifest
 from megatron_sas.data.tokenizer import load_tokenizer, vocab_size
+from megatron_sas.data.unknown import Unknown
 from megatron_sas.glue.data import Columns, Examples, read_file, read_hub, task_files
 from megatron_sas.glue.finetune import Pretrained, Settings, encode, finetune
 from megatron_sas.glue.tasks import TASKS
@@ -316,6 +317,19 @@ def test_jobs_with_different_seeds_of_one_output_lose_none(result, tmp_path, mon
     call(1, 2)
     assert [seed["seed"] for seed in json.loads(target.read_text())["seeds"]] == [1, 2, 3]
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_texts_are_cut_as_transformers_cuts_them_but_special_tokens_are_text(cola_like):
+    pretrained = Pretrained(cola_like / "model", TASKS["mrpc"])
+    texts = [("the dog barks " * a, "a cat sat on it " * b) for a in range(1, 6) for b in range(1, 6)]
+    expected = pretrained.tokenizer(*map(list, zip(*texts, strict=True)), truncation=True, max_length=17)
+    found = encode(Examples(texts, np.zeros(len(texts)), {}), pretrained, 17)
+    assert (found.ids, found.types) == (expected["input_ids"], expected["token_type_ids"])
+    assert max(map(len, found.ids)) == 17 > min(map(len, found.ids))
+    special = encode(Examples([("the [SEP] dog ☃", "[MASK]")], np.array([0]), {}), pretrained, 32)
+    apart = encode(Examples([("the [ sep ] dog ☃", "[ mask ]")], np.array([0]), {}), pretrained, 32)
+    assert special.ids == apart.ids and special.ids[0].count(102) == 2
+    assert special.unknown == Unknown(pieces=9, unknown=1)
 
 
 def test_tokenizers_that_put_nothing_around_a_text_get_berts_way(cola_like, tmp_path):

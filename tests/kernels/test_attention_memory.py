@@ -9,7 +9,7 @@ import torch
 from attention_cases import make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_sas.kernels import dependency_attention
+from megatron_sas.kernels import attention_statistics, dependency_attention
 from megatron_sas.kernels.chunked import ROWS
 from megatron_sas.kernels.sdpa import FILLER, substitute
 
@@ -45,6 +45,17 @@ def test_no_map_is_allocated(backend, dropout_p, uneven):
     bound = batch * num_heads * seq * (dim if backend == "sdpa" else max(dim, ROWS))
     assert bound <= batch * num_heads * seq * seq / 8
     assert elements <= bound
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("backend", ["sdpa", "chunked"])
+def test_statistics_allocate_no_map(backend, uneven):
+    case = make_case(0, batch=2, num_heads=3, seq=512, dim=16, dtype=torch.float32, uneven=uneven)
+    special = torch.arange(512).expand(2, -1) % 100 == 0
+    q, k = (x.float() for x in case.qkv[:2])
+    with LargestTensor() as mode:
+        attention_statistics(q, k, seqlens=case.seqlens, groups=[special], backend=backend)
+    assert mode.elements <= 2 * 3 * 512 * (16 if backend == "sdpa" else ROWS)
 
 
 def test_the_measure_sees_a_map():

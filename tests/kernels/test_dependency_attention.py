@@ -8,6 +8,7 @@ import sys
 import textwrap
 import warnings
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import AuxOutput
 
+from megatron_sas.core.cli import InputError
 from megatron_sas.kernels import backend_refusal, choose_backend, dependency_attention, edges, lse_attention
 from megatron_sas.kernels.sdpa import CudaFlash, CudnnFlash
 
@@ -26,7 +28,9 @@ BACKEND_TYPES = [
     ("chunked", torch.float16),
     ("reference", torch.float32),
 ]
-TRITON_TYPES = [("triton", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+# An interpreter computes nonsense with bfloat16 (interpreter.py), so only a GPU tests that.
+TRITON_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
+TRITON_TYPES = [("triton", dtype) for dtype in TRITON_DTYPES]
 HERE = ["reference", "sdpa", "chunked", "triton"]  # backends that can run on CPU, one in an interpreter (without a GPU)
 
 
@@ -57,7 +61,7 @@ def test_random_cases(seed, backend_dtype, gradient_kind, **shape):
 @settings(max_examples=24, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**31),
-    dtype=st.sampled_from([dtype for _, dtype in TRITON_TYPES]),
+    dtype=st.sampled_from(TRITON_DTYPES),
     batch=st.integers(1, 2),
     num_heads=st.integers(1, 2),
     seq=st.one_of(st.integers(1, 20), st.integers(1, 260), st.sampled_from([63, 64, 65, 128])),
@@ -105,19 +109,77 @@ def test_flex_attention(uneven, monkeypatch):
     for a, b in zip(found[1:], exact[1:], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # torch returns the logsumexp in float32
 
-    def plain(q, k, v, block_mask, scale, return_aux):
-        assert return_aux.lse
-        scores = q @ k.mT * scale
-        if case.seqlens is not None:
-            scores = scores.masked_fill(~case.valid_keys()[:, None, None], float("-inf"))
-        return scores.softmax(-1) @ v, AuxOutput(lse=scores.logsumexp(-1))
-
-    monkeypatch.setattr(lse_attention, "_flex_function", lambda compiled: plain)
-    monkeypatch.setattr(lse_attention, "lse_refusal", lambda *_: None)
-    monkeypatch.setattr(sys.modules["megatron_sas.kernels.dependency_attention"], "lse_refusal", lambda *_: None)
+    stand_in_for_lse_kernels(monkeypatch, lse_has_gradient=True, mask=None if not uneven else case.valid_keys())
     _, grads = case.run("flex", torch.float64)
     for a, b in zip(grads, exact_grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def stand_in_for_lse_kernels(monkeypatch, lse_has_gradient: bool, mask: torch.Tensor | None = None) -> None:
+    """Plain attention in place of FlexAttention and FlashAttention-4, on any device; `mask` (B, S) of valid keys."""
+
+    def plain(q, k, v, scale):
+        scores = q @ k.mT * scale
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
+        lse = scores.logsumexp(-1)
+        return scores.softmax(-1) @ v, lse if lse_has_gradient else lse.detach()
+
+    def flex(q, k, v, block_mask, scale, return_aux):
+        assert return_aux.lse
+        out, lse = plain(q, k, v, scale)
+        return out, AuxOutput(lse=lse)
+
+    def flash_attn_func(q, k, v, softmax_scale, return_lse):
+        assert return_lse
+        out, lse = plain(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale)
+        return out.transpose(1, 2), lse
+
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", SimpleNamespace(flash_attn_func=flash_attn_func))
+    monkeypatch.setattr(lse_attention, "_flex_function", lambda compiled: flex)
+    monkeypatch.setattr(lse_attention, "lse_refusal", lambda *_: None)
+    monkeypatch.setattr(sys.modules["megatron_sas.kernels.dependency_attention"], "lse_refusal", lambda *_: None)
+
+
+LSE_BACKENDS = {"fa4": "install flash-attn-4 4.0.0b5 or later", "flex": "install a torch whose FlexAttention takes"}
+
+
+@pytest.mark.parametrize("backend", LSE_BACKENDS)
+def test_gradient_of_the_regularizer_alone_is_exact_through_a_kernels_logsumexp(backend, monkeypatch):
+    """Nothing else in the loss: a missing softmax term is then most of the gradient."""
+    case = make_case(11, batch=2, num_heads=2, seq=40, dim=16, dtype=torch.float64, subset=(False, True, True))
+    _, exact = case.run("reference", torch.float64)
+    stand_in_for_lse_kernels(monkeypatch, lse_has_gradient=True)
+    _, found = case.run(backend, torch.float64)
+    for a, b in zip(found[:2], exact[:2], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("backend", "remedy"), LSE_BACKENDS.items())
+def test_a_logsumexp_without_gradient_is_refused_where_the_regularizer_needs_one(backend, remedy, monkeypatch):
+    case = make_case(11, batch=2, num_heads=2, seq=40, dim=16, dtype=torch.float64)
+    exact, _ = case.run("reference", torch.float64)
+    stand_in_for_lse_kernels(monkeypatch, lse_has_gradient=False)
+    with pytest.raises(ValueError, match=f"backend '{backend}': its logsumexp has no gradient, .*{remedy}") as error:
+        case.run(backend, torch.float64)
+    assert "\n" not in str(error.value)
+    with torch.no_grad():  # evaluations need none
+        outputs = dependency_attention(*case.qkv, case.heads, backend=backend)
+    for a, b in zip(outputs, exact, strict=True):
+        torch.testing.assert_close(a, b)
+    qkv = [x.clone().requires_grad_() for x in case.qkv]
+    assert dependency_attention(*qkv, None, backend=backend)[0].requires_grad  # nor does attention alone
+
+
+def test_a_run_is_refused_a_kernel_without_gradient_of_its_logsumexp(monkeypatch):
+    from megatron_sas.launch.kernel_cache import build_attention_kernels
+    from megatron_sas.model.config import BertConfig
+
+    stand_in_for_lse_kernels(monkeypatch, lse_has_gradient=False)
+    config = BertConfig(num_heads=2, hidden_size=32, attention_dropout=0.0, attention_backend="fa4")
+    with pytest.raises(InputError, match=r"^model.attention_backend: backend 'fa4': its logsumexp has no gradient"):
+        build_attention_kernels(config, 1, 16, torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -191,8 +253,13 @@ def test_no_edge_means_zero_without_gradient(backend, kind):
     assert all((g == 0).all() for g in backward(outputs, gradients, qkv))
 
 
-@pytest.mark.parametrize("backend", HERE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        *((name, dtype) for name in HERE if name != "triton" for dtype in (torch.float32, torch.bfloat16)),
+        *(("triton", dtype) for dtype in TRITON_DTYPES if dtype != torch.float16),
+    ],
+)
 def test_without_heads_or_without_their_gradient_the_bits_are_the_same(backend, dtype):
     case = make_case(7, batch=2, num_heads=3, seq=65, dim=16, dtype=dtype)
     device = device_of(backend)

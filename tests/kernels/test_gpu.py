@@ -59,6 +59,20 @@ def test_the_papers_setting(backend, dtype):
     check_against_float64(case, backend, "cuda")
 
 
+@pytest.mark.parametrize(("backend", "dtype"), [*TYPES, *(("chunked", dtype) for dtype in (torch.float32, *HALVES))])
+@pytest.mark.parametrize("subset", [(False, True, True), (False, True, False), (False, False, True)])
+def test_gradient_of_the_regularizer_alone(backend, dtype, subset):
+    """Loss = R: a kernel whose logsumexp has no gradient lacks most of it, which a larger loss would hide."""
+    case = make_case(
+        7, batch=2, num_heads=3, seq=200, dim=64, dtype=dtype, kind="random", gradient_kind="zero", subset=subset
+    )
+    check_against_float64(case, backend, "cuda")
+    _, exact = case.run("reference", torch.float64)
+    _, found = case.run(backend, dtype, "cuda")
+    for a, b in zip(found[:2], exact[:2], strict=True):
+        assert float((a.double() - b).norm() / b.norm()) < 0.02
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_plain_operations(dtype):
     """What `auto` takes where no kernel can; entries are added by a kernel of ours, but to float64."""

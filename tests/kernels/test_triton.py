@@ -176,6 +176,21 @@ def test_short_sequences_and_few_tokens_are_not_searched(monkeypatch):
     assert launched == ["fixed"] * 4 + ["searched"] * 2
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is interpreted on a machine with a GPU")
+@pytest.mark.parametrize("run", ["attention", "entries"])
+def test_interpreter_refuses_bfloat16(run):
+    """It multiplies bit patterns: a test of it would prove nothing, whichever way it went."""
+    from megatron_sas.kernels.triton import entries as triton_entries
+
+    q = torch.ones(1, 1, 16, 16, dtype=torch.bfloat16)
+    heads, g = torch.zeros(1, 16, dtype=torch.int64), torch.ones(1, 1, 16)
+    with pytest.raises(AssertionError, match="interpreter cannot compute with bfloat16"):
+        if run == "attention":
+            dependency_attention(q, q, q, heads, backend="triton")
+        else:
+            triton_entries.add_entry_gradients_(torch.zeros(1, 1, 16, 16), q.float(), q, q, heads, 0.2, g, g)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

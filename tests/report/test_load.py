@@ -15,6 +15,7 @@ from megatron_sas.report.analyse import analyse
 from megatron_sas.report.comparisons import whole_runs
 from megatron_sas.report.load import read_inputs, sweep_title
 from megatron_sas.report.report import Picture, report_html
+from megatron_sas.report.run_onsets import find_onsets
 from megatron_sas.report.trajectories import GLUE, METRICS
 
 LOSS, UAS, BLIMP = METRICS
@@ -49,6 +50,57 @@ def test_a_sweep_is_its_runs(sweep):
         ("minus", 2, "suppress"),
     ]
     assert notes == ["2 of 6 runs have no evaluation yet, so are left out: plus/seed-1, plus/seed-2."]
+
+
+def rewrite_evaluations(run, change):
+    """Apply `change` to the values of every evaluation line of a run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "evaluation":
+            change(line)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_values_that_are_not_finite_change_nothing_but_the_number_of_points_and_are_reported(tmp_path):
+    write_run(tmp_path / "run", every=25)
+    shutil.copytree(tmp_path / "run", tmp_path / "broken")
+    shutil.copytree(tmp_path / "run", tmp_path / "without")
+    hit = (100, 500)
+    rewrite_evaluations(tmp_path / "broken", lambda line: line.update({"uas": None} if line["step"] in hit else {}))
+    rewrite_evaluations(tmp_path / "without", lambda line: line["step"] in hit and line.pop("uas"))
+    (broken,), notes = read_inputs([tmp_path / "broken"])
+    assert notes == ["uas: evaluations without a finite value are left out of the curves: broken (broken) 2."]
+    (without,), notes = read_inputs([tmp_path / "without"])
+    assert notes == []
+    found = [find_onsets([run], 90)[str(run.path)]["uas"] for run in (broken, without)]
+    assert found[0] == found[1] and found[0].bend.step is not None and found[0].change.step is not None
+    assert len(broken.metric(UAS)) == len(broken.metric(BLIMP)) - 2
+
+
+def test_blimp_has_four_fields_though_old_records_have_five(tmp_path):
+    sets = {f"set_{number}": {"accuracy": 0.5, "num_pairs": 10} for number in range(67)}
+    fields = {"morphology": 0.9, "semantics": 0.6, "syntax": 0.7, "syntax/semantics": 0.2, "syntax_semantics": 0.8}
+    write_run(tmp_path / "run", every=100)
+    rewrite_evaluations(tmp_path / "run", lambda line: line.update(blimp_fields=fields, blimp_sets=sets))
+    (run,), notes = read_inputs([tmp_path / "run"])
+    merged = (13 * 0.8 + 0.2) / 14
+    assert run.nested("blimp_fields") == {**dict(list(fields.items())[:3]), "syntax_semantics": pytest.approx(merged)}
+    assert notes == []
+    del sets["set_0"]
+    rewrite_evaluations(tmp_path / "run", lambda line: line.update(blimp_sets=sets))
+    (run,), notes = read_inputs([tmp_path / "run"])
+    assert list(run.nested("blimp_fields")) == ["morphology", "semantics", "syntax"]
+    assert len(notes) == 1 and notes[0].startswith("blimp: fields that were recorded under two names are left out")
+
+
+def test_models_that_end_with_many_ties_are_named(tmp_path):
+    write_run(tmp_path / "run", every=100)
+    sets = {"a": {"accuracy": 0.1, "num_pairs": 100, "ties": 6}}
+    rewrite_evaluations(tmp_path / "run", lambda line: line.update(blimp_ties=5, blimp_sets=sets))
+    assert read_inputs([tmp_path / "run"])[1] == []
+    rewrite_evaluations(tmp_path / "run", lambda line: line.update(blimp_ties=6))
+    expected = "blimp: models end with many ties, which count as wrong: run (run) 6 of 100."
+    assert read_inputs([tmp_path / "run"])[1] == [expected]
 
 
 def test_a_sweep_alone_gives_the_report_its_title(sweep, tmp_path):

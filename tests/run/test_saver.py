@@ -82,7 +82,7 @@ def test_the_only_valid_checkpoint_is_never_removed(config, tmp_path):
     assert kept(run) == [5, 6]
 
 
-def test_leftovers_are_removed_when_a_run_starts(config, tmp_path):
+def test_leftovers_are_removed_and_named_when_a_run_starts(config, tmp_path, capsys):
     run = tmp_path / "run"
     train(config, run, {"train.steps": 3})
     elsewhere = tmp_path / "elsewhere"
@@ -91,7 +91,10 @@ def test_leftovers_are_removed_when_a_run_starts(config, tmp_path):
     (run / "checkpoints" / ".step_00000005.0123abcd.tmp").mkdir()
     (run / "checkpoints" / ".step_00000002.old").mkdir()
     (run / "checkpoints" / ".step_00000006.tmp").symlink_to(elsewhere)
+    assert "half-written" not in capsys.readouterr().out
     train(config, run)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "half-written" in line]
+    assert line.startswith("removed what was half-written: ") and "checkpoints/.step_00000005.0123abcd.tmp" in line
     assert list((run / "checkpoints").glob(".*")) == []
     assert (elsewhere / "thesis.tex").exists()
 

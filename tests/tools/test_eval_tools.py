@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,9 @@ def inputs(tmp_path_factory):
     }
     too_long = {"words": ["dog"] * 11, "heads": [0] + [1] * 10, "relns": ["root"] + ["dep"] * 10}
     (path / "treebank.jsonl").write_text("".join(json.dumps(s) + "\n" for s in [sentence] * 60 + [too_long]))
+    blanked = {"words": ["_"] * 3, "heads": [2, 0, 2], "relns": ["nsubj", "root", "obj"]}
+    with open(path / "treebank.jsonl", "a") as file:
+        file.write(json.dumps(blanked) + "\n")
     (path / "blimp").mkdir()
     for number in (1, 2):
         lines = [
@@ -80,7 +84,8 @@ def test_syntax_writes_the_result_and_prints_the_table(inputs, tmp_path):
     assert {key: record[key] for key in expected} == json.loads(json.dumps(expected))
     assert record["model"] == str(model)
     assert record["treebank"] == {"path": str(treebank), "sha256": sha256_file(treebank)}
-    assert record["num_skipped"] == 1
+    assert (record["num_skipped"], record["num_blanked"], record["num_edges"]) == (1, 1, 60 * 5)
+    assert "\n1 sentences left out, whose words are blanked (_)\n" in done.stdout
     assert "untrained model" in record["note"]
     assert set(record["versions"]) >= {"megatron_sas", "torch", "transformers"}
     lines = done.stdout.splitlines()
@@ -96,6 +101,7 @@ def test_syntax_writes_the_result_and_prints_the_table(inputs, tmp_path):
     ]
     assert not any(line.startswith("amod") for line in lines)  # 60 edges: not in the table
     assert any(line.startswith(f"UAS              {record['uas']:.4f}") for line in lines)
+    assert record["unknown"]["num_unknown"] == 0 and "0 of 420 pieces of these words are [UNK] (0.00%)" in lines
 
     arguments = ("--model", model, "--treebank", treebank, "--output", output)
     refused = run_tool("eval_syntax.py", *arguments)
@@ -126,7 +132,25 @@ def test_blimp_writes_the_result_and_prints_the_table(inputs, tmp_path):
     assert len(record["data"]["sha256"]) == 64
     assert f"overall {record['blimp']:.4f}" in done.stdout
     assert "sentences/s" in done.stdout
+    assert "ties, which count" not in done.stdout
     assert "  agreement " in done.stdout
+
+
+@pytest.mark.slow
+def test_ties_are_printed_with_a_warning_and_recorded_per_set(inputs, tmp_path):
+    shutil.copytree(inputs / "blimp", tmp_path / "blimp")
+    line = {**PAIR, "UID": "same", "sentence_good": "The dog barks.", "sentence_bad": "The dog barks."}
+    (tmp_path / "blimp" / "same.jsonl").write_text(json.dumps(line) + "\n")
+    arguments = ("--model", inputs / "model", "--blimp", tmp_path / "blimp", "--output", tmp_path / "out.json")
+    done = run_tool("eval_blimp.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert {uid: (row["ties"], row["identical"]) for uid, row in record["sets"].items()} == {
+        "agreement_1": (0, 0),
+        "agreement_2": (0, 0),
+        "same": (1, 1),
+    }
+    assert "warning: 1 ties, which count as wrong; 1 pairs of identical sentences" in done.stdout
 
 
 @pytest.mark.slow
@@ -160,7 +184,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(inputs, tmp_path):
     output = tmp_path / "out" / "result.json"
     syntax = {"--model": inputs / "model", "--treebank": inputs / "treebank.jsonl", "--output": output}
     blimp = {"--model": inputs / "model", "--blimp": inputs / "blimp", "--output": output}
+    shutil.copytree(inputs / "model", tmp_path / "wordless")
+    (tmp_path / "wordless" / "tokenizer.json").unlink()
     for tool, good, change, message in [
+        ("eval_blimp.py", blimp, {"--model": tmp_path / "wordless"}, "no word is among the tokenizer's 5 entries"),
         ("eval_syntax.py", syntax, {"--model": tmp_path / "none"}, "none: no such directory"),
         ("eval_syntax.py", syntax, {"--untrained": inputs / "other"}, "other: tokenizer or maximum length differs"),
         (

@@ -25,6 +25,7 @@ from megatron_sas.evaluation.complexity import weight_norm
 from megatron_sas.evaluation.minimal_pairs import BlimpTask, load_blimp
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
+from megatron_sas.export.hf import to_hf
 from megatron_sas.run.reading import load_model
 from megatron_sas.run.records import read_records
 from megatron_sas.trajectory.measure import Inputs
@@ -50,7 +51,6 @@ def _one_thread():
 def folder(tmp_path_factory):
     """A run of 6 updates with its data, a treebank and minimal pairs over its vocabulary."""
     path = tmp_path_factory.mktemp("trajectory")
-    train(write_inputs(path), path / "run", {"snapshots.every": 2, "snapshots.dtype": "fp32"})
     rng = np.random.default_rng(0)
     sentences = []
     for _ in range(40):
@@ -60,7 +60,10 @@ def folder(tmp_path_factory):
         words = [f"w{word}" for word in rng.integers(0, 60, size)]
         sentences.append({"words": words, "heads": heads, "relns": relations})
     sentences.insert(3, {"words": ["w1"] * 40, "heads": [0] + [1] * 39, "relns": ["det"] * 40})  # too long
+    sentences.append({"words": ["_", "_"], "heads": [2, 0], "relns": ["det", "root"]})  # blanked
     (path / "treebank.jsonl").write_text("".join(json.dumps(sentence) + "\n" for sentence in sentences))
+    overrides = {"snapshots.every": 2, "snapshots.dtype": "fp32", "evaluation.treebank": str(path / "treebank.jsonl")}
+    train(write_inputs(path), path / "run", overrides)
     (path / "blimp").mkdir()
     for name, pairs in (("b_set", 50), ("a_set", 80)):
         labels = {"UID": name, "field": f"field of {name}", "linguistics_term": "term"}
@@ -115,7 +118,7 @@ def test_points_hold_what_the_single_evaluations_say(folder, measured):
         task = TreebankTask(load_treebank(folder / "treebank.jsonl"), tokenizer, 32)
         expected = json.loads(json.dumps(task.evaluate(model, batch_tokens=200)))
         assert (point["model"], point["uas"]) == (str(path), expected)
-        assert point["uas"]["num_skipped"] == 1
+        assert (point["uas"]["num_skipped"], point["uas"]["num_blanked"]) == (1, 1)
         blimp = BlimpTask(load_blimp(folder / "blimp"), tokenizer, max_length=32).evaluate(model, batch_tokens=200)
         assert {name: point["blimp"][name] for name in ("blimp", "fields", "sets")} == {
             name: blimp[name] for name in ("blimp", "fields", "sets")
@@ -124,6 +127,14 @@ def test_points_hold_what_the_single_evaluations_say(folder, measured):
         assert point["intrinsic_dimension"]["num_points"] == 10
         assert np.shape(point["attention_entropy"]["per_head"]) == (2, 2)
         if step in live:
+            assert live[step]["uas"] == point["uas"]["uas"]
+            for name, value in live[step]["treebank_attention"].items():
+                measured_value = point[f"attention_{name}"]
+                if isinstance(value, dict):
+                    assert measured_value["mean"] == pytest.approx(value["mean"], rel=1e-5)
+                    assert np.allclose(measured_value["per_head"], value["per_head"], rtol=1e-5)
+                else:
+                    assert measured_value == pytest.approx(value, rel=1e-12)
             assert point["mlm_loss"] == pytest.approx(live[step]["validation_mlm_loss"], rel=1e-5)
             assert point["weight_norm"] == pytest.approx(live[step]["weight_norm"], rel=1e-7)
 
@@ -236,6 +247,9 @@ def models(folder, tmp_path):
     path.mkdir()
     for name, step in (("seed_3-step_0k", 0), ("seed_3-step_1k", 4), ("seed_3-step_20k", 6)):
         shutil.copytree(folder / "run" / "snapshots" / f"step_{step:08d}", path / name)
+        config = json.loads((path / name / "config.json").read_text())
+        assert config.pop("megatron_sas_step") == step
+        (path / name / "config.json").write_text(json.dumps(config))
     weights = path / "seed_3-step_1k" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     return path
@@ -336,6 +350,26 @@ def test_the_command_measures_the_chosen_steps(folder, measured, monkeypatch, ca
     assert points.items() <= without_clock(measured).items()
 
 
+def test_a_pattern_reads_names_and_another_one_needs_another_output(folder, models, tmp_path, monkeypatch, capsys):
+    shutil.rmtree(models / "seed_3-step_1k")
+    (models / "seed_3-step_20k").rename(models / "seed_4-step_20k")
+    output = tmp_path / "out"
+    with pytest.raises(InputError, match=r"seed_3-step_0k and seed_4-step_20k.*--step-pattern"):
+        call_tool(monkeypatch, command(folder, models, output))
+    call_tool(monkeypatch, command(folder, models, output, "--step-pattern", r"step_(\d+k)"))
+    assert [point["step"] for point in read_points(output)] == [0, 20_000]
+    with pytest.raises(InputError, match=r"seed_3-step_0k as step 0, which is step 3 now; choose another --output"):
+        call_tool(monkeypatch, command(folder, models, output, "--step-pattern", r"seed_(\d)"))
+
+
+def test_exports_count_as_the_steps_that_they_record(folder, tmp_path, monkeypatch, capsys):
+    for name, step in (("second", 3), ("first", 6)):
+        to_hf(folder / "run" / "checkpoints" / f"step_{step:08d}", tmp_path / "models" / name)
+    call_tool(monkeypatch, command(folder, tmp_path / "models", tmp_path / "out"))
+    found = {point["step"]: Path(point["model"]).name for point in read_points(tmp_path / "out")}
+    assert found == {3: "second", 6: "first"}
+
+
 def test_wrong_input_is_refused_and_leaves_nothing(folder, monkeypatch):
     output = folder / "none"
     for source, options, message in [
@@ -354,7 +388,8 @@ def test_text_alone_gives_entropy_and_no_heads(folder, tmp_path):
     measure(folder / "run", Inputs(text=str(folder / "data1")), tmp_path / "out")
     point = read_point(tmp_path / "out", 6)
     assert point.keys() == {
-        "step", "model", "model_sha256", "seconds", "weight_norm", "attention_entropy", "text_sas",
+        "step", "model", "model_sha256", "seconds", "weight_norm", "attention_entropy", "attention_to_cls",
+        "attention_to_sep", "attention_uniform_entropy", "attention_collapsed_heads", "text_sas",
         "intrinsic_dimension", "mlm_loss",
     }  # fmt: skip
     assert not (tmp_path / "out" / "heads.json").exists()
@@ -365,3 +400,4 @@ def test_text_alone_gives_entropy_and_no_heads(folder, tmp_path):
         maps = torch.stack(eager(tokens, output_attentions=True).attentions).double()
     expected = -(maps * maps.log()).sum(dim=-1).mean(dim=(1, 3))
     assert np.allclose(point["attention_entropy"]["per_head"], expected, rtol=1e-6)
+    assert np.allclose(point["attention_to_cls"]["per_head"], maps[..., 0].mean(dim=(1, 3)), rtol=1e-6)

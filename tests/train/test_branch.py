@@ -49,7 +49,7 @@ def branch(config, parent):
 
 
 def points(run, tag="train/mlm_loss"):
-    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}, purge_orphaned_data=False).Reload()
     return [(point.step, point.value) for point in board.Scalars(tag)]
 
 

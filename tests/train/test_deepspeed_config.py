@@ -76,6 +76,44 @@ def test_whatever_else_is_refused_by_name(tmp_path):
     assert "comms_logger" not in message
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"gradient_cliping": 0.1}, "gradient_cliping (did you mean gradient_clipping?)"),
+        ({"zero_optimisation": {"stage": 2}}, "zero_optimisation (did you mean zero_optimization?)"),
+        ({"overlap_comm": True}, "overlap_comm (did you mean zero_optimization.overlap_comm?)"),
+        (
+            {"zero_optimization": {"overlap_com": True}},
+            "zero_optimization.overlap_com (did you mean zero_optimization.overlap_comm?)",
+        ),
+        (
+            {"zero_optimization": {"offload_param": {"devise": "cpu"}}},
+            "zero_optimization.offload_param.devise (did you mean zero_optimization.offload_param.device?)",
+        ),
+        ({"comms_logger": {"enable": True}}, "comms_logger.enable (did you mean comms_logger.enabled?)"),
+        ({"zero_optimization": {"wall_clock": True}}, "zero_optimization.wall_clock (docs/zero.md lists what"),
+    ],
+)
+def test_a_misspelt_or_misplaced_key_is_refused_with_what_was_meant(tmp_path, content, message):
+    with pytest.raises(InputError) as error:
+        with_json(tmp_path, content, zero_stage=3)
+    assert str(error.value).startswith(f"{tmp_path / 'ds.json'}: must not set {message}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ('{"steps_per_print": 1, "steps_per_print": 2}', "steps_per_print"),
+        ('{"zero_optimization": {"overlap_comm": true, "overlap_comm": false}}', "overlap_comm"),
+    ],
+)
+def test_a_key_that_is_set_twice_is_refused(tmp_path, content, key):
+    """JSON readers take the last without a word."""
+    with pytest.raises(InputError, match=f"ds.json: sets {key} twice in one object; keep one"):
+        with_json(tmp_path, content)
+
+
 @pytest.mark.parametrize("part", ["offload_optimizer", "offload_param"])
 def test_offloading_to_nvme_is_refused(tmp_path, part):
     zero = {part: {"device": "nvme", "nvme_path": "/local"}}

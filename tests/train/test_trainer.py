@@ -350,6 +350,23 @@ def test_what_a_run_may_not_begin_with(config, tmp_path, monkeypatch):
     assert sorted(records(tmp_path / "run")) == [1, 2]
 
 
+def test_data_of_a_tokenizer_that_did_something_else_are_refused(config, whole, tmp_path):
+    """By the digest in the header; checkpoints have it too."""
+    prefix = write_packed(tmp_path, seed=0)
+    header = json.loads(Path(f"{prefix}.json").read_text())
+    assert json.loads((checkpoint(whole, 6) / "state.json").read_text())["tokenizer"] == {
+        name: header["tokenizer"][name] for name in ("hash", "digest")
+    }
+    header["tokenizer"]["digest"] = "0" * 64
+    Path(f"{prefix}.json").write_text(json.dumps(header))
+    message = refusal(config, tmp_path / "run", {"data.train": prefix})
+    assert message.startswith(f"{tmp_path}/vocab.txt: is not the tokenizer that made {prefix} (hashes differ); ")
+    del header["tokenizer"]["digest"]  # of an earlier version
+    Path(f"{prefix}.json").write_text(json.dumps(header))
+    overrides = {"data.train": prefix, "run.output_dir": str(tmp_path / "run")}
+    build_parts(load_config(config, override_arguments(overrides)), print)
+
+
 def test_what_is_remembered_of_the_heads(config):
     packed = PackedData(load_config(config).data.train)
     facts = data_facts(packed, None)

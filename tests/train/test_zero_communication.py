@@ -17,7 +17,7 @@ from megatron_sas.run.reading import read_model_config
 
 pytestmark = pytest.mark.full
 
-JSONS = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
+JSONS = {"zero1": 1, "zero1_fp32_reduce": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 FEW = {"train.steps": 2, "checkpoint.every": None, "evaluation.every": None}
 VARIANTS = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
 NOTHING_KEPT = {

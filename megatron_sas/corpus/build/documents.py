@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.readers.line_breaks import LineBreaks
 from megatron_sas.corpus.readers.sources import Unit, source_name
 
 SURVEY_FORMAT = "megatron_sas corpus survey"
@@ -23,6 +24,13 @@ def unit_text(unit: Unit) -> str:
     if unit.content is None:
         return ""
     return unit.content if isinstance(unit.content, str) else unit.content.text
+
+
+def text_as_read(document: Iterable[Unit]) -> str:
+    """The text of a document, whatever `--line-breaks` made of its lines, so that it stays on its side of a split."""
+    return "\n".join(
+        unit_text(unit) if unit.as_read is None else unit.as_read for unit in document if unit.as_read != ""
+    )
 
 
 def is_validation(text: str, share: float) -> bool:
@@ -45,13 +53,17 @@ class Exclusions:
 
     @staticmethod
     def read(
-        path: str, inputs: list[str], files: list[dict[str, Any]], rows_per_document: int | None = None
+        path: str,
+        inputs: list[str],
+        files: list[dict[str, Any]],
+        rows_per_document: int | None = None,
+        line_breaks: LineBreaks = "auto",
     ) -> Exclusions:
         """The part of a survey that concerns `inputs`; they are matched by `source_name`.
 
         Args:
             files: their `input_files`, which must be those that were surveyed.
-            rows_per_document: what a document is, which must be what it was for the survey.
+            rows_per_document, line_breaks: what a document is, which must be what it was for the survey.
 
         Raises:
             InputError: no survey, one that does not contain all inputs, or one of other files or versions of datasets
@@ -73,6 +85,11 @@ class Exclusions:
                 raise InputError(
                     f"{path}: its documents are others: --rows-per-document was {rows} and is now {rows_per_document}; "
                     "run tools/survey_corpus.py again"
+                )
+            if rows is not None and (lines := survey.get("line_breaks", "paragraph")) != line_breaks:
+                raise InputError(
+                    f"{path}: its documents are others: --line-breaks was {lines} and is now {line_breaks}, which "
+                    "decides what a row is; run tools/survey_corpus.py again"
                 )
             entries = {source_name(entry["name"]): entry for entry in survey["inputs"]}
             failed = {source_name(entry["name"]) for entry in survey.get("failed", [])}
@@ -157,7 +174,7 @@ class Selection:
         return self.exclusions is not None and number in self.exclusions.excluded[name]
 
     def _is_selected(self, document: list[Unit]) -> bool:
-        validation = is_validation("\n".join(map(unit_text, document)), self.validation_share)
+        validation = is_validation(text_as_read(document), self.validation_share)
         if validation == (self.split == "validation"):
             return True
         self.counts["other_split"] += 1

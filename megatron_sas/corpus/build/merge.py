@@ -115,7 +115,7 @@ def _check_fits(part: PackedData, first: PackedData) -> None:
             f"{part.prefix}: sequences of {part.seq_length} tokens, those of {first.prefix} have {first.seq_length}; "
             "preprocess with one --seq-length"
         )
-    if part.tokenizer.hash != first.tokenizer.hash:
+    if not part.tokenizer.identity.matches(first.tokenizer.identity):
         raise InputError(
             f"{part.prefix}: was made with another tokenizer than {first.prefix}; preprocess with one --tokenizer"
         )

@@ -20,14 +20,17 @@ from megatron_sas.corpus.build.packed_writer import PackedWriter, check_seq_leng
 from megatron_sas.corpus.build.skipped import Losses
 from megatron_sas.corpus.build.workers import ChunkResult, WorkerSettings, chunks, process_chunks
 from megatron_sas.corpus.parsers.base import RelationNames, describe_parser
+from megatron_sas.corpus.readers.line_breaks import LineBreaks
 from megatron_sas.corpus.readers.sources import Reading, Unit, input_files, input_format, read_units, source_name
 from megatron_sas.corpus.readers.text_lines import OnError
 from megatron_sas.data.tokenizer import knows_words, load_tokenizer, tokenizer_info
+from megatron_sas.data.unknown import Unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _FOREIGN = "foreign to the tokenizer"
+_LONG_WORD = "a word too long for the tokenizer, now one [UNK]"
 
 
 @dataclass
@@ -49,6 +52,7 @@ class PreprocessSettings:
     validation_share: float = 0.005
     overwrite: bool = False
     rows_per_document: int | None = None
+    line_breaks: LineBreaks = "auto"
 
 
 def preprocess(
@@ -85,7 +89,9 @@ def preprocess(
         exclusions = None
         if settings.exclude is not None:
             files = provenance["input_files"]
-            exclusions = Exclusions.read(settings.exclude, settings.inputs, files, settings.rows_per_document)
+            exclusions = Exclusions.read(
+                settings.exclude, settings.inputs, files, settings.rows_per_document, settings.line_breaks
+            )
         selection = Selection(settings.split, settings.validation_share, exclusions)
         counts, relations, report = _pack_inputs(settings, selection, worker, packer)
         if not packer.counts.sequences and not allow_empty:
@@ -140,6 +146,7 @@ def provenance_of(settings: PreprocessSettings) -> dict[str, Any]:
         "settings": {
             "text_field": settings.text_field,
             "rows_per_document": settings.rows_per_document,
+            "line_breaks": settings.line_breaks,
             "on_error": settings.on_error,
             "drop_foreign": settings.drop_foreign,
             "exclude": settings.exclude and sha256_file(settings.exclude),
@@ -149,13 +156,28 @@ def provenance_of(settings: PreprocessSettings) -> dict[str, Any]:
     }
 
 
+def remarks(header: dict[str, Any], *, warnings_only: bool = False) -> list[str]:
+    """What a user should read about packed data, by its header: the share of [UNK], and words that are too long.
+
+    With `warnings_only` the share only if it is high. Headers of earlier versions say nothing of either.
+    """
+    counts, lines = header["counts"], []
+    unknown = Unknown(counts["pieces"], counts.get("pieces_unknown", 0))
+    if "pieces_unknown" in counts and (unknown.is_high or not warnings_only):
+        lines.append(unknown.line("the input"))
+    if found := header["report"].get(_LONG_WORD):
+        first = found["examples"][0]
+        lines.append(f"warning: {_LONG_WORD}: {found['count']:,}, the first at {first['where']}: {first['text']}")
+    return lines
+
+
 def _pack_inputs(
     settings: PreprocessSettings, selection: Selection, worker: WorkerSettings, packer: Packer
 ) -> tuple[dict[str, int], list[str], dict[str, Any]]:
     """Read, parse, align and pack everything; returns the counts, the relation names and what was found wrong."""
     losses = Losses(settings.max_loss, show=True)
-    reading = Reading(settings.text_field, settings.on_error, losses, settings.rows_per_document)
-    foreign = _Examples()
+    reading = Reading(settings.text_field, settings.on_error, losses, settings.rows_per_document, settings.line_breaks)
+    foreign, long_words = _Examples(), _Examples()
     names, totals = RelationNames(), Counter()
     with progress(unit=" words", unit_scale=True, desc="preprocessing") as bar:
         groups = chunks(_used(selection.apply(read_units(settings.inputs, reading)), losses))
@@ -164,9 +186,11 @@ def _pack_inputs(
                 for number, reason in result.bad:
                     reading.bad(units[number].where, reason, used=True)
                 for number in result.foreign:
-                    foreign.add(units[number])
+                    foreign.add(units[number].where, str(units[number].content)[:80])
                     if settings.drop_foreign:  # as asked for, so never refused; but not without limit
                         losses.lose(units[number].where, _FOREIGN, used=True)
+                for number, word in result.long_words:
+                    long_words.add(units[number].where, word)
                 _pack(packer, units, result, names)
                 totals.update(result.counts)
                 bar.update(result.counts["words"])
@@ -184,12 +208,19 @@ def _pack_inputs(
         "words": totals["words"],
         "words_without_piece": totals["words_without_piece"],
         "edges_without_piece": totals["edges_without_piece"],
+        "words_too_long": long_words.count,
+        "words_cut": reading.words_cut,
+        "pieces_unknown": totals["pieces_unknown"],
         "paragraphs_cut": reading.paragraphs_cut,
         "paragraphs_with_controls": reading.paragraphs_with_controls,
+        "paragraphs_squeezed": reading.paragraphs_squeezed,
+        "lines_joined": reading.lines_joined,
         "paragraphs_foreign": foreign.count,
+        "sentences_blanked": reading.sentences_blanked,
         "skipped": losses.count,
     }
-    return counts | packed, names.names, losses.report() | foreign.report(_FOREIGN)
+    report = losses.report() | foreign.report(_FOREIGN) | long_words.report(_LONG_WORD)
+    return counts | packed, names.names, report
 
 
 def _used(units: Iterable[Unit], losses: Losses) -> Iterator[Unit]:
@@ -201,15 +232,15 @@ def _used(units: Iterable[Unit], losses: Losses) -> Iterator[Unit]:
 
 
 class _Examples:
-    """A count of units and the places of the first few."""
+    """A count of something and the places of the first few."""
 
     def __init__(self) -> None:
         self.count, self._examples = 0, []
 
-    def add(self, unit: Unit) -> None:
+    def add(self, where: str, text: str) -> None:
         self.count += 1
         if len(self._examples) < 5:
-            self._examples.append({"where": unit.where, "text": str(unit.content)[:80]})
+            self._examples.append({"where": where, "text": text})
 
     def report(self, name: str) -> dict[str, Any]:
         return {name: {"count": self.count, "examples": self._examples}} if self.count else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from megatron_sas.corpus.build.preprocess import (
     check_settings,
     preprocess,
     provenance_of,
+    remarks,
     tokenizer_of,
 )
 from megatron_sas.corpus.parsers.base import describe_parser
 from megatron_sas.corpus.readers.text_lines import COMPRESSED
-from megatron_sas.data.packed import FORMAT_VERSION, PackedData, read_header
-from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_info
+from megatron_sas.corpus.readers.trees import blanked_note
+from megatron_sas.data.packed import FORMAT_VERSION, PackedData, TokenizerIdentity, read_header
+from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_identity
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -76,6 +78,8 @@ def preprocess_shards(
         headers.append(header)
         counts = header["counts"]
         say(f"{one.output}: {header['num_sequences']:,} sequences, {counts['words']:,} words, {note}")
+        for line in remarks(header, warnings_only=True):
+            say(f"{one.output}: {line}")
     if failures:
         raise InputError(f"{len(failures)} of {len(mine)} shards failed: {'; '.join(failures)}")
     return headers
@@ -90,7 +94,8 @@ def _one_shard(settings: PreprocessSettings, say: Callable[[str], None]) -> tupl
             return header, "done before"
     # What lies there without a header, or damaged, is an unfinished publication of the same shard.
     header, seconds = preprocess(replace(settings, overwrite=True), provenance, allow_empty=True)
-    return header, f"{header['counts']['skipped']} skipped, {seconds:.0f} s"
+    notes = (f"{header['counts']['skipped']} skipped", blanked_note(header["counts"]["sentences_blanked"]))
+    return header, ", ".join([*filter(None, notes), f"{seconds:.0f} s"])
 
 
 def _finished(
@@ -101,13 +106,10 @@ def _finished(
     if not path.exists():
         return None
     header = read_header(path, "remove it to make this shard again")
-    expected = {
-        "version": FORMAT_VERSION,
-        "seq_length": settings.seq_length,
-        "tokenizer": asdict(tokenizer_info(load_tokenizer(settings.tokenizer), settings.tokenizer)),
-        **provenance,
-    }
-    differing = [name for name, value in expected.items() if _comparable(header.get(name)) != _comparable(value)]
+    expected = {"version": FORMAT_VERSION, "seq_length": settings.seq_length, **provenance}
+    differing = [name for name, value in expected.items() if header.get(name) != value]
+    if not _is_of(header.get("tokenizer"), tokenizer_identity(load_tokenizer(settings.tokenizer))):
+        differing.append("tokenizer")
     if differing:
         raise InputError(
             f"{path}: was made with other values of {', '.join(differing)}; choose another --output-dir or pass "
@@ -122,6 +124,8 @@ def _finished(
     return header
 
 
-def _comparable(value: Any) -> Any:
-    """A tokenizer is known by its hash: the path may be another on every machine."""
-    return value.get("hash", value) if isinstance(value, dict) else value
+def _is_of(recorded: Any, identity: TokenizerIdentity) -> bool:
+    """Whether a header's record is of this tokenizer, whose path may be another on every machine."""
+    if not isinstance(recorded, dict):
+        return False
+    return TokenizerIdentity(recorded.get("hash", ""), recorded.get("digest")).matches(identity)

@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from megatron_sas.corpus.build.align import Parse, align
 from megatron_sas.corpus.parsers.base import RelationNames, kind_and_reason, make_parser
 from megatron_sas.corpus.readers.sources import Unit
 from megatron_sas.data.tokenizer import plain_text_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 # A quarter second of parsing: worth a message between processes. Larger chunks are slower, since the memory of each of
 # the parser's matrices is then mapped afresh.
@@ -46,7 +49,8 @@ class ChunkResult:
     """Pieces of a chunk (P,): `tokens` int32, `offsets` int32, `marks` uint8, `relations` int64 numbers into `names`.
 
     `cuts` (units + 1,) int64: unit u owns pieces [cuts[u], cuts[u+1]). `bad`: units left out, with the reason;
-    `foreign`: units in another language than the tokenizer's, left out where the settings say so.
+    `foreign`: units in another language than the tokenizer's, left out where the settings say so. `long_words`: (unit,
+    description) of every word that the tokenizer takes for [UNK] because of its length alone.
     """
 
     tokens: np.ndarray
@@ -58,6 +62,7 @@ class ChunkResult:
     counts: Counter[str]
     bad: list[tuple[int, str]] = field(default_factory=list)
     foreign: list[int] = field(default_factory=list)
+    long_words: list[tuple[int, str]] = field(default_factory=list)
 
 
 def is_foreign(characters: int, pieces: int, unknown: int) -> bool:
@@ -75,6 +80,7 @@ class Worker:
         self._tokenizer = plain_text_tokenizer(settings.tokenizer)
         self._parser = make_parser(settings.parser)
         self._settings = settings
+        self._longest_word: int | None = getattr(self._tokenizer.model, "max_input_chars_per_word", None)  # WordPiece
 
     def __call__(self, contents: list[Any]) -> ChunkResult:
         """Tokenize, parse and align; units whose content is None (empty documents) get no pieces.
@@ -133,6 +139,7 @@ class Worker:
             sentences=aligned.num_sentences,
             words=aligned.num_words,
             words_without_piece=aligned.words_without_piece,
+            pieces_unknown=int((tokens == self._settings.unk_id).sum()),
             edges_without_piece=aligned.edges_without_piece,
         )
         return ChunkResult(
@@ -145,7 +152,21 @@ class Worker:
             counts=counts,
             bad=sorted(bad.items()),
             foreign=foreign,
+            long_words=self._long_words(units, texts, encodings),
         )
+
+    def _long_words(self, units: list[int], texts: list[str], encodings: list[Encoding]) -> list[tuple[int, str]]:
+        """See `ChunkResult.long_words`."""
+        found = []
+        if self._longest_word is None:
+            return found
+        for unit, text, encoding in zip(units, texts, encodings, strict=True):
+            if len(text) <= self._longest_word:
+                continue
+            for piece, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                if piece == self._settings.unk_id and end - start > self._longest_word:
+                    found.append((unit, f"{text[start : start + 40]}… ({end - start:,} characters)"))
+        return found
 
 
 def _joined(first: ChunkResult, second: ChunkResult) -> ChunkResult:
@@ -163,6 +184,7 @@ def _joined(first: ChunkResult, second: ChunkResult) -> ChunkResult:
         counts=first.counts + second.counts,
         bad=first.bad + [(units + number, reason) for number, reason in second.bad],
         foreign=first.foreign + [units + number for number in second.foreign],
+        long_words=first.long_words + [(units + number, word) for number, word in second.long_words],
     )
 
 

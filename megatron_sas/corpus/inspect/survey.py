@@ -25,6 +25,7 @@ from megatron_sas.core.cli import InputError, progress
 from megatron_sas.core.processes import end_with_parent
 from megatron_sas.corpus.build.documents import SURVEY_FORMAT, SURVEY_VERSION, unit_text
 from megatron_sas.corpus.build.skipped import Losses
+from megatron_sas.corpus.readers.line_breaks import LineBreaks
 from megatron_sas.corpus.readers.sources import Reading, input_files, input_format, read_units, source_name
 from megatron_sas.corpus.readers.text_lines import OnError
 
@@ -52,6 +53,7 @@ class SurveySettings:
     max_loss: float = 0.05
     workers: int = 1
     rows_per_document: int | None = None
+    line_breaks: LineBreaks = "auto"
 
 
 @dataclass
@@ -171,6 +173,7 @@ def survey(settings: SurveySettings) -> dict[str, Any]:
         "duplicate_ids": {"count": len(ids_twice), "examples": [place(a) for a in ids_twice[:_EXAMPLES]]},
         "contamination": _contamination(settings, names, found),
         "rows_per_document": settings.rows_per_document,
+        "line_breaks": settings.line_breaks,
         "excluded_for": list(settings.exclude),
         "failed": failed,
         "inputs": inputs,
@@ -218,7 +221,7 @@ def _start_worker() -> None:
 def _survey_input(name: str, settings: SurveySettings) -> _Found:
     index = SentenceIndex((s for sentences in settings.sentences.values() for s in sentences), settings.min_words)
     losses = Losses(settings.max_loss, show=True)
-    reading = Reading(settings.text_field, settings.on_error, losses, settings.rows_per_document)
+    reading = Reading(settings.text_field, settings.on_error, losses, settings.rows_per_document, settings.line_breaks)
     texts, ids, words, hits = array("Q"), array("Q"), 0, []
     digest = hashlib.blake2b(digest_size=8)
     empty = True

@@ -6,11 +6,12 @@ The format: https://universaldependencies.org/format.html.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_sas.corpus.readers.text_lines import OnError, Report, handle_bad, read_lines
+from megatron_sas.corpus.readers.trees import is_blanked, refuse_blanked, tree_fault
 
 _ID = re.compile(r"([1-9][0-9]*)(?:-([1-9][0-9]*))?|[0-9]+\.[1-9][0-9]*")
 _ID_COLUMN, _FORM, _HEAD, _DEPREL, _MISC, _COLUMNS = 0, 1, 6, 7, 9, 10
@@ -31,7 +32,7 @@ class ConlluSentence:
     text: str
     spans: list[tuple[int, int]]
     line: int  # of the first comment or word, from 1
-    newdoc: bool  # whether `# newdoc` stands before this sentence (or before a skipped one just before it)
+    newdoc: bool  # whether `# newdoc` stands before this sentence (or before one just before it that was left out)
     comments: list[str] = field(default_factory=list)  # lines beginning with "#", without it
 
 
@@ -40,18 +41,23 @@ class _Malformed(Exception):
 
 
 def read_conllu(
-    path: str | Path, on_error: OnError = "refuse", report: Report | None = None
+    path: str | Path,
+    on_error: OnError = None,
+    report: Report | None = None,
+    blanked: Callable[[str], None] = lambda where: None,
 ) -> Iterator[ConlluSentence]:
     """Yield the sentences of a CoNLL-U file (also .gz, .xz, .zst), one in memory at a time.
 
-    Checked: ten columns, ids 1, 2, 3 …, a head that is a number within the sentence, no cycles, valid UTF-8. A broken
+    Checked: ten columns, ids 1, 2, 3 …, a head that is a number, a tree (`trees.tree_fault`), valid UTF-8. A broken
     sentence raises `InputError` naming file and line, or, when `on_error` is "skip", is left out after
-    `report(where, reason)`.
+    `report(where, reason)`. Sentences without their words (`trees.is_blanked`) are left out, each after
+    `blanked(where)`; a file that has only these raises `InputError`.
     """
-    newdoc = False
+    newdoc, num_blanked, others = False, 0, 0
     for first_line, lines in _blocks(path, on_error, report):
         newdoc = newdoc or any(re.match(r"#\s*newdoc\b", text) for _, text in lines if text is not None)
         if any(text is None for _, text in lines):
+            others += 1
             continue  # reported by read_lines
         if all(text.startswith("#") for _, text in lines):
             continue
@@ -60,9 +66,17 @@ def read_conllu(
         except _Malformed as error:
             line, reason = error.args
             handle_bad(f"{path}:{line}", reason, on_error, report)
+            others += 1
             continue
+        if is_blanked(sentence.words):
+            num_blanked += 1
+            blanked(f"{path}:{first_line}")
+            continue
+        others += 1
         sentence.newdoc, newdoc = newdoc, False
         yield sentence
+    if not others:
+        refuse_blanked(path, num_blanked)
 
 
 def _blocks(
@@ -119,27 +133,11 @@ def _parse(first_line: int, lines: list[tuple[int, str]]) -> ConlluSentence:
             surface.append((form, 1, space))
     if covered > len(words):
         raise _Malformed(first_line, f"a multiword token ends at word {covered}, the sentence at {len(words)}")
-    _check_tree(heads, numbers)
+    if fault := tree_fault(heads):
+        word, reason = fault
+        raise _Malformed(numbers[word], f"column HEAD is {heads[word] + 1}: word {word + 1} {reason}")
     text, spans = _rebuild(words, surface)
     return ConlluSentence(words, heads, relns, text, spans, first_line, False, comments)
-
-
-def _check_tree(heads: list[int], lines: list[int]) -> None:
-    """Every head lies in the sentence and following heads always ends at a root."""
-    for index, head in enumerate(heads):
-        if head >= len(heads):
-            raise _Malformed(lines[index], f"column HEAD is {head + 1} in a sentence of {len(heads)} words")
-    state = [0] * len(heads)  # 0 not visited, 1 on the path being followed, 2 known to reach a root
-    for start in range(len(heads)):
-        path, node = [], start
-        while node >= 0 and state[node] == 0:
-            state[node] = 1
-            path.append(node)
-            node = heads[node]
-        if node >= 0 and state[node] == 1:
-            raise _Malformed(lines[node], f"column HEAD makes a cycle through word {node + 1}")
-        for visited in path:
-            state[visited] = 2
 
 
 def _rebuild(words: list[str], surface: list[tuple[str, int, bool]]) -> tuple[str, list[tuple[int, int]]]:

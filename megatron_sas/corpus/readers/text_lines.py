@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Literal
 
 from megatron_sas.core.cli import InputError
 
-OnError = Literal["refuse", "skip"]
+OnError = Literal["refuse", "skip"] | None  # of a tool's --on-error; None refuses in a tool without that option
 Report = Callable[[str, str], None]  # where ("file:line"), reason
 
 COMPRESSED = (".gz", ".xz", ".zst")
@@ -23,8 +23,9 @@ MAX_LINE_BYTES = 1 << 26  # no more of a line is in memory at once
 
 def handle_bad(where: str, reason: str, on_error: OnError, report: Report | None) -> None:
     """Raise `InputError` naming the place, or tell `report` and return when `on_error` is "skip"."""
-    if on_error == "refuse":
-        raise InputError(f"{where}: {reason}; correct it, or pass --on-error skip to leave such input out")
+    if on_error != "skip":
+        remedy = "correct it" if on_error is None else "correct it, or pass --on-error skip to leave such input out"
+        raise InputError(f"{where}: {reason}; {remedy}")
     if report is not None:
         report(where, reason)
 
@@ -102,7 +103,7 @@ def open_binary(path: str | Path) -> Iterator[BinaryIO]:
             file: BinaryIO = stack.enter_context(open(path, "rb"))
             raw = file
         except FileNotFoundError:
-            raise InputError(f"{path}: no such file; check --input") from None
+            raise InputError(f"{path}: no such file; check its name") from None
         if path.suffix == ".gz":
             file = stack.enter_context(gzip.open(file))
         elif path.suffix == ".xz":
@@ -120,7 +121,7 @@ def open_binary(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def read_lines(
-    path: str | Path, on_error: OnError = "refuse", report: Report | None = None, *, cut_long: bool = False
+    path: str | Path, on_error: OnError = None, report: Report | None = None, *, cut_long: bool = False
 ) -> Iterator[tuple[int, str | None]]:
     """Yield (line number from 1, text without line end) of a UTF-8 file; the text is None where a skipped line stood.
 

@@ -93,6 +93,15 @@ def triton_attention(
     return (out, None, None) if heads is None else (out, to_head, to_dependent)
 
 
+def triton_output_and_lse(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention `(B, H, S, D)` without dropout, and the logsumexp `(B, H, S)` of its scores; only the first has a
+    gradient."""
+    out, _, _, lse, _ = _forward(q, k, v, None, seqlens, None, 0.0, scale)
+    return out, lse * math.log(2)
+
+
 @torch.library.custom_op("megatron_sas::dependency_attention_forward", mutates_args=())
 @_on_its_device
 def _forward(
