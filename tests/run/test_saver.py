@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 from engine_runs import checkpoint, largest_difference, train, weights
-from megatron_sas.config_sections import CheckpointSection
+from megatron_sas.run.saver import CheckpointSection
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 

@@ -12,7 +12,7 @@ from megatron_sas.data.mlm_dataset import validation_batches
 from megatron_sas.data.packed import PackedData
 from megatron_sas.evaluation import observers
 from megatron_sas.evaluation.validation import VALIDATION_SEED
-from megatron_sas.model import load_model
+from megatron_sas.run.reading import load_model
 from megatron_sas.run.records import read_records
 from megatron_sas.train import trainer
 from megatron_sas.train.step_log import read_pending
