@@ -144,6 +144,12 @@ def test_a_long_file_is_judged_in_parts(tmp_path):
     assert [unit.where.rpartition(":")[2] for unit in units[:3]] == ["1", "6", "9"]
 
 
+def test_dashes_at_the_end_of_a_line(tmp_path):
+    """A compound or a dash that touches its words stays so; one between spaces keeps both."""
+    path = write(tmp_path / "a.txt", "a well-\nknown place --\nso he said--\nis near")
+    assert texts(path, line_breaks="wrapped")[0] == ["a well-known place -- so he said--is near"]
+
+
 def test_runs_of_white_space_become_one_space(tmp_path):
     text = "The  cat\t\tsat.   It \tran away.\n10\u00a0km a\u00a0 b"
     for suffix in ("txt", "jsonl"):

@@ -62,10 +62,12 @@ def paragraphs(lines: Sequence[str], width: int | None) -> Iterator[tuple[int, i
 
 def join(lines: Sequence[str]) -> str:
     """Lines as one: with a space between them, except after a hyphen or dash that ends a word."""
-    text = lines[0]
-    for line in lines[1:]:
-        text += line if re.search(r"\w(-|--|—)$", text) else f" {line}"
-    return text
+    return "".join(line + ("" if _ends_in_dash(line) else " ") for line in lines[:-1]) + lines[-1]
+
+
+def _ends_in_dash(line: str) -> bool:
+    word = line.rstrip("-—")
+    return word != line and word != "" and not word[-1].isspace()
 
 
 def _are_joined(line: str, following: str, width: int) -> bool:
