@@ -10,7 +10,7 @@ import argparse
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,11 @@ from megatron_sas.run.records import LoggingSection
 from megatron_sas.run.saver import CheckpointSection, SnapshotSection
 
 NULL = ("", "~", "null")
+
+RETIRED = {
+    ("evaluation", "max_time_share"): "every evaluation that the configuration names is made, however long it takes",
+}
+"""Fields of earlier versions that are left out, with the reason."""
 
 
 class _BeforeTerms(Section):
@@ -106,14 +111,21 @@ class Config(create_model("_WithTerms", __base__=_BeforeTerms, **_terms)):
         return yaml.dump(self.used(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), log: Callable[[str], None] = lambda line: None
+) -> Config:
     """Read a YAML file, apply overrides (`--section.field value` or `--section.field=value`), and check everything.
+
+    `log` gets a line for every field of an earlier version that is left out.
 
     Raises:
         InputError: with every fault found, one per line.
     """
     values = {name: {} if section is None else section for name, section in read_yaml(path).items()}
     faults = _apply_overrides(values, overrides)
+    for (section, field), reason in RETIRED.items():
+        if isinstance(values.get(section), dict) and values[section].pop(field, None) is not None:
+            log(f"{path}: {section}.{field} is ignored: {reason}")
     try:
         config = Config.model_validate(values)
     except ValidationError as error:

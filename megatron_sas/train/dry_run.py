@@ -36,10 +36,11 @@ from megatron_sas.objective.terms import weights
 from megatron_sas.run.directory import RunDirectory, steps_in
 from megatron_sas.run.memory import MemoryEstimate, PeakMemory, count_parameters, estimate_memory, show_bytes
 from megatron_sas.train.branch import Branch
-from megatron_sas.train.build import build_parts, check_tokenizer, where_to_start
+from megatron_sas.train.build import build_state
 from megatron_sas.train.checks import CHECKS, check_shared_directory, existing_ancestor
 from megatron_sas.train.deepspeed_config import deepspeed_config
 from megatron_sas.train.dry_run_report import Report
+from megatron_sas.train.resume import check_tokenizer, find_start
 from megatron_sas.train.step import Engine
 
 CHECKPOINT_BYTES = 12  # per parameter: float32 weights and two moments
@@ -97,7 +98,7 @@ def _check_configured(config: Config, report: Report) -> None:
     report.check("output directory", lambda: check_output_directory(Path(config.run.output_dir)))
     branch = None
     if config.run.branch_from is not None:  # which the run's own checkpoint replaces once there is one
-        _, branch = report.check("branch", lambda: where_to_start(config, print), _describe_start) or (None, None)
+        _, branch = report.check("branch", lambda: find_start(config, print), _describe_start) or (None, None)
     if packed is not None:
         shape = config.bert_config(packed.tokenizer.vocab_size, packed.tokenizer.pad_id)
         report.check("disk space", lambda: check_disk_space(config, count_parameters(shape), branch))
@@ -224,19 +225,19 @@ def _try_one_step(config: Config, report: Report) -> None:
         share_cores()
         check_shared_directory(Path(config.run.output_dir))
         with PeakMemory(device) as memory:
-            parts = build_parts(config, lambda _: None)
-            terms = config.terms(parts.dataset.packed.tokenizer.special_ids)
-            engine = Engine(MaskedLMWithTerms(parts.bert, terms), config.train, config.run.seed, device)
-            parts.load_optimizer(engine)
+            state = build_state(config, lambda _: None)
+            terms = state.terms
+            engine = Engine(MaskedLMWithTerms(state.bert, terms), config.train, config.run.seed, device)
+            state.load_optimizer(engine)
             engine.set_learning_rate(0.0)
-            weight = weights(terms, parts.start_step)
-            result = engine.update(parts.dataset.window(parts.start_step), weight, measure=True)
+            weight = weights(terms, state.start_step)
+            result = engine.update(state.dataset.window(state.start_step), weight, measure=True)
             sums = distributed.all_reduce_sum_(torch.stack([result.mlm_sum.float(), result.grad_norm.float()]))
         loss = float(sums[0]) / max(int(result.num_masked), 1)
         if not math.isfinite(float(sums.sum())):
             raise InputError(f"loss {loss:g} or its gradient is not finite; lower train.learning_rate, check the data")
         peak = max(distributed.gather_objects(memory.peak))
-        return f"{parts.origin}, masked-LM loss {loss:.4f}, {time.perf_counter() - started:.1f} s with start-up", peak
+        return f"{state.origin}, masked-LM loss {loss:.4f}, {time.perf_counter() - started:.1f} s with start-up", peak
 
     def step_within_memory() -> tuple[str, int]:
         try:

@@ -131,7 +131,7 @@ def test_a_problem_of_one_process_stops_all(config, tmp_path):
 def test_a_failure_of_one_process_in_the_step_ends_all(config, tmp_path):
     """While the other waits for it in a collective."""
     fails = "raise torch.OutOfMemoryError('Out of memory. Tried') "
-    command = as_rank_1(tmp_path, f"def build_parts(*_): {fails}\n    preflight.build_parts = build_parts")
+    command = as_rank_1(tmp_path, f"def build_state(*_): {fails}\n    preflight.build_state = build_state")
     output = launch(*command, config, f"--run.output_dir={tmp_path / 'run'}", expect=1, timeout=180)
     assert "(rank 1): one step: Out of memory; lower train.micro_batch_size" in output
     assert output.count("1 problem; a run would fail") == 1
