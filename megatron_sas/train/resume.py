@@ -64,13 +64,13 @@ def _check_no_checkpoint_is_lost(run: RunDirectory) -> None:
     skipped = {record["step"] for record in records if record.get("event") == "skipped_update"}  # nothing is saved then
     saved = (step for step in range(first, last + 1) if old.checkpoint.due(step, last) and step not in skipped)
     second = next(islice(saved, 1, None), last)
-    # A branch's own start comes last. The second save begins an interval later, after an update that may take long.
-    started = max((r.get("time", math.inf) for r in records if r.get("event") == "start"), default=math.inf)
-    surely_saved = started + 2 * (old.checkpoint.seconds or math.inf)
+    # The clock has the second save begun an interval after the first, at the end of an update that may take long.
+    times = (r.get("time", math.inf) for r in records if r["kind"] == "train" and r["step"] > began)
+    surely_saved = next(times, math.inf) + 2 * (old.checkpoint.seconds or math.inf)
     for record in records:
         step, event = record["step"], record.get("event")
         later = event in ("start", "stopped", "finished") and step > began and step not in skipped
-        by_clock = record["kind"] == "train" and step not in skipped and record.get("time", 0.0) > surely_saved
+        by_clock = step not in skipped and record.get("time", 0.0) > surely_saved
         if step > second or later or by_clock:
             raise InputError(
                 f"{run.checkpoints}: holds no checkpoint, but the run's records reach update "
