@@ -59,7 +59,7 @@ class Run:
         self.dataset = parts.dataset
         self.terms = config.terms(parts.dataset.packed.tokenizer.special_ids)
         module = MaskedLMWithTerms(parts.bert, self.terms)
-        self.engine = Engine(module, config.train, config.run.seed, device)
+        self.engine = Engine(module, config.train, config.run.seed, device, config.optimizer_options())
         self.saver = make_saver(config, self.engine, parts)
 
     def updates(self) -> None:

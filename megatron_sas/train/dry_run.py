@@ -42,7 +42,7 @@ from megatron_sas.train.deepspeed_config import deepspeed_config
 from megatron_sas.train.dry_run_report import Report
 from megatron_sas.train.step import Engine
 
-CHECKPOINT_BYTES = 12  # per parameter: float32 weights and two moments
+CHECKPOINT_BYTES = 12  # per parameter: float32 weights and AdamW's two moments, the most that an optimizer keeps
 
 
 def preflight(path: str, overrides: Sequence[str]) -> int:
@@ -210,6 +210,7 @@ def _estimate(
         seq_length=seq_length,
         mask_prob=config.data.mask_prob,
         edge_sets=len(config.terms()),
+        optimizer=config.train.optimizer,
         zero_optimization=deepspeed["zero_optimization"],
         cuda=torch.cuda.is_available(),
     )
@@ -226,7 +227,8 @@ def _try_one_step(config: Config, report: Report) -> None:
         with PeakMemory(device) as memory:
             parts = build_parts(config, lambda _: None)
             terms = config.terms(parts.dataset.packed.tokenizer.special_ids)
-            engine = Engine(MaskedLMWithTerms(parts.bert, terms), config.train, config.run.seed, device)
+            module, options = MaskedLMWithTerms(parts.bert, terms), config.optimizer_options()
+            engine = Engine(module, config.train, config.run.seed, device, options)
             parts.load_optimizer(engine)
             engine.set_learning_rate(0.0)
             weight = weights(terms, parts.start_step)

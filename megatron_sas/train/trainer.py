@@ -85,7 +85,8 @@ class Trainer:
         self.parts, self.dataset = parts, parts.dataset
         self.skipped = SkippedUpdates(config.train.max_nonfinite_updates, **parts.state.get("skipped", {}))
         self.terms = config.terms(parts.dataset.packed.tokenizer.special_ids)
-        self.engine = Engine(MaskedLMWithTerms(parts.bert, self.terms), config.train, config.run.seed, device)
+        module, options = MaskedLMWithTerms(parts.bert, self.terms), config.optimizer_options()
+        self.engine = Engine(module, config.train, config.run.seed, device, options)
         if parts.checkpoint is not None:
             parts.load_optimizer(self.engine)
             self.say(parts.origin)
