@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_sas.core.settings import Section
-from megatron_sas.optim import adamw
+from megatron_sas.optim import adamw, muon
 
 if TYPE_CHECKING:
     from megatron_sas.optim.section import TrainSection
@@ -40,6 +40,7 @@ class OptimizerModule(Protocol):
 
 OPTIMIZERS: dict[str, OptimizerModule] = {
     "adamw": adamw,
+    "muon": muon,
 }
 
 
