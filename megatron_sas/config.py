@@ -27,6 +27,7 @@ from megatron_sas.model.config import BertConfig, ModelSection
 from megatron_sas.objective.base import Term
 from megatron_sas.objective.terms import TERMS, is_in_run, make_terms
 from megatron_sas.onsets.online import WatchSection
+from megatron_sas.optim.optimizers import OPTIMIZERS
 from megatron_sas.optim.schedules import SCHEDULES, Stage
 from megatron_sas.optim.section import TrainSection
 from megatron_sas.run.directory import RunSection
@@ -34,6 +35,8 @@ from megatron_sas.run.records import LoggingSection
 from megatron_sas.run.saver import CheckpointSection, SnapshotSection
 
 NULL = ("", "~", "null")
+NEWER = ("schedule", "optimizer")
+"""Fields of the section `train` that came later than the format of checkpoints."""
 
 RETIRED = {
     ("evaluation", "max_time_share"): "every evaluation that the configuration names is made, however long it takes",
@@ -47,11 +50,14 @@ class _BeforeTerms(Section):
     data: DataSection
 
 
-_terms = {name: (term.section_class, term.section_class()) for name, term in TERMS.items()}
+_owned = {name: term.section_class for name, term in TERMS.items()}
+_owned |= {name: optimizer.OPTIONS for name, optimizer in OPTIMIZERS.items() if optimizer.OPTIONS is not None}
+_fields = {name: (section, section()) for name, section in _owned.items()}
 
 
-class Config(create_model("_WithTerms", __base__=_BeforeTerms, **_terms)):
-    """Everything that defines a run. Every term of the objective has a section of its name."""
+class Config(create_model("_WithTerms", __base__=_BeforeTerms, **_fields)):
+    """Everything that defines a run. A term of the objective, and an optimizer with options, have sections of their
+    names."""
 
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
@@ -91,10 +97,15 @@ class Config(create_model("_WithTerms", __base__=_BeforeTerms, **_terms)):
         """The terms of the run by name; `special_ids` are the tokenizer's."""
         return make_terms({name: getattr(self, name) for name in TERMS}, special_ids)
 
+    def optimizer_options(self) -> Section | None:
+        """The section of the optimizer, if it has one."""
+        return getattr(self, self.train.optimizer, None)
+
     def used(self) -> dict[str, dict[str, Any]]:
-        """The sections that this run reads, as YAML has them: of terms that it does not have there is none."""
-        values = self.model_dump(mode="json")
-        return {name: values[name] for name in values if name not in TERMS or is_in_run(name, getattr(self, name))}
+        """The sections that this run reads, as YAML has them: none of terms and optimizers that it does not have."""
+        unused = {name for name in TERMS if not is_in_run(name, getattr(self, name))}
+        unused |= set(OPTIMIZERS) - {self.train.optimizer}
+        return {name: values for name, values in self.model_dump(mode="json").items() if name not in unused}
 
     def differences(self, other: Config) -> dict[str, list[Any]]:
         """`section.field` to both values, of what is used and differs; None for the one that lacks the section."""
@@ -107,8 +118,15 @@ class Config(create_model("_WithTerms", __base__=_BeforeTerms, **_terms)):
         return {name: values for name, values in both.items() if values[0] != values[1]}
 
     def to_yaml(self) -> str:
-        """YAML that `load_config` reads back to an equal configuration."""
-        return yaml.dump(self.used(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+        """YAML that `load_config` reads back to an equal configuration.
+
+        Newer fields are left out at their defaults, so that versions without them can read it.
+        """
+        values = self.used()
+        for field in NEWER:
+            if values["train"][field] == TrainSection.model_fields[field].default:
+                del values["train"][field]
+        return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def load_config(

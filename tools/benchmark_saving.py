@@ -56,10 +56,9 @@ class Run:
         self.config, self.every, self.step = config, every, 0
         self.run = RunDirectory(Path(config.run.output_dir))
         state = build_state(config, lambda _: None)
-        self.dataset = state.dataset
-        self.terms = config.terms(state.dataset.packed.tokenizer.special_ids)
+        self.dataset, self.terms = state.dataset, state.terms
         module = MaskedLMWithTerms(state.bert, self.terms)
-        self.engine = Engine(module, config.train, config.run.seed, device)
+        self.engine = Engine(module, config.train, config.run.seed, device, config.optimizer_options())
         self.saver = make_saver(config, self.engine, state)
 
     def updates(self) -> None:

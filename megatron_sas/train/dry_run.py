@@ -43,7 +43,7 @@ from megatron_sas.train.dry_run_report import Report
 from megatron_sas.train.resume import check_tokenizer, find_start
 from megatron_sas.train.step import Engine
 
-CHECKPOINT_BYTES = 12  # per parameter: float32 weights and two moments
+CHECKPOINT_BYTES = 12  # per parameter: float32 weights and AdamW's two moments, the most that an optimizer keeps
 
 
 def preflight(path: str, overrides: Sequence[str]) -> int:
@@ -211,6 +211,7 @@ def _estimate(
         seq_length=seq_length,
         mask_prob=config.data.mask_prob,
         edge_sets=len(config.terms()),
+        optimizer=config.train.optimizer,
         zero_optimization=deepspeed["zero_optimization"],
         cuda=torch.cuda.is_available(),
     )
@@ -227,7 +228,8 @@ def _try_one_step(config: Config, report: Report) -> None:
         with PeakMemory(device) as memory:
             state = build_state(config, lambda _: None)
             terms = state.terms
-            engine = Engine(MaskedLMWithTerms(state.bert, terms), config.train, config.run.seed, device)
+            module, options = MaskedLMWithTerms(state.bert, terms), config.optimizer_options()
+            engine = Engine(module, config.train, config.run.seed, device, options)
             state.load_optimizer(engine)
             engine.set_learning_rate(0.0)
             weight = weights(terms, state.start_step)
