@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from pydantic import ValidationError, create_model
@@ -38,10 +38,23 @@ NULL = ("", "~", "null")
 NEWER = ("schedule", "optimizer")
 """Fields of the section `train` that came later than the format of checkpoints."""
 
+
+class Retired(NamedTuple):
+    """A field of earlier versions: why it is left out, and the one value that it may have; others are refused."""
+
+    reason: str
+    value: Any = None  # None: any
+
+
 RETIRED = {
-    ("evaluation", "max_time_share"): "every evaluation that the configuration names is made, however long it takes",
+    ("evaluation", "max_time_share"): Retired(
+        "every evaluation that the configuration names is made, however long it takes"
+    ),
+    ("model", "norm_placement"): Retired(
+        "LayerNorm comes after each block; a pre-LN BERT has no Hugging Face form, so no export, snapshots or GLUE",
+        "post",
+    ),
 }
-"""Fields of earlier versions that are left out, with the reason."""
 
 
 class _BeforeTerms(Section):
@@ -67,11 +80,8 @@ class Config(create_model("_WithTerms", __base__=_BeforeTerms, **_fields)):
     logging: LoggingSection = LoggingSection()
 
     def faults(self) -> list[str]:
-        """A snapshot is a Hugging Face model, which only post-LN models can be; what is measured needs its data."""
+        """What is measured needs its data."""
         faults, evaluation, watch = [], self.evaluation, self.watch
-        for name, wanted in (("snapshots", self.snapshots.due(0, 0)), ("watch", bool(watch.metrics))):
-            if wanted and self.model.norm_placement != "post":
-                faults.append(f"{name}: a model with norm_placement pre has no Hugging Face form; remove the section")
         often = evaluation.treebank is not None and (evaluation.every or watch.delta or 0) <= (watch.delta or 0)
         if "uas" in watch.metrics and (not often or evaluation.every is None):
             faults.append("watch.metrics: uas needs evaluation.treebank, and evaluation.every of at most watch.delta")
@@ -89,7 +99,6 @@ class Config(create_model("_WithTerms", __base__=_BeforeTerms, **_fields)):
             max_position_embeddings=model.max_position_embeddings,
             hidden_dropout=model.hidden_dropout,
             attention_dropout=model.attention_dropout,
-            norm_placement=model.norm_placement,
             attention_backend=model.attention_backend,
         )
 
@@ -141,9 +150,12 @@ def load_config(
     """
     values = {name: {} if section is None else section for name, section in read_yaml(path).items()}
     faults = _apply_overrides(values, overrides)
-    for (section, field), reason in RETIRED.items():
-        if isinstance(values.get(section), dict) and values[section].pop(field, None) is not None:
-            log(f"{path}: {section}.{field} is ignored: {reason}")
+    for (section, field), retired in RETIRED.items():
+        value = values[section].pop(field, None) if isinstance(values.get(section), dict) else None
+        if value is not None and retired.value not in (None, value):
+            faults.append(f"{section}.{field}: {value!r} is no longer possible: {retired.reason}")
+        elif value is not None:
+            log(f"{path}: {section}.{field} is ignored: {retired.reason}")
     try:
         config = Config.model_validate(values)
     except ValidationError as error:

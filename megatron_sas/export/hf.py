@@ -57,7 +57,7 @@ def to_hf(source: str | Path, output: str | Path, dtype: str = "fp32", overwrite
         overwrite: replace `output`, if it is a Hugging Face model or empty.
 
     Raises:
-        InputError: `source` is no whole checkpoint, or is pre-LN; `output` exists.
+        InputError: `source` is no whole checkpoint; `output` exists.
     """
     refuse_output(output, HF_CONFIG, overwrite)
     checkpoint = newest_of_run(source)

@@ -32,7 +32,6 @@ class ModelSection(Section):
     num_heads: int | None = Field(None, description="instead of the size's", ge=1)
     intermediate_size: int | None = Field(None, description="instead of the size's", ge=1)
     max_position_embeddings: int = Field(512, description="longest sequence the model can take", ge=3)
-    norm_placement: Literal["post", "pre"] = Field("post", description="LayerNorm after (BERT) or before each block")
     hidden_dropout: float = Field(0.1, description="dropout of embeddings and block outputs", ge=0, lt=1)
     attention_dropout: float = Field(0.1, description="dropout of attention probabilities; use 0 on CPU", ge=0, lt=1)
     attention_backend: Literal["auto", "triton", "sdpa", "cudnn", "flex", "fa4", "chunked", "reference"] = Field(
@@ -68,7 +67,6 @@ class BertConfig:
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
     layer_norm_eps: float = 1e-12
-    norm_placement: str = "post"
     initializer_range: float = 0.02
     pad_token_id: int = 0
     attention_backend: str = "auto"
