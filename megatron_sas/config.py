@@ -19,7 +19,7 @@ import yaml
 from pydantic import ValidationError, create_model
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.core.settings import FAULT_SEPARATOR, Section
+from megatron_sas.core.settings import FAULT_SEPARATOR, PARTLY, Section
 from megatron_sas.core.yaml_file import Dumper, Loader, read_yaml
 from megatron_sas.data.mixture import DataSection
 from megatron_sas.evaluation.live import EvaluationSection
@@ -148,6 +148,23 @@ def load_config(
     Raises:
         InputError: with every fault found, one per line.
     """
+    config, faults, _ = read_config(path, overrides, log)
+    if faults:
+        raise InputError(_message(path, faults))
+    return config
+
+
+def read_config(
+    path: str | Path, overrides: Sequence[str] = (), log: Callable[[str], None] = lambda line: None
+) -> tuple[Config | None, list[str], set[str]]:
+    """As `load_config`, but whatever is wrong: the configuration, its faults, and the fields that they are in.
+
+    Such a field (`section.field`) has its default in the configuration, which is None if a field is missing that has
+    none. So the dry run can look at the rest.
+
+    Raises:
+        InputError: the file is not YAML.
+    """
     values = {name: {} if section is None else section for name, section in read_yaml(path).items()}
     faults = _apply_overrides(values, overrides)
     for (section, field), retired in RETIRED.items():
@@ -157,13 +174,33 @@ def load_config(
         elif value is not None:
             log(f"{path}: {section}.{field} is ignored: {retired.reason}")
     try:
-        config = Config.model_validate(values)
+        return Config.model_validate(values), faults, set()
     except ValidationError as error:
-        faults += [fault for detail in error.errors() for fault in _describe(detail)]
-        raise InputError(_message(path, faults)) from None
-    if faults:
-        raise InputError(_message(path, faults))
-    return config
+        details = error.errors()
+    described = [fault for detail in details for fault in _describe(detail)]
+    for detail in details:
+        _leave_out(values, detail)
+    try:
+        config = Config.model_validate(values, context=PARTLY)
+    except ValidationError:
+        config = None
+    return config, faults + described, {fault.partition(":")[0] for fault in described}
+
+
+def _leave_out(values: dict[str, Any], detail: dict[str, Any]) -> None:
+    """Give the field in which a fault of validation is its default, or some value if it has none."""
+    section, *rest = detail["loc"] or (None,)
+    if section not in Config.model_fields:
+        values.pop(section, None)
+        return
+    if not isinstance(values.get(section), dict):
+        values[section] = {}
+    fields = Config.model_fields[section].annotation.model_fields
+    for name in rest[:1]:
+        values[section].pop(name, None)
+    for name, field in fields.items():
+        if field.is_required() and name not in values[section]:
+            values[section][name] = 1 if field.annotation is int else "?"
 
 
 def help_text() -> str:

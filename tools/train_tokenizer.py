@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.files import atomic_directory, refuse_existing
 from megatron_sas.corpus.build.skipped import Losses
-from megatron_sas.corpus.readers.sources import Reading, read_units
+from megatron_sas.corpus.readers.base import Reading
+from megatron_sas.corpus.readers.registry import read_units
 from megatron_sas.corpus.readers.text_lines import OnError
 from megatron_sas.corpus.train_tokenizer import KINDS, TokenizerSettings, train_tokenizer
 from megatron_sas.data.masking import bernoulli, hash_u64

@@ -18,9 +18,9 @@ import numpy as np
 from megatron_sas.core.cli import InputError, progress
 from megatron_sas.corpus.build.pack import Packer
 from megatron_sas.corpus.build.packed_writer import PackedWriter, check_seq_length, relation_number
-from megatron_sas.corpus.hub import read_rows
 from megatron_sas.corpus.parsers.base import RelationNames
-from megatron_sas.corpus.readers.sources import input_files, source_name
+from megatron_sas.corpus.readers.hub import read_rows
+from megatron_sas.corpus.readers.registry import input_files, source_name
 from megatron_sas.corpus.readers.text_lines import check_file_name
 from megatron_sas.data.packed import SENTENCE_START, WORD_START
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_info

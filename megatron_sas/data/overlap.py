@@ -6,6 +6,7 @@ Equal texts in different inputs are not known here (tools/survey_corpus.py finds
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from megatron_sas.core.cli import InputError
 if TYPE_CHECKING:
     from megatron_sas.data.packed import PackedData
 
+_DATASET = re.compile(r"[a-z]{2,}:")  # begins the name of one, as "hf:"
 _NEXT_TO_NOTHING = 64  # bytes: an archive of nothing has some 30, and so the same content as any other
 
 
@@ -91,7 +93,7 @@ def _inputs(header: dict[str, Any]) -> list[tuple[str, str]]:
 def _identity(record: dict[str, Any]) -> str:
     """A file is known by its content; of a dataset the name says which split and part."""
     content = record.get("revision") or record["sha256"]
-    return f"{record['name']} {content}" if record["name"].startswith("hf:") else content
+    return f"{record['name']} {content}" if _DATASET.match(record["name"]) else content
 
 
 def _settings(header: dict[str, Any]) -> list[dict[str, Any]]:

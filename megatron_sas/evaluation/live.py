@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 
 MOST_HEADS = 0.75
+ENOUGH_POINTS = 100
+"""Below this the standard error of TwoNN is a tenth of its value or more."""
 
 
 class EvaluationSection(When):
@@ -42,6 +44,24 @@ class EvaluationSection(When):
         None, description="sequences of data.validation for TwoNN intrinsic dimension; none: not measured", ge=10
     )
     batch_tokens: int = Field(16_384, description="tokens per evaluation forward", ge=1)
+
+
+def shortages(section: EvaluationSection, validation: PackedData | None) -> list[str]:
+    """What the configuration asks for and the validation data cannot give, a phrase each."""
+    if validation is None:
+        return []
+    there, found = validation.num_sequences, []
+    for name in ("validation_sequences", "complexity_sequences"):
+        wanted = getattr(section, name)
+        given = name in section.model_fields_set  # a default is no wish
+        if wanted is not None and there < wanted and given:
+            found.append(f"evaluation.{name}: {wanted} are wanted, but {validation.prefix} has {there}")
+    if section.complexity_sequences is not None and min(there, section.complexity_sequences) < ENOUGH_POINTS:
+        found.append(
+            f"evaluation.complexity_sequences: TwoNN from {min(there, section.complexity_sequences)} points says "
+            f"little; give it {ENOUGH_POINTS} or more"
+        )
+    return found
 
 
 class LiveEvaluation:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.corpus.build.align import Parse, align
-from megatron_sas.corpus.parsers.base import Parser, RelationNames
+from megatron_sas.corpus.build.align import align
+from megatron_sas.corpus.parsers.base import Parse, Parser, RelationNames
 from megatron_sas.corpus.readers.conllu import ConlluSentence
 from megatron_sas.data.packed import WORD_START
 

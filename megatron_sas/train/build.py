@@ -25,7 +25,7 @@ from megatron_sas.data.mlm_dataset import MLMDataset
 from megatron_sas.data.overlap import refuse_overlap
 from megatron_sas.data.packed import PackedData, TokenizerIdentity
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_digest, tokenizer_identity
-from megatron_sas.evaluation.live import LiveEvaluation
+from megatron_sas.evaluation.live import LiveEvaluation, shortages
 from megatron_sas.export.hf import write_hf
 from megatron_sas.launch.environment import other_threads, threads_of_processes
 from megatron_sas.launch.kernel_cache import build_attention_kernels, check_attention_backend
@@ -127,6 +127,8 @@ class BuiltRun(RunState):
         facts, line = run_summary(self.config, self, self.engine)
         journal.event(self.start_step, event="start", versions=VERSIONS, threads=self.threads, **facts)
         journal.log(line)
+        for shortage in shortages(self.evaluation.section, self.evaluation.validation):
+            journal.log(f"warning: {shortage}")
         for name, unknown in self.evaluation.unknown().items():
             if unknown.is_high:
                 journal.log(unknown.line(name))

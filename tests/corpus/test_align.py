@@ -8,7 +8,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sas.corpus.build.align import Parse, align
+from megatron_sas.corpus.build.align import align
+from megatron_sas.corpus.parsers.base import Parse
 
 
 def parse_of(spans, heads, sentences=None, relations=None, is_word=None):

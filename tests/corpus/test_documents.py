@@ -21,7 +21,8 @@ from megatron_sas.corpus.build import documents
 from megatron_sas.corpus.build.documents import Exclusions, Selection
 from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess
 from megatron_sas.corpus.inspect.survey import SentenceIndex, SurveySettings, survey, words_of
-from megatron_sas.corpus.readers.sources import Reading, input_files, read_units
+from megatron_sas.corpus.readers.base import Reading
+from megatron_sas.corpus.readers.registry import input_files, read_units
 from megatron_sas.corpus.readers.text_lines import DamagedFile
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "survey_corpus.py"

@@ -9,15 +9,15 @@ from itertools import chain
 import pytest
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.corpus import hub
 from megatron_sas.corpus.build.documents import Exclusions
 from megatron_sas.corpus.build.merge import merge
 from megatron_sas.corpus.build.preprocess import PreprocessSettings
 from megatron_sas.corpus.build.shards import preprocess_shards
-from megatron_sas.corpus.hub import check_name, dataset_version, open_dataset, read_rows
 from megatron_sas.corpus.import_dataset import ImportSettings, import_dataset
 from megatron_sas.corpus.inspect.survey import SurveySettings, survey
-from megatron_sas.corpus.readers.sources import input_files
+from megatron_sas.corpus.readers import hub
+from megatron_sas.corpus.readers.hub import check_name, dataset_version, open_dataset, read_rows
+from megatron_sas.corpus.readers.registry import input_files
 
 datasets = pytest.importorskip("datasets")
 OLD, NEW = "a" * 40, "b" * 40

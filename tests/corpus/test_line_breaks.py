@@ -16,7 +16,8 @@ from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess
 from megatron_sas.corpus.build.shards import preprocess_shards
 from megatron_sas.corpus.build.skipped import Losses
 from megatron_sas.corpus.inspect.survey import SurveySettings, survey
-from megatron_sas.corpus.readers.sources import Reading, input_files, read_units
+from megatron_sas.corpus.readers.base import Reading
+from megatron_sas.corpus.readers.registry import input_files, read_units
 from megatron_sas.data.packed import FILES
 
 PROSE = [

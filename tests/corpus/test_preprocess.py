@@ -21,7 +21,8 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.build import packed_writer, workers
 from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess
 from megatron_sas.corpus.inspect.survey import SurveySettings, survey
-from megatron_sas.corpus.parsers.base import ConlluParser, NoParser
+from megatron_sas.corpus.parsers.conllu import ConlluParser
+from megatron_sas.corpus.parsers.none import NoParser
 from megatron_sas.data.packed import FILES, PackedData
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
 
@@ -415,7 +416,7 @@ def test_everything_bad_at_once(data_dir, tmp_path):
     good = [json.dumps({"id": number % 3, "text": f"The cat number {number} sat."}) for number in range(40)]
     lines = [
         *good,
-        json.dumps({"text": "The  words " * 300_000}),  # 3 MB on one line
+        json.dumps({"text": "The  words " * 330_000}),  # 3 MB on one line
         json.dumps({"text": "x" * 1_000_000}),
         json.dumps({"text": "Stop."}),
         json.dumps({"text": "a\x00b \x07 c\u2028d \ufeff"}),

@@ -19,8 +19,11 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.build import shards, workers
 from megatron_sas.corpus.build.packed_writer import remove_leftovers
 from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess
-from megatron_sas.corpus.build.shards import output_name, parse_shard, preprocess_shards
-from megatron_sas.corpus.parsers.base import NoParser, describe_parser
+from megatron_sas.corpus.build.shards import parse_shard, preprocess_shards
+from megatron_sas.corpus.parsers.none import NoParser
+from megatron_sas.corpus.parsers.registry import describe_parser
+from megatron_sas.corpus.readers.hub import HUB
+from megatron_sas.corpus.readers.text import TEXT
 from megatron_sas.data.packed import FILES, PackedData
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
@@ -196,8 +199,9 @@ def test_an_error_that_nobody_foresaw_fails_one_shard(sources, vocab_file, tmp_p
 
 
 def test_names():
-    assert output_name("a/enwiki-00.jsonl.xz") == "enwiki-00" and output_name("b.txt") == "b"
-    assert output_name("hf:wikimedia/wikipedia:20231101.en:train@3/16") == "wikimedia-wikipedia-20231101.en-train-3-16"
+    assert TEXT.output_name("a/enwiki-00.jsonl.xz") == "enwiki-00" and TEXT.output_name("b.txt") == "b"
+    name = "hf:wikimedia/wikipedia:20231101.en:train@3/16"
+    assert HUB.output_name(name) == "wikimedia-wikipedia-20231101.en-train-3-16"
     assert parse_shard("2/3") == (2, 3)
     for text in ("3/3", "1", "-1/3", "0/0", "a/b"):
         with pytest.raises(InputError, match="must be i/n"):
@@ -224,7 +228,7 @@ def test_two_inputs_of_one_name(vocab_file, tmp_path):
 
 HELD = """
 import runpy, sys, time
-from megatron_sas.data import preprocess
+from megatron_sas.corpus.build import preprocess
 
 def held(*arguments):
     for number, chunk in enumerate(process_chunks(*arguments)):

@@ -11,8 +11,8 @@ import pytest
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.build.skipped import Losses
-from megatron_sas.corpus.readers import sources
-from megatron_sas.corpus.readers.sources import Reading, input_format, read_units
+from megatron_sas.corpus.readers.base import Reading
+from megatron_sas.corpus.readers.registry import read_units, reader_of
 from megatron_sas.corpus.readers.text_lines import DamagedFile
 
 
@@ -78,12 +78,11 @@ def test_broken_text(tmp_path):
     assert units(str(path), on_error="skip") == [("good", True, "1"), ("last", False, "3")]
 
 
-def test_long_paragraphs_are_cut_at_spaces(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_UNIT_CHARACTERS", 20)
+def test_long_paragraphs_are_cut_at_spaces(tmp_path):
     text = "word " * 30 + "x" * 50
     path = tmp_path / "a.txt"
     path.write_text(text)
-    reading = Reading()
+    reading = Reading(max_unit_characters=20)
     parts = [unit.content for unit in read_units([str(path)], reading)]
     assert "".join("".join(parts).split()) == "".join(text.split())
     assert all(len(part) <= 20 for part in parts) and parts[0] == "word word word word"
@@ -123,7 +122,7 @@ def test_input_names(tmp_path):
         ("hf:a::b", "hf:NAME:SPLIT"),
     ]:
         with pytest.raises(InputError, match=message):
-            input_format(name)
+            reader_of(name)
 
 
 def test_control_characters_are_taken_out(tmp_path):

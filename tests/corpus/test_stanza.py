@@ -18,7 +18,8 @@ import pytest
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.build.workers import Worker, WorkerSettings
-from megatron_sas.corpus.parsers.base import RelationNames, describe_parser, make_parser
+from megatron_sas.corpus.parsers.base import RelationNames
+from megatron_sas.corpus.parsers.registry import describe_parser, make_parser
 from megatron_sas.corpus.parsers.stanza import PROCESSORS, parse_of
 from megatron_sas.data.tokenizer import load_tokenizer
 

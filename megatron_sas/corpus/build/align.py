@@ -12,36 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_sas.corpus.parsers.base import Parse
 from megatron_sas.data.packed import SENTENCE_START, WORD_START
-
-
-@dataclass
-class Parse:
-    """Words of one or more texts in a shared character space, sorted by position.
-
-    `starts`, `ends` (W,) int64: characters [start, end); an empty span is a word without characters of its own.
-    `heads` (W,) int64: index of the head word, -1 for none. `relations` (W,) int64: relation numbers, 0 for none.
-    `sentence_starts` (W,) bool. `is_word` (W,) bool: false for white-space tokens, which no statistic counts.
-    """
-
-    starts: np.ndarray
-    ends: np.ndarray
-    heads: np.ndarray
-    relations: np.ndarray
-    sentence_starts: np.ndarray
-    is_word: np.ndarray
-
-    def shifted(self, characters: int, words: int) -> Parse:
-        """The same words `characters` further on, after `words` other words."""
-        heads = np.where(self.heads >= 0, self.heads + words, -1)
-        starts, ends = self.starts + characters, self.ends + characters
-        return Parse(starts, ends, heads, self.relations, self.sentence_starts, self.is_word)
-
-    @staticmethod
-    def concatenate(parses: list[Parse]) -> Parse:
-        """One parse of parses that are shifted already; at least one."""
-        names = Parse.__dataclass_fields__
-        return Parse(*(np.concatenate([getattr(parse, name) for parse in parses]) for name in names))
 
 
 @dataclass

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.readers.base import Unit
 from megatron_sas.corpus.readers.line_breaks import LineBreaks
-from megatron_sas.corpus.readers.sources import Unit, source_name
+from megatron_sas.corpus.readers.registry import source_name
 
 SURVEY_FORMAT = "megatron_sas corpus survey"
 SURVEY_VERSION = 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from megatron_sas.core.cli import InputError, progress
 from megatron_sas.corpus.build.packed_writer import PackedWriter, relation_number
 from megatron_sas.corpus.parsers.base import RelationNames
+from megatron_sas.corpus.readers.registry import dataset_of
 from megatron_sas.corpus.readers.text_lines import check_file_name
 from megatron_sas.data.overlap import Documents, refuse_repeated
 from megatron_sas.data.packed import PackedData, packed_header
@@ -95,12 +95,12 @@ def _check_versions(prefixes: list[str], headers: list[dict[str, Any]]) -> None:
         if not isinstance(files, list):
             raise InputError(f"{prefix}.json: field input_files is that of an earlier program; preprocess again")
         for file in files:
-            if part := re.fullmatch(r"(hf:.+)@\d+/\d+", file["name"]):
+            if dataset := dataset_of(file["name"]):
                 version = {key: value for key, value in file.items() if key != "name"}
-                other, first = known.setdefault(part[1], (prefix, version))
+                other, first = known.setdefault(dataset, (prefix, version))
                 if version != first:
                     raise InputError(
-                        f"{prefix}: is of another version of {part[1]} ({_shown(version)}) than {other} "
+                        f"{prefix}: is of another version of {dataset} ({_shown(version)}) than {other} "
                         f"({_shown(first)}); preprocess all parts of one (on the hub, name it: hf:NAME@REVISION)"
                     )
 

@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,9 +18,11 @@ from megatron_sas.corpus.build.pack import Packer
 from megatron_sas.corpus.build.packed_writer import PackedWriter, check_seq_length, relation_number
 from megatron_sas.corpus.build.skipped import Losses
 from megatron_sas.corpus.build.workers import ChunkResult, WorkerSettings, chunks, process_chunks
-from megatron_sas.corpus.parsers.base import RelationNames, describe_parser
+from megatron_sas.corpus.parsers.base import RelationNames
+from megatron_sas.corpus.parsers.registry import PARSERS, describe_parser, parser_class
+from megatron_sas.corpus.readers.base import Reading, Unit
 from megatron_sas.corpus.readers.line_breaks import LineBreaks
-from megatron_sas.corpus.readers.sources import Reading, Unit, input_files, input_format, read_units, source_name
+from megatron_sas.corpus.readers.registry import READERS_BY_SUFFIX, input_files, read_units, reader_of, source_name
 from megatron_sas.corpus.readers.text_lines import OnError
 from megatron_sas.data.tokenizer import knows_words, load_tokenizer, tokenizer_info
 from megatron_sas.data.unknown import Unknown
@@ -113,23 +114,25 @@ def check_settings(settings: PreprocessSettings) -> None:
     for name in ("max_loss", "validation_share"):
         if not 0 <= getattr(settings, name) <= 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be a share from 0 to 1")
-    seen = set()
+    seen, (parser, _) = set(), parser_class(settings.parser)
     for name in settings.inputs:
-        place = name if name.startswith("hf:") else Path(name).resolve()
-        if place in seen:
+        reader = reader_of(name)
+        if reader.place(name) in seen:
             raise InputError(f"--input: {name} is given twice; leave one out")
-        seen.add(place)
-        if (input_format(name) == "conllu") != (settings.parser == "conllu"):
-            raise InputError(f"{name}: .conllu files need --parser conllu, and it needs .conllu files")
+        seen.add(reader.place(name))
+        if reader.gold != (parser.heads == "gold"):
+            suffixes = " and ".join(suffix for suffix, reader in READERS_BY_SUFFIX.items() if reader.gold)
+            kinds = " or ".join(kind for kind, parser in PARSERS.items() if parser.heads == "gold")
+            raise InputError(f"{name}: {suffixes} files need --parser {kinds}, and it needs {suffixes} files")
 
 
 def tokenizer_of(settings: PreprocessSettings) -> PreTrainedTokenizerFast:
     """The tokenizer; `InputError` when there is none, or the parser needs one that knows words."""
     tokenizer = load_tokenizer(settings.tokenizer)
-    if settings.parser == "none" and not knows_words(tokenizer):
+    if parser_class(settings.parser)[0].heads == "none" and not knows_words(tokenizer):
         raise InputError(
-            f"--parser none: takes its words from the tokenizer, but {settings.tokenizer} does not cut text at spaces; "
-            "give a parser, or a tokenizer that does"
+            f"--parser {settings.parser}: takes its words from the tokenizer, but {settings.tokenizer} does not cut "
+            "text at spaces; give a parser, or a tokenizer that does"
         )
     return tokenizer
 
@@ -197,7 +200,8 @@ def _pack_inputs(
     packer.finish()
     losses.check()
     packed = asdict(packer.counts)
-    unparsed = packed["documents"] - packed["empty_documents"] if settings.parser == "none" else 0
+    has_heads = parser_class(settings.parser)[0].heads != "none"
+    unparsed = 0 if has_heads else packed["documents"] - packed["empty_documents"]
     counts = {
         "documents": packed.pop("documents"),
         "empty_documents": packed.pop("empty_documents"),

@@ -19,8 +19,8 @@ from megatron_sas.corpus.build.preprocess import (
     remarks,
     tokenizer_of,
 )
-from megatron_sas.corpus.parsers.base import describe_parser
-from megatron_sas.corpus.readers.text_lines import COMPRESSED
+from megatron_sas.corpus.parsers.registry import describe_parser
+from megatron_sas.corpus.readers.registry import reader_of
 from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.data.packed import FORMAT_VERSION, PackedData, TokenizerIdentity, read_header
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_identity
@@ -32,14 +32,6 @@ def parse_shard(text: str) -> tuple[int, int]:
     if match is None or not int(match[1]) < int(match[2]):
         raise InputError(f"--shard {text}: must be i/n with i from 0 to n-1, such as 0/16")
     return int(match[1]), int(match[2])
-
-
-def output_name(name: str) -> str:
-    """The name of an input's packed data: the file's without .jsonl.xz and the like."""
-    if name.startswith("hf:"):
-        return re.sub(r"[^\w.]+", "-", name[3:]).strip("-")
-    path = Path(name)
-    return Path(path.stem).stem if path.suffix in COMPRESSED else path.stem
 
 
 def preprocess_shards(
@@ -57,7 +49,7 @@ def preprocess_shards(
     check_settings(settings)
     tokenizer_of(settings)  # what is wrong with it or the parser is said once, not for every shard
     describe_parser(settings.parser)
-    names = [output_name(name) for name in settings.inputs]
+    names = [reader_of(name).output_name(name) for name in settings.inputs]
     double = next((name for number, name in enumerate(names) if name in names[:number]), None)
     if double is not None:
         raise InputError(f"--input: two inputs would both be written to {double}; rename one")

@@ -19,9 +19,10 @@ import numpy as np
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.processes import end_with_parent
-from megatron_sas.corpus.build.align import Parse, align
-from megatron_sas.corpus.parsers.base import RelationNames, kind_and_reason, make_parser
-from megatron_sas.corpus.readers.sources import Unit
+from megatron_sas.corpus.build.align import align
+from megatron_sas.corpus.parsers.base import Parse, RelationNames
+from megatron_sas.corpus.parsers.registry import kind_and_reason, make_parser
+from megatron_sas.corpus.readers.base import Unit
 from megatron_sas.data.tokenizer import plain_text_tokenizer
 
 if TYPE_CHECKING:

@@ -25,8 +25,9 @@ from megatron_sas.core.cli import InputError, progress
 from megatron_sas.core.processes import end_with_parent
 from megatron_sas.corpus.build.documents import SURVEY_FORMAT, SURVEY_VERSION, unit_text
 from megatron_sas.corpus.build.skipped import Losses
+from megatron_sas.corpus.readers.base import Reading
 from megatron_sas.corpus.readers.line_breaks import LineBreaks
-from megatron_sas.corpus.readers.sources import Reading, input_files, input_format, read_units, source_name
+from megatron_sas.corpus.readers.registry import input_files, read_units, reader_of, source_name
 from megatron_sas.corpus.readers.text_lines import OnError
 
 _WORD = re.compile(r"\w+")
@@ -122,7 +123,7 @@ def survey(settings: SurveySettings) -> dict[str, Any]:
         InputError: for wrong settings, and when no input can be read.
     """
     for name in settings.inputs:
-        input_format(name)
+        reader_of(name)
     if len({source_name(name) for name in settings.inputs}) != len(settings.inputs):
         raise InputError("--input: two inputs have one name (folders do not count); rename one")
     if settings.workers < 1:

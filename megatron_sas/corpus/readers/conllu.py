@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_sas.corpus.readers.base import Reader, Reading, Unit
 from megatron_sas.corpus.readers.text_lines import OnError, Report, handle_bad, read_lines
 from megatron_sas.corpus.readers.trees import is_blanked, refuse_blanked, tree_fault
 
@@ -161,3 +162,14 @@ def _rebuild(words: list[str], surface: list[tuple[str, int, bool]]) -> tuple[st
             parts.append(" ")
             offset += 1
     return "".join(parts), spans
+
+
+def _units(name: str, reading: Reading) -> Iterator[Unit]:
+    starts = True
+    for sentence in read_conllu(name, reading.on_error, reading.losses.lose, reading.blanked):
+        reading.losses.keep(name)
+        yield Unit(sentence, starts or sentence.newdoc, f"{name}:{sentence.line}")
+        starts = False
+
+
+CONLLU = Reader(_units, gold=True)

@@ -17,7 +17,6 @@ from megatron_sas.core.cli import InputError
 OnError = Literal["refuse", "skip"] | None  # of a tool's --on-error; None refuses in a tool without that option
 Report = Callable[[str, str], None]  # where ("file:line"), reason
 
-COMPRESSED = (".gz", ".xz", ".zst")
 MAX_LINE_BYTES = 1 << 26  # no more of a line is in memory at once
 
 
@@ -94,9 +93,29 @@ class _ZstdReader(io.RawIOBase):
         return size
 
 
+# What opens the decompressed bytes of an open file, by the suffix that follows that of the content.
+COMPRESSED: dict[str, Callable[[BinaryIO], BinaryIO]] = {
+    ".gz": gzip.open,
+    ".xz": lzma.open,
+    ".zst": lambda file: io.BufferedReader(_ZstdReader(file), 1 << 16),
+}
+
+
+def suffix_of(name: str | Path) -> str:
+    """The suffix that says what a file holds, without that of its compression."""
+    path = Path(name)
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+
+
+def stem(name: str | Path) -> str:
+    """A file's name without its folder and both of these suffixes."""
+    path = Path(name)
+    return Path(path.stem).stem if path.suffix in COMPRESSED else path.stem
+
+
 @contextlib.contextmanager
 def open_binary(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for reading bytes, decompressing .gz, .xz and .zst; damaged data becomes a `DamagedFile`."""
+    """Open a file for reading bytes, decompressing `COMPRESSED` ones; damaged data becomes a `DamagedFile`."""
     path = Path(path)
     with contextlib.ExitStack() as stack:
         try:
@@ -104,12 +123,8 @@ def open_binary(path: str | Path) -> Iterator[BinaryIO]:
             raw = file
         except FileNotFoundError:
             raise InputError(f"{path}: no such file; check its name") from None
-        if path.suffix == ".gz":
-            file = stack.enter_context(gzip.open(file))
-        elif path.suffix == ".xz":
-            file = stack.enter_context(lzma.open(file))
-        elif path.suffix == ".zst":
-            file = stack.enter_context(io.BufferedReader(_ZstdReader(file), 1 << 16))
+        if path.suffix in COMPRESSED:
+            file = stack.enter_context(COMPRESSED[path.suffix](file))
         try:
             if path.suffix in COMPRESSED and not path.stat().st_size:
                 raise EOFError("it is empty, without even a header")  # which not all of the readers notice

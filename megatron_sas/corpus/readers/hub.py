@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import sha256_file_once
+from megatron_sas.corpus.readers.base import Reader, Reading, Unit, record_units
 
 _NAME = re.compile(
     r"hf:(?P<dataset>[^:@]+)(@(?P<revision>[^:@]+))?(:(?P<config>[^:@]+))?:(?P<split>[^:@]+)"
@@ -224,3 +225,39 @@ def _content(paths: Iterable[str]) -> dict[str, Any]:
         size += os.stat(path).st_size
         digest.update(sha256_file_once(path).encode())
     return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _units(name: str, reading: Reading) -> Iterator[Unit]:
+    """One document a row of a Hugging Face dataset."""
+    for number, row in enumerate(read_rows(name, reading.rows_per_document or 1), 1):
+        yield from record_units(row, f"{name}:{number}", reading)
+
+
+class HubReader(Reader):
+    """Reads `hf:NAME[@REVISION][:CONFIG]:SPLIT[@k/n]`."""
+
+    def check(self, name: str) -> None:
+        """Raise `InputError` for a name that does not read so."""
+        check_name(name)
+
+    def label(self, name: str) -> str:
+        """The name in full."""
+        return name
+
+    place = label
+
+    def version(self, name: str) -> dict[str, Any]:
+        """See `dataset_version`."""
+        return dataset_version(name)
+
+    def output_name(self, name: str) -> str:
+        """The name with "-" for what file names do not have."""
+        return re.sub(r"[^\w.]+", "-", name.partition(":")[2]).strip("-")
+
+    def dataset(self, label: str) -> str | None:
+        """The name without the part; None for one without."""
+        part = re.fullmatch(r"(.+)@\d+/\d+", label)
+        return part and part[1]
+
+
+HUB = HubReader(_units, "NAME[@REVISION][:CONFIG]:SPLIT[@k/n], a Hugging Face dataset, streamed (part k of n of it)")
