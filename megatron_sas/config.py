@@ -6,7 +6,6 @@ The YAML owns batch sizes, precision, clipping and the optimizer. A DeepSpeed JS
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import types
 import typing
@@ -204,7 +203,10 @@ def _leave_out(values: dict[str, Any], detail: dict[str, Any]) -> None:
 
 
 def help_text() -> str:
-    """Every field with its type, default and meaning, for `--help`."""
+    """Every field with its type, default and meaning: what `config_help.txt` holds, which `--help` prints.
+
+    Written by `python -m megatron_sas.config > megatron_sas/config_help.txt` when a section has changed.
+    """
     lines = ["Fields (in the YAML file, or as --section.field value):"]
     for section, info in Config.model_fields.items():
         lines.append(f"\n{section}: {(info.annotation.__doc__ or '').strip().splitlines()[0]}")
@@ -300,23 +302,5 @@ def _type_name(annotation: Any) -> str:
     return "list"
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The command line of `pretrain_mlm.py`: `--config FILE` and overrides.
-
-    `--local_rank` is what the `deepspeed` launcher appends; the environment says the same.
-    """
-    parser = argparse.ArgumentParser(
-        description="Pretrain a BERT masked language model while watching and steering Syntactic Attention Structure. "
-        "Start it with deepspeed, torchrun, srun (one task per device) or plain python.",
-        epilog=help_text(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", required=True, metavar="FILE.yaml", help="configuration; see examples/")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check environment, configuration, data, disk and memory, make one step, write nothing; exit code 2 when "
-        "something is wrong",
-    )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_known_args(arguments)
+if __name__ == "__main__":
+    print(help_text())

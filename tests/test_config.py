@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_sas.config import Config, help_text, load_config, parse_arguments
+from megatron_sas.config import Config, help_text, load_config
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.settings import When
 from megatron_sas.kernels import BACKENDS
+from megatron_sas.launch.arguments import parse_arguments
 from megatron_sas.model.config import ModelSection
 from megatron_sas.optim.schedules import Cosine, Linear, Stage, Stages, Wsd
 from megatron_sas.optim.section import TrainSection

@@ -7,16 +7,13 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import _checkout
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.device import DEVICE_HELP
 from megatron_sas.data.unknown import Unknown
-from megatron_sas.evaluation.pll import METRICS
-from megatron_sas.trajectory.measure import Inputs
-from megatron_sas.trajectory.models import STEP_PATTERN_HELP, list_models
+from megatron_sas.evaluation.blimp_labels import METRICS
 from megatron_sas.trajectory.points import TRAJECTORY, read_points
-from megatron_sas.trajectory.workers import measure_models
+from megatron_sas.trajectory.step_names import STEP_PATTERN_HELP
 
 DESCRIPTION = """\
 Measure every snapshot and checkpoint of a run (those of the runs that it branched from, up to the branch, included), or
@@ -35,7 +32,22 @@ relation and since when, and summary.csv has a line a model. docs/trajectories.m
 
 def main() -> None:
     arguments = parse_arguments()
-    inputs = check_inputs(arguments)
+    check_numbers(arguments)
+    from megatron_sas.trajectory.measure import Inputs
+    from megatron_sas.trajectory.models import list_models
+    from megatron_sas.trajectory.workers import measure_models
+
+    inputs = Inputs(
+        treebank=arguments.treebank,
+        treebank_sentences=arguments.treebank_sentences,
+        blimp=arguments.blimp,
+        blimp_metric=arguments.metric,
+        pairs_per_set=arguments.pairs_per_set,
+        text=arguments.text,
+        text_sequences=arguments.text_sequences,
+        precision=arguments.precision,
+        batch_tokens=arguments.batch_tokens,
+    )
     models = list_models(arguments.models, arguments.step_pattern, lambda line: print(line, file=sys.stderr))
     if arguments.steps:
         models = [(step, path) for step, path in models if any(low <= step <= high for low, high in arguments.steps)]
@@ -74,8 +86,8 @@ def unknown_lines(point: dict) -> list[str]:
     return [Unknown.from_record(record).line(name) for name, record in found.items() if record is not None]
 
 
-def check_inputs(arguments: argparse.Namespace) -> Inputs:
-    """What to measure on; refuses numbers out of range."""
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Refuse arguments that leave nothing to measure, and numbers out of range."""
     if arguments.treebank is None and arguments.blimp is None and arguments.text is None:
         raise InputError("nothing to measure on; give --treebank, --blimp or --text")
     least = {"workers": 1, "batch_tokens": 1, "treebank_sentences": 1, "pairs_per_set": 1, "text_sequences": 10}
@@ -83,17 +95,6 @@ def check_inputs(arguments: argparse.Namespace) -> Inputs:
         value = getattr(arguments, name)
         if value is not None and value < low:
             raise InputError(f"--{name.replace('_', '-')}: {value} is below {low}")
-    return Inputs(
-        treebank=arguments.treebank,
-        treebank_sentences=arguments.treebank_sentences,
-        blimp=arguments.blimp,
-        blimp_metric=arguments.metric,
-        pairs_per_set=arguments.pairs_per_set,
-        text=arguments.text,
-        text_sequences=arguments.text_sequences,
-        precision=arguments.precision,
-        batch_tokens=arguments.batch_tokens,
-    )
 
 
 def steps(text: str) -> tuple[int, int]:

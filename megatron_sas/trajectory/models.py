@@ -11,11 +11,6 @@ from megatron_sas.run.directory import RunDirectory, is_model, steps_in
 from megatron_sas.run.reading import model_step
 from megatron_sas.trajectory.step_names import REMEDY, last_number, step_by_pattern, steps_of_names
 
-STEP_PATTERN_HELP = (
-    "regular expression whose group is the step in the names of a folder's models, e.g. 'step_([0-9]+k?)'; k, M and B "
-    "stand for thousand, million and billion (default: what the models record, or the number in which names differ)"
-)
-
 
 def list_models(
     path: str | Path, step_pattern: str | None = None, report: Callable[[str], None] = lambda line: None

@@ -27,7 +27,7 @@ from megatron_sas.evaluation.uas import (
     predicted_heads,
     word_attention,
 )
-from megatron_sas.model import Bert
+from megatron_sas.model.bert import Bert
 
 MAX_ATTENTION_BYTES = 24 * 2**20  # of a page, in base64: a browser opens that at once, and mail programs still take it
 Place = tuple[int, int]  # (layer, head), both from 0

@@ -18,7 +18,8 @@ from megatron_sas.core.manifest import write_manifest
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash, tokenizer_identity
 from megatron_sas.export.hf import from_hf, to_hf
 from megatron_sas.export.model_card import describe_schedule
-from megatron_sas.model import Bert, BertConfig
+from megatron_sas.model.bert import Bert
+from megatron_sas.model.config import BertConfig
 from megatron_sas.run.reading import FORMAT, VERSION, load_model, read_model, write_model_config, write_weights
 
 

@@ -25,8 +25,8 @@ from megatron_sas.data.unknown import Unknown
 from megatron_sas.glue.data import Columns, Examples, read_file, read_hub, task_files
 from megatron_sas.glue.finetune import Pretrained, Settings, encode, finetune
 from megatron_sas.glue.tasks import TASKS
-from megatron_sas.model import Bert
-from megatron_sas.model import BertConfig as OwnConfig
+from megatron_sas.model.bert import Bert
+from megatron_sas.model.config import BertConfig as OwnConfig
 from megatron_sas.report.load import read_inputs
 from megatron_sas.report.trajectories import GLUE
 from megatron_sas.run.directory import MODEL_CONFIG, MODEL_WEIGHTS, STATE

@@ -13,7 +13,8 @@ from transformers import BertConfig as HFConfig
 from transformers import BertForMaskedLM
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.model import SIZES, Bert, BertConfig
+from megatron_sas.model.bert import Bert
+from megatron_sas.model.config import SIZES, BertConfig
 from megatron_sas.model.huggingface import from_hf_config, from_hf_state, to_hf_config, to_hf_state
 from megatron_sas.run.reading import load_model
 
