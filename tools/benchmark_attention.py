@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import _checkout
@@ -83,11 +84,19 @@ def short_heads(batch: int, seq: int, device: torch.device) -> Tensor:
 
 
 def build_variants(
-    arguments: argparse.Namespace, batch: int, seq: int, dim: int, device: torch.device, left_out: dict[str, str]
+    arguments: argparse.Namespace,
+    batch: int,
+    seq: int,
+    dim: int,
+    device: torch.device,
+    left_out: dict[str, str],
+    kinds: Sequence[str] = GRADIENTS,
+    ways: dict[str, Callable[..., Callable[..., tuple]]] | None = None,
 ) -> list[tuple]:
     """(backend, gradient, variant, the same in float64) for every backend that takes such inputs, and the peers.
 
-    `left_out` gets the others, with the reason.
+    `left_out` gets the others, with the reason. `ways` make a function of q, k and v from heads and dropout (default:
+    all backends).
     """
     import torch
     from torch._functorch import config as functorch_config
@@ -101,8 +110,9 @@ def build_variants(
     q, k, v = torch.randn(batch, seq, 3, num_heads, dim, device=device).to(dtype).permute(2, 0, 3, 1, 4)
     grad_out = torch.randn(batch, seq, num_heads, dim, device=device).to(dtype).transpose(1, 2)
     heads = short_heads(batch, seq, device)
+    ways = ways or {name: partial(_ours, name) for name in BACKENDS if name != "auto"}
     rows = []
-    for gradient in GRADIENTS:
+    for gradient in kinds:
         used, gradients = None, [grad_out]
         if gradient != "none":
             used = heads
@@ -117,7 +127,7 @@ def build_variants(
                 [x[:EXACT_SEQUENCES].double() for x in (q, k, v)],
                 [g[:EXACT_SEQUENCES].double() for g in gradients],
             )
-        candidates = {name: _ours(name, used, arguments.dropout) for name in BACKENDS if name != "auto"}
+        candidates = {name: way(used, arguments.dropout) for name, way in ways.items()}
         if gradient == "none":
             candidates |= {name: _peer(kind, arguments.dropout) for name, kind in PEERS[device.type].items()}
         for name, attend in candidates.items():

@@ -129,18 +129,22 @@ def build_variant(name: str, setting: Setting, batch: Batch) -> Callable[[], Non
     """A closure that takes a whole training step."""
     if name == "ours_deepspeed":
         return _deepspeed_step(setting, batch)
+    return _training_step(*module_and_loss(name, setting, batch, SAS_WEIGHT), setting)
+
+
+def module_and_loss(
+    name: str, setting: Setting, batch: Batch, sas_weight: float
+) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """What a variant trains, and a closure that computes its loss."""
     if name in ("paper", "hf_sdpa"):
-        module, loss = _transformers_bert(setting, batch, with_maps=name == "paper")
-    else:
-        module, loss = _ours(name, setting, batch)
-    return _training_step(module, loss, setting)
+        return _transformers_bert(setting, batch, sas_weight if name == "paper" else None)
+    return _ours(name, setting, batch, 0.0 if name == "ours_mlm" else sas_weight)
 
 
-def _ours(name: str, setting: Setting, batch: Batch) -> tuple[nn.Module, Callable[[], Tensor]]:
+def _ours(name: str, setting: Setting, batch: Batch, weight: float) -> tuple[nn.Module, Callable[[], Tensor]]:
     from megatron_sas.objective.pretraining import MaskedLMWithTerms
     from megatron_sas.objective.sas import SasSection, SasTerm
 
-    weight = 0.0 if name == "ours_mlm" else SAS_WEIGHT
     bert = setting.bert(attention_backend="flex" if name == "ours_flex" else "auto")
     section = SasSection(mode="uniform" if name == "ours_uniform" else "max")
     module = MaskedLMWithTerms(bert, {"sas": SasTerm(section)})
@@ -161,12 +165,16 @@ def _ours(name: str, setting: Setting, batch: Batch) -> tuple[nn.Module, Callabl
     return module, loss
 
 
-def _transformers_bert(setting: Setting, batch: Batch, with_maps: bool) -> tuple[nn.Module, Callable[[], Tensor]]:
+def _transformers_bert(
+    setting: Setting, batch: Batch, sas_weight: float | None
+) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """With all maps and the regularizer computed from them, or (None) without."""
     from transformers import BertConfig as HFConfig
     from transformers import BertForMaskedLM
 
     from megatron_sas.model.huggingface import to_hf_config, to_hf_state
 
+    with_maps = sas_weight is not None
     implementation = "eager" if with_maps else "sdpa"
     module = BertForMaskedLM(HFConfig(**to_hf_config(setting.config), attn_implementation=implementation))
     module.load_state_dict(to_hf_state(setting.initial, setting.config), strict=False)
@@ -175,7 +183,7 @@ def _transformers_bert(setting: Setting, batch: Batch, with_maps: bool) -> tuple
         output = module(batch.input_ids, labels=batch.full_labels, output_attentions=with_maps)
         if not with_maps:
             return output.loss
-        return output.loss + SAS_WEIGHT / len(batch.input_ids) * paper_sas_term(output.attentions, batch.heads)
+        return output.loss + sas_weight / len(batch.input_ids) * paper_sas_term(output.attentions, batch.heads)
 
     return module, loss
 

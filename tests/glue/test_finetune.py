@@ -6,16 +6,15 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from bert_pairs import tiny_hf_bert
+from tool_calls import call_tool
 from transformers import BertTokenizerFast
 
 from megatron_sas.core.cli import InputError
@@ -67,12 +66,7 @@ EXPECTED = {
 
 
 def run_tool(*arguments):
-    before = sys.argv
-    sys.argv = [TOOL, *map(str, arguments)]
-    try:
-        runpy.run_path(TOOL)["main"]()
-    finally:
-        sys.argv = before
+    call_tool("finetune_glue", *arguments)
 
 
 @pytest.mark.parametrize("name", TASKS)
