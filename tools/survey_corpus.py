@@ -49,7 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows-per-document", type=int, metavar="N", help="as there, and with the same N")
     parser.add_argument("--line-breaks", choices=LINE_BREAKS, default="auto", help="as there (auto)")
     parser.add_argument("--on-error", choices=("refuse", "skip"), default="refuse", help="as there")
-    parser.add_argument("--max-loss", type=float, default=0.05, help="as there (0.05)")
+    parser.add_argument("--max-skipped", "--max-loss", type=float, default=0.05, help="as there (0.05)")
     parser.add_argument("--workers", type=int, default=1, help="processes; each takes whole inputs (1)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing report")
     return parser.parse_args(arguments)
@@ -80,7 +80,7 @@ def main() -> None:
         exclude=tuple(given.exclude),
         text_field=given.text_field,
         on_error=given.on_error,
-        max_loss=given.max_loss,
+        max_skipped=given.max_skipped,
         workers=given.workers,
         rows_per_document=given.rows_per_document,
         line_breaks=given.line_breaks,

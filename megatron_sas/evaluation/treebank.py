@@ -12,17 +12,17 @@ import numpy as np
 from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.readers.conllu import read_conllu
 from megatron_sas.corpus.readers.text_lines import is_encodable, parse_json
-from megatron_sas.corpus.readers.trees import is_blanked, refuse_blanked, tree_fault
+from megatron_sas.corpus.readers.trees import check_blanked, is_blanked, tree_fault
 from megatron_sas.data.tokenizer import encode_texts
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """One parsed sentence. `heads` are 0-based word indices, -1 for a root; `relns` name the relation to the head."""
+    """One parsed sentence. `heads` are 0-based word indices, -1 for a root; `deprels` name the relation to the head."""
 
     words: Sequence[str]
     heads: Sequence[int]
-    relns: Sequence[str]
+    deprels: Sequence[str]
 
 
 class Treebank(list[Sentence]):
@@ -58,7 +58,7 @@ def load_treebank(path: str | Path, limit: int | None = None) -> Treebank:
         raise InputError(f"{path}: no such file; a treebank is a .conllu, .jsonl or .json file")
     if path.suffix == ".conllu":
         blanked: list[str] = []
-        sentences = [Sentence(s.words, s.heads, s.relns) for s in read_conllu(path, blanked=blanked.append)]
+        sentences = [Sentence(s.words, s.heads, s.deprels) for s in read_conllu(path, blanked=blanked.append)]
         num_blanked = len(blanked)
     elif path.suffix in (".jsonl", ".json"):
         every = [_check_sentence(value, where) for value, where in _read_json(path)]
@@ -67,7 +67,7 @@ def load_treebank(path: str | Path, limit: int | None = None) -> Treebank:
     else:
         raise InputError(f"{path}: unknown kind of treebank {path.suffix!r}; name it .conllu, .jsonl or .json")
     if not sentences:
-        refuse_blanked(path, num_blanked)
+        check_blanked(path, num_blanked)
         raise InputError(f"{path}: no sentences in it; give a treebank with at least one")
     treebank = Treebank(sentences[:limit])
     treebank.num_blanked = num_blanked
@@ -120,11 +120,11 @@ def _check_sentence(value: Any, where: str) -> Sentence:
             raise InputError(f"{where}: field {field!r} must be a list of {name}")
         if kind is str and not all(map(is_encodable, items)):
             raise InputError(f"{where}: half of a surrogate pair in field {field!r}; correct or remove it")
-    words, heads, relns = value["words"], value["heads"], value["relns"]
-    if not words or not len(words) == len(heads) == len(relns):
-        sizes = f"{len(words)}, {len(heads)} and {len(relns)}"
+    words, heads, deprels = value["words"], value["heads"], value["relns"]
+    if not words or not len(words) == len(heads) == len(deprels):
+        sizes = f"{len(words)}, {len(heads)} and {len(deprels)}"
         raise InputError(f"{where}: words, heads and relns must be of one length, at least 1; found {sizes}")
-    sentence = Sentence(words, [head - 1 for head in heads], relns)
+    sentence = Sentence(words, [head - 1 for head in heads], deprels)
     if fault := tree_fault(sentence.heads):
         word, reason = fault
         raise InputError(f"{where}: field 'heads': word {word + 1} ({words[word]!r}) {reason}; 0 marks a root")

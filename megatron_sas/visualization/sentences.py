@@ -61,5 +61,5 @@ def _sentences(text: str, parse: Parse, names: list[str]) -> Iterator[Sentence]:
         yield Sentence(
             words=[text[parse.starts[word] : parse.ends[word]] for word in words],
             heads=[place.get(int(parse.heads[word]), -1) for word in words],
-            relns=[names[parse.relations[word]] for word in words],
+            deprels=[names[parse.relations[word]] for word in words],
         )
