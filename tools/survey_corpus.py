@@ -22,8 +22,9 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from megatron_sas.core.cli import InputError, run_main
 from megatron_sas.core.files import refuse_existing, write_json_atomic
 from megatron_sas.corpus.inspect.survey import SurveySettings, survey
-from megatron_sas.corpus.readers.conllu import read_conllu
+from megatron_sas.corpus.readers.base import Reading
 from megatron_sas.corpus.readers.line_breaks import LINE_BREAKS
+from megatron_sas.corpus.readers.registry import find_reader, read_units
 from megatron_sas.evaluation.minimal_pairs import load_blimp
 from megatron_sas.evaluation.treebank import load_treebank
 
@@ -62,8 +63,9 @@ def evaluation_sentences(blimp: str | None, treebanks: list[str]) -> dict[str, l
         pairs = [pair for pair_set in load_blimp(blimp) for pair in pair_set.pairs]
         sentences["blimp"] = list(dict.fromkeys(sentence for pair in pairs for sentence in pair))
     for path in treebanks:
-        if path.endswith(".conllu"):
-            sentences[path] = [sentence.text for sentence in read_conllu(path)]
+        reader = find_reader(path)
+        if reader is not None and reader.gold:  # such readers know the text as it was written
+            sentences[path] = [unit.content.text for unit in read_units([path], Reading())]
         else:
             sentences[path] = [" ".join(sentence.words) for sentence in load_treebank(path)]
     return sentences

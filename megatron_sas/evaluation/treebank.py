@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,18 +54,13 @@ def load_treebank(path: str | Path, limit: int | None = None) -> Treebank:
     no tree, and for a treebank without words or sentences.
     """
     path = Path(path)
+    *others, last = TREEBANK_READERS
+    suffixes = f"{', '.join(others)} or {last}"
     if not path.is_file():
-        raise InputError(f"{path}: no such file; a treebank is a .conllu, .jsonl or .json file")
-    if path.suffix == ".conllu":
-        blanked: list[str] = []
-        sentences = [Sentence(s.words, s.heads, s.deprels) for s in read_conllu(path, blanked=blanked.append)]
-        num_blanked = len(blanked)
-    elif path.suffix in (".jsonl", ".json"):
-        every = [_check_sentence(value, where) for value, where in _read_json(path)]
-        sentences = [sentence for sentence in every if not is_blanked(sentence.words)]
-        num_blanked = len(every) - len(sentences)
-    else:
-        raise InputError(f"{path}: unknown kind of treebank {path.suffix!r}; name it .conllu, .jsonl or .json")
+        raise InputError(f"{path}: no such file; a treebank is a {suffixes} file")
+    if path.suffix not in TREEBANK_READERS:
+        raise InputError(f"{path}: unknown kind of treebank {path.suffix!r}; name it {suffixes}")
+    sentences, num_blanked = TREEBANK_READERS[path.suffix](path)
     if not sentences:
         check_blanked(path, num_blanked)
         raise InputError(f"{path}: no sentences in it; give a treebank with at least one")
@@ -96,7 +91,28 @@ def _join(sentence: Sentence, pieces: dict[str, list[int]], tokenizer: Any) -> T
     return TokenizedSentence(np.array(ids, np.int64), np.array(words, np.int64), len(sentence.words))
 
 
-def _read_json(path: Path) -> Iterator[tuple[Any, str]]:
+def _read_conllu(path: Path) -> tuple[list[Sentence], int]:
+    """The sentences that have their words, and how many do not."""
+    blanked: list[str] = []
+    sentences = [Sentence(s.words, s.heads, s.deprels) for s in read_conllu(path, blanked=blanked.append)]
+    return sentences, len(blanked)
+
+
+def _read_json(path: Path) -> tuple[list[Sentence], int]:
+    """The same."""
+    every = [_check_sentence(value, where) for value, where in _json_values(path)]
+    sentences = [sentence for sentence in every if not is_blanked(sentence.words)]
+    return sentences, len(every) - len(sentences)
+
+
+TREEBANK_READERS: dict[str, Callable[[Path], tuple[list[Sentence], int]]] = {
+    ".conllu": _read_conllu,
+    ".jsonl": _read_json,
+    ".json": _read_json,
+}
+
+
+def _json_values(path: Path) -> Iterator[tuple[Any, str]]:
     """Yield (value, where) for each line, or for each element when the file is one JSON array."""
     try:
         text = path.read_text("utf-8-sig")

@@ -17,8 +17,9 @@ from megatron_sas.config import Config
 from megatron_sas.core import distributed
 from megatron_sas.core.cli import listed, progress
 from megatron_sas.core.directory_lock import DirectoryLock
+from megatron_sas.data.loader import PrefetchLoader
 from megatron_sas.data.mixture import stream_samples
-from megatron_sas.data.mlm_dataset import PrefetchLoader, Window
+from megatron_sas.data.mlm_dataset import Window
 from megatron_sas.evaluation.blimp_labels import MANY_TIES
 from megatron_sas.evaluation.live import collapsed_attention, evaluation_stride
 from megatron_sas.launch.environment import (
