@@ -80,7 +80,8 @@ def main() -> None:
     record = {
         **provenance(arguments.model, model, tokenizer),
         "precision": arguments.precision,
-        "text": {**text, "sequences": total, "seq_length": seq_length, "unknown": unknown.record()},
+        "text": {**text, "sequences": total, "seq_length": seq_length},
+        "unknown": unknown.record(),
         "intrinsic_dimension": result,
         "weight_norm": norm,
     }

@@ -1,9 +1,7 @@
-"""Everything that is evaluated while a model trains, prepared once; and how often there is time for it."""
+"""Everything that is evaluated while a model trains, prepared once."""
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +11,7 @@ from megatron_sas.core.settings import When
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.unknown import Unknown
 from megatron_sas.evaluation.batching import AfterBatch
+from megatron_sas.evaluation.blimp_labels import MANY_TIES
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension
 from megatron_sas.evaluation.minimal_pairs import BlimpTask, load_blimp
 from megatron_sas.evaluation.observers import AttentionStatistics
@@ -27,8 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-GRACE_SECONDS = 30.0
 MOST_HEADS = 0.75
+ENOUGH_POINTS = 100
+"""Below this the standard error of TwoNN is a tenth of its value or more."""
 
 
 class EvaluationSection(When):
@@ -44,7 +44,24 @@ class EvaluationSection(When):
         None, description="sequences of data.validation for TwoNN intrinsic dimension; none: not measured", ge=10
     )
     batch_tokens: int = Field(16_384, description="tokens per evaluation forward", ge=1)
-    max_time_share: float = Field(0.25, description="evaluations are thinned out beyond this share of time", gt=0, lt=1)
+
+
+def shortages(section: EvaluationSection, validation: PackedData | None) -> list[str]:
+    """What the configuration asks for and the validation data cannot give, a phrase each."""
+    if validation is None:
+        return []
+    there, found = validation.num_sequences, []
+    for name in ("validation_sequences", "complexity_sequences"):
+        wanted = getattr(section, name)
+        given = name in section.model_fields_set  # a default is no wish
+        if wanted is not None and there < wanted and given:
+            found.append(f"evaluation.{name}: {wanted} are wanted, but {validation.prefix} has {there}")
+    if section.complexity_sequences is not None and min(there, section.complexity_sequences) < ENOUGH_POINTS:
+        found.append(
+            f"evaluation.complexity_sequences: TwoNN from {min(there, section.complexity_sequences)} points says "
+            f"little; give it {ENOUGH_POINTS} or more"
+        )
+    return found
 
 
 class LiveEvaluation:
@@ -90,7 +107,6 @@ class LiveEvaluation:
 
         `after_batch` is called after each forward; an exception that it raises ends the evaluation.
         """
-        started = time.perf_counter()
         values: dict[str, Any] = {}
         batch_tokens = self.section.batch_tokens
         if self.validation is not None:
@@ -134,8 +150,16 @@ class LiveEvaluation:
                     for uid, entry in result["sets"].items()
                 },
             }
-        values["seconds"] = time.perf_counter() - started
         return values
+
+    def describe(self, values: dict[str, Any]) -> str:
+        """The most important values as a part of a line; "" where nothing was evaluated."""
+        names = {"validation_mlm_loss": "validation mlm", "uas": "uas", "blimp": "blimp"}
+        shown = "  ".join(f"{label} {values[name]:.4f}" for name, label in names.items() if name in values)
+        num_pairs = sum(row["num_pairs"] for row in values.get("blimp_sets", {}).values())
+        if values.get("blimp_ties", 0) > MANY_TIES * num_pairs:
+            shown += f" (warning: {values['blimp_ties']} ties count as wrong)"
+        return shown
 
 
 def collapsed_attention(values: dict[str, Any]) -> dict[str, Any] | None:
@@ -145,16 +169,3 @@ def collapsed_attention(values: dict[str, Any]) -> dict[str, Any] | None:
     """
     attention = values.get("validation_attention", values.get("treebank_attention"))
     return attention if attention is not None and attention["collapsed_heads"] >= MOST_HEADS else None
-
-
-def evaluation_stride(
-    evaluations_left: int, seconds_each: float, training_seconds_left: float, max_time_share: float
-) -> int:
-    """Make every how many-th of the remaining evaluations, so that they take at most `max_time_share` of all time.
-
-    With n evaluations of e seconds beside T seconds of training, n·e ≤ share·(n·e + T). `GRACE_SECONDS` are free, so
-    that short runs keep all their points.
-    """
-    allowed = max_time_share / (1.0 - max_time_share) * training_seconds_left + GRACE_SECONDS
-    wanted = evaluations_left * seconds_each
-    return 1 if wanted <= allowed else math.ceil(wanted / allowed)

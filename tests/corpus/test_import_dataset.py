@@ -79,7 +79,7 @@ def test_rows_by_hand(vocab_file, tmp_path):
         # heads at special tokens, outside, clamped to the last place
         row([CLS, 5, 6, 9, 8, 14, 18, SEP], [-1, 0, 9, -1, 2, 7, 4, 2], ["", "det", "nsubj", "", "x", "neg", "p", "x"]),
         # not parsed
-        row([CLS, 5, 6, 9, 8, 14, 18, SEP], [-1] * 8, [""] * 8),
+        row([CLS, 5, 6, 9, 8, UNK, 18, SEP], [-1] * 8, [""] * 8),
         # padded: packed anew, with what comes next
         row([CLS, 5, 6, 9, SEP, PAD, PAD, PAD], [-1, 2, -1, -1, -1, -1, -1, -1], ["", "det", "root"] + [""] * 5),
         row([CLS, 10, 11, SEP], [-1, -1, -1, -1], [""] * 4),
@@ -91,7 +91,7 @@ def test_rows_by_hand(vocab_file, tmp_path):
     ]
     header = run(write(tmp_path / "set", rows), vocab_file, tmp_path / "out", seq_length=8)
     packed = PackedData(tmp_path / "out")
-    assert packed.tokens.tolist() == [rows[0]["input_ids"]] * 3 + [[CLS, 5, 6, 9, SEP, 10, 11, SEP]]
+    assert packed.tokens.tolist() == [*(rows[n]["input_ids"] for n in range(3)), [CLS, 5, 6, 9, SEP, 10, 11, SEP]]
     assert packed.heads.tolist() == [
         [-1, 2, 4, -1, -1, 4, 4, -1],
         [-1, -1, -1, -1, 2, -1, 4, -1],
@@ -112,6 +112,8 @@ def test_rows_by_hand(vocab_file, tmp_path):
         "rows_packed_anew": 2,
         "rows_left_out": 5,
         "rows_without_edges": 2,
+        "pieces": 23,
+        "pieces_unknown": 1,
         "sequences": 4,
         "edges": 7,
         "edges_to_self": 1,

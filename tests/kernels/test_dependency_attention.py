@@ -147,7 +147,7 @@ LSE_BACKENDS = {"fa4": "install flash-attn-4 4.0.0b5 or later", "flex": "install
 
 @pytest.mark.parametrize("backend", LSE_BACKENDS)
 def test_gradient_of_the_regularizer_alone_is_exact_through_a_kernels_logsumexp(backend, monkeypatch):
-    """Nothing else in the loss: a missing softmax term is then most of the gradient."""
+    """Nothing else in the loss, which could hide that the softmax term is missing: a third of this gradient."""
     case = make_case(11, batch=2, num_heads=2, seq=40, dim=16, dtype=torch.float64, subset=(False, True, True))
     _, exact = case.run("reference", torch.float64)
     stand_in_for_lse_kernels(monkeypatch, lse_has_gradient=True)

@@ -18,7 +18,7 @@ from megatron_sas.run.records import lines_until, read_records
 from megatron_sas.train import branch as branching
 from megatron_sas.train import build as setup
 from megatron_sas.train import dry_run as preflight
-from megatron_sas.train.build import build_parts
+from megatron_sas.train.build import build_state
 
 RELEASE = [{"start": 0, "end": 3, "value": 0.1}]  # the parent's λ is 0.1 until update 4
 BOARD = {"logging.tensorboard": True}
@@ -174,7 +174,7 @@ def test_a_chain(config, parent, branch, combined, tmp_path):
 def refusal(config, run, overrides):
     """The one line with which a branch is refused, before anything is written."""
     with pytest.raises(InputError) as error:
-        build_parts(load_config(config, override_arguments({**overrides, "run.output_dir": str(run)})), print)
+        build_state(load_config(config, override_arguments({**overrides, "run.output_dir": str(run)})), print)
     assert "\n" not in str(error.value)
     assert not run.exists()
     return str(error.value)
@@ -215,14 +215,14 @@ def test_a_branch_may_find_its_data_elsewhere(config, parent, tmp_path):
     first, second = (str(tmp_path / "node" / name) for name in ("data0", "data1"))
     changed = {"data.train": first, "data.validation": second, "run.branch_from": str(checkpoint(parent, 3))}
     settings = load_config(config, override_arguments({**changed, "run.output_dir": str(tmp_path / "run")}))
-    assert build_parts(settings, print).branch.lineage["changed"] == {}
+    assert build_state(settings, print).branch.lineage["changed"] == {}
     changed |= {"data.train": second, "data.validation": first}
     assert "is not the data that the run was started with" in refusal(config, tmp_path / "run", changed)
 
 
 def test_other_heads_and_another_regularizer_may_begin_at_a_branch(config, parent, tmp_path):
     source = {"run.branch_from": str(checkpoint(parent, 3))}
-    parts = build_parts(
+    parts = build_state(
         load_config(config, override_arguments({**source, "sas.mode": "uniform", "run.output_dir": str(tmp_path)})),
         print,
     )
