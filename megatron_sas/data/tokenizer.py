@@ -290,7 +290,7 @@ def plain_text_tokenizer(serialised: str) -> Tokenizer:
     """
     from tokenizers import Tokenizer
 
-    parts = _without_special_pieces(json.loads(serialised))
+    parts = _without_special_tokens(json.loads(serialised))
     tokenizer = Tokenizer.from_str(json.dumps(parts, ensure_ascii=False))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -298,7 +298,7 @@ def plain_text_tokenizer(serialised: str) -> Tokenizer:
     return tokenizer
 
 
-def _without_special_pieces(parts: dict[str, Any]) -> dict[str, Any]:
+def _without_special_tokens(parts: dict[str, Any]) -> dict[str, Any]:
     """A serialised tokenizer whose model cannot use its special tokens as pieces of a text.
 
     `encode_special_tokens` alone keeps the text in front of the model whole, but "[SEP]" is among the model's own

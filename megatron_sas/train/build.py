@@ -22,7 +22,7 @@ from megatron_sas.core.distributed import on_all_ranks
 from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.data.mixture import open_training_data, stream_samples
 from megatron_sas.data.mlm_dataset import MLMDataset
-from megatron_sas.data.overlap import refuse_overlap
+from megatron_sas.data.overlap import check_overlap
 from megatron_sas.data.packed import PackedData, TokenizerIdentity
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_digest, tokenizer_identity
 from megatron_sas.evaluation.live import LiveEvaluation, shortages
@@ -222,7 +222,7 @@ def _build(config: Config, checkpoint: Path | None) -> RunState:
         validation = PackedData(data.validation)
         check_tokenizer(identity, tokenizer_path, validation)
     if checkpoint is None:  # a run goes on with the data that it began with
-        refuse_overlap(packed.parts, validation)
+        check_overlap(packed.parts, validation)
     for name, part in (("train", packed), ("validation", validation)):
         if part is not None and part.seq_length > config.model.max_position_embeddings:
             raise InputError(

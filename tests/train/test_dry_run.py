@@ -245,7 +245,7 @@ def test_validation_data_that_are_trained_on(config, tmp_path, capsys, monkeypat
     assert f"problem  overlap: data.validation: {data} and {data} of data.train hold the same sequences; take" in output
     assert not agreed and output.count("problem ") == 1
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "refuse_overlap", lambda *_: None)
+        patch.setattr(setup, "check_overlap", lambda *_: None)
         train(config, tmp_path / "run", {"data.validation": data, "train.steps": 1})
     agreed, output = dry_check(settings, capsys)
     assert agreed and "overlap" not in output  # it would go on
