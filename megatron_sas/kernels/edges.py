@@ -19,7 +19,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from megatron_sas.kernels.reference import accumulation_dtype
+from megatron_sas.kernels.reference import Window, accumulation_dtype, in_window
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -36,20 +36,29 @@ def rows_at(x: Tensor, heads: Tensor) -> Tensor:
     return tokens.reshape(batch * seq, -1).index_select(0, flat).view(tokens.shape).transpose(1, 2)
 
 
-def edge_probs(q: Tensor, k: Tensor, lse: Tensor, heads: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def edge_probs(
+    q: Tensor, k: Tensor, lse: Tensor, heads: Tensor, scale: float, window: Window = None
+) -> tuple[Tensor, Tensor]:
     """`to_head`, `to_dependent` `(B, H, S)` in the accumulation dtype, from q, k `(B, H, S, D)` and lse `(B, H, S)`.
 
-    With heads `(B, sets, S)` both are `(B, sets, H, S)`.
+    With heads `(B, sets, S)` both are `(B, sets, H, S)`. Entries outside of the window are 0.
     """
     if heads.dim() == 3:
-        along = [edge_probs(q, k, lse, one, scale) for one in heads.unbind(1)]
+        along = [edge_probs(q, k, lse, one, scale, window) for one in heads.unbind(1)]
         return torch.stack([first for first, _ in along], 1), torch.stack([second for _, second in along], 1)
     dtype = accumulation_dtype(q.dtype)
     q, k = q.to(dtype), k.to(dtype)
-    edge = (heads >= 0)[:, None, :]
-    to_head = torch.exp((q * rows_at(k, heads)).sum(-1) * scale - lse)
-    to_dependent = torch.exp((rows_at(q, heads) * k).sum(-1) * scale - rows_at(lse, heads))
-    return torch.where(edge, to_head, 0.0), torch.where(edge, to_dependent, 0.0)
+    has_head = has_dependent = heads >= 0  # (B, S)
+    if window is not None:
+        tokens = torch.arange(heads.shape[1], device=heads.device)
+        has_head = has_head & in_window(tokens, heads, window)
+        has_dependent = has_dependent & in_window(heads, tokens, window)
+    to_head = (q * rows_at(k, heads)).sum(-1) * scale - lse  # logarithms (B, H, S)
+    to_dependent = (rows_at(q, heads) * k).sum(-1) * scale - rows_at(lse, heads)
+    # Masked before exp: where there is no entry it may overflow, and 0 · inf in autograd's backward is not 0.
+    to_head = torch.where(has_head[:, None, :], to_head, float("-inf"))
+    to_dependent = torch.where(has_dependent[:, None, :], to_dependent, float("-inf"))
+    return to_head.exp(), to_dependent.exp()
 
 
 def row_sums(g_head: Tensor | None, g_dependent: Tensor | None, heads: Tensor | None) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.distributed import barrier, local_rank
-from megatron_sas.kernels import backend_refusal, dependency_attention
+from megatron_sas.kernels import dependency_attention, unsupported_reason
 from megatron_sas.model.config import BertConfig
 
 # torch's directories are not told apart by version when they are given.
@@ -58,7 +58,7 @@ def check_attention_backend(
     """Raise `InputError` if the chosen backend cannot train such a model here, with so many sets of edges."""
     shape = (1, config.num_heads, seq_length, config.head_dim)
     q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
-    reason = backend_refusal(config.attention_backend, q, False, config.attention_dropout, sets)
+    reason = unsupported_reason(config.attention_backend, q, config.attention_dropout, sets=sets)
     if reason is not None:
         raise InputError(f"model.attention_backend: {config.attention_backend}: {reason}; choose auto")
 
