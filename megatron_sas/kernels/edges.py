@@ -15,6 +15,7 @@ Several sets of edges, heads `(B, sets, S)`, are as many single ones: their prob
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -87,14 +88,16 @@ def add_entry_gradients_(
         for one_head, one_dependent, one in _single_sets(g_head, g_dependent, heads):
             add_entry_gradients_(grad_q, grad_k, q, k, one, scale, one_head, one_dependent)
         return
-    if q.device.type == "cuda" and HAS_TRITON and grad_q.dtype == torch.float32:  # it cannot multiply float64 with it
+    entry_adder(grad_q.device, grad_q.dtype)(grad_q, grad_k, q, k, heads, scale, g_head, g_dependent)
+
+
+def entry_adder(device: torch.device, dtype: torch.dtype) -> Callable[..., None]:
+    """Return what adds the entries of one set to such gradients: on GPUs our kernel, which has no float64."""
+    if device.type == "cuda" and HAS_TRITON and dtype == torch.float32:
         from megatron_sas.kernels.triton import entries
 
-        entries.add_entry_gradients_(grad_q, grad_k, q, k, heads, scale, g_head, g_dependent)
-        return
-    for g, transposed in ((g_head, False), (g_dependent, True)):
-        if g is not None:
-            _add_nonzero_entries_(grad_q, grad_k, q, k, heads, scale, g, transposed)
+        return entries.add_entry_gradients_
+    return _add_nonzero_entries_
 
 
 def _single_sets(
@@ -107,17 +110,21 @@ def _single_sets(
 
 
 def _add_nonzero_entries_(
-    grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, heads: Tensor, scale: float, g: Tensor, transposed: bool
-) -> None:
-    """The entries (r, c) = (i, heads[i]), or transposed.
+    grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, heads: Tensor, scale: float, g_head: Tensor | None,
+    g_dependent: Tensor | None,
+) -> None:  # fmt: skip
+    """`add_entry_gradients_` in plain operations, for the entries (i, heads[i]), then for the transposed ones.
 
     In `max` mode all but one of the L·H maps have g = 0 at any one token, so only the entries with g ≠ 0 are touched.
     """
-    batch, head, token = torch.nonzero(g, as_tuple=True)
-    other = heads[batch, token]
-    row, column = (other, token) if transposed else (token, other)
-    weight = (g[batch, head, token] * scale).to(grad_q.dtype)[:, None]
-    keys, queries = k[batch, head, column].to(grad_q.dtype), q[batch, head, row].to(grad_q.dtype)
-    # Several tokens may share a head: unlike index_add_, this sums them in a fixed order on every device.
-    grad_q.index_put_((batch, head, row), weight * keys, accumulate=True)
-    grad_k.index_put_((batch, head, column), weight * queries, accumulate=True)
+    for g, transposed in ((g_head, False), (g_dependent, True)):
+        if g is None:
+            continue
+        batch, head, token = torch.nonzero(g, as_tuple=True)
+        other = heads[batch, token]
+        row, column = (other, token) if transposed else (token, other)
+        weight = (g[batch, head, token] * scale).to(grad_q.dtype)[:, None]  # (entries, 1)
+        keys, queries = k[batch, head, column].to(grad_q.dtype), q[batch, head, row].to(grad_q.dtype)  # (entries, D)
+        # Several tokens may share a head: unlike index_add_, this sums them in a fixed order on every device.
+        grad_q.index_put_((batch, head, row), weight * keys, accumulate=True)
+        grad_k.index_put_((batch, head, column), weight * queries, accumulate=True)

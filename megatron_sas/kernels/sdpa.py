@@ -96,10 +96,12 @@ class CudnnFlash:
     @staticmethod
     def unsupported_reason(q: Tensor, dropout_p: float, has_seqlens: bool) -> str | None:
         """Return why this kernel cannot take such inputs, or None when it can."""
-        if q.device.type == "cuda" and not torch.backends.cudnn.is_available():
-            return "this build of torch has no cuDNN"
         reason = _unsupported_on_cuda("cuDNN's flash kernel", q, has_seqlens, 128)
-        return "cuDNN's flash kernel takes no sequences of one token" if reason is None and q.shape[2] == 1 else reason
+        if reason is None and q.shape[2] == 1:
+            return "cuDNN's flash kernel takes no sequences of one token"
+        if reason is None and not torch.backends.cudnn.is_available():
+            return "this build of torch has no cuDNN"
+        return reason
 
     @staticmethod
     def forward(

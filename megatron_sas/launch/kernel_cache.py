@@ -64,9 +64,11 @@ def check_attention_backend(
 
 
 def build_attention_kernels(
-    config: BertConfig, batch: int, seq_length: int, dtype: torch.dtype, device: torch.device
+    config: BertConfig, batch: int, seq_length: int, dtype: torch.dtype, device: torch.device, sets: int = 1
 ) -> None:
-    """Run the model's attention with and without edges, so that its kernels exist on every host. A collective.
+    """Run the model's attention so that its kernels exist on every host: with `sets` sets of edges, and without any.
+
+    A collective.
 
     Our kernels choose tile sizes by the first call that they get: it has the run's own shape, short edges, and few
     entries with a gradient, as the `max` regularizer leaves them.
@@ -75,7 +77,7 @@ def build_attention_kernels(
         InputError: the chosen backend cannot train the regularizer, which shows only when it is run.
     """
     shape = (batch, config.num_heads, seq_length, config.head_dim)
-    heads = torch.arange(-1, seq_length - 1, device=device).expand(batch, -1)
+    heads = torch.arange(-1, seq_length - 1, device=device).expand(batch, *([sets] if sets > 1 else []), -1)
     winners = torch.arange(seq_length, device=device) % 64 == 0
     with first_of_each_host_first():
         for edges in (heads, None):

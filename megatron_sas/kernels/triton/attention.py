@@ -269,18 +269,26 @@ def _shape_constants(q: Tensor, dropout_p: float) -> dict[str, Any]:
 def _launch(kernel: Any, grid: Any, q: Tensor, *arguments: Any, **constants: Any) -> None:
     """Run a kernel with the tile sizes that measured fastest, or fixed ones.
 
+    Different tile sizes round differently, so `torch.use_deterministic_algorithms(True)` takes fixed ones; so does the
+    interpreter.
+    """
+    fixed = INTERPRETED or torch.are_deterministic_algorithms_enabled()
+    launcher, tiles = _with_tiles(kernel, q, fixed=fixed)
+    batch, num_heads, seq, _ = q.shape
+    launcher[grid](q, *arguments, **constants, **_search_classes(batch * num_heads, seq), **tiles)
+
+
+def _with_tiles(kernel: Any, q: Tensor, *, fixed: bool) -> tuple[Any, dict[str, int]]:
+    """What to launch for a kernel on such q: the kernel and its tile sizes, or a search, which brings its own.
+
     The search runs once per GPU, class of shapes and dtype and is kept in Triton's cache directory, for later processes
-    too. Different tile sizes round differently, so `torch.use_deterministic_algorithms(True)` takes fixed ones; so does
-    the interpreter. What takes no time, or has sequences shorter than the largest tile, is not worth a search.
+    too. What takes no time, or has sequences shorter than the largest tile, is not worth one.
     """
     searched = _SEARCHED["single" if q.dtype == torch.float32 else "half"][kernel]
     batch, num_heads, seq, _ = q.shape
-    constants |= _search_classes(batch * num_heads, seq)
-    small = seq < _LARGEST_TILE or batch * num_heads * seq < _SEARCH_FROM
-    if small or INTERPRETED or torch.are_deterministic_algorithms_enabled():
-        kernel[grid](q, *arguments, **constants, **searched.configs[0].all_kwargs())
-    else:
-        searched[grid](q, *arguments, **constants)
+    if fixed or seq < _LARGEST_TILE or batch * num_heads * seq < _SEARCH_FROM:
+        return kernel, searched.configs[0].all_kwargs()
+    return searched, {}
 
 
 def _search_classes(maps: int, seq: int) -> dict[str, int]:
