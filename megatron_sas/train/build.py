@@ -203,7 +203,7 @@ def build_state(config: Config, log: Callable[[str], None], lock: DirectoryLock 
     if device.type == "cuda":
         size = config.train.micro_batch_size
         # It communicates, but every rank meets its one barrier whatever fails.
-        on_all_ranks(lambda: build_attention_kernels(state.bert.config, size, seq_length, dtype, device))
+        on_all_ranks(lambda: build_attention_kernels(state.bert.config, size, seq_length, dtype, device, sets))
     if lock is not None:  # last, so that a run which is refused leaves no directory behind
         on_all_ranks(lambda: begin_run(config, checkpoint, branch, lock) if distributed.is_main() else None)
     return state
