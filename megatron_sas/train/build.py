@@ -20,12 +20,12 @@ from megatron_sas.core import distributed
 from megatron_sas.core.cli import CommonError, InputError
 from megatron_sas.core.directory_lock import DirectoryLock
 from megatron_sas.core.files import write_text_atomic
-from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.data.mixture import MixedData, open_training_data
 from megatron_sas.data.mlm_dataset import MLMDataset
 from megatron_sas.data.overlap import refuse_overlap
 from megatron_sas.data.packed import PackedData, TokenizerIdentity
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_digest, tokenizer_identity
+from megatron_sas.evaluation.base import Resources
 from megatron_sas.evaluation.live import LiveEvaluation
 from megatron_sas.export.hf import write_hf
 from megatron_sas.launch.kernel_cache import build_attention_kernels, check_attention_backend
@@ -253,14 +253,8 @@ def _build(config: Config, checkpoint: Path | None) -> Parts:
     refuse_other_data(state.get("data", {}), packed, validation)
     bert_config = config.bert_config(packed.tokenizer.vocab_size, packed.tokenizer.pad_id)
     bert = _model(bert_config, config, checkpoint, tokenizer)
-    evaluation = LiveEvaluation(
-        config.evaluation,
-        tokenizer,
-        validation,
-        max_length=config.model.max_position_embeddings,
-        terms=config.terms(packed.tokenizer.special_ids),
-        mask_prob=data.mask_prob,
-    )
+    terms, max_length = config.terms(packed.tokenizer.special_ids), config.model.max_position_embeddings
+    evaluation = LiveEvaluation(config.evaluation, Resources(tokenizer, validation, max_length, data.mask_prob, terms))
     return Parts(tokenizer, identity, dataset, bert, evaluation, checkpoint, state)
 
 
@@ -347,11 +341,7 @@ def introduction(config: Config, parts: Parts, engine: Engine) -> tuple[dict[str
         f"{attention}{', compiled' if compiled else ''}, "
         f"batch {train.global_batch_size} = {world_size} × {train.micro_batch_size} × {parts.dataset.accumulation}"
     )
-    treebank = parts.evaluation.treebank
-    if treebank is not None and treebank.num_blanked:
-        facts["treebank_sentences_blanked"] = treebank.num_blanked
-        line += f"\nevaluation.treebank: {blanked_note(treebank.num_blanked)}"
-    return facts, line
+    return facts | parts.evaluation.facts(), "\n".join([line, *parts.evaluation.notes()])
 
 
 def measure_throughput(config: Config, parts: Parts, device: torch.device) -> Throughput:

@@ -16,14 +16,12 @@ from typing import Any
 
 from megatron_sas.config import Config
 from megatron_sas.core.files import fsync_directory
-from megatron_sas.onsets.online import OnsetDetector
+from megatron_sas.onsets.online import WATCHED, OnsetDetector
 from megatron_sas.run.checkpoint import remove_directory
 from megatron_sas.run.directory import RunDirectory, step_name, steps_in
 from megatron_sas.run.records import Records, iterate_records
 from megatron_sas.run.saver import Saver
 
-CURVES = {"uas": ("evaluation", "uas", 1), "loss": ("train", "mlm_loss", -1)}
-"""Kind of record, name of the value, and sign of the onset, by metric."""
 EVENT = "onset_detected"
 
 
@@ -48,7 +46,7 @@ class Watch:
         self.ring, self.snapshots = run.ring, run.snapshots
         self._own_step = own_step
         self._detectors = {
-            name: OnsetDetector(self.section.delta, CURVES[name][2], self.section.start)
+            name: OnsetDetector(self.section.delta, WATCHED[name][2], self.section.start)
             for name in self.section.metrics
         }
         self._keep_until = -1  # snapshots up to this step are kept for good
@@ -93,7 +91,7 @@ class Watch:
         """Give every detector its value; returns the onsets, whose detectors have done their work."""
         found = {}
         for name, detector in self._detectors.items():
-            wanted, key, _ = CURVES[name]
+            wanted, key, _ = WATCHED[name]
             if kind == wanted and (detection := detector.add(step, values.get(key))):
                 found[name] = detection
         for name in found:

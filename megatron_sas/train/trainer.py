@@ -19,8 +19,7 @@ from megatron_sas.core.cli import listed, progress
 from megatron_sas.core.directory_lock import DirectoryLock
 from megatron_sas.data.mixture import stream_samples
 from megatron_sas.data.mlm_dataset import PrefetchLoader, Window
-from megatron_sas.evaluation.blimp_labels import MANY_TIES
-from megatron_sas.evaluation.live import collapsed_attention, evaluation_stride
+from megatron_sas.evaluation.live import collapsed_attention, evaluation_line, evaluation_stride
 from megatron_sas.launch.environment import (
     initialize_distributed,
     other_threads,
@@ -353,12 +352,7 @@ class Trainer:
             return
         self.evaluation_seconds = values["seconds"]
         self._record("evaluation", step, values)
-        names = {"validation_mlm_loss": "validation mlm", "uas": "uas", "blimp": "blimp"}
-        shown = "  ".join(f"{label} {values[name]:.4f}" for name, label in names.items() if name in values)
-        num_pairs = sum(row["num_pairs"] for row in values.get("blimp_sets", {}).values())
-        if values.get("blimp_ties", 0) > MANY_TIES * num_pairs:
-            shown += f" (warning: {values['blimp_ties']} ties count as wrong)"
-        if shown:
+        if shown := evaluation_line(values):
             width, seconds = len(str(self.last_step)), values["seconds"]
             self.say(f"step {step:>{width}}/{self.last_step}  evaluation: {shown}  ({seconds:.1f} s)")
         self._warn_of_collapse(step, values)
