@@ -22,7 +22,8 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.core.settings import FAULT_SEPARATOR, Section
 from megatron_sas.core.yaml_file import Dumper, Loader, read_yaml
 from megatron_sas.data.mixture import DataSection
-from megatron_sas.evaluation.registry import EVALUATIONS, EvaluationSection
+from megatron_sas.evaluation.registry import EVALUATIONS
+from megatron_sas.evaluation.section import EvaluationSection
 from megatron_sas.model.config import BertConfig, ModelSection
 from megatron_sas.objective.base import Term
 from megatron_sas.objective.terms import TERMS, is_in_run, make_terms
@@ -67,6 +68,7 @@ class Config(create_model("_WithTerms", __base__=_BeforeTerms, **_terms)):
                 if not owner.wanted(evaluation) or not often:
                     needs = f"evaluation.{owner.input}, and evaluation.every of at most watch.delta"
                     faults.append(f"watch.metrics: {key} needs {needs}")
+        for owner in EVALUATIONS.values():
             faults += [f"evaluation.{fault}" for fault in owner.faults(evaluation, self.data.validation is not None)]
         return faults
 

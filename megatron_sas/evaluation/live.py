@@ -10,7 +10,8 @@ from typing import Any
 from megatron_sas.data.unknown import Unknown
 from megatron_sas.evaluation.base import TEXT, Evaluation, Resources
 from megatron_sas.evaluation.batching import AfterBatch
-from megatron_sas.evaluation.registry import EVALUATIONS, EvaluationSection, live_metrics
+from megatron_sas.evaluation.registry import EVALUATIONS, live_metrics
+from megatron_sas.evaluation.section import EvaluationSection
 from megatron_sas.model.bert import Bert
 
 GRACE_SECONDS = 30.0

@@ -1,12 +1,9 @@
-"""The evaluations that there are, and what follows from that: the section of the configuration, and their metrics."""
+"""The evaluations that there are, and their metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pydantic import Field
-
-from megatron_sas.core.settings import When
 from megatron_sas.evaluation.base import TEXT, Evaluation, Metric
 from megatron_sas.evaluation.complexity import WEIGHT_NORM, ComplexityEvaluation
 from megatron_sas.evaluation.minimal_pairs import BlimpEvaluation
@@ -26,13 +23,6 @@ EVALUATIONS: dict[str, type[Evaluation]] = {
 def own_input_first() -> list[type[Evaluation]]:
     """The evaluations with an input of their own, then those on text: the order of settings and columns."""
     return sorted(EVALUATIONS.values(), key=lambda evaluation: evaluation.input == TEXT)
-
-
-class EvaluationSection(*(evaluation.settings for evaluation in reversed(own_input_first())), When):
-    """When and on what the model is evaluated while it trains."""
-
-    batch_tokens: int = Field(16_384, description="tokens per evaluation forward", ge=1)
-    max_time_share: float = Field(0.25, description="evaluations are thinned out beyond this share of time", gt=0, lt=1)
 
 
 def live_metrics() -> Iterator[Metric]:

@@ -16,7 +16,8 @@ from megatron_sas.evaluation.base import TEXT, Resources
 from megatron_sas.evaluation.complexity import WEIGHT_NORM, weight_norm
 from megatron_sas.evaluation.items import Items
 from megatron_sas.evaluation.live import prepare
-from megatron_sas.evaluation.registry import EVALUATIONS, EvaluationSection
+from megatron_sas.evaluation.registry import EVALUATIONS
+from megatron_sas.evaluation.section import EvaluationSection
 from megatron_sas.evaluation.text import open_packed_text
 from megatron_sas.evaluation.uas import UasEvaluation
 from megatron_sas.run.reading import load_model

@@ -7,7 +7,6 @@ import threading
 import pytest
 import torch
 from engine_runs import checkpoint, largest_difference, train, weights
-from megatron_sas.run.saver import CheckpointSection
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -17,6 +16,7 @@ from megatron_sas.export.hf import to_hf
 from megatron_sas.run import saver as saving
 from megatron_sas.run.checkpoint import newest_checkpoint, remove_old_checkpoints
 from megatron_sas.run.reading import load_model
+from megatron_sas.run.saver import CheckpointSection
 from megatron_sas.run.throughput import Throughput
 
 
