@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import _checkout
@@ -90,13 +89,10 @@ def build_variants(
     dim: int,
     device: torch.device,
     left_out: dict[str, str],
-    kinds: Sequence[str] = GRADIENTS,
-    ways: dict[str, Callable[..., Callable[..., tuple]]] | None = None,
 ) -> list[tuple]:
     """(backend, gradient, variant, the same in float64) for every backend that takes such inputs, and the peers.
 
-    `left_out` gets the others, with the reason. `ways` make a function of q, k and v from heads and dropout (default:
-    all backends).
+    `left_out` gets the others, with the reason.
     """
     import torch
     from torch._functorch import config as functorch_config
@@ -110,9 +106,8 @@ def build_variants(
     q, k, v = torch.randn(batch, seq, 3, num_heads, dim, device=device).to(dtype).permute(2, 0, 3, 1, 4)
     grad_out = torch.randn(batch, seq, num_heads, dim, device=device).to(dtype).transpose(1, 2)
     heads = short_heads(batch, seq, device)
-    ways = ways or {name: partial(_ours, name) for name in BACKENDS if name != "auto"}
     rows = []
-    for gradient in kinds:
+    for gradient in GRADIENTS:
         used, gradients = None, [grad_out]
         if gradient != "none":
             used = heads
@@ -127,7 +122,7 @@ def build_variants(
                 [x[:EXACT_SEQUENCES].double() for x in (q, k, v)],
                 [g[:EXACT_SEQUENCES].double() for g in gradients],
             )
-        candidates = {name: way(used, arguments.dropout) for name, way in ways.items()}
+        candidates = {name: _ours(name, used, arguments.dropout) for name in BACKENDS}
         if gradient == "none":
             candidates |= {name: _peer(kind, arguments.dropout) for name, kind in PEERS[device.type].items()}
         for name, attend in candidates.items():

@@ -43,7 +43,8 @@ PEERS = ("hf", "hf, torch", "hf, heads")
 
 def our_batches(packed: PackedData, batch: int, prefetch: bool) -> Callable[[int], Iterator[torch.Tensor]]:
     """A function that gives the masked ids of the batches of a number of steps."""
-    from megatron_sas.data.mlm_dataset import MLMDataset, PrefetchLoader
+    from megatron_sas.data.loader import PrefetchLoader
+    from megatron_sas.data.mlm_dataset import MLMDataset
 
     data = MLMDataset(
         packed, seed=1, mask_prob=MASK_PROB, global_batch_size=batch, micro_batch_size=batch, rank=0, world_size=1

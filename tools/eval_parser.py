@@ -11,8 +11,8 @@ import _checkout
 from megatron_sas.core.cli import InputError, run_main
 from megatron_sas.core.files import sha256_file, write_json_atomic
 from megatron_sas.corpus.parsers.registry import check_predicts, describe_parser, make_parser, predictor_usage
-from megatron_sas.corpus.readers.conllu import read_conllu
-from megatron_sas.corpus.readers.text_lines import suffix_of
+from megatron_sas.corpus.readers.base import Reading
+from megatron_sas.corpus.readers.registry import find_reader, read_units
 from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.evaluation.command_line import check_output
 from megatron_sas.evaluation.parser_quality import evaluate_parser, gold_units
@@ -35,22 +35,22 @@ def main() -> None:
     check_output(arguments.output, arguments.overwrite)
     check_predicts(arguments.parser)
     description = describe_parser(arguments.parser)
-    if suffix_of(arguments.treebank) != ".conllu":
+    reader, reading = find_reader(str(arguments.treebank)), Reading()
+    if reader is None or not reader.gold:
         raise InputError(f"{arguments.treebank}: is not CoNLL-U; the parser needs text, which other treebanks lack")
-    blanked: list[str] = []
-    sentences = list(read_conllu(arguments.treebank, blanked=blanked.append))
+    sentences = [unit.content for unit in read_units([str(arguments.treebank)], reading)]
     parser, results = make_parser(arguments.parser), {}
     for kind in ("sentence", "paragraph"):
         units = gold_units(sentences, paragraphs=kind == "paragraph")
         start = time.perf_counter()
         results[kind] = {"units": len(units), **evaluate_parser(units, parser)}
         results[kind]["words_per_second"] = results[kind]["words"] / (time.perf_counter() - start)
-    print("\n".join([*table(results), *filter(None, [blanked_note(len(blanked))])]))
+    print("\n".join([*table(results), *filter(None, [blanked_note(reading.sentences_blanked)])]))
     record = {
         "parser": description,
         "treebank": {"path": str(arguments.treebank), "sha256": sha256_file(arguments.treebank)},
         "sentences": len(sentences),
-        "sentences_blanked": len(blanked),
+        "sentences_blanked": reading.sentences_blanked,
         **results,
     }
     write_json_atomic(arguments.output, record)

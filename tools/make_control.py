@@ -33,7 +33,7 @@ def write_heads(packed: PackedData, control: Control, seed: int, path: Path) -> 
             stop = min(start + rows, total)
             base = np.asarray(packed.heads[start:stop])
             try:
-                heads = control(base, np.asarray(packed.marks[start:stop]), seed, np.arange(start, stop))
+                heads = control(base, np.asarray(packed.boundaries[start:stop]), seed, np.arange(start, stop))
             except ValueError as error:
                 raise InputError(
                     f"{packed.prefix}.heads.bin: in the block from sequence {start}: {error}; preprocess the text again"

@@ -87,7 +87,8 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[PreprocessSetti
         "stop at the first (refuse, the default), or leave it out, show and count it (skip)",
     )
     parser.add_argument(
-        "--max-loss",
+        "--max-skipped",
+        "--max-loss",  # its former name
         type=float,
         default=0.05,
         help="fail when more than this share of an input is left out as broken, by --on-error skip, or by "
@@ -96,7 +97,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[PreprocessSetti
     parser.add_argument(
         "--drop-foreign",
         action="store_true",
-        help="leave out paragraphs in a language that is not the tokenizer's, up to --max-loss; they are counted in "
+        help="leave out paragraphs in a language that is not the tokenizer's, up to --max-skipped; they are counted in "
         "any case",
     )
     parser.add_argument(

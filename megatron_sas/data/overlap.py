@@ -39,7 +39,7 @@ class Documents:
         return f"the same documents of {same}"
 
 
-def refuse_repeated(field: str, parts: Sequence[Documents]) -> None:
+def check_repeated(field: str, parts: Sequence[Documents]) -> None:
     """Refuse (`InputError` with the name of the field) data sets of which two share documents."""
     holders: dict[str, list[Documents]] = {}
     for part in parts:
@@ -53,11 +53,11 @@ def refuse_repeated(field: str, parts: Sequence[Documents]) -> None:
             holders[key].append(part)
 
 
-def refuse_overlap(training: Sequence[PackedData], validation: PackedData | None) -> None:
+def check_overlap(training: Sequence[PackedData], validation: PackedData | None) -> None:
     """Refuse (`InputError`) to train on the same documents twice in an epoch, on those of validation, or on both sides
     of a split."""
     parts = [Documents(part.prefix, part.header) for part in training]
-    refuse_repeated("data.train", parts)
+    check_repeated("data.train", parts)
     sides = {split: part.prefix for part in parts for split in part.splits}
     if len(sides) > 1:
         raise InputError(

@@ -19,7 +19,7 @@ from megatron_sas.core import distributed
 from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.data.mixture import MixedData, open_training_data
-from megatron_sas.data.overlap import refuse_overlap
+from megatron_sas.data.overlap import check_overlap
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_identity
 from megatron_sas.evaluation.live import shortages
@@ -113,7 +113,7 @@ def _check_configured(config: Config, report: Report, faulty: Collection[str] = 
             report.warn(shortage)
     begins = config.run.branch_from is None and not RunDirectory(Path(config.run.output_dir)).config.is_file()
     if packed is not None and begins and sound("run"):
-        report.check("overlap", lambda: refuse_overlap(packed.parts, validation), lambda _: "none by the headers")
+        report.check("overlap", lambda: check_overlap(packed.parts, validation), lambda _: "none by the headers")
     if section.treebank is not None and sound("evaluation.treebank"):
         limit = section.treebank_sentences
         report.check("treebank", lambda: load_treebank(section.treebank), partial(_describe_treebank, limit, report))

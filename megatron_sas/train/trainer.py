@@ -12,7 +12,8 @@ from megatron_sas.config import Config
 from megatron_sas.core import distributed
 from megatron_sas.core.directory_lock import DirectoryLock
 from megatron_sas.core.distributed import on_all_ranks
-from megatron_sas.data.mlm_dataset import PrefetchLoader, Window
+from megatron_sas.data.loader import PrefetchLoader
+from megatron_sas.data.mlm_dataset import Window
 from megatron_sas.launch.environment import join_processes
 from megatron_sas.launch.watchdog import Watchdog
 from megatron_sas.objective.terms import weights

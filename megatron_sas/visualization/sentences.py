@@ -12,9 +12,7 @@ from megatron_sas.corpus.parsers.base import Parse, RelationNames
 from megatron_sas.corpus.parsers.registry import check_predicts, describe_parser, make_parser, predictor_usage
 from megatron_sas.corpus.readers.base import Reading
 from megatron_sas.corpus.readers.registry import read_units
-from megatron_sas.evaluation.treebank import Sentence, Treebank, load_treebank
-
-TREEBANK_SUFFIXES = (".conllu", ".jsonl", ".json")
+from megatron_sas.evaluation.treebank import TREEBANK_READERS, Sentence, Treebank, load_treebank
 
 
 def load_sentences(path: str | Path, parser: str | None) -> Treebank:
@@ -28,7 +26,7 @@ def load_sentences(path: str | Path, parser: str | None) -> Treebank:
         InputError: an unreadable file, text without a parser or a treebank with one.
     """
     path = Path(path)
-    if path.suffix in TREEBANK_SUFFIXES:
+    if path.suffix in TREEBANK_READERS:
         if parser is not None:
             raise InputError(f"--parser {parser}: {path} has trees of its own; leave --parser out")
         return load_treebank(path)
@@ -61,5 +59,5 @@ def _sentences(text: str, parse: Parse, names: list[str]) -> Iterator[Sentence]:
         yield Sentence(
             words=[text[parse.starts[word] : parse.ends[word]] for word in words],
             heads=[place.get(int(parse.heads[word]), -1) for word in words],
-            relns=[names[parse.relations[word]] for word in words],
+            deprels=[names[parse.relations[word]] for word in words],
         )

@@ -42,7 +42,7 @@ def naive(pieces, parse, text):
                 break
         owner.append(found[0] if found else -1)
     first = {w: owner.index(w) for w in set(owner) if w >= 0}
-    offsets, marks, relations = [0] * len(pieces), [0] * len(pieces), [0] * len(pieces)
+    offsets, boundaries, relations = [0] * len(pieces), [0] * len(pieces), [0] * len(pieces)
     lost, sentence, seen = 0, 0, set()
     for w in range(len(parse.starts)):
         sentence += bool(parse.sentence_starts[w])
@@ -52,11 +52,11 @@ def naive(pieces, parse, text):
         elif head >= 0 and parse.is_word[w]:
             lost += 1
         if w in first:
-            marks[first[w]] = 1 if sentence in seen else 3
+            boundaries[first[w]] = 1 if sentence in seen else 3
             seen.add(sentence)
             relations[first[w]] = int(parse.relations[w])
     wordless = sum(bool(parse.is_word[w]) and w not in first for w in range(len(parse.starts)))
-    return owner, offsets, marks, relations, len(seen), wordless, lost
+    return owner, offsets, boundaries, relations, len(seen), wordless, lost
 
 
 @st.composite
@@ -89,10 +89,10 @@ def texts(draw):
 def test_against_the_naive_reference(case):
     text, pieces, parse = case
     result = run(pieces, parse, text)
-    owner, offsets, marks, relations, sentences, wordless, lost = naive(pieces, parse, text)
+    owner, offsets, boundaries, relations, sentences, wordless, lost = naive(pieces, parse, text)
     assert result.words.tolist() == owner
     assert result.offsets.tolist() == offsets
-    assert result.marks.tolist() == marks
+    assert result.boundaries.tolist() == boundaries
     assert result.relations.tolist() == relations
     assert (result.num_sentences, result.words_without_piece, result.edges_without_piece) == (sentences, wordless, lost)
     assert result.num_words == parse.is_word.sum()
@@ -102,7 +102,7 @@ def test_two_words_in_one_piece():
     # "cannot go": can(aux of go) not(advmod of go) go; "cannot" is one piece, so "not" has none.
     parse = parse_of([(0, 3), (3, 6), (7, 9)], [2, 2, -1])
     result = run([(0, 6), (7, 9)], parse, "cannot go")
-    assert result.offsets.tolist() == [1, 0] and result.marks.tolist() == [3, 1]
+    assert result.offsets.tolist() == [1, 0] and result.boundaries.tolist() == [3, 1]
     assert (result.words_without_piece, result.edges_without_piece) == (1, 1)
 
 
@@ -111,7 +111,7 @@ def test_a_piece_across_a_word_boundary_belongs_to_where_it_begins():
     parse = parse_of([(0, 2), (2, 5)], [1, -1])
     result = run([(0, 3), (3, 4), (4, 5)], parse, "don't")
     assert result.words.tolist() == [0, 1, 1]
-    assert result.offsets.tolist() == [1, 0, 0] and result.marks.tolist() == [3, 1, 0]
+    assert result.offsets.tolist() == [1, 0, 0] and result.boundaries.tolist() == [3, 1, 0]
 
 
 def test_pieces_that_begin_with_their_space():
@@ -130,7 +130,7 @@ def test_a_piece_that_is_only_the_space_before_a_word():
 def test_a_sentence_whose_first_word_has_no_piece():
     parse = parse_of([(0, 0), (0, 1), (2, 3)], [1, -1, 1], sentences=[True, False, True])
     result = run([(0, 1), (2, 3)], parse, "a b")
-    assert result.marks.tolist() == [3, 3] and result.num_sentences == 2
+    assert result.boundaries.tolist() == [3, 3] and result.num_sentences == 2
     assert result.edges_without_piece == 1
 
 
@@ -138,6 +138,6 @@ def test_nothing():
     result = run([], parse_of([], []), "")
     assert len(result.offsets) == 0 and result.num_words == 0
     result = run([(0, 1)], parse_of([], []), "a")
-    assert result.marks.tolist() == [0]
+    assert result.boundaries.tolist() == [0]
     result = run([], parse_of([(0, 1)], [-1]), "a")
     assert result.words_without_piece == 1

@@ -47,7 +47,7 @@ def test_words_spans_and_multiword_tokens(tmp_path):
     assert sentence.words == ["I", "do", "n't", "go", "zu", "dem", "(", "Arzt", ")", "."]
     assert sentence.heads == [3, 3, 3, -1, 7, 7, 7, 3, 7, 3]
     assert [sentence.text[a:b] for a, b in sentence.spans] == ["I", "do", "n't", "go", "zum", "", "(", "Arzt", ")", "."]
-    assert sentence.relns[3] == "root"
+    assert sentence.deprels[3] == "root"
     assert sentence.newdoc and sentence.line == 1
 
 

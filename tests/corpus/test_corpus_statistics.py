@@ -21,9 +21,9 @@ def packed(make_packed):
     rng = np.random.default_rng(1)
     tokens = np.memmap(f"{prefix}.bin", np.uint16, "r+", shape=(20, 64))
     heads = np.memmap(f"{prefix}.heads.bin", "<i2", "r+", shape=(20, 64))
-    marks = np.memmap(f"{prefix}.marks.bin", np.uint8, "r+", shape=(20, 64))
-    relns = np.memmap(f"{prefix}.relns.bin", np.uint8, "r+", shape=(20, 64))
-    heads[:], marks[:], relns[:] = -1, 0, 0
+    boundaries = np.memmap(f"{prefix}.marks.bin", np.uint8, "r+", shape=(20, 64))
+    deprels = np.memmap(f"{prefix}.relns.bin", np.uint8, "r+", shape=(20, 64))
+    heads[:], boundaries[:], deprels[:] = -1, 0, 0
     for row in range(20):
         place = 1
         while place < 62:
@@ -34,21 +34,21 @@ def packed(make_packed):
             words = [word for word in words if word < 63]
             if not words:
                 break
-            marks[row, words] = 1
-            marks[row, words[0]] = 3
+            boundaries[row, words] = 1
+            boundaries[row, words[0]] = 3
             if rng.random() < 0.7:
                 for word in words[1:]:
                     heads[row, word] = words[rng.integers(len(words))]
                     if heads[row, word] == word:
                         heads[row, word] = -1
                     else:
-                        relns[row, word] = rng.integers(2)
+                        deprels[row, word] = rng.integers(2)
         if row % 5 == 0:
             tokens[row, 30] = 3  # a document ends here
-            marks[row, 30] = relns[row, 30] = 0
+            boundaries[row, 30] = deprels[row, 30] = 0
             heads[row, 30] = -1
             heads[row][heads[row] == 30] = -1
-    for stream in (tokens, heads, marks, relns):
+    for stream in (tokens, heads, boundaries, deprels):
         stream[7] = stream[3]
         stream.flush()
     return PackedData(prefix)
@@ -57,25 +57,27 @@ def packed(make_packed):
 def naive(packed):
     """The same figures, token by token."""
     counts, lengths, relations, seen, whole = Counter(), Counter(), Counter(), Counter(), 0
-    for tokens, heads, marks, relns in zip(packed.tokens, packed.heads, packed.marks, packed.relns, strict=True):
-        number = np.cumsum(marks & 1)
-        cuts = [0, *(p for p in range(1, len(tokens)) if marks[p] & 2), len(tokens)]
+    for tokens, heads, boundaries, deprels in zip(
+        packed.tokens, packed.heads, packed.boundaries, packed.deprels, strict=True
+    ):
+        number = np.cumsum(boundaries & 1)
+        cuts = [0, *(p for p in range(1, len(tokens)) if boundaries[p] & 2), len(tokens)]
         for start, stop in itertools.pairwise(cuts):
-            words = sum(int(m) & 1 for m in marks[start:stop])
+            words = sum(int(m) & 1 for m in boundaries[start:stop])
             edges = sum(h >= 0 for h in heads[start:stop])
             counts["unparsed_words"] += words if words > 1 and not edges else 0
-            counts["sentences"] += int(marks[start] & 2 > 0)
-            if marks[start] & 2 and stop < len(tokens) and words >= 5:
+            counts["sentences"] += int(boundaries[start] & 2 > 0)
+            if boundaries[start] & 2 and stop < len(tokens) and words >= 5:
                 whole += 1
                 seen[tuple(int(t) if t not in packed.tokenizer.special_ids else -1 for t in tokens[start:stop])] += 1
         for place, head in enumerate(heads):
-            counts["words"] += int(marks[place] & 1)
+            counts["words"] += int(boundaries[place] & 1)
             counts["unknown"] += tokens[place] == 1
             if head >= 0:
                 counts["edges"] += 1
                 counts["left"] += head < place
                 lengths[abs(int(number[head]) - int(number[place]))] += 1
-                relations[packed.relations[relns[place]] or "(none)"] += 1
+                relations[packed.relations[deprels[place]] or "(none)"] += 1
     return counts, lengths, relations, whole, whole - len(seen)
 
 

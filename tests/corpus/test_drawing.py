@@ -46,13 +46,13 @@ def test_svg_has_every_piece_arc_and_label():
     root = ElementTree.fromstring(as_svg(SEGMENT))
     texts = [(node.get("class"), node.text, float(node.get("x"))) for node in root.iter("text")]
     assert [text for kind, text, _ in texts if kind == "label"] == ["det", "nsubj", "a<b", "punct"]
-    pieces = [(kind, text) for kind, text, _ in texts if kind != "label"]
-    assert pieces == [("word", t) if not t.startswith("##") else ("more", t) for t in SEGMENT.pieces]
+    tokens = [(kind, text) for kind, text, _ in texts if kind != "label"]
+    assert tokens == [("word", t) if not t.startswith("##") else ("more", t) for t in SEGMENT.tokens]
     place = {text: x for kind, text, x in texts if kind != "label"}
     arcs = [re.findall(r"[-0-9.]+", node.get("d")) for node in root.iter("path") if node.get("class") == "arc"]
     for (dependent, head, _), numbers in zip(EDGES, arcs, strict=True):
         begin, end = float(numbers[0]), float(numbers[-3])
-        assert abs(begin - place[SEGMENT.pieces[head]]) < 5 and abs(end - place[SEGMENT.pieces[dependent]]) < 5
+        assert abs(begin - place[SEGMENT.tokens[head]]) < 5 and abs(end - place[SEGMENT.tokens[dependent]]) < 5
 
 
 def test_page_is_self_contained():

@@ -236,19 +236,19 @@ def test_shards_of_two_commits(tmp_path, fake_hub, vocab_file):
     fake_hub[None] = OLD
     inputs = [f"hf:org/set:train@{part}/2" for part in range(2)]
     settings = PreprocessSettings(inputs, str(vocab_file), "none", str(tmp_path / "out"), seq_length=8)
-    (first,) = preprocess_shards(settings, (0, 2), say=lambda _: None)
+    (first,) = preprocess_shards(settings, (0, 2), log=lambda _: None)
     assert first["input_files"] == [{"name": inputs[0], "revision": OLD}]
     fake_hub[None] = NEW
-    preprocess_shards(settings, (0, 2), say=lambda _: None)  # the same process
+    preprocess_shards(settings, (0, 2), log=lambda _: None)  # the same process
     hub._hub_builder.cache_clear()
     with pytest.raises(InputError, match="was made with other values of input_files"):
-        preprocess_shards(settings, (0, 2), say=lambda _: None)
-    preprocess_shards(settings, (1, 2), say=lambda _: None)
+        preprocess_shards(settings, (0, 2), log=lambda _: None)
+    preprocess_shards(settings, (1, 2), log=lambda _: None)
     prefixes = [str(tmp_path / "out" / f"org-set-train-{part}-2") for part in range(2)]
     with pytest.raises(InputError, match=rf"train-1-2: .*of hf:org/set:train \(revision {NEW}\) than .*{OLD}"):
         merge(prefixes, str(tmp_path / "all"))
     settings.overwrite = True
-    preprocess_shards(settings, (0, 2), say=lambda _: None)
+    preprocess_shards(settings, (0, 2), log=lambda _: None)
     files = [{"name": name, "revision": NEW} for name in inputs]
     assert merge(prefixes, str(tmp_path / "all"))["input_files"] == files
 

@@ -14,7 +14,7 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.build.documents import Exclusions
 from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess
 from megatron_sas.corpus.build.shards import preprocess_shards
-from megatron_sas.corpus.build.skipped import Losses
+from megatron_sas.corpus.build.skipped import SkipReport
 from megatron_sas.corpus.inspect.survey import SurveySettings, survey
 from megatron_sas.corpus.readers.base import Reading
 from megatron_sas.corpus.readers.registry import input_files, read_units
@@ -66,7 +66,7 @@ def wrapped(width, prose=PROSE):
 
 def texts(path, **options):
     """Paragraphs of a file, and what happened."""
-    reading = Reading(losses=Losses(show=True), **options)
+    reading = Reading(skipped=SkipReport(show=True), **options)
     return [unit.content for unit in read_units([str(path)], reading)], reading
 
 
@@ -184,13 +184,13 @@ def test_doubled_spaces_do_not_change_the_data(tmp_path):
 def test_the_header_says_how_lines_were_read(tmp_path, vocab_file):
     """And an output of another reading is not done."""
     path = write(tmp_path / "a.txt", wrapped(60))
-    (header,) = preprocess_shards(settings(path, vocab_file, tmp_path / "out"), say=lambda _: None)
+    (header,) = preprocess_shards(settings(path, vocab_file, tmp_path / "out"), log=lambda _: None)
     assert header["settings"]["line_breaks"] == "auto" and header["counts"]["lines_joined"] > 5
     other = settings(path, vocab_file, tmp_path / "out", line_breaks="paragraph")
     with pytest.raises(InputError, match="was made with other values of settings"):
-        preprocess_shards(other, say=lambda _: None)
+        preprocess_shards(other, log=lambda _: None)
     other.overwrite = True
-    (header,) = preprocess_shards(other, say=lambda _: None)
+    (header,) = preprocess_shards(other, log=lambda _: None)
     assert header["settings"]["line_breaks"] == "paragraph" and header["counts"]["lines_joined"] == 0
 
 

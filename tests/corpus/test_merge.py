@@ -36,7 +36,7 @@ def parts(tmp_path, vocab_file):
     (tmp_path / "c.conllu").write_text("")
     settings = PreprocessSettings([], str(vocab_file), "conllu", str(tmp_path / "out"), seq_length=8)
     settings.inputs = [str(tmp_path / f"{name}.conllu") for name in "abc"]
-    preprocess_shards(settings, say=lambda _: None)
+    preprocess_shards(settings, log=lambda _: None)
     (tmp_path / "d.txt").write_text("the cat sat\n" * 10)
     preprocess(PreprocessSettings([str(tmp_path / "d.txt")], str(vocab_file), "none", f"{tmp_path}/out/d", 8))
     return [str(tmp_path / "out" / name) for name in "abcd"]
@@ -46,10 +46,10 @@ def test_merge(parts, tmp_path):
     header = merge(parts, str(tmp_path / "all"))
     merged, sources = PackedData(tmp_path / "all"), [PackedData(parts[number]) for number in (0, 1, 3)]
     merged.verify()
-    for stream in ("tokens", "heads", "marks"):
+    for stream in ("tokens", "heads", "boundaries"):
         assert np.array_equal(getattr(merged, stream), np.concatenate([getattr(s, stream) for s in sources]))
-    names = [np.array(source.relations)[source.relns] for source in sources]
-    assert np.array_equal(np.array(merged.relations)[merged.relns], np.concatenate(names))
+    names = [np.array(source.relations)[source.deprels] for source in sources]
+    assert np.array_equal(np.array(merged.relations)[merged.deprels], np.concatenate(names))
     assert merged.relations == ["", "root", "nsubj", "det", "punct"]
     assert header["parser"] == {"name": "conllu + none"}
     assert header["inputs"] == ["a.conllu", "b.conllu", "c.conllu", "d.txt"]

@@ -20,9 +20,9 @@ def pack(documents, seq_length):
         packer.start_document()
         for tokens, offsets in document:
             tokens = np.array(tokens, dtype=np.int32)
-            marks = (tokens % 4).astype(np.uint8)
+            boundaries = (tokens % 4).astype(np.uint8)
             relations = (tokens % 7).astype(np.uint8)
-            packer.add(tokens, np.array(offsets, dtype=np.int32), marks, relations)
+            packer.add(tokens, np.array(offsets, dtype=np.int32), boundaries, relations)
     packer.finish()
     return out, packer.counts
 
@@ -85,9 +85,9 @@ def test_against_the_naive_reference(texts, seq_length):
     sequences, heads, cut, tail_edges, joints, tail = naive(texts, seq_length)
     assert [row[0].tolist() for row in out] == sequences
     assert [row[1].tolist() for row in out] == heads
-    for tokens, _, marks, relations in out:
+    for tokens, _, boundaries, relations in out:
         content = tokens >= 10
-        np.testing.assert_array_equal(marks, np.where(content, tokens % 4, 0))
+        np.testing.assert_array_equal(boundaries, np.where(content, tokens % 4, 0))
         np.testing.assert_array_equal(relations, np.where(content, tokens % 7, 0))
         assert len(tokens) == seq_length and tokens[0] == CLS and tokens[-1] == SEP
         assert tokens[1] != SEP

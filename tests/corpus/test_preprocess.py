@@ -106,8 +106,8 @@ def test_gold_heads_of_ewt_come_back(data_dir, tmp_path, seq_length):
     for number, row in enumerate(rows):
         assert packed.tokens[number].tolist() == [piece[0] for piece in row]
         assert packed.heads[number].tolist() == [piece[1] for piece in row]
-        assert [packed.relations[relation] for relation in packed.relns[number]] == [piece[2] for piece in row]
-        assert packed.marks[number].tolist() == [piece[3] for piece in row]
+        assert [packed.relations[relation] for relation in packed.deprels[number]] == [piece[2] for piece in row]
+        assert packed.boundaries[number].tolist() == [piece[3] for piece in row]
     counts = header["counts"]
     assert counts["sequences"] == len(rows) == len(packed)
     assert (counts["words"], counts["sentences"], counts["skipped"]) == (25147, 2001, 0)
@@ -139,17 +139,19 @@ def test_gold_words_of_ewt_come_back_decoded(data_dir, tmp_path):
 def decoded_edges(packed, tokenizer):
     """(dependent word, relation, head word) of every packed edge, words decoded from their pieces by the marks."""
     edges = Counter()
-    for tokens, heads, marks, relns in zip(packed.tokens, packed.heads, packed.marks, packed.relns, strict=True):
+    for tokens, heads, boundaries, deprels in zip(
+        packed.tokens, packed.heads, packed.boundaries, packed.deprels, strict=True
+    ):
         pieces = tokenizer.convert_ids_to_tokens(tokens.tolist())
 
-        def word(position, pieces=pieces, marks=marks):
+        def word(position, pieces=pieces, boundaries=boundaries):
             end = position + 1
-            while end < len(pieces) and not marks[end] & 1 and pieces[end] != "[SEP]":
+            while end < len(pieces) and not boundaries[end] & 1 and pieces[end] != "[SEP]":
                 end += 1
             return "".join(piece.removeprefix("##") for piece in pieces[position:end])
 
         for position in np.flatnonzero(heads >= 0):
-            edges[word(position), packed.relations[relns[position]], word(heads[position])] += 1
+            edges[word(position), packed.relations[deprels[position]], word(heads[position])] += 1
     return edges
 
 
@@ -197,8 +199,8 @@ def test_spacy_same_bytes_and_same_edges_as_spacy_itself(data_dir, tmp_path, mon
             place = position + owners.index(token.i)
             root = token.head == token or token.head.i not in owners
             assert packed.heads[0, place] == (-1 if root else position + owners.index(token.head.i))
-            assert packed.relations[packed.relns[0, place]] == token.dep_
-            assert bool(packed.marks[0, place] & 2) == bool(token.is_sent_start)
+            assert packed.relations[packed.deprels[0, place]] == token.dep_
+            assert bool(packed.boundaries[0, place] & 2) == bool(token.is_sent_start)
         position += len(offsets)
     assert packed.tokens[0, position] == tokenizer.sep_token_id
 
@@ -211,8 +213,8 @@ def test_plain_text_by_hand(vocab_file, tmp_path):
     tokenizer = load_tokenizer(vocab_file)
     expected = "[CLS] the cat ##s [ sep ] dog [SEP] run ##ning [SEP] can ' t [SEP]"
     assert " ".join(tokenizer.convert_ids_to_tokens(packed.tokens[0].tolist())) == expected
-    assert packed.marks[0].tolist() == [0, 3, 1, 0, 3, 1, 1, 1, 0, 3, 0, 0, 3, 1, 1, 0]
-    assert (packed.heads == -1).all() and (packed.relns == 0).all() and packed.relations == [""]
+    assert packed.boundaries[0].tolist() == [0, 3, 1, 0, 3, 1, 1, 1, 0, 3, 0, 0, 3, 1, 1, 0]
+    assert (packed.heads == -1).all() and (packed.deprels == 0).all() and packed.relations == [""]
     counts = header["counts"]
     assert counts["documents"] == counts["unparsed_documents"] == 3
     assert counts["pieces"] == 33 and counts["sequences"] == 2 and counts["tail_pieces"] == 7
@@ -229,7 +231,7 @@ def test_relations_are_numbered_as_they_appear(vocab_file, tmp_path, monkeypatch
     run(source, vocab_file, "conllu", tmp_path / "out", seq_length=14)
     packed = PackedData(tmp_path / "out")
     assert packed.relations == ["", "det", "nsubj", "root", "punct"]
-    assert packed.relns[0].tolist() == [0, 1, 2, 0, 3, 3, 4, 1, 2, 0, 3, 3, 4, 0]
+    assert packed.deprels[0].tolist() == [0, 1, 2, 0, 3, 3, 4, 1, 2, 0, 3, 3, 4, 0]
     assert packed.heads[0].tolist() == [-1, 2, 4, -1, -1, -1, 5, 8, 10, -1, -1, -1, 11, -1]
 
 
@@ -244,7 +246,7 @@ def test_words_longer_than_a_sequence(vocab_file, tmp_path, count):
         run(source, vocab_file, "conllu", tmp_path / "out", seq_length=8, workers=count)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.conllu", "vocab.txt"]
     header = run(
-        source, vocab_file, "conllu", tmp_path / "out", seq_length=8, workers=count, on_error="skip", max_loss=0.2
+        source, vocab_file, "conllu", tmp_path / "out", seq_length=8, workers=count, on_error="skip", max_skipped=0.2
     )
     assert header["counts"]["skipped"] == 1 and header["counts"]["pieces"] == 18
     assert header["report"]["a word longer than a sequence"]["examples"][0]["where"] == f"{source}:10"
@@ -361,7 +363,7 @@ def test_a_text_that_the_parser_cannot_bear(vocab_file, tmp_path, monkeypatch):
     source.write_text("the cat sat\n" * 9 + "a dog\n" + "the cat ran\n" * 9)
     with pytest.raises(InputError, match=r"a.txt:10: the parser fails \(RuntimeError: no dogs\)"):
         run(source, vocab_file, "none", tmp_path / "out", seq_length=8)
-    header = run(source, vocab_file, "none", tmp_path / "out", seq_length=8, on_error="skip", max_loss=0.1)
+    header = run(source, vocab_file, "none", tmp_path / "out", seq_length=8, on_error="skip", max_skipped=0.1)
     assert header["report"]["the parser fails"]["count"] == 1
     assert header["counts"]["words"] == 54
 
@@ -433,7 +435,7 @@ def test_everything_bad_at_once(data_dir, tmp_path):
     source.write_bytes(b"\n".join([line.encode() for line in lines] + broken))
     vocab = data_dir / "bert_vocab" / "vocab.txt"
     for number in (1, 2):
-        header = run(source, vocab, "none", tmp_path / f"out{number}", on_error="skip", max_loss=0.1, workers=number)
+        header = run(source, vocab, "none", tmp_path / f"out{number}", on_error="skip", max_skipped=0.1, workers=number)
     assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
     kinds = {kind: entry["count"] for kind, entry in header["report"].items()}
     assert kinds == {
@@ -454,7 +456,7 @@ def test_everything_bad_at_once(data_dir, tmp_path):
         "text": f"{'x' * 40}… (20,000 characters)",
     }
     with pytest.raises(InputError, match=r"a.jsonl: 5 of 50 records left out, mostly for 'invalid UTF-8'; more than"):
-        run(source, vocab, "none", tmp_path / "out", on_error="skip", max_loss=0.09)
+        run(source, vocab, "none", tmp_path / "out", on_error="skip", max_skipped=0.09)
 
 
 def test_long_words_and_unknown_pieces_are_reported(vocab_file, tmp_path):
@@ -487,14 +489,14 @@ def test_losses_of_reading_and_of_parsing_do_not_depend_on_the_workers(vocab_fil
     document = json.dumps({"text": "aaaaaaaa\nthe cat sat\nbbbbbbbb"})
     source.write_text(f"{document}\nno JSON\n" * 40 + '{"text": "the cat"}\n' * 80)
     for number in (1, 2):
-        options = {"seq_length": 8, "on_error": "skip", "max_loss": 0.55, "workers": number}
+        options = {"seq_length": 8, "on_error": "skip", "max_skipped": 0.55, "workers": number}
         header = run(source, vocab_file, "none", tmp_path / f"out{number}", **options)
     assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
     kinds = [(kind, entry["count"]) for kind, entry in header["report"].items()]
     assert kinds == [("a word longer than a sequence", 80), ("invalid JSON", 40)]
     # Three quarters of the records are kept, and of these three fifths of the paragraphs
     with pytest.raises(InputError, match="40 of 160 records left out and 80 of 200 paragraphs left out, mostly for 'a"):
-        run(source, vocab_file, "none", tmp_path / "out", **{**options, "max_loss": 0.54, "workers": 1})
+        run(source, vocab_file, "none", tmp_path / "out", **{**options, "max_skipped": 0.54, "workers": 1})
 
 
 def test_foreign_text(data_dir, tmp_path):
@@ -512,13 +514,13 @@ def test_foreign_text(data_dir, tmp_path):
     assert header["counts"]["paragraphs_foreign"] == found["count"] == 2
     assert [example["text"][:2] for example in found["examples"]] == ["Бы", "敏捷"]
     options = {"seq_length": 16, "drop_foreign": True}
-    dropped = run(source, vocab, "none", tmp_path / "english", **options, max_loss=0.4)
+    dropped = run(source, vocab, "none", tmp_path / "english", **options, max_skipped=0.4)
     words = sum(len(load_tokenizer(vocab).tokenize(text[name])) for name in ("en", "de"))
     assert words < dropped["counts"]["pieces"] < words + 6 < header["counts"]["pieces"]
     assert dropped["counts"]["paragraphs_foreign"] == dropped["counts"]["skipped"] == 2
     assert dropped["report"] == header["report"]
     with pytest.raises(InputError, match=r"a.txt: 2 of 5 paragraphs left out, mostly for 'foreign to the tokenizer';"):
-        run(source, vocab, "none", tmp_path / "less", **options, max_loss=0.39)
+        run(source, vocab, "none", tmp_path / "less", **options, max_skipped=0.39)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "txt", "conllu", "hf"])
@@ -547,7 +549,7 @@ def test_documents_of_so_many_rows(vocab_file, tmp_path, kind):
     tokenizer = load_tokenizer(vocab_file)
     expected = "[CLS] the cat sat the dog [SEP] the cat sat the dog [SEP] cannot run [SEP]"
     assert " ".join(tokenizer.convert_ids_to_tokens(packed.tokens[0].tolist())) == expected
-    assert packed.marks[0].tolist() == [0, 3, 1, 3, 3, 1, 0, 3, 1, 3, 3, 1, 0, 3, 1, 0]
+    assert packed.boundaries[0].tolist() == [0, 3, 1, 3, 3, 1, 0, 3, 1, 3, 3, 1, 0, 3, 1, 0]
     assert (header["counts"]["documents"], header["counts"]["empty_documents"]) == (3, 0)
     assert header["settings"]["rows_per_document"] == 3
     report = survey(SurveySettings([name], rows_per_document=3))
@@ -568,11 +570,11 @@ def test_documents_of_so_many_rows(vocab_file, tmp_path, kind):
 
 
 def test_sentences_without_words_are_no_training_data(vocab_file, tmp_path):
-    """They are counted, whatever --max-loss; a document that has nothing else leaves no trace."""
+    """They are counted, whatever --max-skipped; a document that has nothing else leaves no trace."""
     for name, content in (("mixed", BLANKED + ORDINARY * 3), ("ordinary", ORDINARY * 3), ("blanked", BLANKED)):
         (tmp_path / f"{name}.conllu").write_text(content)
     headers = {
-        name: run(tmp_path / f"{name}.conllu", vocab_file, "conllu", tmp_path / name, seq_length=8, max_loss=0)
+        name: run(tmp_path / f"{name}.conllu", vocab_file, "conllu", tmp_path / name, seq_length=8, max_skipped=0)
         for name in ("mixed", "ordinary")
     }
     for name in FILES:

@@ -164,10 +164,10 @@ def test_losses_among_few_selected_documents_are_a_share_of_these(vocab_file, tm
     selected = header["counts"]["documents"]
     assert 0 < selected < 20 and header["counts"]["skipped"] == 20
     with pytest.raises(InputError, match="20 of 520 records left out, mostly for 'invalid JSON'"):
-        run([source], vocab_file, tmp_path / "less", **options, max_loss=0.03)
+        run([source], vocab_file, tmp_path / "less", **options, max_skipped=0.03)
     monkeypatch.setattr(workers, "make_parser", lambda _: _Fails())
     with pytest.raises(InputError, match=rf"20 of 520 records left out and {selected} of {selected} paragraphs left"):
-        run([source], vocab_file, tmp_path / "out", **options, max_loss=0.95)
+        run([source], vocab_file, tmp_path / "out", **options, max_skipped=0.95)
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -10,7 +10,7 @@ import random
 import pytest
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.corpus.build.skipped import Losses
+from megatron_sas.corpus.build.skipped import SkipReport
 from megatron_sas.corpus.readers.base import Reading
 from megatron_sas.corpus.readers.registry import read_units, reader_of
 from megatron_sas.corpus.readers.text_lines import DamagedFile
@@ -63,10 +63,10 @@ def test_broken_json(tmp_path, line, reason):
     with pytest.raises(InputError) as error:
         units(str(path))
     assert str(error.value).startswith(f"{path}:2: ") and reason in str(error.value)
-    losses = Losses()
-    assert [u[0] for u in units(str(path), on_error="skip", losses=losses)] == ["good", "last"]
-    (kind,) = losses.report().values()
-    assert kind["count"] == losses.count == 1
+    skipped = SkipReport()
+    assert [u[0] for u in units(str(path), on_error="skip", skipped=skipped)] == ["good", "last"]
+    (kind,) = skipped.report().values()
+    assert kind["count"] == skipped.count == 1
     assert kind["examples"][0]["where"] == f"{path}:2" and reason in kind["examples"][0]["reason"]
 
 
@@ -142,8 +142,8 @@ def test_archives_of_no_bytes(tmp_path, suffix):
     with pytest.raises(DamagedFile, match=r"a.txt\.\w+: damaged compressed file \(it is empty, without even a head"):
         units(str(path))
     with pytest.raises(InputError, match=r"1 of 1 records left out and 100.0% of the file unread, mostly for 'damaged"):
-        units(str(path), on_error="skip", losses=Losses(max_loss=0.99))
-    assert units(str(path), on_error="skip", losses=Losses(max_loss=1.0)) == []
+        units(str(path), on_error="skip", skipped=SkipReport(max_skipped=0.99))
+    assert units(str(path), on_error="skip", skipped=SkipReport(max_skipped=1.0)) == []
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz"])
@@ -162,8 +162,8 @@ def test_damaged_archives(tmp_path, suffix):
         with pytest.raises(InputError, match="damaged compressed file"):
             units(str(path))
         with pytest.raises(InputError, match=r"1 of \d+ records left out and .* of the file unread, mostly for 'dam"):
-            units(str(path), on_error="skip", losses=Losses(max_loss=0.3))
-        found = units(str(path), on_error="skip", losses=Losses(max_loss=loss))
+            units(str(path), on_error="skip", skipped=SkipReport(max_skipped=0.3))
+        found = units(str(path), on_error="skip", skipped=SkipReport(max_skipped=loss))
         assert [unit[0] for unit in found] == [json.loads(line)["text"] for line in lines[: len(found)]]
         assert 800 < len(found) < 1100
 
@@ -172,25 +172,25 @@ def test_too_much_is_lost(tmp_path):
     (tmp_path / "good.txt").write_text("one\n" * 90)
     (tmp_path / "bad.txt").write_bytes(b"one\n\n" * 9 + b"\xff\n" * 1)
     names = [str(tmp_path / "good.txt"), str(tmp_path / "bad.txt")]
-    assert len(units(*names, on_error="skip", losses=Losses(max_loss=0.1))) == 99
+    assert len(units(*names, on_error="skip", skipped=SkipReport(max_skipped=0.1))) == 99
     with pytest.raises(InputError) as error:  # a share of one input, not of all
-        units(*names, on_error="skip", losses=Losses(max_loss=0.09))
+        units(*names, on_error="skip", skipped=SkipReport(max_skipped=0.09))
     assert str(error.value) == (
-        f"{names[1]}: 1 of 10 records left out, mostly for 'invalid UTF-8'; more than --max-loss 0.09 allows: "
+        f"{names[1]}: 1 of 10 records left out, mostly for 'invalid UTF-8'; more than --max-skipped 0.09 allows: "
         "mend the file or raise it"
     )
 
 
 def test_the_commonest_kind_is_that_of_the_input(tmp_path):
     """Not of all inputs together."""
-    losses = Losses(max_loss=0.5)
+    skipped = SkipReport(max_skipped=0.5)
     for _ in range(20):
-        losses.keep("good.jsonl")
+        skipped.keep("good.jsonl")
     for line in range(9):
-        losses.lose(f"good.jsonl:{line}", "invalid JSON")
-    losses.lose("bad.jsonl:1", "invalid UTF-8")
+        skipped.skip(f"good.jsonl:{line}", "invalid JSON")
+    skipped.skip("bad.jsonl:1", "invalid UTF-8")
     with pytest.raises(InputError, match=r"^bad.jsonl: 1 of 1 records left out, mostly for 'invalid UTF-8';"):
-        losses.check()
+        skipped.check()
 
 
 def test_parts_of_a_hub_dataset(tmp_path):
@@ -231,14 +231,14 @@ def test_parts_of_a_hub_dataset_keep_the_rows_of_a_document_together(tmp_path):
 
 def test_a_loss_of_just_what_is_allowed():
     """One of twenty is no more than 0.05."""
-    losses = Losses(max_loss=0.05)
+    skipped = SkipReport(max_skipped=0.05)
     for _ in range(19):
-        losses.keep("a.txt")
-    losses.lose("a.txt:20", "invalid UTF-8")
-    losses.check()
-    losses.lose("a.txt:21", "invalid UTF-8")
+        skipped.keep("a.txt")
+    skipped.skip("a.txt:20", "invalid UTF-8")
+    skipped.check()
+    skipped.skip("a.txt:21", "invalid UTF-8")
     with pytest.raises(InputError, match=r"^a\.txt: 2 of 21 records left out"):
-        losses.check()
+        skipped.check()
 
 
 def test_documents_of_rows_without_the_broken_ones(tmp_path):

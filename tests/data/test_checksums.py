@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from megatron_sas.core.cli import InputError
 from megatron_sas.data import checksums
 from megatron_sas.data.checksums import CheckedMap, describe_file
-from megatron_sas.data.mlm_dataset import MLMDataset, PrefetchLoader
+from megatron_sas.data.loader import PrefetchLoader
+from megatron_sas.data.mlm_dataset import MLMDataset
 from megatron_sas.data.packed import PackedData
 
 ROWS, COLUMNS, BLOCK = 23, 10, 64  # rows of 20 bytes: a block holds parts of four or five

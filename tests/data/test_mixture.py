@@ -153,7 +153,7 @@ def test_more_parts_than_files_may_be_open(make_packed):
     before = len(os.listdir("/proc/self/fd"))
     again = open_training_data([(prefix, None)])
     assert len(os.listdir("/proc/self/fd")) - before == OPEN_FILES
-    assert np.array_equal(again.marks, one.marks) and again.relns[0].tolist() == [0] * 8
+    assert np.array_equal(again.boundaries, one.boundaries) and again.deprels[0].tolist() == [0] * 8
 
     def run(hard):
         command = [sys.executable, "-c", OPEN_MANY, str(hard), prefix]

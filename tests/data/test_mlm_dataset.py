@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from megatron_sas.core.cli import InputError
+from megatron_sas.data.loader import PrefetchLoader
 from megatron_sas.data.masking import mask_tokens
-from megatron_sas.data.mlm_dataset import MLMDataset, PrefetchLoader, masked_capacity, validation_batches
+from megatron_sas.data.mlm_dataset import MLMDataset, masked_capacity, validation_batches
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.sampler import global_samples
 

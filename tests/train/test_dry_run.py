@@ -219,7 +219,7 @@ def test_what_is_too_small_is_named(config, tmp_path, capsys):
     prefix = load_config(config).data.validation
     assert f"warning  evaluation.validation_sequences: 20 are wanted, but {prefix} has 10\n" in output
     assert f"warning  evaluation.complexity_sequences: 128 are wanted, but {prefix} has 10\n" in output
-    assert "warning  evaluation.complexity_sequences: TwoNN from 10 points says little; give it 100 or more\n" in output
+    assert "warning  evaluation.complexity_sequences: TwoNN of 10 points says little; give it 100 or more\n" in output
     assert "updates of 8 read it" in output
     assert "warning" not in dry_check(load_config(config, [run, "--evaluation.validation_sequences=10"]), capsys)[1]
 
@@ -245,7 +245,7 @@ def test_validation_data_that_are_trained_on(config, tmp_path, capsys, monkeypat
     assert f"problem  overlap: data.validation: {data} and {data} of data.train hold the same sequences; take" in output
     assert not agreed and output.count("problem ") == 1
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "refuse_overlap", lambda *_: None)
+        patch.setattr(setup, "check_overlap", lambda *_: None)
         train(config, tmp_path / "run", {"data.validation": data, "train.steps": 1})
     agreed, output = dry_check(settings, capsys)
     assert agreed and "overlap" not in output  # it would go on

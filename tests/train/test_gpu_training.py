@@ -52,7 +52,7 @@ def test_an_update_does_not_wait_for_the_gpu(config):
 
 def updates() -> None:
     """Updates of ZeRO-0 in bf16 from the prefetching loader; in a process of their own, since it joins a group."""
-    from megatron_sas.data.mlm_dataset import PrefetchLoader
+    from megatron_sas.data.loader import PrefetchLoader
     from megatron_sas.launch.environment import initialize_distributed
     from megatron_sas.objective.pretraining import MaskedLMWithTerms
     from megatron_sas.train.build import build_state

@@ -330,7 +330,7 @@ def test_what_a_run_may_not_begin_with(config, tmp_path, monkeypatch):
     message = refusal(config, tmp_path / "run", overrides)
     assert message.startswith(f"data.validation: {train_data} and {train_data} of data.train hold the same sequences; ")
     with monkeypatch.context() as patch:
-        patch.setattr(build, "refuse_overlap", lambda *_: None)
+        patch.setattr(build, "check_overlap", lambda *_: None)
         train(config, tmp_path / "run", overrides)
     train(config, tmp_path / "run", overrides | {"train.steps": 2})
     assert sorted(records(tmp_path / "run")) == [1, 2]

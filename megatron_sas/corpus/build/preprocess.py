@@ -16,7 +16,7 @@ from megatron_sas.core.files import sha256_file
 from megatron_sas.corpus.build.documents import Exclusions, Selection, Split, input_of
 from megatron_sas.corpus.build.pack import Packer
 from megatron_sas.corpus.build.packed_writer import PackedWriter, check_seq_length, relation_number
-from megatron_sas.corpus.build.skipped import Losses
+from megatron_sas.corpus.build.skipped import SkipReport
 from megatron_sas.corpus.build.workers import ChunkResult, WorkerSettings, chunks, process_chunks
 from megatron_sas.corpus.parsers.base import RelationNames
 from megatron_sas.corpus.parsers.registry import PARSERS, describe_parser, parser_class
@@ -46,7 +46,7 @@ class PreprocessSettings:
     workers: int = 1
     text_field: str = "text"
     on_error: OnError = "refuse"
-    max_loss: float = 0.05
+    max_skipped: float = 0.05
     drop_foreign: bool = False
     exclude: str | None = None
     split: Split | None = None
@@ -70,8 +70,8 @@ def preprocess(
 
     Raises:
         InputError: for anything wrong in the settings or the input (with "skip", broken input is counted instead, up
-            to `max_loss` of an input, and so is in any case what `drop_foreign` leaves out), and when the text does not
-            fill one sequence.
+            to `max_skipped` of an input, and so is in any case what `drop_foreign` leaves out), and when the text does
+            not fill one sequence.
     """
     check_settings(settings)
     tokenizer = tokenizer_of(settings)
@@ -79,7 +79,7 @@ def preprocess(
     worker = WorkerSettings(
         tokenizer=tokenizer.backend_tokenizer.to_str(),
         parser=settings.parser,
-        max_word_pieces=settings.seq_length - 2,
+        max_word_tokens=settings.seq_length - 2,
         unk_id=info.unk_id,
         drop_foreign=settings.drop_foreign,
     )
@@ -111,7 +111,7 @@ def check_settings(settings: PreprocessSettings) -> None:
         raise InputError(f"--workers {settings.workers}: must be at least 1")
     if settings.rows_per_document is not None and settings.rows_per_document < 1:
         raise InputError(f"--rows-per-document {settings.rows_per_document}: must be at least 1")
-    for name in ("max_loss", "validation_share"):
+    for name in ("max_skipped", "validation_share"):
         if not 0 <= getattr(settings, name) <= 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be a share from 0 to 1")
     seen, (parser, _) = set(), parser_class(settings.parser)
@@ -178,12 +178,12 @@ def _pack_inputs(
     settings: PreprocessSettings, selection: Selection, worker: WorkerSettings, packer: Packer
 ) -> tuple[dict[str, int], list[str], dict[str, Any]]:
     """Read, parse, align and pack everything; returns the counts, the relation names and what was found wrong."""
-    losses = Losses(settings.max_loss, show=True)
-    reading = Reading(settings.text_field, settings.on_error, losses, settings.rows_per_document, settings.line_breaks)
+    skipped = SkipReport(settings.max_skipped, show=True)
+    reading = Reading(settings.text_field, settings.on_error, skipped, settings.rows_per_document, settings.line_breaks)
     foreign, long_words = _Examples(), _Examples()
     names, totals = RelationNames(), Counter()
     with progress(unit=" words", unit_scale=True, desc="preprocessing") as bar:
-        groups = chunks(_used(selection.apply(read_units(settings.inputs, reading)), losses))
+        groups = chunks(_used(selection.apply(read_units(settings.inputs, reading)), skipped))
         with contextlib.closing(process_chunks(groups, worker, settings.workers)) as results:
             for units, result in results:
                 for number, reason in result.bad:
@@ -191,14 +191,14 @@ def _pack_inputs(
                 for number in result.foreign:
                     foreign.add(units[number].where, str(units[number].content)[:80])
                     if settings.drop_foreign:  # as asked for, so never refused; but not without limit
-                        losses.lose(units[number].where, _FOREIGN, used=True)
+                        skipped.skip(units[number].where, _FOREIGN, used=True)
                 for number, word in result.long_words:
                     long_words.add(units[number].where, word)
                 _pack(packer, units, result, names)
                 totals.update(result.counts)
                 bar.update(result.counts["words"])
     packer.finish()
-    losses.check()
+    skipped.check()
     packed = asdict(packer.counts)
     has_heads = parser_class(settings.parser)[0].heads != "none"
     unparsed = 0 if has_heads else packed["documents"] - packed["empty_documents"]
@@ -221,17 +221,17 @@ def _pack_inputs(
         "lines_joined": reading.lines_joined,
         "paragraphs_foreign": foreign.count,
         "sentences_blanked": reading.sentences_blanked,
-        "skipped": losses.count,
+        "skipped": skipped.count,
     }
-    report = losses.report() | foreign.report(_FOREIGN) | long_words.report(_LONG_WORD)
+    report = skipped.report() | foreign.report(_FOREIGN) | long_words.report(_LONG_WORD)
     return counts | packed, names.names, report
 
 
-def _used(units: Iterable[Unit], losses: Losses) -> Iterator[Unit]:
+def _used(units: Iterable[Unit], skipped: SkipReport) -> Iterator[Unit]:
     """The units, counted as those that a parser may lose."""
     for unit in units:
         if unit.content is not None:
-            losses.use(input_of(unit))
+            skipped.use(input_of(unit))
         yield unit
 
 
@@ -260,8 +260,8 @@ def _pack(packer: Packer, units: list[Unit], result: ChunkResult, names: Relatio
     for begin, end in _documents(units):
         if units[begin].starts_document:
             packer.start_document()
-        pieces = slice(result.cuts[begin], result.cuts[end])
-        packer.add(result.tokens[pieces], result.offsets[pieces], result.marks[pieces], relations[pieces])
+        span = slice(result.cuts[begin], result.cuts[end])
+        packer.add(result.tokens[span], result.offsets[span], result.boundaries[span], relations[span])
 
 
 def _documents(units: list[Unit]) -> Iterator[tuple[int, int]]:

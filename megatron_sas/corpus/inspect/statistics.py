@@ -59,9 +59,9 @@ def statistics(packed: PackedData, after_block: Callable[[int], object] | None =
 
 def _add_block(totals: _Totals, packed: PackedData, rows: slice) -> None:
     tokens, heads = np.asarray(packed.tokens[rows]), np.asarray(packed.heads[rows], dtype=np.int64)
-    marks, relns = np.asarray(packed.marks[rows]).ravel(), np.asarray(packed.relns[rows]).ravel()
+    boundaries, deprels = np.asarray(packed.boundaries[rows]).ravel(), np.asarray(packed.deprels[rows]).ravel()
     count, length = tokens.shape
-    word, sentence = marks & WORD_START != 0, marks & SENTENCE_START != 0
+    word, sentence = boundaries & WORD_START != 0, boundaries & SENTENCE_START != 0
     special = np.isin(tokens, packed.tokenizer.special_ids).ravel()
 
     begins = sentence.copy()
@@ -86,7 +86,7 @@ def _add_block(totals: _Totals, packed: PackedData, rows: slice) -> None:
     number = np.cumsum(word).reshape(count, length)  # of the word that a token belongs to
     row, place = np.nonzero(heads >= 0)
     totals.lengths += np.bincount(np.abs(number[row, heads[row, place]] - number[row, place]), minlength=_LONGEST)
-    totals.relations += np.bincount(relns[edge], minlength=256)
+    totals.relations += np.bincount(deprels[edge], minlength=256)
 
     position = np.arange(tokens.size) - starts[segment]
     hashes = hash_u64(tokens.ravel().astype(np.int64), position)

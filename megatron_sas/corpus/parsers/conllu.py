@@ -32,7 +32,7 @@ class ConlluParser(Parser):
                 starts=spans[:, 0],
                 ends=spans[:, 1],
                 heads=np.array(sentence.heads, dtype=np.int64),
-                relations=np.array([names.number(name) for name in sentence.relns], dtype=np.int64),
+                relations=np.array([names.number(name) for name in sentence.deprels], dtype=np.int64),
                 sentence_starts=np.arange(len(spans)) == 0,
                 is_word=np.ones(len(spans), dtype=bool),
             )

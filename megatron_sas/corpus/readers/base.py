@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import sha256_file
-from megatron_sas.corpus.build.skipped import Losses
+from megatron_sas.corpus.build.skipped import SkipReport
 from megatron_sas.corpus.readers.line_breaks import LineBreaks, join, paragraphs, wrap_width
 from megatron_sas.corpus.readers.text_lines import OnError, handle_bad, is_encodable, stem
 
@@ -64,7 +64,7 @@ class Reading:
 
     text_field: str = "text"
     on_error: OnError = None
-    losses: Losses = field(default_factory=Losses)
+    skipped: SkipReport = field(default_factory=SkipReport)
     rows_per_document: int | None = None  # a document is so many records, whatever the input says
     line_breaks: LineBreaks = "auto"  # whether a line is a paragraph, or a part of one
     max_unit_characters: int = MAX_UNIT_CHARACTERS
@@ -76,8 +76,8 @@ class Reading:
     sentences_blanked: int = 0  # of treebanks without their words, left out
 
     def bad(self, where: str, reason: str, *, used: bool = False) -> None:
-        """Refuse broken input or count it (see `Losses.lose`)."""
-        handle_bad(where, reason, self.on_error, lambda *what: self.losses.lose(*what, used=used))
+        """Refuse broken input or count it (see `SkipReport.skip`)."""
+        handle_bad(where, reason, self.on_error, lambda *what: self.skipped.skip(*what, used=used))
 
     def blanked(self, where: str) -> None:
         """Count a sentence that was left out because its words are missing."""
@@ -162,7 +162,7 @@ def record_units(record: object, where: str, reading: Reading) -> Iterator[Unit]
     if not is_encodable(text):
         reading.bad(where, f"half of a surrogate pair in field {reading.text_field!r}")
         return
-    reading.losses.keep(where.rpartition(":")[0])
+    reading.skipped.keep(where.rpartition(":")[0])
     identity = None if record.get("id") is None else str(record["id"])
     starts, lines = True, text.split("\n")
     for paragraph in reading.paragraphs(lines, reading.width(lines)):

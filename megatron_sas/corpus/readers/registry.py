@@ -72,7 +72,7 @@ def read_units(inputs: list[str], reading: Reading) -> Iterator[Unit]:
     """Yield the units of all inputs in order; every input begins a new document.
 
     Raises:
-        InputError: broken input (unless it is skipped), or more of it in one input than `reading.losses` allows.
+        InputError: broken input (unless it is skipped), or more of it in one input than `reading.skipped` allows.
     """
     for name in inputs:
         unit, joined = None, reading.lines_joined
@@ -87,14 +87,14 @@ def read_units(inputs: list[str], reading: Reading) -> Iterator[Unit]:
                 raise
             place = "the beginning" if unit is None else f"line {unit.where.rpartition(':')[2]}"
             reason = str(error).removeprefix(f"{name}: ")
-            reading.losses.lose(f"{name}:end", f"{reason}; nothing is read after {place}", unread=error.unread)
-        if (joined := reading.lines_joined - joined) and reading.line_breaks == "auto" and reading.losses.show:
+            reading.skipped.skip(f"{name}:end", f"{reason}; nothing is read after {place}", unread=error.unread)
+        if (joined := reading.lines_joined - joined) and reading.line_breaks == "auto" and reading.skipped.show:
             print(
                 f"{name}: looks hard-wrapped: {joined:,} lines are joined to the line before them; --line-breaks "
                 "paragraph keeps them apart",
                 file=sys.stderr,
             )
-        reading.losses.check(name)
+        reading.skipped.check(name)
 
 
 def _grouped(units: Iterable[Unit], rows: int) -> Iterator[Unit]:

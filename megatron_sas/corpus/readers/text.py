@@ -13,7 +13,7 @@ _WINDOW_CHARACTERS = 1 << 14  # of a text file, about which it is decided at onc
 def _units(name: str, reading: Reading) -> Iterator[Unit]:
     """A paragraph a line, or several lines (see `Reading.width`); blank lines separate documents."""
     starts, last, width = True, 0, None
-    for window, is_rest in _windows(read_lines(name, reading.on_error, reading.losses.lose, cut_long=True)):
+    for window, is_rest in _windows(read_lines(name, reading.on_error, reading.skipped.skip, cut_long=True)):
         numbers, lines = [number for number, _ in window], [line for _, line in window]
         if not is_rest:  # a rest is too little to judge by, and likely to be as what came before
             width = reading.width(lines)
@@ -21,7 +21,7 @@ def _units(name: str, reading: Reading) -> Iterator[Unit]:
         for paragraph in reading.paragraphs(lines, width):
             starts = starts or paragraph.start > end
             if numbers[paragraph.start] != last:
-                reading.losses.keep(name)
+                reading.skipped.keep(name)
                 last = numbers[paragraph.start]
             yield from paragraph.units(starts, f"{name}:{last}", None, reading)
             starts, end = False, paragraph.end
