@@ -23,7 +23,8 @@ from megatron_sas.core.yaml_file import Dumper, Loader, read_yaml
 from megatron_sas.data.mixture import DataSection
 from megatron_sas.evaluation.registry import EVALUATIONS
 from megatron_sas.evaluation.section import EvaluationSection
-from megatron_sas.model.config import BertConfig, ModelSection
+from megatron_sas.model.config import BertConfig
+from megatron_sas.model.section import ModelSection
 from megatron_sas.objective.base import Term
 from megatron_sas.objective.terms import TERMS, is_in_run, make_terms
 from megatron_sas.onsets.online import WatchSection

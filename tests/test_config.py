@@ -13,7 +13,7 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.core.settings import When
 from megatron_sas.kernels import BACKENDS
 from megatron_sas.launch.arguments import parse_arguments
-from megatron_sas.model.config import ModelSection
+from megatron_sas.model.section import ModelSection
 from megatron_sas.optim.schedules import Cosine, Linear, Stage, Stages, Wsd
 from megatron_sas.optim.section import TrainSection
 
