@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +66,17 @@ def test_help_of_fields_is_that_of_the_sections(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
     assert help_text() in capsys.readouterr().out
+
+
+def test_a_tool_uses_the_package_next_to_it(tmp_path):
+    """Of two checkouts that share an environment, whichever is installed in it."""
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "_checkout.py", tmp_path / "tools")
+    (tmp_path / "tools" / "tool.py").write_text("import _checkout\nimport megatron_sas\nprint(megatron_sas.__file__)\n")
+    (tmp_path / "megatron_sas").mkdir()
+    (tmp_path / "megatron_sas" / "__init__.py").write_text("")
+    command, environment = [sys.executable, "tools/tool.py"], {**os.environ, "PYTHONPATH": str(ROOT)}
+    printed = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+    assert Path(printed.strip()) == tmp_path / "megatron_sas" / "__init__.py"
+    for tool in PROGRAMS[1:]:
+        assert "\nimport _checkout\n" in tool.read_text(encoding="utf-8")

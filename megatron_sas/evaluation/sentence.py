@@ -1,6 +1,6 @@
 """What a model's attention does in one sentence: between pieces, between words, and along the edges of a tree.
 
-L layers, H attention heads, S pieces with [CLS] and [SEP], W words. Words are cut into pieces one by one, as treebanks' are.
+L layers, H attention heads, S pieces with [CLS] and [SEP], W words. Each word is cut into pieces by itself.
 """
 
 from __future__ import annotations
