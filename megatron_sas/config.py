@@ -22,7 +22,8 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.core.settings import FAULT_SEPARATOR, PARTLY, Section
 from megatron_sas.core.yaml_file import Dumper, Loader, read_yaml
 from megatron_sas.data.mixture import DataSection
-from megatron_sas.evaluation.live import EvaluationSection
+from megatron_sas.evaluation.registry import EVALUATIONS
+from megatron_sas.evaluation.section import EvaluationSection
 from megatron_sas.model.config import BertConfig, ModelSection
 from megatron_sas.objective.base import Term
 from megatron_sas.objective.terms import TERMS, is_in_run, make_terms
@@ -72,11 +73,14 @@ class Config(create_model("_WithTerms", __base__=_BeforeTerms, **_fields)):
         for name, wanted in (("snapshots", self.snapshots.due(0, 0)), ("watch", bool(watch.metrics))):
             if wanted and self.model.norm_placement != "post":
                 faults.append(f"{name}: a model with norm_placement pre has no Hugging Face form; remove the section")
-        often = evaluation.treebank is not None and (evaluation.every or watch.delta or 0) <= (watch.delta or 0)
-        if "uas" in watch.metrics and (not often or evaluation.every is None):
-            faults.append("watch.metrics: uas needs evaluation.treebank, and evaluation.every of at most watch.delta")
-        if evaluation.complexity_sequences is not None and self.data.validation is None:
-            faults.append("evaluation.complexity_sequences: needs data.validation, which is not given")
+        often = evaluation.every is not None and evaluation.every <= (watch.delta or evaluation.every)
+        for owner in EVALUATIONS.values():
+            for key in (metric.key for metric in owner.metrics if metric.key in watch.metrics):
+                if not owner.wanted(evaluation) or not often:
+                    needs = f"evaluation.{owner.input}, and evaluation.every of at most watch.delta"
+                    faults.append(f"watch.metrics: {key} needs {needs}")
+        for owner in EVALUATIONS.values():
+            faults += [f"evaluation.{fault}" for fault in owner.faults(evaluation, self.data.validation is not None)]
         return faults
 
     def bert_config(self, vocab_size: int, pad_token_id: int) -> BertConfig:

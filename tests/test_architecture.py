@@ -8,8 +8,19 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "megatron_sas"
 ORDER = (
-    *("core", "kernels", "data", "optim", "onsets", "toy", "model", "corpus", "objective", "run", "launch"),
-    *("evaluation", "export", "glue", "trajectory", "config", "train", "report", "visualization", "experiments"),
+    *("core", "kernels", "data", "optim", "toy", "model", "corpus", "objective", "run", "launch"),
+    *(
+        "evaluation",
+        "onsets",
+        "export",
+        "glue",
+        "trajectory",
+        "config",
+        "train",
+        "report",
+        "visualization",
+        "experiments",
+    ),
 )
 
 

@@ -19,6 +19,7 @@ import psutil
 
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.directory_lock import DirectoryLock
+from megatron_sas.evaluation.registry import live_metrics
 from megatron_sas.experiments.sweep import PlannedRun, Sweep, plan_sweep
 from megatron_sas.run.directory import RunDirectory
 from megatron_sas.run.records import read_records
@@ -39,7 +40,6 @@ submits the unfinished runs as one array, and those that branch from one of them
 The batch script is started with SWEEP.yaml, DIR, the names of its array's runs (joined by commas) and the fields that
 hold for all runs; it asks for the arguments of a run with --arguments NAME."""
 
-COLUMNS = {"validation_mlm_loss": "MLM loss", "uas": "UAS", "blimp": "BLiMP"}
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 60.0  # for a run that has trained nothing yet to end by itself; torchrun gives its workers 30
 
@@ -314,16 +314,17 @@ def submit(sweep: Sweep, arguments: argparse.Namespace, overrides: Sequence[str]
 
 def table(runs: Sequence[PlannedRun]) -> str:
     """The last evaluation of the finished runs: mean and standard error by condition."""
+    columns = {metric.key: metric.title for metric in live_metrics() if metric.title}
     conditions: dict[str, list[PlannedRun]] = {}
     for run in runs:
         conditions.setdefault(run.condition, []).append(run)
     width = max(len("condition"), *map(len, conditions))
-    lines = [f"{'condition':{width}}  runs  " + "  ".join(f"{title:>16}" for title in COLUMNS.values())]
+    lines = [f"{'condition':{width}}  runs  " + "  ".join(f"{title:>16}" for title in columns.values())]
     for condition, group in conditions.items():
         finished = [read_records(RunDirectory(run.directory).records) for run in group if run.finished]
         last = [[r for r in records if r["kind"] == "evaluation"][-1:] for records in finished]
         cells = []
-        for key in COLUMNS:
+        for key in columns:
             values = [r[key] for records in last for r in records if r.get(key) is not None]
             error = f" ± {np.std(values, ddof=1) / np.sqrt(len(values)):.3f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.3f}{error}" if values else "-")

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import sha256_file
+from megatron_sas.core.settings import Section
 from megatron_sas.corpus.readers.text_lines import is_encodable, parse_json
+from megatron_sas.evaluation.base import Evaluation, Metric, Resources
 from megatron_sas.evaluation.batching import AfterBatch
-from megatron_sas.evaluation.blimp_labels import canonical, means_over_sets
+from megatron_sas.evaluation.blimp_labels import MANY_TIES, canonical, means_over_sets
+from megatron_sas.evaluation.items import BlimpItems
 from megatron_sas.evaluation.pll import PllTask
+from megatron_sas.model.bert import Bert
 
 RESOLUTION = 2.0**-22  # of a score: a sum of float32 log-probabilities, whose last digits depend on the batch
+
+BLIMP = Metric(
+    "blimp", "minimal pairs", direction=1, title="BLiMP", printed="blimp", point=("blimp", "blimp"), chance=0.5
+)
+TIES = Metric("blimp_ties", point=("blimp", "num_ties"))
+FIELDS = Metric("blimp_fields", "minimal pairs, {}", point=("blimp", "fields"), each="blimp_{}")
+TERMS = Metric("blimp_terms", point=("blimp", "terms"))
+SETS = Metric("blimp_sets", point=("blimp", "sets"))
 
 _FIELDS = ("sentence_good", "sentence_bad", "field", "linguistics_term", "UID")
 
@@ -149,7 +162,7 @@ class BlimpTask:
                 "linguistics_term": pair_set.term,
             }
         return {
-            "blimp": float(np.mean([result["accuracy"] for result in sets.values()])),
+            BLIMP.key: float(np.mean([result["accuracy"] for result in sets.values()])),
             "fields": means_over_sets(sets, "field"),
             "terms": means_over_sets(sets, "linguistics_term"),
             "sets": sets,
@@ -200,3 +213,73 @@ def _parse_pair(line: str, where: str) -> dict:
         if not is_encodable(value[field]):
             raise InputError(f"{where}: half of a surrogate pair in field {field!r}; correct or remove it")
     return value
+
+
+def many_ties(values: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(ties, pairs) of an evaluation record, if its ties are more than one may pass over."""
+    ties = values.get(TIES.key)
+    if not ties:
+        return None
+    pairs = sum(row["num_pairs"] for row in (values.get(SETS.key) or {}).values())
+    return (ties, pairs) if ties > MANY_TIES * pairs else None
+
+
+class BlimpSettings(Section):
+    """Of minimal pairs."""
+
+    blimp: str | None = Field(None, description="directory of minimal pairs (*.jsonl)")
+    blimp_pairs_per_set: int | None = Field(None, description="use the first so many pairs of each set", ge=1)
+    blimp_metric: Literal["pll", "within_word_l2r"] = Field("pll", description="how a sentence is scored")
+
+
+class BlimpEvaluation(Evaluation):
+    """BLiMP, or sets in its file format."""
+
+    settings = BlimpSettings
+    metrics = (BLIMP, TIES, FIELDS, TERMS, SETS)
+    input = "blimp"
+    items = BlimpItems
+    item_counts = (SETS.key, "num_pairs")
+
+    @classmethod
+    def wanted(cls, section: BlimpSettings) -> bool:
+        """Where a directory is given."""
+        return section.blimp is not None
+
+    def __init__(self, section: Any, resources: Resources) -> None:
+        super().__init__(section, resources)
+        pairs, limit = load_blimp(section.blimp), section.blimp_pairs_per_set
+        self.task = BlimpTask(pairs, resources.tokenizer, section.blimp_metric, limit, resources.max_length)
+        self.unknown = self.task.pll.unknown
+
+    def run(self, model: Bert, after_batch: AfterBatch | None = None) -> dict[str, Any]:
+        """See `Evaluation`."""
+        result = self.task.evaluate(model, batch_tokens=self.section.batch_tokens, after_batch=after_batch)
+        values = {metric.key: result[metric.point[-1]] for metric in self.metrics}
+        names = ("accuracy", "num_pairs", "ties")
+        return values | {SETS.key: {uid: {n: row[n] for n in names} for uid, row in result["sets"].items()}}
+
+    def measure(self, model: Bert) -> tuple[dict[str, Any], BlimpItems]:
+        """The whole result of `BlimpTask.evaluate`."""
+        task, started = self.task, time.perf_counter()
+        scores = task.pll.score(model, batch_tokens=self.section.batch_tokens)
+        result = task.summarize(scores, time.perf_counter() - started)
+        items = BlimpItems(task.correct_pairs(scores), task.sets_of_pairs(), [s.uid for s in task.sets])
+        return {BLIMP.point[0]: result}, items
+
+    def source(self) -> dict[str, Any]:
+        """See `Evaluation`."""
+        path, section = Path(self.section.blimp), self.section
+        identity = {"path": str(path.resolve()), "sha256": sha256_folder(path)}
+        return {**identity, "metric": section.blimp_metric, "pairs_per_set": section.blimp_pairs_per_set}
+
+    @classmethod
+    def warning(cls, values: Mapping[str, Any]) -> str:
+        """Many ties."""
+        tied = many_ties(values)
+        return f"{tied[0]} ties count as wrong" if tied else ""
+
+    @classmethod
+    def independent_items(cls, counts: Sequence[int], rows: int) -> float:
+        """S² / Σ 1/nₛ for the pairs nₛ of each of S sets, as BLiMP is a mean over sets."""
+        return rows**2 / sum(1 / count for count in counts) if counts and len(counts) == rows else 0.0

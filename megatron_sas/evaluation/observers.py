@@ -13,10 +13,24 @@ import torch
 from torch import Tensor
 
 from megatron_sas.core.distributed import all_reduce_sum_
+from megatron_sas.evaluation.base import Metric
 from megatron_sas.kernels import attention_statistics
 
 COLLAPSED = 0.25
 """A head with less than this share of the largest possible entropy gives almost all of its attention to few tokens."""
+
+OBSERVED = (
+    Metric("attention_entropy", axis="attention\nentropy (nats)", point=("attention_entropy", "mean")),
+    Metric("attention_to_cls", point=("attention_to_cls", "mean")),
+    Metric("attention_to_sep", point=("attention_to_sep", "mean")),
+    Metric("sas_to_head", axis="α to head,\nbest head", point=("sas", "to_head")),
+    Metric("sas_to_dependent", point=("sas", "to_dependent")),
+    Metric("sas_uniform_to_head", point=("sas", "uniform_to_head")),
+    Metric("sas_uniform_to_dependent", point=("sas", "uniform_to_dependent")),
+    Metric("text_sas_to_head", point=("text_sas", "to_head")),
+    Metric("text_sas_to_dependent", point=("text_sas", "to_dependent")),
+)
+"""What observers give of a snapshot, on whatever input is there."""
 
 
 class TokenBatch(Protocol):
@@ -115,6 +129,10 @@ class AttentionStatistics:
             "uniform_entropy": uniform / tokens,
             "collapsed_heads": float(collapsed.double().mean()),
         }
+
+    def point(self) -> dict[str, Any]:
+        """`result` under the names of a point.json."""
+        return {f"attention_{name}": value for name, value in self.result().items()}
 
 
 def _rows_that_count(batch: TokenBatch) -> Tensor:

@@ -10,23 +10,14 @@ import yaml
 
 from megatron_sas import __version__
 from megatron_sas.evaluation.blimp_labels import renew_record
+from megatron_sas.evaluation.registry import live_metrics
+from megatron_sas.evaluation.uas import UAS
 from megatron_sas.model.config import BertConfig
 from megatron_sas.objective.terms import TERMS
 from megatron_sas.optim.optimizers import OPTIMIZERS
 from megatron_sas.optim.schedules import read_schedule
 from megatron_sas.optim.section import TrainSection
 from megatron_sas.run.directory import CONFIG, STATE, run_of
-
-METRICS = {
-    "validation_mlm_loss": "masked-LM loss on held-out text",
-    **{f"validation_{name}": f"{term.title} on held-out text, per sequence" for name, term in TERMS.items()},
-    "uas": "UAS, each relation's best head",
-    "uas_baseline": "UAS of the best fixed offsets",
-    "uas_single_head": "UAS of the best single head",
-    "blimp": "minimal pairs",
-    "twonn": "intrinsic dimension of the [CLS] vectors (TwoNN)",
-    "weight_norm": "norm of the weights",
-}
 
 USE = """\
 ```python
@@ -180,8 +171,11 @@ def _evaluation(checkpoint: Path, step: int) -> list[str]:
             found = record
     if found is None:
         return []
-    rows = {label: f"{found[name]:.4f}" for name, label in METRICS.items() if isinstance(found.get(name), float)}
+    metrics = [metric for metric in live_metrics() if metric.label]
     found = renew_record(found)
-    rows |= {f"minimal pairs, {field}": f"{value:.4f}" for field, value in (found.get("blimp_fields") or {}).items()}
+    rows = {m.label: f"{found[m.key]:{m.format}}" for m in metrics if isinstance(found.get(m.key), float)}
+    for metric in (metric for metric in metrics if metric.each):
+        table = found.get(metric.key) or {}
+        rows |= {metric.label.format(row): f"{value:{metric.format}}" for row, value in table.items()}
     note = "The heads behind UAS are the best ones on the treebank itself: compare with the same run's step 0."
-    return ["", "## Evaluation at this step", "", *_table(rows), *(["", note] if "uas" in found else [])]
+    return ["", "## Evaluation at this step", "", *_table(rows), *(["", note] if UAS.key in found else [])]

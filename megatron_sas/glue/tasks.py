@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_sas.evaluation.base import Metric
+
 
 @dataclass(frozen=True)
 class Task:
@@ -41,6 +43,8 @@ class Task:
 _ENTAILMENT = ("entailment", "not_entailment")
 _TWO = (("sentence1",), ("sentence2",))
 SCORE_RANGE = (0.0, 5.0)  # of STS-B
+GLUE = Metric("", title="GLUE", name="glue", direction=1)
+"""The mean over tasks, of final models only: no curve, no key in records."""
 NOT_AVERAGED = frozenset({"wnli"})  # tasks that averages over tasks leave out, as most papers do
 MISMATCHED = "_mismatched"  # ending of the metrics on MNLI's second validation set
 

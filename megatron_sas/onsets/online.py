@@ -11,18 +11,23 @@ import numpy as np
 from pydantic import Field
 
 from megatron_sas.core.settings import Section
+from megatron_sas.evaluation.registry import live_metrics
 from megatron_sas.onsets.offline import noise_level
 
 BLOCKS_PER_WINDOW = 4  # the curve is averaged over blocks of Δ/4
 MIN_BLOCKS = 12  # three windows: with less, neither noise nor usual bends can be told
 TYPICAL_FACTOR = 3.0  # a bend three times as strong as bends usually are
 
+_evaluated = {metric.key: ("evaluation", metric.key, metric.direction) for metric in live_metrics() if metric.watched}
+WATCHED = {**_evaluated, "loss": ("train", "mlm_loss", -1)}
+"""Kind of record, name of the value, and direction of the onset, of every curve that can be watched."""
+
 
 class WatchSection(Section):
     """Detection of onsets while they happen, with dense snapshots around them (docs/branching.md); default: off."""
 
-    metrics: tuple[Literal["uas", "loss"], ...] = Field(
-        (), description="curves to watch: uas (live evaluation), loss (masked-LM loss in training)"
+    metrics: tuple[Literal[tuple(WATCHED)], ...] = Field(
+        (), description=f"curves to watch: {', '.join(_evaluated)} (live evaluation), loss (masked-LM loss in training)"
     )
     delta: int | None = Field(None, description="Δ, steps over which an onset is a bend", ge=4)
     start: int = Field(0, description="step from which the curves count: after the loss's first fall", ge=0)

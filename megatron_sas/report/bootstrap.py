@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_sas.core.cli import InputError
+from megatron_sas.evaluation.items import Sampler
+from megatron_sas.evaluation.registry import EVALUATIONS
 from megatron_sas.onsets.offline import strongest_bends
 from megatron_sas.report.trajectories import Run
-from megatron_sas.trajectory.points import BlimpItems, UasItems, point_directory, read_items
+from megatron_sas.trajectory.points import point_directory, read_items
 
 
 @dataclass(frozen=True)
@@ -35,28 +37,28 @@ class ItemOnset:
 
 
 def resample_curves(run: Run, replicates: int, seed: int) -> dict[str, ItemCurves]:
-    """Replicates of the UAS and BLiMP curves of a run, for those of `run.item_metrics` that its items hold.
+    """Replicates of the curves of `run.item_metrics`, by name, for those that the run's items hold.
 
     Raises `InputError` where a file of items is broken or does not match the run's other points.
     """
     if not run.item_metrics:
         return {}
-    rows: dict[str, list[np.ndarray]] = {"uas": [], "blimp": []}
-    steps: dict[str, list[int]] = {"uas": [], "blimp": []}
-    samplers: dict[str, UasSampler | BlimpSampler] = {}
+    rows: dict[str, list[np.ndarray]] = {}
+    steps: dict[str, list[int]] = {}
+    samplers: dict[str, Sampler] = {}
     directory = run.measured.directory
     for step in run.measured.item_steps:
-        items = read_items(directory, step)
-        for name, sampler, part in (("uas", UasSampler, items.uas), ("blimp", BlimpSampler, items.blimp)):
-            if name not in run.item_metrics or part is None or not len(part.correct):
+        for evaluation, items in read_items(directory, step).items():
+            name = EVALUATIONS[evaluation].metrics[0].name
+            if name not in run.item_metrics or not len(items):
                 continue
             if name not in samplers:
-                samplers[name] = sampler(part, replicates, seed)
-            if not samplers[name].takes(part):
+                samplers[name] = items.sampler(replicates, seed)
+            if not samplers[name].takes(items):
                 where = point_directory(directory, step)
                 raise InputError(f"{where}: other items than in the run's first point; measure the run again")
-            rows[name].append(samplers[name].values(part))
-            steps[name].append(step)
+            rows.setdefault(name, []).append(samplers[name].values(items))
+            steps.setdefault(name, []).append(step)
     return {name: ItemCurves(np.array(steps[name], np.float64), np.stack(rows[name], axis=1)) for name in samplers}
 
 
@@ -68,59 +70,3 @@ def onset_interval(curves: ItemCurves, delta: float, sign: int = 1, confidence: 
         return ItemOnset(steps, None, None)
     low, high = np.quantile(known, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return ItemOnset(steps, float(low), float(high))
-
-
-class UasSampler:
-    """Draws the sentences of `items` with replacement."""
-
-    def __init__(self, items: UasItems, replicates: int, seed: int) -> None:
-        self.edges = items.edges
-        sentences, sentence = np.unique(items.edges[:, 0], return_inverse=True)
-        rng = np.random.default_rng([seed, 0])
-        draws = _draws(rng, len(sentences), replicates)
-        order = np.argsort(items.edges[:, 1], kind="stable")
-        bounds = np.flatnonzero(np.diff(items.edges[order, 1], prepend=-1))
-        # One matrix (B, edges) per relation; float32 counts edges exactly up to 2²⁴.
-        self.parts = [(edges, draws[:, sentence[edges]].astype(np.float32)) for edges in np.split(order, bounds[1:])]
-
-    def takes(self, items: UasItems) -> bool:
-        """Whether `items` are of the same edges."""
-        return np.array_equal(self.edges, items.edges)
-
-    def values(self, items: UasItems) -> np.ndarray:
-        """UAS of each replicate, float64 (B,): best head per relation, weighted by the edges drawn."""
-        hits, total = 0.0, 0.0
-        for edges, weights in self.parts:
-            correct = items.correct[edges].reshape(len(edges), -1).astype(np.float32)
-            hits = hits + (weights @ correct).max(axis=1).astype(np.float64)
-            total = total + weights.sum(axis=1, dtype=np.float64)
-        return hits / total
-
-
-class BlimpSampler:
-    """Draws the pairs of `items` with replacement within each set."""
-
-    def __init__(self, items: BlimpItems, replicates: int, seed: int) -> None:
-        self.sets = items.sets
-        self.parts = []
-        for index in np.unique(items.sets):
-            pairs = np.flatnonzero(items.sets == index)
-            rng = np.random.default_rng([seed, 1, int(index)])
-            self.parts.append((pairs, _draws(rng, len(pairs), replicates).astype(np.float32)))
-
-    def takes(self, items: BlimpItems) -> bool:
-        """Whether `items` are of the same pairs."""
-        return np.array_equal(self.sets, items.sets)
-
-    def values(self, items: BlimpItems) -> np.ndarray:
-        """Mean accuracy over the sets of each replicate, float64 (B,)."""
-        correct = items.correct.astype(np.float32)
-        return np.mean(
-            [weights @ correct[pairs] / len(pairs) for pairs, weights in self.parts], axis=0, dtype=np.float64
-        )
-
-
-def _draws(rng: np.random.Generator, count: int, replicates: int) -> np.ndarray:
-    """How often each of `count` items is drawn in each replicate, int64 (B, count); every row sums to `count`."""
-    drawn = rng.integers(0, count, (replicates, count)) + count * np.arange(replicates)[:, None]
-    return np.bincount(drawn.ravel(), minlength=replicates * count).reshape(replicates, count)

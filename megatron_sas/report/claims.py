@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SHOWN, NOT_SHOWN, OPPOSITE, NOT_TESTABLE = "shown", "not shown", "opposite", "not testable with these runs"
-ALPHA = 0.05
 MIN_RUNS = 2  # seeds of a condition, below which nothing is said about the condition
 CLEAR_SHARE = 2 / 3  # of a condition's runs must show a break before it counts as the condition's
 

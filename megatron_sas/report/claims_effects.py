@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from megatron_sas.evaluation.base import Metric
+from megatron_sas.evaluation.minimal_pairs import BLIMP
+from megatron_sas.evaluation.uas import UAS
+from megatron_sas.evaluation.validation import LOSS
 from megatron_sas.report.claims import MIN_RUNS, NOT_SHOWN, NOT_TESTABLE, OPPOSITE, SHOWN, Claim, Part, enough
 from megatron_sas.report.comparisons import (
     Comparison,
@@ -15,11 +19,10 @@ from megatron_sas.report.comparisons import (
     runs_of,
     whole_runs,
 )
-from megatron_sas.report.run_onsets import BLIMP, LOSS, UAS, Onsets, clear_bend, onset_difference, widest
+from megatron_sas.report.run_onsets import Onsets, clear_bend, onset_difference, widest
 from megatron_sas.report.statistics import difference
-from megatron_sas.report.trajectories import Metric
 
-LOSS_ONSET = Metric("loss_onset", "", "loss onset", -1)
+LOSS_ONSET = Metric("", title="loss onset", name="loss_onset", direction=-1)
 SEEDS = f"{MIN_RUNS} whole runs (seeds) each, not all alike"
 HOLM = "p < 0.05, Holm-corrected over the conditions tested for this"
 

@@ -6,6 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_sas.evaluation.base import Metric
+from megatron_sas.evaluation.complexity import TWONN
+from megatron_sas.evaluation.minimal_pairs import BLIMP
+from megatron_sas.evaluation.uas import UAS
+from megatron_sas.evaluation.validation import LOSS
 from megatron_sas.onsets.offline import Onset, break_point
 from megatron_sas.report.claims import (
     MIN_RUNS,
@@ -17,8 +22,8 @@ from megatron_sas.report.claims import (
     Part,
     enough,
 )
-from megatron_sas.report.run_onsets import BLIMP, LOSS, UAS, Onsets, clear_bend, mean_distance, order_of, widest
-from megatron_sas.report.trajectories import Curve, Metric, Run
+from megatron_sas.report.run_onsets import Onsets, clear_bend, mean_distance, order_of, widest
+from megatron_sas.report.trajectories import Curve, Run
 
 SHORT_WINDOW = 0.2  # of a curve's length
 ABRUPT_SHARE = 0.5  # of its whole rise, within such a window
@@ -105,11 +110,11 @@ def complexity_phases(base: Sequence[Run], onsets: Onsets, delta: float) -> Clai
     )
     name = "The intrinsic dimension breaks where structure or capabilities do."
     statement = "Model complexity (intrinsic dimension by TwoNN) moves through the same phases."
-    usable = [run for run in base if _spans(run.curve("twonn"), delta) and _can_break(run, UAS, delta)]
+    usable = [run for run in base if _spans(run.curve(TWONN.key), delta) and _can_break(run, UAS, delta)]
     if len(usable) < MIN_RUNS:
         missing = _missing("UAS and the intrinsic dimension") + " (tools/eval_trajectory.py with --text)"
         return Claim(5, "Complexity", statement, [Part(name, rule, NOT_TESTABLE, missing=missing)])
-    bends = {str(run.path): first_break(run.curve("twonn"), delta) for run in usable}
+    bends = {str(run.path): first_break(run.curve(TWONN.key), delta) for run in usable}
     clear = [run for run in usable if bends[str(run.path)][0].clear]
     upward = sum(bends[str(run.path)][1] > 0 for run in clear)
     evidence = [

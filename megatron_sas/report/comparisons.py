@@ -8,8 +8,10 @@ from functools import cached_property
 
 import numpy as np
 
+from megatron_sas.evaluation.base import Metric
+from megatron_sas.glue.tasks import GLUE
 from megatron_sas.report.statistics import Difference, Estimate, difference, estimate, holm
-from megatron_sas.report.trajectories import GLUE, TABLE_METRICS, Metric, Run, conditions
+from megatron_sas.report.trajectories import TABLE_METRICS, Run, conditions
 
 WHOLE = 0.95  # a run whose curve ends before this share of the longest does not enter comparisons
 

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_sas.core.cli import listed
+from megatron_sas.evaluation.base import Metric
+from megatron_sas.evaluation.minimal_pairs import BLIMP
+from megatron_sas.evaluation.uas import UAS
 from megatron_sas.report.comparisons import WHOLE, Comparison, Condition, runs_of, whole_runs
 from megatron_sas.report.run_onsets import Onsets, Order, RunOnset, mean_step, order_of
-from megatron_sas.report.trajectories import METRICS, Metric
+from megatron_sas.report.trajectories import METRICS
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def _onset_sentence(condition: Condition, onsets: Onsets) -> str:
 
 def _describe(metric: Metric, group: Sequence[RunOnset]) -> str:
     """One metric's onset over the runs of a condition, as a clause."""
-    way = "upward" if metric.sign > 0 else "downward"
+    way = "upward" if metric.direction > 0 else "downward"
     clear = [onset.bend for onset in group if onset.bend.clear]
     steps = mean_step(clear) if clear else None
     if len(group) == 1:
@@ -158,7 +161,7 @@ def _order_of_one(order: Order, onsets: Onsets, way: str) -> str:
     share = found.share(1 if found.lag > 0 else -1)
     if share is not None:
         return f"{text}; so it does in {share:.0%} of the resamplings of sentences and pairs."
-    uas, blimp = (onsets[str(found.run.path)][name].change_interval for name in ("uas", "blimp"))
+    uas, blimp = (onsets[str(found.run.path)][metric.name].change_interval for metric in (UAS, BLIMP))
     overlap = uas and blimp and uas[0] < blimp[1] and blimp[0] < uas[1]
     doubt = "; the intervals of their change points overlap, so the order is uncertain" if overlap else ""
     return f"{text}{doubt}."
@@ -166,10 +169,10 @@ def _order_of_one(order: Order, onsets: Onsets, way: str) -> str:
 
 def _uas_sentence(condition: Condition) -> list[str]:
     """UAS at the end beside what it must be compared with: the best of the untrained heads, and fixed offsets."""
-    if "uas" not in condition.final:
+    if UAS.name not in condition.final:
         return []
-    runs = condition.ending["uas"]
-    curves = [run.curve("uas") for run in runs]
+    runs = condition.ending[UAS.name]
+    curves = [run.metric(UAS) for run in runs]
     start = [curve.values[0] for curve in curves if curve.steps[0] == 0]
     baseline = [run.uas_baseline for run in runs if run.uas_baseline is not None]
     beside = []
@@ -177,7 +180,7 @@ def _uas_sentence(condition: Condition) -> list[str]:
         beside.append(f"{np.mean(start):.3f} untrained")
     if baseline:
         beside.append(f"{np.mean(baseline):.3f} for the best fixed offsets")
-    return [f"UAS ends at {condition.final['uas'].mean:.3f} ({', '.join(beside)})."] if beside else []
+    return [f"UAS ends at {condition.final[UAS.name].mean:.3f} ({', '.join(beside)})."] if beside else []
 
 
 def _difference_sentence(beside: str, comparisons: Sequence[Comparison]) -> str:

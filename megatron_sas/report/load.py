@@ -13,7 +13,11 @@ import numpy as np
 import yaml
 
 from megatron_sas.core.cli import InputError, listed
-from megatron_sas.evaluation.blimp_labels import MANY_TIES, renew_record
+from megatron_sas.evaluation.blimp_labels import renew_record
+from megatron_sas.evaluation.minimal_pairs import many_ties
+from megatron_sas.evaluation.registry import EVALUATIONS, snapshot_metrics
+from megatron_sas.evaluation.uas import UAS
+from megatron_sas.evaluation.validation import LOSS
 from megatron_sas.glue.tasks import NOT_AVERAGED
 from megatron_sas.report.trajectories import ROLES, Measured, Run
 from megatron_sas.run.directory import CONFIG, RECORDS
@@ -24,17 +28,8 @@ SWEEP_NAME = "sweep.json"
 MIN_POINTS = 3  # a curve with fewer has no break
 LACKING = 1  # measured snapshots may be so many fewer than live evaluations, in any stretch of a run, to replace them
 REACHES = 0.9  # measured snapshots must cover this share of a run to stand for its curve
-# Keys of evaluation lines that belong together: one curve, and what is told about its last point.
-KEYS = {
-    "loss": ("validation_mlm_loss",),
-    "uas": ("uas", "uas_baseline", "uas_single_head", "uas_relations"),
-    "blimp": ("blimp", "blimp_ties", "blimp_fields", "blimp_terms", "blimp_sets"),
-    "twonn": ("twonn", "twonn_standard_error", "twonn_duplicates"),
-}
-# What each is measured on, in a trajectory's settings.
-INPUTS = {"loss": "text", "uas": "treebank", "blimp": "blimp", "twonn": "text"}
-# What an evaluation line tells of its items: the table, and the count in each of its rows.
-ITEM_COUNTS = {"uas": ("uas_relations", "count"), "blimp": ("blimp_sets", "num_pairs")}
+OWNERS = {evaluation.metrics[0].name: evaluation for evaluation in EVALUATIONS.values()}
+"""Evaluations by the name of their first metric: its curve, and what is told about its last point."""
 GLUE_HINTS = (*HINTS, "hub", "split")  # where examples are from; their checksum decides
 
 
@@ -98,7 +93,7 @@ def load_run(path: Path, label: str) -> Run:
         raise InputError(f"{path / RECORDS}: no evaluations; train with live evaluation switched on")
     config = _read_config(path / CONFIG)
     run = Run(path, label, config, by_kind["train"], by_kind["evaluation"], by_kind["event"], measured=measured)
-    return replace(run, training_loss=not _steps(run.evaluations, KEYS["loss"][0]))
+    return replace(run, training_loss=not _steps(run.evaluations, LOSS.key))
 
 
 def read_sweep(directory: Path) -> tuple[list[Run], list[str]]:
@@ -154,13 +149,13 @@ def read_measured(run: Path) -> Measured:
     for point in read_points(directory):
         path = point_directory(directory, point["step"])
         records.append(_as_record(point))
-        table = point.get("uas", {}).get("counts")
+        table = point.get(UAS.point[0], {}).get("counts")
         if table:
             names = tuple(table["relations"])
             if relations and names != relations:
                 raise InputError(f"{path}: other relations than in the points before it; measure the run again")
             relations = names
-            edge_counts = np.array([point["uas"]["relations"][name]["count"] for name in names], np.int64)
+            edge_counts = np.array([point[UAS.point[0]]["relations"][name]["count"] for name in names], np.int64)
             counts[point["step"]] = np.array(table["correct"], np.int64)
         if (path / ITEMS).is_file():
             item_steps.append(point["step"])
@@ -182,14 +177,14 @@ def choose_sources(runs: Sequence[Run], notes: list[str]) -> list[Run]:
     data or in different precision, nor live evaluations of other edges or pairs. The training loss stands for a loss on
     held-out text where no run has one. Adds to `notes` what was decided against values that exist.
     """
-    sources = {name: _measured_runs(runs, name, notes) for name in KEYS}
-    for name in ITEM_COUNTS:
-        if not sources[name]:
+    sources = {name: _measured_runs(runs, name, notes) for name in OWNERS}
+    for name, owner in OWNERS.items():
+        if owner.item_counts is not None and not sources[name]:
             runs = _on_the_same_items(runs, name, notes)
     glue = choose_glue(runs, notes)
     chosen = [_with_sources(run, sources, glue[run.path]) for run in runs]
     _note_what_curves_lack(chosen, notes)
-    held_out = any(_steps(run.evaluations, KEYS["loss"][0]) for run in chosen)
+    held_out = any(_steps(run.evaluations, LOSS.key) for run in chosen)
     if not held_out:
         notes.append("No run has a loss on held-out text: the loss is that of training, averaged between evaluations.")
     return [replace(run, training_loss=not held_out) for run in chosen]
@@ -197,7 +192,7 @@ def choose_sources(runs: Sequence[Run], notes: list[str]) -> list[Run]:
 
 def _note_what_curves_lack(runs: Sequence[Run], notes: list[str]) -> None:
     """Add notes on values that are not finite, which no curve has, and on pairs that a model does not decide."""
-    for key in (keys[0] for keys in KEYS.values()):
+    for key in (owner.metrics[0].key for owner in OWNERS.values()):
         lacking = [(run, sum(key in record and record[key] is None for record in run.evaluations)) for run in runs]
         if bad := [f"{run.label} ({run.name}) {count}" for run, count in lacking if count]:
             notes.append(f"{key}: evaluations without a finite value are left out of the curves: {listed(bad)}.")
@@ -207,13 +202,8 @@ def _note_what_curves_lack(runs: Sequence[Run], notes: list[str]) -> None:
             "blimp: fields that were recorded under two names are left out where the sets behind them are not known: "
             f"{listed(unmerged)}."
         )
-    tied = []
-    for run in runs:
-        ties = run.evaluations[-1].get("blimp_ties") if run.evaluations else None
-        if ties:  # a record that counts ties counts the pairs of every set
-            pairs = sum(row["num_pairs"] for row in run.nested("blimp_sets").values())
-            tied += [f"{run.label} ({run.name}) {ties} of {pairs}"] if ties > MANY_TIES * pairs else []
-    if tied:
+    last = [(run, many_ties(run.evaluations[-1])) for run in runs if run.evaluations]
+    if tied := [f"{run.label} ({run.name}) {ties[0]} of {ties[1]}" for run, ties in last if ties is not None]:
         notes.append(f"blimp: models end with many ties, which count as wrong: {listed(tied)}.")
 
 
@@ -232,11 +222,11 @@ def _on_the_same_items(runs: Sequence[Run], name: str, notes: list[str]) -> list
         if any(others):
             (changed if newest[run.path] == usual else odd).append(f"{run.label} ({run.name})")
         records = [
-            {key: value for key, value in record.items() if key not in KEYS[name]} if other else record
+            {key: value for key, value in record.items() if key not in _keys(name)} if other else record
             for record, other in zip(run.evaluations, others, strict=True)
         ]
         result.append(replace(run, evaluations=records))
-    key, number = KEYS[name][0], len(runs)
+    key, number = OWNERS[name].metrics[0].key, len(runs)
     if changed:
         notes.append(
             f"{key}: live evaluations of {len(changed)} of {number} runs changed to other items on the way, so their "
@@ -250,9 +240,14 @@ def _on_the_same_items(runs: Sequence[Run], name: str, notes: list[str]) -> list
     return result
 
 
+def _keys(name: str) -> set[str]:
+    """The keys of evaluation lines that belong to a curve, which all come from one source."""
+    return {metric.key for metric in OWNERS[name].metrics}
+
+
 def _items(record: Mapping[str, Any], name: str) -> str | None:
     """The numbers of edges or pairs that an evaluation line's value is of, as text; None where it does not tell."""
-    table, count = ITEM_COUNTS[name]
+    table, count = OWNERS[name].item_counts
     rows = record.get(table)
     if not isinstance(rows, dict) or not all(isinstance(row, dict) and row.get(count) for row in rows.values()):
         return None
@@ -313,9 +308,9 @@ def _read_glue(run: Run) -> list[GlueResult]:
 
 def _with_sources(run: Run, sources: Mapping[str, set[Path]], glue: dict[str, float]) -> Run:
     """The run with evaluations merged from live and measured records, by step."""
-    not_live = {key for name in KEYS if sources[name] for key in KEYS[name]}
-    measured = {name for name in KEYS if run.path in sources[name]}
-    not_measured = {key for name in KEYS.keys() - measured for key in KEYS[name]}
+    not_live = {key for name in OWNERS if sources[name] for key in _keys(name)}
+    measured = {name for name in OWNERS if run.path in sources[name]}
+    not_measured = {key for name in OWNERS.keys() - measured for key in _keys(name)}
     merged: dict[int, dict[str, Any]] = {}
     for record in run.evaluations:
         merged.setdefault(record["step"], {}).update({k: v for k, v in record.items() if k not in not_live})
@@ -326,7 +321,7 @@ def _with_sources(run: Run, sources: Mapping[str, set[Path]], glue: dict[str, fl
         run,
         evaluations=[merged[step] for step in sorted(merged)],
         measured=replace(run.measured, glue=glue),
-        item_metrics=frozenset(measured & {"uas", "blimp"} if with_items else ()),
+        item_metrics=frozenset(name for name in measured if with_items and OWNERS[name].items is not None),
     )
 
 
@@ -335,12 +330,12 @@ def _measured_runs(runs: Sequence[Run], name: str, notes: list[str]) -> set[Path
 
     Where no run has live values, these are the runs measured in the most usual way (of equally usual ones the first).
     """
-    key = KEYS[name][0]
+    key = OWNERS[name].metrics[0].key
     steps = [_steps(run.measured.records, key) for run in runs]
     having = [run for run, has in zip(runs, steps, strict=True) if has]
     if not having:
         return set()
-    ways = {run.path: json.dumps(_way(run, INPUTS[name]), sort_keys=True) for run in having}
+    ways = {run.path: json.dumps(_way(run, OWNERS[name].input), sort_keys=True) for run in having}
     if not any(key in record for run in runs for record in run.evaluations):
         usual = Counter(ways.values()).most_common(1)[0][0]
         odd = [run for run in having if ways[run.path] != usual]
@@ -393,22 +388,9 @@ def _way(run: Run, part: str) -> list[Any]:
 
 def _as_record(point: dict[str, Any]) -> dict[str, Any]:
     """A point in the shape of an evaluation line; parts that were not measured are absent."""
-    record = {"kind": "evaluation", "step": point["step"]}
-    for name, key in (("weight_norm", "weight_norm"), ("mlm_loss", "validation_mlm_loss")):
-        if name in point:
-            record[key] = point[name]
-    if uas := point.get("uas"):
-        record |= {name: uas.get(name) for name in KEYS["uas"][:3]} | {"uas_relations": uas.get("relations")}
-    if blimp := point.get("blimp"):
-        record |= {"blimp": blimp["blimp"], "blimp_ties": blimp.get("num_ties")}
-        record |= {f"blimp_{part}": blimp.get(part) for part in ("fields", "terms", "sets")}
-    if dimension := point.get("intrinsic_dimension"):
-        record |= {"twonn": dimension.get("twonn"), "twonn_standard_error": dimension.get("standard_error")}
-    if entropy := point.get("attention_entropy"):
-        record["attention_entropy"] = entropy.get("mean")
-    if sas := point.get("sas"):
-        record |= {"sas_to_head": sas.get("to_head"), "sas_to_dependent": sas.get("to_dependent")}
-    return record
+    present = [metric for metric in snapshot_metrics() if metric.point[0] in point]
+    values = {metric.key: metric.in_point(point) for metric in present}
+    return {"kind": "evaluation", "step": point["step"], **values}
 
 
 def _has_begun(run: Path) -> bool:

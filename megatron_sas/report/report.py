@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from megatron_sas import __version__
 from megatron_sas.core.cli import progress
 from megatron_sas.core.files import write_json_atomic, write_text_atomic
+from megatron_sas.evaluation.minimal_pairs import FIELDS, SETS
 from megatron_sas.report.analyse import Analysis
 from megatron_sas.report.claims import NOT_TESTABLE, OPPOSITE, SHOWN
 from megatron_sas.report.claims_effects import show_p
@@ -133,8 +134,8 @@ def report_html(analysis: Analysis, pictures: dict[str, Picture]) -> str:
         onset_rows=onset_rows(runs, analysis.onsets),
         order_rows=order_rows(analysis),
         relation_rows=relation_rows(found),
-        field_rows=breakdown_rows(found, "blimp_fields"),
-        set_rows=breakdown_rows(found, "blimp_sets"),
+        field_rows=breakdown_rows(found, FIELDS.key),
+        set_rows=breakdown_rows(found, SETS.key),
         run_rows=run_rows(runs),
         uas_baseline=mean([run.uas_baseline for run in runs]),
         training_loss=any(run.training_loss for run in runs),

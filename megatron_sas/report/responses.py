@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_sas.evaluation.base import Metric
 from megatron_sas.report.comparisons import Condition, base_name, runs_of, whole_runs
 from megatron_sas.report.statistics import Estimate, estimate
-from megatron_sas.report.trajectories import METRICS, TABLE_METRICS, Metric, Run
+from megatron_sas.report.trajectories import METRICS, TABLE_METRICS, Run
 
 
 @dataclass(frozen=True)

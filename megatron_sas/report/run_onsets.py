@@ -10,12 +10,14 @@ import numpy as np
 from scipy import stats
 
 from megatron_sas.core.cli import progress
+from megatron_sas.evaluation.base import Metric
+from megatron_sas.evaluation.minimal_pairs import BLIMP
+from megatron_sas.evaluation.registry import EVALUATIONS
+from megatron_sas.evaluation.uas import UAS
 from megatron_sas.onsets.offline import ChangePoint, Onset, break_point, change_point
 from megatron_sas.report.bootstrap import ItemOnset, onset_interval, resample_curves
 from megatron_sas.report.statistics import Difference, Estimate, estimate
-from megatron_sas.report.trajectories import METRICS, Curve, Metric, Run
-
-LOSS, UAS, BLIMP = METRICS
+from megatron_sas.report.trajectories import METRICS, Curve, Run
 
 
 @dataclass(frozen=True)
@@ -102,35 +104,34 @@ def spacing(curve: Curve) -> float | None:
 def find_onsets(runs: Sequence[Run], delta: float, replicates: int = 0, seed: int = 0) -> Onsets:
     """Onsets of every curve of every run; `replicates` over items where a run has them (0: none)."""
     found: Onsets = {}
+    directions = {metric.name: metric.direction for metric in METRICS}
     for run in progress(runs, desc="onsets", unit="run"):
         onsets = {}
         for metric in METRICS:
             curve = run.metric(metric)
             if len(curve):
-                bend = break_point(curve.steps, curve.values, delta, metric.sign, item_error(run, metric))
-                onsets[metric.name] = RunOnset(bend, change_point(curve.steps, curve.values, metric.sign))
+                bend = break_point(curve.steps, curve.values, delta, metric.direction, item_error(run, metric))
+                onsets[metric.name] = RunOnset(bend, change_point(curve.steps, curve.values, metric.direction))
         if replicates:
             for name, curves in resample_curves(run, replicates, seed).items():
                 if name in onsets and onsets[name].bend.step is not None:
-                    onsets[name] = replace(onsets[name], items=onset_interval(curves, delta))
+                    interval = onset_interval(curves, delta, directions[name])
+                    onsets[name] = replace(onsets[name], items=interval)
         found[str(run.path)] = onsets
     return found
 
 
 def item_error(run: Run, metric: Metric) -> float | None:
-    """Standard error of one value of a curve for its number of edges or pairs; None where this is not known.
+    """Standard error of one value of a curve for its number of edges, pairs or other items; None where not known.
 
-    √(p(1-p)/n) with p the curve's mean. n is the number of edges (UAS), or, as BLiMP is a mean over sets, S² / Σ 1/nₛ
-    for the pairs nₛ of each of its S sets.
+    √(p(1-p)/n) with p the curve's mean and n what the metric's owner makes of the recorded counts.
     """
-    if metric == UAS:
-        number = float(sum(_counts(run.nested("uas_relations"), "count")))
-    elif metric == BLIMP:
-        sets = run.nested("blimp_sets")
-        pairs = _counts(sets, "num_pairs")
-        number = len(sets) ** 2 / sum(1 / n for n in pairs) if pairs and len(pairs) == len(sets) else 0.0
-    else:
+    owner = next(e for e in EVALUATIONS.values() if metric in e.metrics)
+    if owner.item_counts is None or metric != owner.metrics[0]:
         return None
+    table, count = owner.item_counts
+    rows = run.nested(table)
+    number = owner.independent_items(_counts(rows, count), len(rows))
     values = run.metric(metric).values
     if not number or not len(values):
         return None

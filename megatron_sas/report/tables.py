@@ -11,6 +11,8 @@ import numpy as np
 import yaml
 
 from megatron_sas import __version__
+from megatron_sas.evaluation.minimal_pairs import BLIMP
+from megatron_sas.evaluation.uas import RELATIONS, UAS
 from megatron_sas.report.analyse import Analysis
 from megatron_sas.report.comparisons import Condition
 from megatron_sas.report.run_onsets import Onsets, Order, RunOnset
@@ -142,7 +144,7 @@ def relation_rows(found: Sequence[Condition]) -> list[dict[str, Any]]:
     """
     facts: dict[str, dict[str, Any]] = {}
     for run in (run for condition in found for run in condition.runs):
-        for relation, values in run.nested("uas_relations").items():
+        for relation, values in run.nested(RELATIONS.key).items():
             if values.get("in_table", True):
                 facts.setdefault(relation, values)
     rows = []
@@ -152,8 +154,8 @@ def relation_rows(found: Sequence[Condition]) -> list[dict[str, Any]]:
             pair = [
                 mean(
                     [
-                        run.nested("uas_relations", first=first).get(relation, {}).get("accuracy")
-                        for run in condition.ending["uas"]
+                        run.nested(RELATIONS.key, first=first).get(relation, {}).get("accuracy")
+                        for run in condition.ending[UAS.name]
                     ]
                 )
                 for first in (True, False)
@@ -183,7 +185,7 @@ def breakdown_rows(found: Sequence[Condition], key: str) -> list[dict[str, Any]]
                     "untrained": mean([_accuracy(run.nested(key, first=True).get(name)) for run in runs]),
                     "final": mean([_accuracy(run.nested(key).get(name)) for run in runs]),
                 }
-                for runs in (condition.ending["blimp"] for condition in found)
+                for runs in (condition.ending[BLIMP.name] for condition in found)
             ],
         }
         for name in names

@@ -13,31 +13,23 @@ import numpy as np
 from pydantic import ValidationError
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.glue.tasks import NOT_AVERAGED
+from megatron_sas.evaluation.base import Metric
+from megatron_sas.evaluation.minimal_pairs import BLIMP
+from megatron_sas.evaluation.registry import live_metrics
+from megatron_sas.evaluation.uas import BASELINE, RELATIONS, UAS
+from megatron_sas.evaluation.validation import LOSS
+from megatron_sas.glue.tasks import GLUE, NOT_AVERAGED
 from megatron_sas.objective.terms import TERMS, syntactic_first
 from megatron_sas.optim.schedules import Schedule, is_zero, plateau, read_schedule, role
 from megatron_sas.run.directory import CONFIG
 
+PAPER_ORDER = (LOSS, GLUE, BLIMP, UAS)
 ROLES = ("base", "suppress", "promote", "release", "control", "other")
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A measure that the analysis knows: `sign` is the direction of improvement, and of its onset if it has one."""
-
-    name: str  # in the outputs
-    key: str  # in the evaluation lines
-    title: str
-    sign: int
-
-
-METRICS = (
-    Metric("loss", "validation_mlm_loss", "MLM loss", -1),
-    Metric("uas", "uas", "UAS", 1),
-    Metric("blimp", "blimp", "BLiMP", 1),
-)
-GLUE = Metric("glue", "", "GLUE", 1)  # of final models only: no curve, no key
-TABLE_METRICS = (METRICS[0], GLUE, METRICS[2], METRICS[1])  # in the paper's order
+METRICS = tuple(metric for metric in live_metrics() if metric.title)
+"""The curves that have onsets."""
+TABLE_METRICS = (*PAPER_ORDER, *(metric for metric in METRICS if metric not in PAPER_ORDER))
 
 
 @dataclass(frozen=True)
@@ -111,7 +103,7 @@ class Run:
 
     def metric(self, metric: Metric) -> Curve:
         """The curve of a `Metric`."""
-        if metric.name != "loss" or not self.training_loss:
+        if metric != LOSS or not self.training_loss:
             return self.curve(metric.key)
         train = self.curve("mlm_loss", "train")
         groups = np.searchsorted([record["step"] for record in self.evaluations], train.steps)
@@ -222,10 +214,10 @@ class Run:
     @property
     def uas_baseline(self) -> float | None:
         """UAS of the best fixed offset per relation: as recorded, or from the recorded relations, weighted by edges."""
-        recorded = self.curve("uas_baseline")
+        recorded = self.curve(BASELINE.key)
         if len(recorded):
             return float(recorded.values[-1])
-        relations = [r for r in self.nested("uas_relations").values() if "baseline" in r and r.get("count")]
+        relations = [r for r in self.nested(RELATIONS.key).values() if "baseline" in r and r.get("count")]
         if not relations:
             return None
         return float(np.average([r["baseline"] for r in relations], weights=[r["count"] for r in relations]))

@@ -19,12 +19,12 @@ from megatron_sas.core import distributed
 from megatron_sas.core.cli import InputError, listed
 from megatron_sas.core.directory_lock import DirectoryLock
 from megatron_sas.core.distributed import on_all_ranks
-from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.data.mixture import open_training_data, stream_samples
 from megatron_sas.data.mlm_dataset import MLMDataset
 from megatron_sas.data.overlap import check_overlap
 from megatron_sas.data.packed import PackedData, TokenizerIdentity
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_digest, tokenizer_identity
+from megatron_sas.evaluation.base import Resources
 from megatron_sas.evaluation.live import LiveEvaluation, shortages
 from megatron_sas.export.hf import write_hf
 from megatron_sas.launch.environment import other_threads, threads_of_processes
@@ -203,7 +203,7 @@ def build_state(config: Config, log: Callable[[str], None], lock: DirectoryLock 
     if device.type == "cuda":
         size = config.train.micro_batch_size
         # It communicates, but every rank meets its one barrier whatever fails.
-        on_all_ranks(lambda: build_attention_kernels(state.bert.config, size, seq_length, dtype, device))
+        on_all_ranks(lambda: build_attention_kernels(state.bert.config, size, seq_length, dtype, device, sets))
     if lock is not None:  # last, so that a run which is refused leaves no directory behind
         on_all_ranks(lambda: begin_run(config, checkpoint, branch, lock) if distributed.is_main() else None)
     return state
@@ -247,15 +247,8 @@ def _build(config: Config, checkpoint: Path | None) -> RunState:
     check_same_data(counters.get("data", {}), packed, validation)
     bert_config = config.bert_config(packed.tokenizer.vocab_size, packed.tokenizer.pad_id)
     bert = _model(bert_config, config, checkpoint, tokenizer)
-    terms = config.terms(packed.tokenizer.special_ids)
-    evaluation = LiveEvaluation(
-        config.evaluation,
-        tokenizer,
-        validation,
-        max_length=config.model.max_position_embeddings,
-        terms=terms,
-        mask_prob=data.mask_prob,
-    )
+    terms, max_length = config.terms(packed.tokenizer.special_ids), config.model.max_position_embeddings
+    evaluation = LiveEvaluation(config.evaluation, Resources(tokenizer, validation, max_length, data.mask_prob, terms))
     return RunState(tokenizer, identity, dataset, bert, terms, evaluation, checkpoint, counters)
 
 
@@ -288,11 +281,7 @@ def run_summary(config: Config, state: RunState, engine: Engine) -> tuple[dict[s
         f"{attention}{', compiled' if compiled else ''}, "
         f"batch {train.global_batch_size} = {world_size} × {train.micro_batch_size} × {state.dataset.accumulation}"
     )
-    treebank = state.evaluation.treebank
-    if treebank is not None and treebank.num_blanked:
-        facts["treebank_sentences_blanked"] = treebank.num_blanked
-        line += f"\nevaluation.treebank: {blanked_note(treebank.num_blanked)}"
-    return facts, line
+    return facts | state.evaluation.facts(), "\n".join([line, *state.evaluation.notes()])
 
 
 def measure_throughput(config: Config, state: RunState, device: torch.device, clock: Callable[[], float]) -> Throughput:

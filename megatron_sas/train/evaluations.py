@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_sas.evaluation.live import LiveEvaluation, collapsed_attention
+from megatron_sas.evaluation.live import LiveEvaluation, collapsed_attention, evaluation_line
 from megatron_sas.launch.watchdog import Watchdog
 from megatron_sas.objective.base import Term
 from megatron_sas.objective.terms import weights
@@ -73,7 +73,7 @@ class Evaluations(Collaborator):
             return
         self._seconds = values["seconds"]
         self.journal.record("evaluation", step, values)
-        if shown := self.evaluation.describe(values):
+        if shown := evaluation_line(values):
             width = len(str(self.last_step))
             self.journal.log(f"step {step:>{width}}/{self.last_step}  evaluation: {shown}  ({values['seconds']:.1f} s)")
         self._warn_of_collapse(step, values)

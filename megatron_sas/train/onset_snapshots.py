@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sas.core.files import fsync_directory
-from megatron_sas.onsets.online import OnsetDetector, WatchSection
+from megatron_sas.onsets.online import WATCHED, OnsetDetector, WatchSection
 from megatron_sas.run.checkpoint import remove_directory
 from megatron_sas.run.directory import RunDirectory, step_name, steps_in
 from megatron_sas.run.records import Records, iterate_records
 from megatron_sas.run.saver import Saver, SnapshotSection
 
-CURVES = {"uas": ("evaluation", "uas", 1), "loss": ("train", "mlm_loss", -1)}
-"""Kind of record, name of the value, and sign of the onset, by metric."""
 EVENT = "onset_detected"
 
 
@@ -56,7 +54,7 @@ class OnsetSnapshots:
         self.ring, self.snapshots = run.ring, run.snapshots
         self._own_step = own_step
         self._detectors = {
-            name: OnsetDetector(self.section.delta, CURVES[name][2], self.section.start)
+            name: OnsetDetector(self.section.delta, WATCHED[name][2], self.section.start)
             for name in self.section.metrics
         }
         self._keep_until = -1  # snapshots up to this step are kept for good
@@ -101,7 +99,7 @@ class OnsetSnapshots:
         """Give every detector its value; returns the onsets, whose detectors have done their work."""
         found = {}
         for name, detector in self._detectors.items():
-            wanted, key, _ = CURVES[name]
+            wanted, key, _ = WATCHED[name]
             if kind == wanted and (detection := detector.add(step, values.get(key))):
                 found[name] = detection
         for name in found:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,9 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.core.directory_lock import LOCK, DirectoryLock
 from megatron_sas.core.files import atomic_directory, finite, remove, write_json_atomic, write_text_atomic
 from megatron_sas.evaluation.blimp_labels import renew_result
+from megatron_sas.evaluation.items import Items
+from megatron_sas.evaluation.minimal_pairs import BLIMP
+from megatron_sas.evaluation.registry import EVALUATIONS
 
 TRAJECTORY = "trajectory"
 """Where in a run's directory the measurements of its models go, unless they are wanted elsewhere."""
@@ -36,34 +37,6 @@ ITEMS = "items.npz"
 HINTS = ("path", "prefix")  # where inputs were: they may move, their checksums decide
 
 _STEP = re.compile(r"step_(\d{8,})")
-
-
-@dataclass(frozen=True)
-class UasItems:
-    """Which edges each head got right. Edge e is one of sentence `edges[e, 0]` and has relation `edges[e, 1]`.
-
-    `edges` int32 (E, 2), sentences numbered as in the treebank; `correct` bool (E, 2, L, H), direction dep->head first.
-    """
-
-    edges: np.ndarray
-    correct: np.ndarray
-
-
-@dataclass(frozen=True)
-class BlimpItems:
-    """Which minimal pairs were right: `correct` bool (P,), `sets` int16 (P,) numbers into `names`."""
-
-    correct: np.ndarray
-    sets: np.ndarray
-    names: list[str]
-
-
-@dataclass(frozen=True)
-class Items:
-    """Everything in an `items.npz`; parts that were not measured are None."""
-
-    uas: UasItems | None = None
-    blimp: BlimpItems | None = None
 
 
 @contextlib.contextmanager
@@ -107,12 +80,13 @@ def point_directory(directory: str | Path, step: int) -> Path:
     return Path(directory) / POINTS / f"step_{step:08d}"
 
 
-def write_point(directory: str | Path, step: int, values: dict[str, Any], items: Items) -> None:
-    """Write one point, replacing a damaged one; numbers that JSON lacks become null. See `Items` for `items`."""
+def write_point(directory: str | Path, step: int, values: dict[str, Any], items: Mapping[str, Items]) -> None:
+    """Write one point, replacing a damaged one; numbers that JSON lacks become null. `items` are by evaluation."""
     with atomic_directory(point_directory(directory, step), overwrite=True) as temporary:
         content = json.dumps(finite({"step": step, **values}), ensure_ascii=False, allow_nan=False)
         write_text_atomic(temporary / POINT, content + "\n")
-        np.savez_compressed(temporary / ITEMS, **_arrays(items))
+        arrays = {name: array for single in items.values() for name, array in single.arrays().items()}
+        np.savez_compressed(temporary / ITEMS, **arrays)
 
 
 def read_point(directory: str | Path, step: int) -> dict[str, Any]:
@@ -124,8 +98,8 @@ def read_point(directory: str | Path, step: int) -> dict[str, Any]:
     value = _read_object(path)
     if value.get("step") != step:
         raise InputError(f"{path}: is of step {value.get('step')!r}; remove the directory and measure again")
-    if isinstance(blimp := value.get("blimp"), dict):
-        value["blimp"] = renew_result(blimp)
+    if isinstance(result := value.get(BLIMP.point[0]), dict):
+        value[BLIMP.point[0]] = renew_result(result)
     return value
 
 
@@ -150,44 +124,24 @@ def read_points(directory: str | Path) -> list[dict[str, Any]]:
     return [read_point(directory, step) for step in point_steps(directory)]
 
 
-def read_items(directory: str | Path, step: int) -> Items:
-    """The items of one point. Raises `InputError` when they are not there or damaged."""
+def read_items(directory: str | Path, step: int) -> dict[str, Items]:
+    """The items of one point, by evaluation, as far as they were measured item by item.
+
+    Raises `InputError` when they are not there or damaged."""
     path = point_directory(directory, step) / ITEMS
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return _items({name: arrays[name] for name in arrays.files})
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        kinds = {name: evaluation.items for name, evaluation in EVALUATIONS.items() if evaluation.items is not None}
+        found = {name: kind.from_arrays(arrays) for name, kind in kinds.items()}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: cannot be read ({error}); remove the directory and measure again") from None
+    return {name: items for name, items in found.items() if items is not None}
 
 
 def _is_foreign(path: Path) -> bool:
     """Whether a file is none that a killed writer may leave before there are settings."""
     return path.name not in (POINTS, LOCK) and not path.name.startswith(f".{SETTINGS}.")
-
-
-def _arrays(items: Items) -> dict[str, np.ndarray]:
-    arrays: dict[str, np.ndarray] = {}
-    if items.uas is not None:
-        correct = items.uas.correct
-        arrays["uas_edges"] = items.uas.edges.astype(np.int32)
-        arrays["uas_correct"] = np.packbits(correct.reshape(len(correct), -1), axis=1)
-        arrays["uas_shape"] = np.array(correct.shape[1:], np.int32)
-    if items.blimp is not None:
-        arrays["blimp_correct"] = items.blimp.correct.astype(bool)
-        arrays["blimp_set"] = items.blimp.sets.astype(np.int16)
-        arrays["blimp_names"] = np.array(items.blimp.names, dtype=np.str_)
-    return arrays
-
-
-def _items(arrays: dict[str, np.ndarray]) -> Items:
-    uas = blimp = None
-    if "uas_edges" in arrays:
-        shape = tuple(map(int, arrays["uas_shape"]))
-        bits = np.unpackbits(arrays["uas_correct"], axis=1, count=math.prod(shape))
-        uas = UasItems(arrays["uas_edges"], bits.reshape(-1, *shape).astype(bool))
-    if "blimp_correct" in arrays:
-        blimp = BlimpItems(arrays["blimp_correct"], arrays["blimp_set"], arrays["blimp_names"].tolist())
-    return Items(uas, blimp)
 
 
 def _refuse_other_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

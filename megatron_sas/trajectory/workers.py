@@ -17,7 +17,6 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.core.device import choose_device
 from megatron_sas.core.processes import end_with_parent
 from megatron_sas.corpus.readers.text_lines import OnError
-from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.evaluation.provenance import weights_sha256
 from megatron_sas.run.reading import load_model
 from megatron_sas.trajectory.measure import Inputs, TrajectoryTask
@@ -67,8 +66,8 @@ def measure_models(
 
     reference = _first_readable(models, leave_out)
     task = _make_task(inputs, reference)
-    if task.treebank is not None and task.treebank.num_blanked:
-        report(f"{inputs.treebank}: {blanked_note(task.treebank.num_blanked)}")
+    for note in task.notes():
+        report(note)
     settings = {"source": os.path.relpath(source.resolve(), output.resolve()), **task.settings()}
     with writing(output, settings):
         _refuse_moved(models, output)

@@ -8,7 +8,7 @@ from attention_cases import GRADIENT_KINDS, HEAD_KINDS, backward, make_case
 from attention_errors import check_against_float64
 
 from megatron_sas.kernels import choose_backend, dependency_attention, dropout
-from megatron_sas.kernels.lse_attention import has_fa4
+from megatron_sas.kernels.fa4 import has_fa4
 from megatron_sas.kernels.reference import attention_probs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -9,14 +9,7 @@ from trajectory_files import Items, write_items
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.onsets.offline import break_point, strongest_bends
-from megatron_sas.report.bootstrap import (
-    BlimpSampler,
-    ItemCurves,
-    UasSampler,
-    onset_interval,
-    resample_curves,
-)
-from megatron_sas.trajectory.points import BlimpItems, UasItems
+from megatron_sas.report.bootstrap import ItemCurves, onset_interval, resample_curves
 
 SHAPE = (2, 3, 5)
 
@@ -63,23 +56,6 @@ def test_blimp_replicates_resample_within_sets(tmp_path):
         drawn = np.random.default_rng([3, 1, index]).integers(0, len(pairs), (15, len(pairs)))
         expected.append([pairs[d].mean() for d in drawn])
     np.testing.assert_allclose(replicates, np.mean(expected, axis=0), rtol=1e-6)
-
-
-def test_standard_errors_are_those_of_theory():
-    """Of sentences with one edge and one head the replicates spread as a binomial share."""
-    rng = np.random.default_rng(0)
-    correct = rng.random(300) < 0.3
-    edges = np.stack([np.arange(300), np.zeros(300)], axis=1).astype(np.int32)
-    items = UasItems(edges, correct[:, None, None, None])
-    values = UasSampler(items, 4000, 0).values(items)
-    share = correct.mean()
-    assert values.std() == pytest.approx(np.sqrt(share * (1 - share) / 300), rel=0.05)
-    sets = np.repeat([0, 1], [200, 50]).astype(np.int16)
-    pairs = rng.random(250) < 0.6
-    items = BlimpItems(pairs, sets, ["a", "b"])
-    values = BlimpSampler(items, 4000, 0).values(items)
-    a, b = pairs[:200].mean(), pairs[200:].mean()
-    assert values.std() == pytest.approx(np.sqrt(a * (1 - a) / 200 + b * (1 - b) / 50) / 2, rel=0.05)
 
 
 def test_the_same_items_are_drawn_at_every_step(tmp_path):

@@ -5,7 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sas.report.run_onsets import BLIMP, LOSS, UAS, find_onsets, item_error, order_of
+from megatron_sas.evaluation.minimal_pairs import BLIMP
+from megatron_sas.evaluation.uas import UAS
+from megatron_sas.evaluation.validation import LOSS
+from megatron_sas.report.run_onsets import find_onsets, item_error, order_of
 from megatron_sas.report.trajectories import Run
 
 STEPS = np.arange(0, 1001, 50)

@@ -13,11 +13,11 @@ from megatron_sas.config import load_config
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import sha256_file
 from megatron_sas.export.hf import to_hf
-from megatron_sas.run.directory import find_model
+from megatron_sas.run.directory import RunDirectory, find_model
 from megatron_sas.run.records import lines_until, read_records
 from megatron_sas.train import branch as branching
-from megatron_sas.train import build as setup
 from megatron_sas.train import dry_run as preflight
+from megatron_sas.train import resume
 from megatron_sas.train.build import build_state
 
 RELEASE = [{"start": 0, "end": 3, "value": 0.1}]  # the parent's λ is 0.1 until update 4
@@ -118,7 +118,7 @@ def test_a_branch_killed_while_it_begins_begins_anew(config, parent, combined, t
         settings = load_config(config, override_arguments({**changed, "run.output_dir": str(run)}))
         run.mkdir()
         (run / "config.yaml").write_text(settings.to_yaml())
-        branching.begin_branch(run, branching.find_branch(settings, print))
+        branching.begin_branch(RunDirectory(run), branching.find_branch(settings, print))
         (run / "metrics.jsonl").write_bytes(lines_until(parent / "metrics.jsonl", 5))
         shutil.copytree(parent / "tensorboard", run / "tensorboard")
         (run / "snapshots" / "step_00000002").mkdir(parents=True)
@@ -129,7 +129,7 @@ def test_a_branch_killed_while_it_begins_begins_anew(config, parent, combined, t
         raise KeyboardInterrupt  # which nothing catches
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(setup if call == "write_text_atomic" else branching, call, die)
+        patch.setattr(resume if call == "write_text_atomic" else branching, call, die)
         train(config, run, changed)
     train(config, run, changed)
     assert_same_run(run, combined)

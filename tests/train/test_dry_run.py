@@ -219,7 +219,7 @@ def test_what_is_too_small_is_named(config, tmp_path, capsys):
     prefix = load_config(config).data.validation
     assert f"warning  evaluation.validation_sequences: 20 are wanted, but {prefix} has 10\n" in output
     assert f"warning  evaluation.complexity_sequences: 128 are wanted, but {prefix} has 10\n" in output
-    assert "warning  evaluation.complexity_sequences: TwoNN from 10 points says little; give it 100 or more\n" in output
+    assert "warning  evaluation.complexity_sequences: TwoNN of 10 points says little; give it 100 or more\n" in output
     assert "updates of 8 read it" in output
     assert "warning" not in dry_check(load_config(config, [run, "--evaluation.validation_sequences=10"]), capsys)[1]
 

@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_sas.core.cli import InputError
+from megatron_sas.evaluation.items import BlimpItems, UasItems
 from megatron_sas.trajectory.points import (
-    BlimpItems,
-    Items,
-    UasItems,
     is_whole,
     point_directory,
     read_items,
@@ -30,7 +28,8 @@ def random_items(edges=11, shape=(2, 3, 5), pairs=7):
     rng = np.random.default_rng(0)
     correct = rng.random((edges, *shape)) < 0.4
     uas = UasItems(rng.integers(0, 9, (edges, 2)).astype(np.int32), correct)
-    return Items(uas, BlimpItems(rng.random(pairs) < 0.5, np.arange(pairs, dtype=np.int16) // 4, ["a", "longer"]))
+    blimp = BlimpItems(rng.random(pairs) < 0.5, np.arange(pairs, dtype=np.int16) // 4, ["a", "longer"])
+    return {"uas": uas, "blimp": blimp}
 
 
 def test_points_are_read_back_as_written_and_repeat_bit_for_bit(tmp_path):
@@ -40,14 +39,14 @@ def test_points_are_read_back_as_written_and_repeat_bit_for_bit(tmp_path):
             write_point(tmp_path / "t", step, {"uas": {"uas": value}}, items)
     assert read_points(tmp_path / "t") == [{"step": 3, "uas": {"uas": None}}, {"step": 200, "uas": {"uas": 0.5}}]
     again = read_items(tmp_path / "t", 200)
-    assert np.array_equal(again.uas.edges, items.uas.edges)
-    assert again.uas.correct.dtype == bool
-    assert np.array_equal(again.uas.correct, items.uas.correct)
-    assert np.array_equal(again.blimp.correct, items.blimp.correct)
-    assert (again.blimp.sets.tolist(), again.blimp.names) == ([0, 0, 0, 0, 1, 1, 1], ["a", "longer"])
+    assert np.array_equal(again["uas"].edges, items["uas"].edges)
+    assert again["uas"].correct.dtype == bool
+    assert np.array_equal(again["uas"].correct, items["uas"].correct)
+    assert np.array_equal(again["blimp"].correct, items["blimp"].correct)
+    assert (again["blimp"].sets.tolist(), again["blimp"].names) == ([0, 0, 0, 0, 1, 1, 1], ["a", "longer"])
     with np.load(point_directory(tmp_path / "t", 3) / "items.npz") as arrays:
         assert arrays["uas_correct"].shape == (11, -(-2 * 3 * 5 // 8))
-        expected = np.packbits(items.uas.correct.reshape(11, 30), axis=1)
+        expected = np.packbits(items["uas"].correct.reshape(11, 30), axis=1)
         assert np.array_equal(arrays["uas_correct"], expected)
         assert arrays["uas_shape"].tolist() == [2, 3, 5]
     first, second = (point_directory(tmp_path / "t", step) / "items.npz" for step in (3, 200))
@@ -55,7 +54,7 @@ def test_points_are_read_back_as_written_and_repeat_bit_for_bit(tmp_path):
 
 
 def test_a_damaged_point_is_not_whole_and_is_replaced(tmp_path):
-    write_point(tmp_path, 5, {"weight_norm": 2.0}, Items())
+    write_point(tmp_path, 5, {"weight_norm": 2.0}, {})
     assert is_whole(tmp_path, 5)
     assert not is_whole(tmp_path, 6)
     for name, content in (("items.npz", b"PK\x03\x04 cut off"), ("point.json", b'{"step": 6}'), ("point.json", b"{")):

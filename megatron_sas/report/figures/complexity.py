@@ -9,6 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from megatron_sas.evaluation.minimal_pairs import BLIMP
+from megatron_sas.evaluation.registry import snapshot_metrics
+from megatron_sas.evaluation.uas import UAS
 from megatron_sas.report.comparisons import Condition, runs_of
 from megatron_sas.report.figures.style import (
     GREY,
@@ -20,20 +23,13 @@ from megatron_sas.report.figures.style import (
     new_figure,
     scale_steps,
 )
-from megatron_sas.report.run_onsets import BLIMP, UAS, Onsets, clear_bend
-
-MEASURES = (
-    ("twonn", "intrinsic\ndimension"),
-    ("weight_norm", "weight norm"),
-    ("attention_entropy", "attention\nentropy (nats)"),
-    ("sas_to_head", "α to head,\nbest head"),
-)
+from megatron_sas.report.run_onsets import Onsets, clear_bend
 
 
 def draw_complexity(found: Sequence[Condition], onsets: Onsets, x_scale: str = "linear") -> Figure | None:
     """A panel per measure that any run has; grey lines are the base's mean onsets of structure and capabilities."""
     runs = runs_of(found)
-    panels = [(key, title) for key, title in MEASURES if any(len(run.curve(key)) > 1 for run in runs)]
+    panels = [m for m in snapshot_metrics() if m.axis and any(len(run.curve(m.key)) > 1 for run in runs)]
     if not panels:
         return None
     styles = label_styles(runs)
@@ -44,14 +40,14 @@ def draw_complexity(found: Sequence[Condition], onsets: Onsets, x_scale: str = "
     with mpl.rc_context(STYLE):
         figure = new_figure(9.5, 1.7 * len(panels) + 1.0)
         axes = np.atleast_1d(figure.subplots(len(panels), 1, sharex=True))
-        for axis, (key, title) in zip(axes, panels, strict=True):
+        for axis, metric in zip(axes, panels, strict=True):
             for condition in found:
-                curves = [curve for run in condition.runs if len(curve := run.curve(key)) > 1]
+                curves = [curve for run in condition.runs if len(curve := run.curve(metric.key)) > 1]
                 if curves:
                     draw_curves(axis, curves, *styles[condition.label])
             for step, dash, _ in marks:
                 axis.axvline(step, color=GREY, linestyle=dash, linewidth=1.2, zorder=2)
-            axis.set_ylabel(title)
+            axis.set_ylabel(metric.axis)
         scale_steps(axes[-1], runs, x_scale)
         axes[-1].set_xlabel("training step")
         figure.align_ylabels(axes)

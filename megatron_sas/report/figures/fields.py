@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from megatron_sas.evaluation.minimal_pairs import BLIMP, FIELDS, TERMS
 from megatron_sas.report.comparisons import Condition, runs_of
 from megatron_sas.report.figures.style import (
     GREY,
@@ -45,7 +46,7 @@ def draw_fields_over_steps(found: Sequence[Condition], x_scale: str = "linear") 
                 curves = [curve for run in condition.runs if len(curve := field_curve(run, name))]
                 if curves:
                     draw_curves(axis, curves, *styles[condition.label])
-            axis.axhline(0.5, color=GREY, linewidth=0.9, linestyle=":")
+            axis.axhline(BLIMP.chance, color=GREY, linewidth=0.9, linestyle=":")
             axis.set_title(plain(name.replace("_", " ")), fontsize=10)
         scale_steps(axes[0, 0], runs, x_scale)
         finish_grid(axes, len(names))
@@ -68,7 +69,7 @@ def draw_final_fields(found: Sequence[Condition]) -> Figure | None:
             colour, dash = styles[condition.label]
             shift = 0.7 * ((rank + 0.5) / len(found) - 0.5)
             for place, name in enumerate(names):
-                curves = [field_curve(run, name) for run in condition.ending["blimp"]]
+                curves = [field_curve(run, name) for run in condition.ending[BLIMP.name]]
                 finals = [curve.values[-1] for curve in curves if len(curve)]
                 if not finals:
                     continue
@@ -77,7 +78,7 @@ def draw_final_fields(found: Sequence[Condition]) -> Figure | None:
                 axis.plot([x] * len(finals), finals, ".", color=colour, alpha=0.35, markersize=4, zorder=2)
                 marker = marker_of(dash)
                 axis.errorbar(x, value.mean, value.error, fmt=marker, color=colour, markersize=5.5, capsize=2, zorder=3)
-        axis.axhline(0.5, color=GREY, linewidth=0.9, linestyle=":")
+        axis.axhline(BLIMP.chance, color=GREY, linewidth=0.9, linestyle=":")
         axis.set_xticks(np.arange(len(names)), [plain(name.replace("_", "\n")) for name in names])
         axis.grid(visible=False, axis="x")
         axis.set_ylabel("accuracy at the end")
@@ -91,17 +92,17 @@ def draw_final_fields(found: Sequence[Condition]) -> Figure | None:
 
 def field_names(runs: Sequence[Run]) -> list[str]:
     """BLiMP's fields; where everything is of one field (or none is recorded), its terms."""
-    for key in ("blimp_fields", "blimp_terms"):
+    for key in (FIELDS.key, TERMS.key):
         names = sorted({name for run in runs for name in run.nested(key)})
         if len(names) > 1:
             return names[:MAX_FIELDS]
-    return sorted({name for run in runs for name in run.nested("blimp_fields")})[:MAX_FIELDS]
+    return sorted({name for run in runs for name in run.nested(FIELDS.key)})[:MAX_FIELDS]
 
 
 def field_curve(run: Run, name: str) -> Curve:
     """Accuracy of a field or term over steps."""
     points = []
     for record in run.evaluations:
-        value = (record.get("blimp_fields") or {}).get(name, (record.get("blimp_terms") or {}).get(name))
+        value = (record.get(FIELDS.key) or {}).get(name, (record.get(TERMS.key) or {}).get(name))
         points += [(record["step"], value)] if value is not None else []
     return Curve(*np.array(points, np.float64).reshape(-1, 2).T)

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
+from megatron_sas.evaluation.uas import RELATIONS
 from megatron_sas.report.comparisons import Condition
 from megatron_sas.report.figures.style import STYLE, finish_grid, mean_curve, new_figure, plain
 from megatron_sas.report.trajectories import Curve, Run
@@ -77,7 +78,7 @@ def frequent_relations(runs: Sequence[Run]) -> list[str]:
     """The most frequent relations that an evaluation put into its table."""
     counts: dict[str, int] = {}
     for run in runs:
-        for name, values in run.nested("uas_relations").items():
+        for name, values in run.nested(RELATIONS.key).items():
             if values.get("in_table", True):
                 counts[name] = max(counts.get(name, 0), values.get("count") or 0)
     return sorted(counts, key=lambda name: (-counts[name], name))[:MAX_RELATIONS]
@@ -92,7 +93,7 @@ def half_way(curve: Curve) -> float | None:
 def _mean_relation(runs: Sequence[Run], name: str) -> Curve:
     curves = []
     for run in runs:
-        records = [(r["step"], (r.get("uas_relations") or {}).get(name, {}).get("accuracy")) for r in run.evaluations]
+        records = [(r["step"], (r.get(RELATIONS.key) or {}).get(name, {}).get("accuracy")) for r in run.evaluations]
         known = np.array([(step, value) for step, value in records if value is not None], np.float64).reshape(-1, 2)
         curves += [Curve(*known.T)] if len(known) else []
     return mean_curve(curves) if curves else Curve(np.zeros(0), np.zeros(0))

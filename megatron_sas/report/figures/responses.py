@@ -8,10 +8,11 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from megatron_sas.evaluation.base import Metric
 from megatron_sas.report.figures.style import GREY, PALETTE, STYLE, draw_legend, new_figure, plain
 from megatron_sas.report.responses import ResponsePoint, StageResponse
 from megatron_sas.report.statistics import Estimate
-from megatron_sas.report.trajectories import METRICS, Metric
+from megatron_sas.report.trajectories import METRICS
 
 LEVELS = (("#000000", "--"), (PALETTE[1], ":"), (PALETTE[2], "-."), (PALETTE[3], (0, (1, 3))))  # colours and dashes
 

@@ -10,6 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from megatron_sas.evaluation.base import Metric
+from megatron_sas.evaluation.uas import UAS
+from megatron_sas.evaluation.validation import LOSS
 from megatron_sas.objective.terms import TERMS
 from megatron_sas.report.figures.style import (
     GREY,
@@ -23,7 +26,7 @@ from megatron_sas.report.figures.style import (
     scale_steps,
 )
 from megatron_sas.report.run_onsets import Onsets, RunOnset
-from megatron_sas.report.trajectories import METRICS, Metric, Run, conditions
+from megatron_sas.report.trajectories import METRICS, Run, conditions
 
 
 def draw(runs: Sequence[Run], onsets: Onsets, x_scale: str = "linear") -> Figure:
@@ -34,7 +37,7 @@ def draw(runs: Sequence[Run], onsets: Onsets, x_scale: str = "linear") -> Figure
     """
     panels = [metric for metric in METRICS if any(len(run.metric(metric)) for run in runs)]
     steered = [name for name in TERMS if any(np.any(run.weight(name).values) for run in runs)]
-    heights = [0.45] * len(steered) + [1.6 if metric.name == "loss" else 1.2 for metric in panels]
+    heights = [0.45] * len(steered) + [1.6 if metric == LOSS else 1.2 for metric in panels]
     colours = label_styles(runs)
     with mpl.rc_context(STYLE):
         figure = new_figure(9.5, 1.9 * sum(heights) + 0.9)
@@ -57,7 +60,7 @@ def _draw_metric(
     for rank, (label, group) in enumerate(groups.items()):
         colour, dash = styles[label]
         curves = [curve for run in group if len(curve := run.metric(metric))]
-        if metric.name == "loss":
+        if metric == LOSS:
             for run in group:
                 train = run.curve("mlm_loss", "train")
                 axis.plot(train.steps, train.values, color=colour, alpha=0.22, linewidth=0.8, zorder=1)
@@ -65,11 +68,11 @@ def _draw_metric(
             draw_curves(axis, curves, colour, dash)
         _mark_onsets(axis, [onsets[str(run.path)].get(metric.name) for run in group], colour, dash, rank / len(groups))
     baselines = {run.uas_baseline for run in runs} - {None}
-    if metric.name == "blimp":
-        _reference_line(axis, 0.5, "chance", right=True)
-    if metric.name == "uas" and len(baselines) == 1:  # one treebank: one baseline
+    if metric.chance is not None:
+        _reference_line(axis, metric.chance, "chance", right=True)
+    if metric == UAS and len(baselines) == 1:  # one treebank: one baseline
         _reference_line(axis, baselines.pop(), "fixed offsets")
-    if metric.name == "uas":
+    if metric == UAS:
         axis.set_ylim(bottom=0)
     axis.set_ylabel(metric.title)
 
