@@ -22,11 +22,13 @@ from megatron_sas.data.packed import PackedData
 BLOCK_TOKENS = 1 << 19  # tokens held in memory at a time
 
 
-def write_heads(packed: PackedData, control: Control, seed: int, path: Path) -> dict[str, int | str]:
+def write_heads(
+    packed: PackedData, control: Control, seed: int, path: Path, block_tokens: int = BLOCK_TOKENS
+) -> dict[str, int | str]:
     """Write the control's (N, S) int16 heads to `path`, block by block; returns SHA-256 and counts of edges."""
     digest = hashlib.sha256()
     total = packed.num_sequences
-    rows = max(1, BLOCK_TOKENS // packed.seq_length)
+    rows = max(1, block_tokens // packed.seq_length)
     counts = {"edges": 0, "base_edges": 0, "equal_edges": 0}
     with path.open("wb") as file, progress(total=total, unit="sequence", desc=path.name) as bar:
         for start in range(0, total, rows):

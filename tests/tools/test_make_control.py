@@ -86,13 +86,12 @@ def test_stream_and_header(prefix, kind, name):
     assert header["base_edges"] == np.count_nonzero(base.heads >= 0)
 
 
-def test_block_size_does_not_matter(prefix, monkeypatch, tmp_path):
+def test_block_size_does_not_matter(prefix, tmp_path):
     import make_control
 
     packed = PackedData(prefix)
     make_control.write_heads(packed, parse_control("random_tree"), 0, tmp_path / "whole")
-    monkeypatch.setattr(make_control, "BLOCK_TOKENS", 7 * S)
-    make_control.write_heads(packed, parse_control("random_tree"), 0, tmp_path / "blocks")
+    make_control.write_heads(packed, parse_control("random_tree"), 0, tmp_path / "blocks", 7 * S)
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "blocks").read_bytes()
 
 

@@ -17,7 +17,7 @@ from megatron_sas.corpus.build.documents import Exclusions, Selection, Split, in
 from megatron_sas.corpus.build.pack import Packer
 from megatron_sas.corpus.build.packed_writer import PackedWriter, check_seq_length, relation_number
 from megatron_sas.corpus.build.skipped import SkipReport
-from megatron_sas.corpus.build.workers import ChunkResult, WorkerSettings, chunks, process_chunks
+from megatron_sas.corpus.build.workers import CHUNK_CHARACTERS, ChunkResult, WorkerSettings, chunks, process_chunks
 from megatron_sas.corpus.parsers.base import RelationNames
 from megatron_sas.corpus.parsers.registry import PARSERS, describe_parser, parser_class
 from megatron_sas.corpus.readers.base import Reading, Unit
@@ -57,7 +57,11 @@ class PreprocessSettings:
 
 
 def preprocess(
-    settings: PreprocessSettings, provenance: dict[str, Any] | None = None, *, allow_empty: bool = False
+    settings: PreprocessSettings,
+    provenance: dict[str, Any] | None = None,
+    *,
+    allow_empty: bool = False,
+    chunk_characters: int = CHUNK_CHARACTERS,
 ) -> tuple[dict[str, Any], float]:
     """Make packed data from text and return its header and the seconds that reading, parsing and packing took.
 
@@ -67,6 +71,7 @@ def preprocess(
     Args:
         provenance: `provenance_of(settings)`, if it is known already.
         allow_empty: text that does not fill one sequence makes data of none, instead of an error.
+        chunk_characters: what a worker is given at a time, which changes nothing in the data.
 
     Raises:
         InputError: for anything wrong in the settings or the input (with "skip", broken input is counted instead, up
@@ -94,7 +99,7 @@ def preprocess(
                 settings.exclude, settings.inputs, files, settings.rows_per_document, settings.line_breaks
             )
         selection = Selection(settings.split, settings.validation_share, exclusions)
-        counts, relations, report = _pack_inputs(settings, selection, worker, packer)
+        counts, relations, report = _pack_inputs(settings, selection, worker, packer, chunk_characters)
         if not packer.counts.sequences and not allow_empty:
             raise InputError(
                 f"{', '.join(settings.inputs)}: {packer.counts.pieces} tokens do not fill one sequence of "
@@ -175,7 +180,7 @@ def remarks(header: dict[str, Any], *, warnings_only: bool = False) -> list[str]
 
 
 def _pack_inputs(
-    settings: PreprocessSettings, selection: Selection, worker: WorkerSettings, packer: Packer
+    settings: PreprocessSettings, selection: Selection, worker: WorkerSettings, packer: Packer, chunk_characters: int
 ) -> tuple[dict[str, int], list[str], dict[str, Any]]:
     """Read, parse, align and pack everything; returns the counts, the relation names and what was found wrong."""
     skipped = SkipReport(settings.max_skipped, show=True)
@@ -183,7 +188,8 @@ def _pack_inputs(
     foreign, long_words = _Examples(), _Examples()
     names, totals = RelationNames(), Counter()
     with progress(unit=" words", unit_scale=True, desc="preprocessing") as bar:
-        groups = chunks(_used(selection.apply(read_units(settings.inputs, reading)), skipped))
+        used = _used(selection.apply(read_units(settings.inputs, reading)), skipped)
+        groups = chunks(used, chunk_characters)
         with contextlib.closing(process_chunks(groups, worker, settings.workers)) as results:
             for units, result in results:
                 for number, reason in result.bad:

@@ -190,15 +190,15 @@ def _joined(first: ChunkResult, second: ChunkResult) -> ChunkResult:
     )
 
 
-def chunks(units: Iterable[Unit]) -> Iterator[list[Unit]]:
-    """Group consecutive units until they hold `CHUNK_CHARACTERS`, or as many units as would take as long to handle."""
+def chunks(units: Iterable[Unit], characters: int = CHUNK_CHARACTERS) -> Iterator[list[Unit]]:
+    """Group consecutive units until they hold `characters`, or as many units as would take as long to handle."""
     chunk: list[Unit] = []
     size = 0
     for unit in units:
         chunk.append(unit)
         content = unit.content
         size += 20 + (len(content if isinstance(content, str) else content.text) if content is not None else 0)
-        if size >= CHUNK_CHARACTERS:
+        if size >= characters:
             yield chunk
             chunk, size = [], 0
     if chunk:

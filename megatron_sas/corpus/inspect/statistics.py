@@ -32,11 +32,14 @@ class _Totals:
             self.counts[name] = self.counts.get(name, 0) + int(count)
 
 
-def statistics(packed: PackedData, after_block: Callable[[int], object] | None = None) -> dict[str, Any]:
+def statistics(
+    packed: PackedData, after_block: Callable[[int], object] | None = None, *, block_tokens: int = BLOCK_TOKENS
+) -> dict[str, Any]:
     """Statistics of all sequences. Memory: 8 bytes a sentence (for duplicates) and a block.
 
     Args:
         after_block: called with the number of sequences done in each block.
+        block_tokens: size of a block, which changes nothing in the result.
 
     Keys:
         `sequences`, `tokens`, `words`, `sentences` (that begin here), `unknown` ([UNK] tokens), `edges`;
@@ -48,7 +51,7 @@ def statistics(packed: PackedData, after_block: Callable[[int], object] | None =
         `MIN_WORDS_OF_DUPLICATES` words): those that repeat the tokens of an earlier one.
     """
     totals = _Totals()
-    rows = max(1, BLOCK_TOKENS // packed.seq_length)
+    rows = max(1, block_tokens // packed.seq_length)
     for start in range(0, packed.num_sequences, rows):
         stop = min(start + rows, packed.num_sequences)
         _add_block(totals, packed, slice(start, stop))

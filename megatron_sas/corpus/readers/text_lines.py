@@ -136,27 +136,32 @@ def open_binary(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def read_lines(
-    path: str | Path, on_error: OnError = None, report: Report | None = None, *, cut_long: bool = False
+    path: str | Path,
+    on_error: OnError = None,
+    report: Report | None = None,
+    *,
+    cut_long: bool = False,
+    max_bytes: int = MAX_LINE_BYTES,
 ) -> Iterator[tuple[int, str | None]]:
     """Yield (line number from 1, text without line end) of a UTF-8 file; the text is None where a skipped line stood.
 
-    A line longer than `MAX_LINE_BYTES` is broken input, unless `cut_long`: then it comes in several parts of the same
+    A line longer than `max_bytes` is broken input, unless `cut_long`: then it comes in several parts of the same
     number, cut after a space where there is one. A byte order mark at the beginning is dropped.
     """
     with open_binary(path) as file:
         number, rest, complete = 0, b"", True  # complete: the previous line was read to its end
-        while line := rest + file.readline(MAX_LINE_BYTES - len(rest)):
+        while line := rest + file.readline(max_bytes - len(rest)):
             number += complete
-            rest, complete = b"", line.endswith(b"\n") or len(line) < MAX_LINE_BYTES
+            rest, complete = b"", line.endswith(b"\n") or len(line) < max_bytes
             if not complete and cut_long:
                 cut = line.rfind(b" ") + 1
-                if cut <= MAX_LINE_BYTES // 2:  # else the parts could become arbitrarily small
+                if cut <= max_bytes // 2:  # else the parts could become arbitrarily small
                     cut = _last_character(line)
                 line, rest = line[:cut], line[cut:]
             elif not complete:
                 while not complete:
-                    complete = (part := file.readline(MAX_LINE_BYTES)).endswith(b"\n") or not part
-                handle_bad(f"{path}:{number}", f"line longer than {MAX_LINE_BYTES} bytes", on_error, report)
+                    complete = (part := file.readline(max_bytes)).endswith(b"\n") or not part
+                handle_bad(f"{path}:{number}", f"line longer than {max_bytes} bytes", on_error, report)
                 yield number, None
                 continue
             if number == 1 and line.startswith(b"\xef\xbb\xbf"):

@@ -16,17 +16,17 @@ from pathlib import Path
 import pytest
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.corpus.build import shards, workers
-from megatron_sas.corpus.build.packed_writer import remove_leftovers
-from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess
+from megatron_sas.corpus.build.preprocess import PreprocessSettings
 from megatron_sas.corpus.build.shards import parse_shard, preprocess_shards
 from megatron_sas.corpus.parsers.none import NoParser
-from megatron_sas.corpus.parsers.registry import describe_parser
+from megatron_sas.corpus.parsers.registry import PARSERS, describe_parser
+from megatron_sas.corpus.readers.base import Reader
 from megatron_sas.corpus.readers.hub import HUB
+from megatron_sas.corpus.readers.registry import READERS_BY_SUFFIX
 from megatron_sas.corpus.readers.text import TEXT
 from megatron_sas.data.packed import FILES, PackedData
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
+TOOL = Path(__file__).resolve().parents[3] / "tools" / "preprocess_data.py"
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_losses_among_few_selected_documents_are_a_share_of_these(vocab_file, tm
     assert 0 < selected < 20 and header["counts"]["skipped"] == 20
     with pytest.raises(InputError, match="20 of 520 records left out, mostly for 'invalid JSON'"):
         run([source], vocab_file, tmp_path / "less", **options, max_skipped=0.03)
-    monkeypatch.setattr(workers, "make_parser", lambda _: _Fails())
+    monkeypatch.setitem(PARSERS, "none", _Fails)
     with pytest.raises(InputError, match=rf"20 of 520 records left out and {selected} of {selected} paragraphs left"):
         run([source], vocab_file, tmp_path / "out", **options, max_skipped=0.95)
     assert not list((tmp_path / "out").iterdir())
@@ -186,12 +186,12 @@ def test_a_shard_that_is_all_foreign_fails(sources, data_dir, tmp_path):
 
 
 def test_an_error_that_nobody_foresaw_fails_one_shard(sources, vocab_file, tmp_path, monkeypatch, capsys):
-    def fails(settings, *arguments, **options):
-        if "part-2" in settings.output:
+    def fails(name, reading):
+        if "part-2" in name:
             raise RuntimeError("CUDA error: an illegal memory access\nmore of it")
-        return preprocess(settings, *arguments, **options)
+        return TEXT.units(name, reading)
 
-    monkeypatch.setattr(shards, "preprocess", fails)
+    monkeypatch.setitem(READERS_BY_SUFFIX, ".txt", Reader(fails))
     with pytest.raises(InputError, match=r"^1 of 4 shards failed: .*part-2.txt \(RuntimeError: CUDA .* access\)$"):
         run(sources, vocab_file, tmp_path / "out")
     assert sorted(path.stem for path in (tmp_path / "out").glob("*.json")) == ["part-0", "part-1", "part-3"]
@@ -296,27 +296,3 @@ def test_hidden_folders_of_shards_that_are_done(sources, vocab_file, tmp_path):
     assert [folder.exists() for folder in folders] == [False, True]
     shutil.rmtree(folders[1])
     assert contents(output) == expected
-
-
-def test_hidden_folders_of_others(tmp_path):
-    """A folder stays while its owner lives; those of killed owners go, those of other hosts after a day."""
-
-    def folder(name, host, age=0.0):
-        path = tmp_path / name
-        path.mkdir()
-        (path / "owner").write_text(host)
-        for entry in (path / "owner", path):
-            os.utime(entry, (time.time() - age, time.time() - age))
-        return path
-
-    here, day = socket.gethostname(), 25 * 3600
-    dead = folder(".out.aaaaaaaa.tmp", here)
-    alive = folder(".out.bbbbbbbb.tmp", here, day)
-    remote = folder(".out.cccccccc.tmp", "elsewhere")
-    remote_old = folder(".out.dddddddd.tmp", "elsewhere", day)
-    other = folder(".out.more.eeeeeeee.tmp", here)  # of another output
-    with open(alive / "owner") as owner:
-        fcntl.flock(owner, fcntl.LOCK_EX)
-        assert sorted(remove_leftovers(tmp_path / "out")) == [dead, remote_old]
-    assert sorted(path for path in tmp_path.iterdir()) == [alive, remote, other]
-    shutil.rmtree(other)

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
-import lzma
-
 import pytest
-import zstandard
+from preprocessing import row
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.corpus.readers import text_lines
 from megatron_sas.corpus.readers.conllu import read_conllu
-from megatron_sas.corpus.readers.text_lines import read_lines
-
-
-def row(number, form, head, relation="dep", misc="_"):
-    return "\t".join([str(number), form, "_", "_", "_", "_", str(head), relation, "_", misc])
 
 
 def write(path, *rows, encoding="utf-8"):
@@ -113,40 +104,3 @@ def test_comments_without_words_are_no_sentence(tmp_path):
     path = write(tmp_path / "a.conllu", "# newdoc", "", "", row(1, "a", 0), "", "# the end")
     (sentence,) = read_conllu(path)
     assert sentence.newdoc
-
-
-@pytest.mark.parametrize("pack", [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstandard.compress)])
-def test_compressed_files(tmp_path, pack):
-    suffix, compress = pack
-    content = "".join(f"line {i} é\n" for i in range(50_000)).encode()
-    path = tmp_path / f"a.txt{suffix}"
-    path.write_bytes(compress(content[:1000]) + compress(content[1000:]))
-    lines = list(read_lines(path))
-    assert "".join(f"{text}\n" for _, text in lines).encode() == content
-    assert [number for number, _ in lines] == list(range(1, 50_001))
-    path.write_bytes(compress(content)[:-50])
-    with pytest.raises(InputError, match="damaged compressed file"):
-        list(read_lines(path))
-    path.write_bytes(b"this is not compressed at all")
-    with pytest.raises(InputError, match="damaged compressed file"):
-        list(read_lines(path))
-
-
-def test_long_lines_come_in_parts_or_are_broken_input(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_lines, "MAX_LINE_BYTES", 64)
-    long = "ab cd éé " * 40 + "x" * 200 + "é" * 200 + "\n"
-    path = tmp_path / "a.txt"
-    path.write_text("\ufefffirst\n" + long + "last\n\nend")
-    parts = list(read_lines(path, cut_long=True))
-    assert parts[0] == (1, "first") and parts[-3:] == [(3, "last"), (4, ""), (5, "end")]
-    assert {number for number, _ in parts[1:-3]} == {2}
-    assert "".join(text for _, text in parts[1:-3]) == long.rstrip("\n")
-    assert all(len(text.encode()) <= 64 for _, text in parts)
-    with pytest.raises(InputError, match=r"a.txt:2: line longer than 64 bytes"):
-        list(read_lines(path))
-    assert list(read_lines(path, "skip")) == [(1, "first"), (2, None), (3, "last"), (4, ""), (5, "end")]
-
-
-def test_missing_file(tmp_path):
-    with pytest.raises(InputError, match="no such file"):
-        list(read_lines(tmp_path / "none.txt"))

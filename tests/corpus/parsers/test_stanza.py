@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.machinery
-import importlib.metadata
 import importlib.util
 import shutil
 import sys
@@ -83,21 +82,23 @@ def stanza(tmp_path, monkeypatch):
     for name, module in modules.items():
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
-    modules["stanza"].Pipeline, modules["stanza"].Document = _Pipeline, _Document
+    modules["stanza"].Pipeline, modules["stanza"].Document = type("Pipeline", (_Pipeline,), {"made": []}), _Document
     modules["stanza.resources.common"].DEFAULT_MODEL_DIR = "/nowhere"
     monkeypatch.setenv("STANZA_RESOURCES_DIR", str(tmp_path))
-    monkeypatch.setattr(_Pipeline, "made", [])
+    metadata = tmp_path / "site" / "stanza-1.0.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: stanza\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(metadata.parents[1])
     return modules["stanza"]
 
 
-def test_what_is_asked_of_stanza(stanza, tmp_path, monkeypatch):
+def test_what_is_asked_of_stanza(stanza, tmp_path):
     with pytest.raises(InputError, match=r"--parser stanza:en: no parser in .*/en; .*stanza.download\('en'\)"):
         describe_parser("stanza:en")
     (tmp_path / "en" / "depparse").mkdir(parents=True)
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"version of {name}")
     assert describe_parser("stanza:en") == {
         "name": "stanza:en",
-        "version": "version of stanza",
+        "version": "1.0",
         "sha256": hashlib.sha256(b"").hexdigest(),
     }
     parser, names = make_parser("stanza:en"), RelationNames()
@@ -112,7 +113,6 @@ def test_what_is_asked_of_stanza(stanza, tmp_path, monkeypatch):
 
 def test_other_models_are_another_parser(stanza, tmp_path, monkeypatch):
     """Those of the processors that are used, and what these need; wherever they lie."""
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"version of {name}")
     for name in ("depparse/combined_charlm.pt", "forward_charlm/1billion.pt", "ner/ontonotes.pt"):
         (tmp_path / "en" / name).parent.mkdir(parents=True)
         (tmp_path / "en" / name).write_text(name)

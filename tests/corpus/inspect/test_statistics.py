@@ -9,7 +9,6 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron_sas.corpus.inspect import statistics as module
 from megatron_sas.corpus.inspect.statistics import statistics
 from megatron_sas.data.packed import PackedData
 
@@ -82,10 +81,9 @@ def naive(packed):
 
 
 @pytest.mark.parametrize("block", [1, 200, 1 << 19])
-def test_against_counting(packed, block, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_TOKENS", block)
+def test_against_counting(packed, block):
     done = []
-    result = statistics(packed, done.append)
+    result = statistics(packed, done.append, block_tokens=block)
     counts, lengths, relations, whole, repeated = naive(packed)
     assert sum(done) == 20
     assert {name: result[name] for name in ("words", "sentences", "unknown", "edges", "unparsed_words")} == {

@@ -1,12 +1,10 @@
-"""Which documents are used: the split by hash, the survey's duplicates and contaminated documents, exclusion."""
+"""A survey finds documents that occur twice and evaluation sentences, whatever the workers."""
 
 from __future__ import annotations
 
 import json
 import lzma
 import os
-import pickle
-import random
 import signal
 import subprocess
 import sys
@@ -17,15 +15,11 @@ import pytest
 from child_processes import children, is_alive, open_files
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.corpus.build import documents
-from megatron_sas.corpus.build.documents import Exclusions, Selection
-from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess
+from megatron_sas.corpus.build.documents import Exclusions
 from megatron_sas.corpus.inspect.survey import SentenceIndex, SurveySettings, survey, words_of
-from megatron_sas.corpus.readers.base import Reading
-from megatron_sas.corpus.readers.registry import input_files, read_units
-from megatron_sas.corpus.readers.text_lines import DamagedFile
+from megatron_sas.corpus.readers.registry import input_files
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "survey_corpus.py"
+TOOL = Path(__file__).resolve().parents[3] / "tools" / "survey_corpus.py"
 
 
 def write(path, texts):
@@ -33,36 +27,8 @@ def write(path, texts):
     return str(path)
 
 
-def selected(inputs, **options):
-    selection = Selection(**options)
-    found = []
-    for unit in selection.apply(read_units(inputs, Reading())):
-        if unit.starts_document:
-            found.append("")
-        found[-1] += f"{unit.content or ''}\n"
-    return found, selection.counts
-
-
 def read(path, inputs):
     return Exclusions.read(path, inputs, input_files(inputs))
-
-
-def test_split_by_hash(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "KEY_CHARACTERS", 30)
-    rng = random.Random(0)
-    texts = ["\n".join(f"{rng.random()}" for _ in range(rng.randrange(5))) for _ in range(2000)]
-    path = write(tmp_path / "a.jsonl", enumerate(texts + texts[:500]))
-    whole, _ = selected([path])
-    train, counts = selected([path], split="train", validation_share=0.2)
-    validation, other = selected([path], split="validation", validation_share=0.2)
-    assert sorted(train + validation) == sorted(whole) and len(whole) == 2500
-    assert not set(train) & set(validation)  # equal texts are on one side
-    assert counts["other_split"] == len(validation) and other["other_split"] == len(train)
-    assert 0.15 < len({*validation}) / len({*whole}) < 0.25
-    more, _ = selected([path], split="validation", validation_share=0.3)
-    assert set(validation) < set(more)
-    assert selected([path], split="validation", validation_share=0.0)[0] == []
-    assert selected([path], split="validation", validation_share=1.0)[0] == whole
 
 
 def test_sentences_are_found_word_for_word():
@@ -170,11 +136,6 @@ def test_inputs_that_fail_do_not_spoil_the_others(corpus, tmp_path, vocab_file, 
             read(output, [damaged])
 
 
-def test_damage_survives_the_way_between_processes():
-    error = pickle.loads(pickle.dumps(DamagedFile("a.xz: damaged", 0.25)))
-    assert (str(error), error.unread) == ("a.xz: damaged", 0.25)
-
-
 SURVEY = """
 import sys
 from megatron_sas.corpus.inspect.survey import SurveySettings, survey
@@ -209,51 +170,3 @@ def test_stopped_survey_leaves_no_workers(tmp_path, stop):
     while time.time() < deadline and any(map(is_alive, workers)):
         time.sleep(0.05)
     assert not any(map(is_alive, workers))
-
-
-def test_excluded_documents_are_left_out(corpus, tmp_path, vocab_file):
-    inputs, sentence = corpus
-    command = [sys.executable, str(TOOL), "--input", *inputs, "--output", str(tmp_path / "survey.json")]
-    (tmp_path / "bank.jsonl").write_text(
-        json.dumps({"words": [*sentence[:-1].split(), "."], "heads": [0, *[1] * 7], "relns": ["r"] * 8})
-    )
-    done = subprocess.run([*command, "--treebank", str(tmp_path / "bank.jsonl")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "bank.jsonl: 1 of 1 sentences found" in done.stdout and "lists 4 documents to exclude" in done.stdout
-    path = str(tmp_path / "survey.json")
-    texts, counts = selected(inputs, exclusions=read(path, inputs))
-    assert texts == ["one\ntwo\n", "three\n", "\n", "other\n", "more\n", "\n"] and counts["excluded"] == 4
-    settings = PreprocessSettings(inputs, str(vocab_file), "none", str(tmp_path / "out"), 8, exclude=path)
-    header, _ = preprocess(settings)
-    assert header["counts"]["documents_excluded"] == 4 and header["counts"]["documents"] == 6
-    # One shard at a time, and in another folder
-    (tmp_path / "moved").mkdir()
-    moved = str(Path(inputs[1]).rename(tmp_path / "moved" / "b.jsonl"))
-    assert selected([moved], exclusions=read(path, [moved]))[1]["excluded"] == 2
-    # Another file of the same name, with as many documents
-    other = write(Path(inputs[1]), [(number, f"other {number}") for number in range(5)])
-    with pytest.raises(InputError, match=r"b.jsonl: is not the .*b.jsonl that was surveyed in .*survey.json"):
-        read(path, [inputs[0], other])
-    with pytest.raises(InputError, match=r"b.jsonl: is not"):
-        preprocess(PreprocessSettings([other], str(vocab_file), "none", str(tmp_path / "out2"), 8, exclude=path))
-    with pytest.raises(InputError, match=r"--exclude: two inputs are called b.jsonl"):
-        read(path, [moved, other])
-    # The same file, read otherwise
-    exclusions = Exclusions({moved: 4}, {moved: frozenset()})
-    with pytest.raises(InputError, match=r"b.jsonl: 5 documents, but 4 when it was surveyed; run tools/"):
-        selected([moved], exclusions=exclusions)
-
-
-def test_not_a_survey(tmp_path):
-    old = json.dumps({"format": documents.SURVEY_FORMAT, "version": 1, "inputs": []})
-    for content, message in (
-        ("{", "not a survey"),
-        ('{"format": "x"}', "another format"),
-        ("[]", "not a survey"),
-        (old, "format version 1, this program reads 3; run it again"),
-    ):
-        (tmp_path / "s.json").write_text(content)
-        with pytest.raises(InputError, match=message):
-            read(str(tmp_path / "s.json"), [])
-    with pytest.raises(InputError, match="no such file; make it with"):
-        read(str(tmp_path / "t.json"), [])

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sas.data.masking import bernoulli, hash_u64, mask_tokens
-from megatron_sas.data.sampler import global_samples, permute
 
 V, MASK, SPECIAL = 1000, 4, (0, 1, 2, 4)
+
+
 OPTIONS = {"mask_prob": 0.15, "vocab_size": V, "mask_id": MASK, "special_ids": SPECIAL}
 
 
@@ -114,41 +115,3 @@ def test_every_argument_of_the_hash_matters():
     for samples, epoch, seed in ((np.arange(4) + 4, 0, 0), (np.arange(4), 1, 0), (np.arange(4), 0, 1)):
         _, other = mask_tokens(tokens, samples, epoch, seed, **OPTIONS)
         assert within((base & other).sum(), 2000, 0.0225)
-
-
-@pytest.mark.parametrize("n", [*range(1, 40), 63, 64, 65, 255, 256, 257, 1000, 4095, 4097, 65_537])
-def test_permute_is_a_bijection(n):
-    image = permute(np.arange(n), n, seed=7, epoch=n)
-    assert image.dtype == np.int64
-    np.testing.assert_array_equal(np.sort(image), np.arange(n))
-    part = np.random.default_rng(0).integers(0, n, 10)
-    np.testing.assert_array_equal(permute(part, n, 7, n), image[part])
-
-
-def test_permute_mixes():
-    n, epochs = 50, 4000
-    first = permute(np.zeros(epochs, dtype=int), n, 3, np.arange(epochs))
-    counts = np.bincount(first, minlength=n)
-    assert ((counts - epochs / n) ** 2 / (epochs / n)).sum() < n - 1 + 5 * np.sqrt(2 * n)
-    a, b = permute(np.arange(1000), 1000, 0, 0), permute(np.arange(1000), 1000, 0, 1)
-    assert abs(np.corrcoef(a, b)[0, 1]) < 0.15 and abs(np.corrcoef(a, np.arange(1000))[0, 1]) < 0.15
-    assert (permute(np.arange(1000), 1000, 1, 0) != a).any()
-    large = permute(np.array([0, 1, 2**61]), 2**62, 0, 0)
-    assert (large >= 0).all() and len(set(large.tolist())) == 3
-
-
-def test_permute_refuses_what_is_out_of_range():
-    for index, n in (([3], 3), ([-1], 3), ([0], 0)):
-        with pytest.raises(ValueError):
-            permute(np.array(index), n, 0, 0)
-
-
-@pytest.mark.parametrize(("n", "batch"), [(10, 4), (7, 7), (3, 8), (1, 2), (100, 32)])
-def test_global_batches_run_through_whole_epochs(n, batch):
-    steps = [global_samples(step, batch, n, 5) for step in range(3 * n)]
-    samples = np.concatenate([s for s, _ in steps])
-    epochs = np.concatenate([e for _, e in steps])
-    np.testing.assert_array_equal(epochs, np.arange(3 * n * batch) // n)
-    for epoch in range(3 * batch):
-        np.testing.assert_array_equal(samples[epoch * n : (epoch + 1) * n], permute(np.arange(n), n, 5, epoch))
-        assert sorted(samples[epochs == epoch]) == list(range(n))

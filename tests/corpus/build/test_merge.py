@@ -19,7 +19,7 @@ from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess
 from megatron_sas.corpus.build.shards import preprocess_shards
 from megatron_sas.data.packed import PackedData
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "merge_data.py"
+TOOL = Path(__file__).resolve().parents[3] / "tools" / "merge_data.py"
 CONTROL = TOOL.with_name("make_control.py")
 
 

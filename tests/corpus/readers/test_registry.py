@@ -6,13 +6,24 @@ import gzip
 import json
 import lzma
 import random
+from pathlib import Path
 
 import pytest
+from preprocessing import run
 
 from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.build.preprocess import PreprocessSettings
+from megatron_sas.corpus.build.shards import preprocess_shards
 from megatron_sas.corpus.build.skipped import SkipReport
-from megatron_sas.corpus.readers.base import Reading
-from megatron_sas.corpus.readers.registry import read_units, reader_of
+from megatron_sas.corpus.inspect.survey import SurveySettings, survey
+from megatron_sas.corpus.readers.base import Reader, Reading, Unit
+from megatron_sas.corpus.readers.registry import (
+    READERS_BY_SCHEME,
+    READERS_BY_SUFFIX,
+    input_usage,
+    read_units,
+    reader_of,
+)
 from megatron_sas.corpus.readers.text_lines import DamagedFile
 
 
@@ -181,18 +192,6 @@ def test_too_much_is_lost(tmp_path):
     )
 
 
-def test_the_commonest_kind_is_that_of_the_input(tmp_path):
-    """Not of all inputs together."""
-    skipped = SkipReport(max_skipped=0.5)
-    for _ in range(20):
-        skipped.keep("good.jsonl")
-    for line in range(9):
-        skipped.skip(f"good.jsonl:{line}", "invalid JSON")
-    skipped.skip("bad.jsonl:1", "invalid UTF-8")
-    with pytest.raises(InputError, match=r"^bad.jsonl: 1 of 1 records left out, mostly for 'invalid UTF-8';"):
-        skipped.check()
-
-
 def test_parts_of_a_hub_dataset(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = [{"text": f"row {number}", "id": number} for number in range(10)]
@@ -229,18 +228,6 @@ def test_parts_of_a_hub_dataset_keep_the_rows_of_a_document_together(tmp_path):
         assert len(found) <= 6
 
 
-def test_a_loss_of_just_what_is_allowed():
-    """One of twenty is no more than 0.05."""
-    skipped = SkipReport(max_skipped=0.05)
-    for _ in range(19):
-        skipped.keep("a.txt")
-    skipped.skip("a.txt:20", "invalid UTF-8")
-    skipped.check()
-    skipped.skip("a.txt:21", "invalid UTF-8")
-    with pytest.raises(InputError, match=r"^a\.txt: 2 of 21 records left out"):
-        skipped.check()
-
-
 def test_documents_of_rows_without_the_broken_ones(tmp_path):
     """Also where a document would begin, and a line that is cut into parts is one row."""
     path = tmp_path / "a.txt"
@@ -256,3 +243,37 @@ def test_documents_of_rows_without_the_broken_ones(tmp_path):
     other = tmp_path / "b.txt"
     other.write_text("five\nsix")
     assert [starts for _, starts, _ in units(str(other), str(other), rows_per_document=3)] == [True, False] * 2
+
+
+def test_a_line_makes_a_suffix_and_another_a_scheme(tmp_path, vocab_file, monkeypatch):
+    """Reading, headers, shards and help know them by these."""
+
+    def tables(name, reading):
+        for number, line in enumerate(Path(name.removeprefix("table:")).read_text().splitlines(), 1):
+            yield Unit(line.replace("\t", " "), True, f"{name}:{number}")
+
+    class Tables(Reader):
+        def check(self, name):
+            assert name.startswith("table:")
+
+        def label(self, name):
+            return name
+
+        def version(self, name):
+            return {"revision": "7"}
+
+        def output_name(self, name):
+            return "made"
+
+    monkeypatch.setitem(READERS_BY_SUFFIX, ".tsv", Reader(tables, "a row a document"))
+    monkeypatch.setitem(READERS_BY_SCHEME, "table:", Tables(tables, "FILE, a table"))
+    (tmp_path / "a.tsv").write_text("the\tcat\n" * 9)
+    assert ".tsv (a row a document); each also" in input_usage() and input_usage().endswith("or table:FILE, a table")
+    header = run(tmp_path / "a.tsv", vocab_file, "none", tmp_path / "file", seq_length=8)
+    assert header["inputs"] == ["a.tsv"] and header["counts"]["documents"] == 9
+    name = f"table:{tmp_path / 'a.tsv'}"
+    settings = PreprocessSettings([name], str(vocab_file), "none", str(tmp_path / "shards"), seq_length=8)
+    (header,) = preprocess_shards(settings, log=lambda line: None)
+    assert header["input_files"] == [{"name": name, "revision": "7"}]
+    assert (tmp_path / "shards" / "made.json").is_file()
+    assert survey(SurveySettings([name]))["inputs"][0]["file"] == {"name": name, "revision": "7"}
