@@ -25,6 +25,14 @@ def data_dir() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A YAML file for tiny runs of 6 updates, half of whose sequences have no parse."""
+    from engine_runs import write_inputs  # which imports more than most tests need
+
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with many slow tests first: the last of a parallel run, which one process has alone, is a short one."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))

@@ -164,11 +164,8 @@ class ComplexityEvaluation(Evaluation):
         there, wanted, found = text.num_sequences, section.complexity_sequences, []
         if there < wanted:
             found.append(f"complexity_sequences: {wanted} are wanted, but {text.prefix} has {there}")
-        if min(there, wanted) < ENOUGH_POINTS:
-            points = min(there, wanted)
-            found.append(
-                f"complexity_sequences: TwoNN from {points} points says little; give it {ENOUGH_POINTS} or more"
-            )
+        if (points := min(there, wanted)) < ENOUGH_POINTS:
+            found.append(f"complexity_sequences: TwoNN of {points} points says little; give it {ENOUGH_POINTS} or more")
         return found
 
     @classmethod
