@@ -51,7 +51,7 @@ def train(stop: StopRequest) -> int:
             from megatron_sas.train.dry_run import preflight
 
             return preflight(arguments.config, overrides)
-        config = load_config(arguments.config, overrides)
+        config = load_config(arguments.config, overrides, print if rank_by_launcher() == 0 else lambda line: None)
         from megatron_sas.train.trainer import Trainer  # deepspeed: not needed for --help and bad configurations
 
         trainer = Trainer(config, stop)

@@ -10,7 +10,7 @@ import argparse
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ import yaml
 from pydantic import ValidationError, create_model
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.core.settings import FAULT_SEPARATOR, Section
+from megatron_sas.core.settings import FAULT_SEPARATOR, PARTLY, Section
 from megatron_sas.core.yaml_file import Dumper, Loader, read_yaml
 from megatron_sas.data.mixture import DataSection
 from megatron_sas.evaluation.registry import EVALUATIONS
@@ -28,6 +28,7 @@ from megatron_sas.model.config import BertConfig, ModelSection
 from megatron_sas.objective.base import Term
 from megatron_sas.objective.terms import TERMS, is_in_run, make_terms
 from megatron_sas.onsets.online import WatchSection
+from megatron_sas.optim.optimizers import OPTIMIZERS
 from megatron_sas.optim.schedules import SCHEDULES, Stage
 from megatron_sas.optim.section import TrainSection
 from megatron_sas.run.directory import RunSection
@@ -35,6 +36,13 @@ from megatron_sas.run.records import LoggingSection
 from megatron_sas.run.saver import CheckpointSection, SnapshotSection
 
 NULL = ("", "~", "null")
+NEWER = ("schedule", "optimizer")
+"""Fields of the section `train` that came later than the format of checkpoints."""
+
+RETIRED = {
+    ("evaluation", "max_time_share"): "every evaluation that the configuration names is made, however long it takes",
+}
+"""Fields of earlier versions that are left out, with the reason."""
 
 
 class _BeforeTerms(Section):
@@ -43,11 +51,14 @@ class _BeforeTerms(Section):
     data: DataSection
 
 
-_terms = {name: (term.section_class, term.section_class()) for name, term in TERMS.items()}
+_owned = {name: term.section_class for name, term in TERMS.items()}
+_owned |= {name: optimizer.OPTIONS for name, optimizer in OPTIMIZERS.items() if optimizer.OPTIONS is not None}
+_fields = {name: (section, section()) for name, section in _owned.items()}
 
 
-class Config(create_model("_WithTerms", __base__=_BeforeTerms, **_terms)):
-    """Everything that defines a run. Every term of the objective has a section of its name."""
+class Config(create_model("_WithTerms", __base__=_BeforeTerms, **_fields)):
+    """Everything that defines a run. A term of the objective, and an optimizer with options, have sections of their
+    names."""
 
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
@@ -90,10 +101,15 @@ class Config(create_model("_WithTerms", __base__=_BeforeTerms, **_terms)):
         """The terms of the run by name; `special_ids` are the tokenizer's."""
         return make_terms({name: getattr(self, name) for name in TERMS}, special_ids)
 
+    def optimizer_options(self) -> Section | None:
+        """The section of the optimizer, if it has one."""
+        return getattr(self, self.train.optimizer, None)
+
     def used(self) -> dict[str, dict[str, Any]]:
-        """The sections that this run reads, as YAML has them: of terms that it does not have there is none."""
-        values = self.model_dump(mode="json")
-        return {name: values[name] for name in values if name not in TERMS or is_in_run(name, getattr(self, name))}
+        """The sections that this run reads, as YAML has them: none of terms and optimizers that it does not have."""
+        unused = {name for name in TERMS if not is_in_run(name, getattr(self, name))}
+        unused |= set(OPTIMIZERS) - {self.train.optimizer}
+        return {name: values for name, values in self.model_dump(mode="json").items() if name not in unused}
 
     def differences(self, other: Config) -> dict[str, list[Any]]:
         """`section.field` to both values, of what is used and differs; None for the one that lacks the section."""
@@ -106,26 +122,77 @@ class Config(create_model("_WithTerms", __base__=_BeforeTerms, **_terms)):
         return {name: values for name, values in both.items() if values[0] != values[1]}
 
     def to_yaml(self) -> str:
-        """YAML that `load_config` reads back to an equal configuration."""
-        return yaml.dump(self.used(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+        """YAML that `load_config` reads back to an equal configuration.
+
+        Newer fields are left out at their defaults, so that versions without them can read it.
+        """
+        values = self.used()
+        for field in NEWER:
+            if values["train"][field] == TrainSection.model_fields[field].default:
+                del values["train"][field]
+        return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), log: Callable[[str], None] = lambda line: None
+) -> Config:
     """Read a YAML file, apply overrides (`--section.field value` or `--section.field=value`), and check everything.
+
+    `log` gets a line for every field of an earlier version that is left out.
 
     Raises:
         InputError: with every fault found, one per line.
     """
-    values = {name: {} if section is None else section for name, section in read_yaml(path).items()}
-    faults = _apply_overrides(values, overrides)
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        faults += [fault for detail in error.errors() for fault in _describe(detail)]
-        raise InputError(_message(path, faults)) from None
+    config, faults, _ = read_config(path, overrides, log)
     if faults:
         raise InputError(_message(path, faults))
     return config
+
+
+def read_config(
+    path: str | Path, overrides: Sequence[str] = (), log: Callable[[str], None] = lambda line: None
+) -> tuple[Config | None, list[str], set[str]]:
+    """As `load_config`, but whatever is wrong: the configuration, its faults, and the fields that they are in.
+
+    Such a field (`section.field`) has its default in the configuration, which is None if a field is missing that has
+    none. So the dry run can look at the rest.
+
+    Raises:
+        InputError: the file is not YAML.
+    """
+    values = {name: {} if section is None else section for name, section in read_yaml(path).items()}
+    faults = _apply_overrides(values, overrides)
+    for (section, field), reason in RETIRED.items():
+        if isinstance(values.get(section), dict) and values[section].pop(field, None) is not None:
+            log(f"{path}: {section}.{field} is ignored: {reason}")
+    try:
+        return Config.model_validate(values), faults, set()
+    except ValidationError as error:
+        details = error.errors()
+    described = [fault for detail in details for fault in _describe(detail)]
+    for detail in details:
+        _leave_out(values, detail)
+    try:
+        config = Config.model_validate(values, context=PARTLY)
+    except ValidationError:
+        config = None
+    return config, faults + described, {fault.partition(":")[0] for fault in described}
+
+
+def _leave_out(values: dict[str, Any], detail: dict[str, Any]) -> None:
+    """Give the field in which a fault of validation is its default, or some value if it has none."""
+    section, *rest = detail["loc"] or (None,)
+    if section not in Config.model_fields:
+        values.pop(section, None)
+        return
+    if not isinstance(values.get(section), dict):
+        values[section] = {}
+    fields = Config.model_fields[section].annotation.model_fields
+    for name in rest[:1]:
+        values[section].pop(name, None)
+    for name, field in fields.items():
+        if field.is_required() and name not in values[section]:
+            values[section][name] = 1 if field.annotation is int else "?"
 
 
 def help_text() -> str:

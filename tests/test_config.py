@@ -6,6 +6,7 @@ import typing
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_sas.config import Config, help_text, load_config, parse_arguments
 from megatron_sas.core.cli import InputError
@@ -141,7 +142,7 @@ def test_one_fault_is_one_line(tmp_path, section, message):
 
 def test_backends_are_the_kernels():
     annotation = ModelSection.model_fields["attention_backend"].annotation
-    assert typing.get_args(annotation) == BACKENDS
+    assert typing.get_args(annotation) == ("auto", *BACKENDS)
 
 
 def test_zero_3_is_not_compiled(tmp_path):
@@ -302,6 +303,16 @@ def test_schedules_of_the_learning_rate(tmp_path, written, schedule):
 def test_examples_are_sound(example):
     config = load_config(example)
     assert config == load_config(example, ["--train.steps", str(config.train.steps)])
+
+
+def test_what_earlier_versions_lack_is_written_only_where_it_is_used(tmp_path):
+    """They refuse fields that they do not know, and can continue a run without them."""
+    plain = yaml.safe_load(load(tmp_path, MINIMAL).to_yaml())
+    assert not {"schedule", "optimizer"} & set(plain["train"])
+    assert list(plain) == [
+        *("run", "model", "data", "sas", "train", "checkpoint", "snapshots", "watch", "evaluation", "logging")
+    ]
+    assert yaml.safe_load(load(tmp_path, MINIMAL, "--train.schedule", "wsd").to_yaml())["train"]["schedule"] == "wsd"
 
 
 def test_when():

@@ -111,7 +111,7 @@ def test_snapshots_of_a_watched_run_bracket_the_jump(tmp_path):
         *(sys.executable, "pretrain_mlm.py", "--config", "examples/toy.yaml", "--run.output_dir", directory),
         *("--data.train", data / "train", "--data.validation", data / "validation", "--train.steps", 950),
         *("--evaluation.treebank", corpus / "treebank.conllu", "--evaluation.treebank_sentences", 100),
-        *("--evaluation.blimp=", "--evaluation.every", 20, "--evaluation.max_time_share", 0.9),
+        *("--evaluation.blimp=", "--evaluation.every", 20),
         *("--checkpoint.every", 950, "--watch.metrics", "[uas, loss]", "--watch.delta", 100, "--watch.start", 100),
         *("--watch.every", 20, "--watch.keep", 15),
     )

@@ -113,7 +113,7 @@ def build_variants(
                 [x[:EXACT_SEQUENCES].double() for x in (q, k, v)],
                 [g[:EXACT_SEQUENCES].double() for g in gradients],
             )
-        candidates = {name: _ours(name, used, arguments.dropout) for name in BACKENDS if name != "auto"}
+        candidates = {name: _ours(name, used, arguments.dropout) for name in BACKENDS}
         if gradient == "none":
             candidates |= {name: _peer(kind, arguments.dropout) for name, kind in PEERS[device.type].items()}
         for name, attend in candidates.items():

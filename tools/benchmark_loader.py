@@ -33,7 +33,8 @@ import torch
 from megatron_sas.core.benchmark import Times, describe_device, median_ratio, time_interleaved
 from megatron_sas.core.cli import InputError, run_main
 from megatron_sas.core.files import refuse_existing, write_json_atomic
-from megatron_sas.data.mlm_dataset import MLMDataset, PrefetchLoader
+from megatron_sas.data.loader import PrefetchLoader
+from megatron_sas.data.mlm_dataset import MLMDataset
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer
 

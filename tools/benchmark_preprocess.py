@@ -31,8 +31,10 @@ from pathlib import Path  # noqa: E402
 from megatron_sas.core.cli import InputError, run_main  # noqa: E402
 from megatron_sas.core.files import refuse_existing, write_json_atomic  # noqa: E402
 from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess  # noqa: E402
-from megatron_sas.corpus.parsers.base import SPACY_BATCH, describe_parser, load_spacy  # noqa: E402
-from megatron_sas.corpus.readers.sources import Reading, read_units  # noqa: E402
+from megatron_sas.corpus.parsers.registry import describe_parser  # noqa: E402
+from megatron_sas.corpus.parsers.spacy import SPACY_BATCH, load_spacy  # noqa: E402
+from megatron_sas.corpus.readers.base import Reading  # noqa: E402
+from megatron_sas.corpus.readers.registry import read_units  # noqa: E402
 
 
 def bare_pipe(texts: list[str], model: str, workers: int) -> int:

@@ -42,7 +42,7 @@ from megatron_sas.launch.environment import initialize_distributed
 from megatron_sas.objective.pretraining import MaskedLMWithTerms
 from megatron_sas.objective.terms import weights
 from megatron_sas.run.directory import RunDirectory
-from megatron_sas.train.build import Parts, build_parts, make_saver
+from megatron_sas.train.build import build_state, make_saver
 from megatron_sas.train.step import Engine
 
 NO_EVALUATION = ("--evaluation.treebank", "null", "--evaluation.blimp", "null")
@@ -55,12 +55,11 @@ class Run:
     def __init__(self, config: Config, device: torch.device, every: int) -> None:
         self.config, self.every, self.step = config, every, 0
         self.run = RunDirectory(Path(config.run.output_dir))
-        parts: Parts = build_parts(config, lambda _: None)
-        self.dataset = parts.dataset
-        self.terms = config.terms(parts.dataset.packed.tokenizer.special_ids)
-        module = MaskedLMWithTerms(parts.bert, self.terms)
-        self.engine = Engine(module, config.train, config.run.seed, device)
-        self.saver = make_saver(config, self.engine, parts)
+        state = build_state(config, lambda _: None)
+        self.dataset, self.terms = state.dataset, state.terms
+        module = MaskedLMWithTerms(state.bert, self.terms)
+        self.engine = Engine(module, config.train, config.run.seed, device, config.optimizer_options())
+        self.saver = make_saver(config, self.engine, state)
 
     def updates(self) -> None:
         """`every` updates, the messages of a save under way travelling with them, and the end of that save."""

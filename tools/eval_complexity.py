@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.files import sha256_file, write_json_atomic
+from megatron_sas.corpus.readers.registry import READERS_BY_SCHEME
 from megatron_sas.data.unknown import Unknown
 from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, precision
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
@@ -41,7 +42,7 @@ def main() -> None:
     device = check_arguments(arguments)
     if arguments.num_texts < 10:
         raise InputError(f"--num-texts: {arguments.num_texts} is below 10; the estimate needs some hundred")
-    if arguments.text.startswith("hf:"):
+    if arguments.text.startswith(tuple(READERS_BY_SCHEME)):
         raise InputError("--text: is a file or packed data; pack the dataset with tools/preprocess_data.py")
     model, tokenizer = load_model(arguments.model, device)
     longest = model.config.max_position_embeddings
@@ -79,7 +80,8 @@ def main() -> None:
     record = {
         **provenance(arguments.model, model, tokenizer),
         "precision": arguments.precision,
-        "text": {**text, "sequences": total, "seq_length": seq_length, "unknown": unknown.record()},
+        "text": {**text, "sequences": total, "seq_length": seq_length},
+        "unknown": unknown.record(),
         "intrinsic_dimension": result,
         "weight_norm": norm,
     }

@@ -24,18 +24,20 @@ from megatron_sas.data.packed import PackedData
 BLOCK_TOKENS = 1 << 19  # tokens held in memory at a time
 
 
-def write_heads(packed: PackedData, control: Control, seed: int, path: Path) -> dict[str, int | str]:
+def write_heads(
+    packed: PackedData, control: Control, seed: int, path: Path, block_tokens: int = BLOCK_TOKENS
+) -> dict[str, int | str]:
     """Write the control's (N, S) int16 heads to `path`, block by block; returns SHA-256 and counts of edges."""
     digest = hashlib.sha256()
     total = packed.num_sequences
-    rows = max(1, BLOCK_TOKENS // packed.seq_length)
+    rows = max(1, block_tokens // packed.seq_length)
     counts = {"edges": 0, "base_edges": 0, "equal_edges": 0}
     with path.open("wb") as file, progress(total=total, unit="sequence", desc=path.name) as bar:
         for start in range(0, total, rows):
             stop = min(start + rows, total)
             base = np.asarray(packed.heads[start:stop])
             try:
-                heads = control(base, np.asarray(packed.marks[start:stop]), seed, np.arange(start, stop))
+                heads = control(base, np.asarray(packed.boundaries[start:stop]), seed, np.arange(start, stop))
             except ValueError as error:
                 raise InputError(
                     f"{packed.prefix}.heads.bin: in the block from sequence {start}: {error}; preprocess the text again"

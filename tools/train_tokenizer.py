@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.files import atomic_directory, refuse_existing
-from megatron_sas.corpus.build.skipped import Losses
-from megatron_sas.corpus.readers.sources import Reading, read_units
+from megatron_sas.corpus.build.skipped import SkipReport
+from megatron_sas.corpus.readers.base import Reading
+from megatron_sas.corpus.readers.registry import read_units
 from megatron_sas.corpus.readers.text_lines import OnError
 from megatron_sas.corpus.train_tokenizer import KINDS, TokenizerSettings, train_tokenizer
 from megatron_sas.data.masking import bernoulli, hash_u64
@@ -31,16 +32,16 @@ from megatron_sas.data.tokenizer import save_tokenizer, vocab_size
 class Paragraphs:
     """The paragraphs of the inputs, each with probability `share` by a hash of its number.
 
-    `used` counts what the last pass has yielded; `losses` says what broken input it met.
+    `used` counts what the last pass has yielded; `skipped` says what broken input it met.
     """
 
     def __init__(self, inputs: list[str], text_field: str, on_error: OnError, share: float) -> None:
         self.inputs, self.text_field, self.on_error, self.share = inputs, text_field, on_error, share
-        self.used, self.losses = 0, Losses()
+        self.used, self.skipped = 0, SkipReport()
 
     def __iter__(self) -> Iterator[str]:
-        self.used, self.losses = 0, Losses()
-        reading = Reading(self.text_field, self.on_error, self.losses)
+        self.used, self.skipped = 0, SkipReport()
+        reading = Reading(self.text_field, self.on_error, self.skipped)
         with progress(unit=" paragraphs", unit_scale=True, desc="reading") as bar:
             for number, unit in enumerate(read_units(self.inputs, reading)):
                 content = unit.content
@@ -70,7 +71,7 @@ def main() -> None:
     )
     if size < arguments.vocab_size:
         print(f"note: fewer than the {arguments.vocab_size:,} asked for; the text has no more parts that occur twice")
-    for reason, entry in paragraphs.losses.report().items():
+    for reason, entry in paragraphs.skipped.report().items():
         print(f"skipped: {reason}: {entry['count']:,}, the first at {entry['examples'][0]['where']}")
 
 

@@ -15,6 +15,7 @@ import torch
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.device import DEVICE_HELP, choose_device
 from megatron_sas.core.files import refuse_existing, write_text_atomic
+from megatron_sas.corpus.parsers.registry import predictor_usage
 from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.data.tokenizer import tokenizer_identity
 from megatron_sas.evaluation.treebank import Sentence, load_treebank
@@ -157,7 +158,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="what to show: .conllu, .jsonl or .json with trees, or .txt with --parser",
     )
-    parser.add_argument("--parser", metavar="NAME", help="spacy:MODEL or stanza:LANGUAGE, for .txt")
+    parser.add_argument("--parser", metavar="NAME", help=f"{predictor_usage()}, for .txt")
     parser.add_argument("--limit", type=int, default=12, metavar="N", help="show the first N sentences that fit (12)")
     parser.add_argument(
         "--treebank", type=Path, metavar="FILE", help="choose best heads on this treebank (default: on --sentences)"

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from megatron_sas.core.cli import CommonError, InputError
+
+Result = TypeVar("Result")
 
 
 def is_distributed() -> bool:
@@ -81,3 +86,20 @@ def barrier() -> None:
     """Wait for all ranks."""
     if is_distributed() and world_size() > 1:
         dist.barrier()
+
+
+def on_all_ranks(action: Callable[[], Result]) -> Result:
+    """Run `action`, which must not communicate, on every rank; if it fails anywhere, raise the same error everywhere.
+
+    Raises:
+        CommonError: with the first rank's message.
+    """
+    fault, result = None, None
+    try:
+        result = action()
+    except (InputError, OSError) as error:
+        fault = str(error)
+    fault = next((f for f in gather_objects(fault) if f is not None), None)
+    if fault is not None:
+        raise CommonError(fault)
+    return result

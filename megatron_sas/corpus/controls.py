@@ -1,10 +1,10 @@
 """Heads that are not syntax: controls for the SAS regularizer.
 
 A control keeps what the regularizer sees of syntax as data (how many edges, within which sentence) and takes away the
-syntax. All are pure functions of (heads, marks, seed, sample): a row of the result depends on its own row and sample
-number only. Words and sentences come from the marks (docs/architecture.md): bit 0 starts a word, bit 1 a sentence;
-words before the first sentence start of a sequence are the rest of a sentence that was cut. A sentence without edges,
-i.e. without a parse, stays without.
+syntax. All are pure functions of (heads, boundaries, seed, sample): a row of the result depends on its own row and
+sample number only. Words and sentences come from the boundaries (docs/architecture.md): bit 0 starts a word, bit 1 a
+sentence; words before the first sentence start of a sequence are the rest of a sentence that was cut. A sentence
+without edges, i.e. without a parse, stays without.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class _Words:
     head: np.ndarray
 
 
-def permuted(heads: np.ndarray, marks: np.ndarray, seed: int, samples: np.ndarray) -> np.ndarray:
+def permuted(heads: np.ndarray, boundaries: np.ndarray, seed: int, samples: np.ndarray) -> np.ndarray:
     """Each sentence's tree over a random permutation π of its words: the edge i→h becomes π(i)→π(h).
 
     Trees keep their shape, the lengths of edges do not.
 
     Args:
-        heads: (N, S) integers, as in PREFIX.heads.bin. marks: (N, S) uint8. seed: any integer.
+        heads: (N, S) integers, as in PREFIX.heads.bin. boundaries: (N, S) uint8. seed: any integer.
         samples: (N,) integers, the number of each sequence in the whole data.
 
     Returns:
@@ -59,7 +59,7 @@ def permuted(heads: np.ndarray, marks: np.ndarray, seed: int, samples: np.ndarra
     Raises:
         ValueError: a head is not the start of a word in the same sentence.
     """
-    words = _words(heads, marks)
+    words = _words(heads, boundaries)
     bits = _word_bits(words, heads.shape, _PERMUTED, seed, samples)
     image = np.lexsort((bits, words.sentence))
     result = np.full(len(words.head), -1)
@@ -68,7 +68,7 @@ def permuted(heads: np.ndarray, marks: np.ndarray, seed: int, samples: np.ndarra
     return _to_heads(words, result, heads.shape)
 
 
-def offset(heads: np.ndarray, marks: np.ndarray, distance: int) -> np.ndarray:
+def offset(heads: np.ndarray, boundaries: np.ndarray, distance: int) -> np.ndarray:
     """Every word that had a head depends on the word `distance` words away (negative: before).
 
     Where that is outside of the sentence, on the word as far away on the other side, so that as much is regularized as
@@ -76,7 +76,7 @@ def offset(heads: np.ndarray, marks: np.ndarray, distance: int) -> np.ndarray:
 
     Args, result and errors as in `permuted`; nothing is random.
     """
-    words = _words(heads, marks)
+    words = _words(heads, boundaries)
     head, start = np.full(len(words.head), -1), words.starts[words.sentence]
     for target in (np.arange(len(head)) - distance, np.arange(len(head)) + distance):  # the second overrides
         inside = (target >= start) & (target < start + words.sizes[words.sentence]) & (words.head >= 0)
@@ -84,7 +84,7 @@ def offset(heads: np.ndarray, marks: np.ndarray, distance: int) -> np.ndarray:
     return _to_heads(words, head, heads.shape)
 
 
-def random_tree(heads: np.ndarray, marks: np.ndarray, seed: int, samples: np.ndarray) -> np.ndarray:
+def random_tree(heads: np.ndarray, boundaries: np.ndarray, seed: int, samples: np.ndarray) -> np.ndarray:
     """Random trees with exactly the signed edge lengths of each sentence's own tree, in words.
 
     A random walk over trees: `PROPOSALS` + `PROPOSALS_PER_WORD` × words times, two words of the sentence exchange the
@@ -95,7 +95,7 @@ def random_tree(heads: np.ndarray, marks: np.ndarray, seed: int, samples: np.nda
 
     Args, result and errors as in `permuted`; also ValueError when a head chain is a cycle.
     """
-    words = _words(heads, marks)
+    words = _words(heads, boundaries)
     # Proposals of a sentence are drawn from the bits of its first word.
     bits = _word_bits(words, heads.shape, _RANDOM_TREE, seed, samples)[words.starts]
     head = words.head.copy()
@@ -115,7 +115,7 @@ def random_tree(heads: np.ndarray, marks: np.ndarray, seed: int, samples: np.nda
 
 
 def parse_control(kind: str) -> Control:
-    """The control named `permuted`, `random_tree` or `offset:K` as a function of (heads, marks, seed, samples).
+    """The control named `permuted`, `random_tree` or `offset:K` as a function of (heads, boundaries, seed, samples).
 
     Raises:
         InputError: the name is none of these, or K is not an integer other than 0.
@@ -126,19 +126,19 @@ def parse_control(kind: str) -> Control:
         return random_tree
     if re.fullmatch(r"offset:[+-]?\d{1,4}", kind) and int(kind.partition(":")[2]) != 0:
         distance = int(kind.partition(":")[2])
-        return lambda heads, marks, seed, samples: offset(heads, marks, distance)
+        return lambda heads, boundaries, seed, samples: offset(heads, boundaries, distance)
     raise InputError(
         f"control {kind!r}: use permuted, random_tree or offset:K with an integer K other than 0, as in offset:-2"
     )
 
 
-def _words(heads: np.ndarray, marks: np.ndarray) -> _Words:
+def _words(heads: np.ndarray, boundaries: np.ndarray) -> _Words:
     """Words, sentences and word-level heads of a block; ValueError for a head that leads out of its sentence."""
     n, seq = heads.shape
-    is_word = (marks & WORD_START).astype(bool)
+    is_word = (boundaries & WORD_START).astype(bool)
     position = np.flatnonzero(is_word)
     row = position // seq
-    opens = (marks.ravel()[position] & SENTENCE_START).astype(bool)
+    opens = (boundaries.ravel()[position] & SENTENCE_START).astype(bool)
     opens |= np.diff(row, prepend=-1) != 0
     sentence = np.cumsum(opens) - 1
     starts = np.flatnonzero(opens)

@@ -18,9 +18,9 @@ import numpy as np
 from megatron_sas.core.cli import InputError, progress
 from megatron_sas.corpus.build.pack import Packer
 from megatron_sas.corpus.build.packed_writer import PackedWriter, check_seq_length, relation_number
-from megatron_sas.corpus.hub import read_rows
 from megatron_sas.corpus.parsers.base import RelationNames
-from megatron_sas.corpus.readers.sources import input_files, source_name
+from megatron_sas.corpus.readers.hub import read_rows
+from megatron_sas.corpus.readers.registry import input_files, source_name
 from megatron_sas.corpus.readers.text_lines import check_file_name
 from megatron_sas.data.packed import SENTENCE_START, WORD_START
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_info
@@ -47,7 +47,7 @@ class _Row:
 
     tokens: np.ndarray
     heads: np.ndarray
-    marks: np.ndarray
+    boundaries: np.ndarray
     relations: np.ndarray
 
 
@@ -80,7 +80,7 @@ def import_dataset(settings: ImportSettings) -> dict[str, Any]:
                 and (row.tokens[0], row.tokens[-1]) == (info.cls_id, info.sep_id)
                 and not np.isin(row.tokens[inner], (info.pad_id, info.cls_id)).any()
             ):
-                writer.add(row.tokens, row.heads, row.marks, row.relations)
+                writer.add(row.tokens, row.heads, row.boundaries, row.relations)
                 counts["rows_as_they_are"] += 1
                 counts["edges"] += int((row.heads >= 0).sum())
             else:
@@ -209,7 +209,7 @@ class _Reader:
         was_word |= numbers > 0
         was_word[heads[heads >= 0]] = True
         words = _word_starts(was_word, special, self._continuations[tokens])
-        return _Row(tokens, heads, _marks(words, heads, special), np.where(words, numbers, 0))
+        return _Row(tokens, heads, _boundaries(words, heads, special), np.where(words, numbers, 0))
 
     def _numbers(self, relations: Any, counts: Counter[str]) -> np.ndarray:
         """(P,) common numbers of a row's relations, given as numbers or names."""
@@ -243,7 +243,7 @@ def _word_starts(was_word: np.ndarray, special: np.ndarray, continuation: np.nda
     return ~special & np.where(parsed, was_word, ~continuation)
 
 
-def _marks(words: np.ndarray, heads: np.ndarray, special: np.ndarray) -> np.ndarray:
+def _boundaries(words: np.ndarray, heads: np.ndarray, special: np.ndarray) -> np.ndarray:
     """(P,) uint8: word starts, and sentence starts: word starts that no edge spans, after a span or a special token.
 
     In a run between special tokens without any edge, only the first word is known to start a sentence.
@@ -254,15 +254,15 @@ def _marks(words: np.ndarray, heads: np.ndarray, special: np.ndarray) -> np.ndar
     np.add.at(change, left + 1, 1)
     np.add.at(change, right + 1, -1)
     spanned = np.cumsum(change)[:-1] > 0  # an edge goes from before this place to it or beyond
-    marks = words.astype(np.uint8) * WORD_START
+    boundaries = words.astype(np.uint8) * WORD_START
     starts = words & ~spanned
     run = np.cumsum(special)
     has_edge = np.zeros(run[-1] + 1, dtype=bool)
     has_edge[run[dependents]] = has_edge[run[heads[dependents]]] = True
     unknown = np.flatnonzero(starts & ~has_edge[run])
     starts[unknown[1:][run[unknown[1:]] == run[unknown[:-1]]]] = False
-    marks[starts] |= SENTENCE_START
-    return marks
+    boundaries[starts] |= SENTENCE_START
+    return boundaries
 
 
 def _pack(packer: Packer, row: _Row, special_ids: tuple[int, ...]) -> int:
@@ -277,5 +277,5 @@ def _pack(packer: Packer, row: _Row, special_ids: tuple[int, ...]) -> int:
         inside = np.where((target >= start) & (target < end), offsets[run], 0)
         across += int(np.count_nonzero(offsets[run])) - int(np.count_nonzero(inside))
         packer.start_document()
-        packer.add(row.tokens[run].astype(np.int32), inside, row.marks[run], row.relations[run].astype(np.uint8))
+        packer.add(row.tokens[run].astype(np.int32), inside, row.boundaries[run], row.relations[run].astype(np.uint8))
     return across

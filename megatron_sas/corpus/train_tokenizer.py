@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.corpus.readers.sources import MAX_UNIT_CHARACTERS
+from megatron_sas.corpus.readers.base import MAX_UNIT_CHARACTERS
 from megatron_sas.data.tokenizer import SPECIAL_TOKENS
 
 if TYPE_CHECKING:

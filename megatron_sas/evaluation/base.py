@@ -94,6 +94,11 @@ class Evaluation:
         raise NotImplementedError
 
     @classmethod
+    def shortages(cls, section: Any, text: PackedData) -> list[str]:
+        """What the section asks for and the held-out text cannot give; each begins with the field's name."""
+        return []
+
+    @classmethod
     def faults(cls, section: Any, has_text: bool) -> list[str]:
         """What is wrong between these settings and the rest of the configuration; each begins with a field's name."""
         return []

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_sas.core import distributed
 from megatron_sas.core.settings import Section
+from megatron_sas.data.packed import PackedData
 from megatron_sas.evaluation.base import Evaluation, Metric, Resources
 from megatron_sas.evaluation.batching import AfterBatch, evaluating
 from megatron_sas.evaluation.observers import AttentionStatistics, SasObserver, share_pass
@@ -130,6 +131,10 @@ def _slope(log_mu: np.ndarray) -> float:
     return float(x @ y / (x @ x))
 
 
+ENOUGH_POINTS = 100
+"""Below this the standard error of TwoNN is a tenth of its value or more."""
+
+
 class ComplexitySettings(Section):
     """Of the intrinsic dimension."""
 
@@ -152,6 +157,16 @@ class ComplexityEvaluation(Evaluation):
     def wanted(cls, section: ComplexitySettings) -> bool:
         """Where a number of sequences is given."""
         return section.complexity_sequences is not None
+
+    @classmethod
+    def shortages(cls, section: ComplexitySettings, text: PackedData) -> list[str]:
+        """Fewer sequences than were asked for, or too few for an estimate."""
+        there, wanted, found = text.num_sequences, section.complexity_sequences, []
+        if there < wanted:
+            found.append(f"complexity_sequences: {wanted} are wanted, but {text.prefix} has {there}")
+        if (points := min(there, wanted)) < ENOUGH_POINTS:
+            found.append(f"complexity_sequences: TwoNN of {points} points says little; give it {ENOUGH_POINTS} or more")
+        return found
 
     @classmethod
     def faults(cls, section: ComplexitySettings, has_text: bool) -> list[str]:

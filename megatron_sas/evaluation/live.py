@@ -1,12 +1,11 @@
-"""Everything that is evaluated while a model trains, prepared once; and how often there is time for it."""
+"""Everything that is evaluated while a model trains, prepared once."""
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_sas.data.packed import PackedData
 from megatron_sas.data.unknown import Unknown
 from megatron_sas.evaluation.base import TEXT, Evaluation, Resources
 from megatron_sas.evaluation.batching import AfterBatch
@@ -14,7 +13,6 @@ from megatron_sas.evaluation.registry import EVALUATIONS, live_metrics
 from megatron_sas.evaluation.section import EvaluationSection
 from megatron_sas.model.bert import Bert
 
-GRACE_SECONDS = 30.0
 MOST_HEADS = 0.75
 
 
@@ -31,6 +29,16 @@ def prepare(section: EvaluationSection, resources: Resources) -> dict[str, Evalu
     }
 
 
+def shortages(section: EvaluationSection, text: PackedData | None) -> list[str]:
+    """What a section asks for and the held-out text cannot give, a phrase each."""
+    return [
+        f"evaluation.{phrase}"
+        for evaluation in EVALUATIONS.values()
+        if text is not None and evaluation.wanted(section)
+        for phrase in evaluation.shortages(section, text)
+    ]
+
+
 class LiveEvaluation:
     """The evaluations that a configuration asks for; each that is not configured is left out.
 
@@ -39,7 +47,7 @@ class LiveEvaluation:
     """
 
     def __init__(self, section: EvaluationSection, resources: Resources) -> None:
-        self.validation = resources.text
+        self.section, self.validation = section, resources.text
         self.evaluations = prepare(section, resources)
 
     def unknown(self) -> dict[str, Unknown]:
@@ -60,11 +68,9 @@ class LiveEvaluation:
 
         `after_batch` is called after each forward; an exception that it raises ends the evaluation.
         """
-        started = time.perf_counter()
         values: dict[str, Any] = {}
         for evaluation in self.evaluations.values():
             values |= evaluation.run(model, after_batch)
-        values["seconds"] = time.perf_counter() - started
         return values
 
 
@@ -83,16 +89,3 @@ def collapsed_attention(values: dict[str, Any]) -> dict[str, Any] | None:
     """
     attention = values.get("validation_attention", values.get("treebank_attention"))
     return attention if attention is not None and attention["collapsed_heads"] >= MOST_HEADS else None
-
-
-def evaluation_stride(
-    evaluations_left: int, seconds_each: float, training_seconds_left: float, max_time_share: float
-) -> int:
-    """Make every how many-th of the remaining evaluations, so that they take at most `max_time_share` of all time.
-
-    With n evaluations of e seconds beside T seconds of training, n·e ≤ share·(n·e + T). `GRACE_SECONDS` are free, so
-    that short runs keep all their points.
-    """
-    allowed = max_time_share / (1.0 - max_time_share) * training_seconds_left + GRACE_SECONDS
-    wanted = evaluations_left * seconds_each
-    return 1 if wanted <= allowed else math.ceil(wanted / allowed)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.corpus.build.align import Parse, align
-from megatron_sas.corpus.parsers.base import Parser, RelationNames
+from megatron_sas.corpus.build.align import align
+from megatron_sas.corpus.parsers.base import Parse, Parser, RelationNames
 from megatron_sas.corpus.readers.conllu import ConlluSentence
 from megatron_sas.data.packed import WORD_START
 
@@ -77,7 +77,7 @@ def _unit(sentences: list[ConlluSentence]) -> GoldUnit:
         parses.append(parse.shifted(characters, words))
         characters += len(sentence.text) + 1
         words += count
-    relations = [name.split(":")[0] for sentence in sentences for name in sentence.relns]
+    relations = [name.split(":")[0] for sentence in sentences for name in sentence.deprels]
     return GoldUnit(" ".join(sentence.text for sentence in sentences), Parse.concatenate(parses), relations)
 
 
@@ -87,7 +87,7 @@ def predicted_heads(gold: Parse, parse: Parse, text: str) -> tuple[np.ndarray, n
     relations = np.zeros(len(heads), dtype=np.int64)
     visible = np.flatnonzero(gold.ends > gold.starts)
     aligned = align(gold.starts[visible], gold.ends[visible], parse, text)
-    first = np.flatnonzero(aligned.marks & WORD_START)
+    first = np.flatnonzero(aligned.boundaries & WORD_START)
     head = np.where(parse.heads[aligned.words[first]] < 0, ROOT, NONE)
     offset = aligned.offsets[first]
     heads[visible[first]] = np.where(offset != 0, visible[first + offset], head)

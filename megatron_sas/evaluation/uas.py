@@ -342,7 +342,7 @@ def _heads_of_pieces(sentence: Sentence, tokenized: TokenizedSentence) -> np.nda
 def _counted_edges(sentence: Sentence) -> list[tuple[int, int, str]]:
     """(dependent, head, relation without subtype) of every word whose relation counts."""
     edges = []
-    for dependent, (head, full_relation) in enumerate(zip(sentence.heads, sentence.relns, strict=True)):
+    for dependent, (head, full_relation) in enumerate(zip(sentence.heads, sentence.deprels, strict=True)):
         relation = full_relation.split(":")[0]
         if head >= 0 and relation.lower() not in UNCOUNTED_RELATIONS:
             edges.append((dependent, head, relation))

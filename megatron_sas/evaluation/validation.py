@@ -114,6 +114,14 @@ class ValidationEvaluation(Evaluation):
         """Wherever there is a text."""
         return True
 
+    @classmethod
+    def shortages(cls, section: ValidationSettings, text: PackedData) -> list[str]:
+        """Fewer sequences than were asked for; the default is no wish."""
+        wanted = section.validation_sequences
+        if text.num_sequences >= wanted or "validation_sequences" not in section.model_fields_set:
+            return []
+        return [f"validation_sequences: {wanted} are wanted, but {text.prefix} has {text.num_sequences}"]
+
     def run(self, model: Bert, after_batch: AfterBatch | None = None) -> dict[str, Any]:
         """See `evaluate_validation`; with `validation_attention`, as `AttentionStatistics` gives it."""
         info = self.resources.text.tokenizer

@@ -32,7 +32,7 @@ from megatron_sas.objective.terms import TERMS, syntactic_first
 from megatron_sas.optim.schedules import plateau, role
 from megatron_sas.run.directory import RunDirectory, steps_in
 from megatron_sas.run.records import last_records
-from megatron_sas.train.build import refuse_other_experiment
+from megatron_sas.train.resume import check_same_experiment
 
 SWEEP = "sweep.json"
 FORMAT, VERSION = "megatron_sas sweep", 1
@@ -185,7 +185,7 @@ def _refuse_other_run(run: PlannedRun) -> None:
     old, new = load_config(saved), run.config
     if old.run.branch_from and new.run.branch_from and _same_branch(old.run.branch_from, new.run.branch_from):
         new = new.model_copy(update={"run": new.run.model_copy(update={"branch_from": old.run.branch_from})})
-    refuse_other_experiment(old, new, saved)
+    check_same_experiment(old, new, saved)
     if finished and _data_names(old) != _data_names(new):  # nothing will compare their contents
         raise InputError(
             f"{saved}: the run there finished with other values of data.train or data.validation; restore them or "

@@ -14,6 +14,7 @@ from megatron_sas.evaluation.registry import live_metrics
 from megatron_sas.evaluation.uas import UAS
 from megatron_sas.model.config import BertConfig
 from megatron_sas.objective.terms import TERMS
+from megatron_sas.optim.optimizers import OPTIMIZERS
 from megatron_sas.optim.schedules import read_schedule
 from megatron_sas.optim.section import TrainSection
 from megatron_sas.run.directory import CONFIG, STATE, run_of
@@ -82,13 +83,15 @@ def _training(state: dict[str, Any], run: dict[str, Any] | None, config: BertCon
         train = run["train"]
         if run["model"].get("init_from"):
             rows["initial weights"] = run["model"]["init_from"]
+        optimizer = OPTIMIZERS[train.get("optimizer", "adamw")].TITLE
         clipping = f"clipped at {train['grad_clip']:g}" if train["grad_clip"] else "not clipped"
         rows |= {
             "objective": f"masked LM (each token masked with probability {run['data']['mask_prob']:g}) + λ · R",
             **_terms(run),
             "batch": f"{train['global_batch_size']} sequences, micro-batch {train['micro_batch_size']}",
-            "optimizer": f"AdamW, peak learning rate {train['learning_rate']:g}, betas {tuple(train['adam_betas'])}, "
-            f"eps {train['adam_eps']:g}, weight decay {train['weight_decay']:g}, gradient {clipping}",
+            "optimizer": f"{optimizer}, peak learning rate {train['learning_rate']:g}, "
+            f"betas {tuple(train['adam_betas'])}, eps {train['adam_eps']:g}, weight decay {train['weight_decay']:g}, "
+            f"gradient {clipping}",
             "learning rate": TrainSection(**train).schedule.course(),
             "dropout": f"hidden {config.hidden_dropout:g}, attention {config.attention_dropout:g}",
             "precision": f"{train['precision']}, ZeRO stage {train['zero_stage']}",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.corpus.hub import read_rows
+from megatron_sas.corpus.readers.hub import read_rows
 from megatron_sas.corpus.readers.text_lines import is_encodable, parse_json
 from megatron_sas.glue.tasks import SCORE_RANGE, Task
 

@@ -150,7 +150,8 @@ def finetune(
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
     model = pretrained.fresh().to(device)
-    optimizer = torch.optim.AdamW(decay_groups(model, settings.weight_decay), lr=settings.learning_rate)
+    groups = decay_groups(model.parameters(), settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
     steps = settings.epochs * -(-len(train.ids) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: settings.rate(step, steps))
     epochs, losses = [], []

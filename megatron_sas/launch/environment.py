@@ -56,6 +56,15 @@ def initialize_distributed(timeout_minutes: float) -> torch.device:
     return device
 
 
+def join_processes(timeout_minutes: float, deterministic: bool) -> torch.device:
+    """`initialize_distributed`, then the threads and, if asked for, deterministic kernels of training."""
+    device = initialize_distributed(timeout_minutes)
+    share_cores()
+    if deterministic and device.type == "cuda":
+        use_deterministic_algorithms()
+    return device
+
+
 def refuse_missing_gpu() -> None:
     """Raise `InputError` if this process, one of several on the host, has no GPU of its own."""
     gpus = torch.cuda.device_count()

@@ -12,7 +12,7 @@ import torch
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.distributed import barrier, local_rank
-from megatron_sas.kernels import backend_refusal, dependency_attention
+from megatron_sas.kernels import dependency_attention, unsupported_reason
 from megatron_sas.model.config import BertConfig
 
 # torch's directories are not told apart by version when they are given.
@@ -58,15 +58,17 @@ def check_attention_backend(
     """Raise `InputError` if the chosen backend cannot train such a model here, with so many sets of edges."""
     shape = (1, config.num_heads, seq_length, config.head_dim)
     q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
-    reason = backend_refusal(config.attention_backend, q, False, config.attention_dropout, sets)
+    reason = unsupported_reason(config.attention_backend, q, config.attention_dropout, sets=sets)
     if reason is not None:
         raise InputError(f"model.attention_backend: {config.attention_backend}: {reason}; choose auto")
 
 
 def build_attention_kernels(
-    config: BertConfig, batch: int, seq_length: int, dtype: torch.dtype, device: torch.device
+    config: BertConfig, batch: int, seq_length: int, dtype: torch.dtype, device: torch.device, sets: int = 1
 ) -> None:
-    """Run the model's attention with and without edges, so that its kernels exist on every host. A collective.
+    """Run the model's attention so that its kernels exist on every host: with `sets` sets of edges, and without any.
+
+    A collective.
 
     Our kernels choose tile sizes by the first call that they get: it has the run's own shape, short edges, and few
     entries with a gradient, as the `max` regularizer leaves them.
@@ -75,7 +77,7 @@ def build_attention_kernels(
         InputError: the chosen backend cannot train the regularizer, which shows only when it is run.
     """
     shape = (batch, config.num_heads, seq_length, config.head_dim)
-    heads = torch.arange(-1, seq_length - 1, device=device).expand(batch, -1)
+    heads = torch.arange(-1, seq_length - 1, device=device).expand(batch, *([sets] if sets > 1 else []), -1)
     winners = torch.arange(seq_length, device=device) % 64 == 0
     with first_of_each_host_first():
         for edges in (heads, None):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from megatron_sas.kernels import backend_refusal, dependency_attention
+from megatron_sas.kernels import dependency_attention, unsupported_reason
 from megatron_sas.kernels.cpu_linear import Linear
 from megatron_sas.model.config import BertConfig
 
@@ -38,11 +38,12 @@ class SelfAttention(nn.Module):
         q, k, v = (part.view(batch, seq, self.num_heads, -1).transpose(1, 2) for part in parts)  # (B, H, S, D)
         if observer is not None:
             observer(q, k)
-        dropout_p = self.dropout_p if self.training else 0.0
-        backend = self.backend
-        sets = heads.shape[1] if heads is not None and heads.dim() == 3 else 1
-        if not self.training and backend_refusal(backend, q, seqlens is not None, dropout_p, sets) is not None:
-            backend = "auto"  # chosen for training; evaluations have padding, and may run on another device
+        dropout_p, backend = self.dropout_p if self.training else 0.0, self.backend
+        if not self.training and backend != "auto":
+            # Chosen for training; evaluations have padding, and may run on another device.
+            sets = heads.shape[1] if heads is not None and heads.dim() == 3 else 1
+            if unsupported_reason(backend, q, dropout_p, has_seqlens=seqlens is not None, sets=sets) is not None:
+                backend = "auto"
         out, to_head, to_dependent = dependency_attention(
             q, k, v, heads, seqlens=seqlens, dropout_p=dropout_p, backend=backend
         )

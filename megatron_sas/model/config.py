@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from megatron_sas.core.settings import Section
+from megatron_sas.kernels.backends import BACKENDS
 
 VOCAB_MULTIPLE = 64
 """The embedding is padded to a multiple of this, which matrix units like; see `BertConfig.padded_vocab_size`."""
@@ -35,9 +36,7 @@ class ModelSection(Section):
     norm_placement: Literal["post", "pre"] = Field("post", description="LayerNorm after (BERT) or before each block")
     hidden_dropout: float = Field(0.1, description="dropout of embeddings and block outputs", ge=0, lt=1)
     attention_dropout: float = Field(0.1, description="dropout of attention probabilities; use 0 on CPU", ge=0, lt=1)
-    attention_backend: Literal["auto", "triton", "sdpa", "cudnn", "flex", "fa4", "chunked", "reference"] = Field(
-        "auto", description="kernel behind dependency attention"
-    )
+    attention_backend: Literal["auto", *BACKENDS] = Field("auto", description="kernel behind dependency attention")
     init_from: str | None = Field(
         None, description="Hugging Face directory or checkpoint with the initial weights; default: random ones"
     )

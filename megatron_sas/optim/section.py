@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_serializer, field_validator
 from pydantic_core import PydanticCustomError
 
 from megatron_sas.core.settings import Section
+from megatron_sas.optim.optimizers import OPTIMIZERS
 from megatron_sas.optim.schedules import AnySchedule, Stages, check_kind
 
 NEIGHBOURS = {"value": "learning_rate", "warmup_steps": "warmup_steps", "decay_horizon": "decay_horizon"}
@@ -31,7 +32,8 @@ class TrainSection(Section):
         "tenth of decay_horizon), or stages of rates",
         validate_default=True,
     )
-    weight_decay: float = Field(0.0, description="AdamW, not on biases and LayerNorms", ge=0)
+    optimizer: Literal[*OPTIMIZERS] = Field("adamw", description="what makes updates of gradients")
+    weight_decay: float = Field(0.0, description="decoupled, not on biases and LayerNorms", ge=0)
     adam_betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW")
     adam_eps: float = Field(1e-8, description="AdamW", ge=1e-30)  # smaller ones are 0 beside 0 in float32
     grad_clip: float = Field(1.0, description="largest global gradient norm; 0: no clipping", ge=0)
@@ -82,6 +84,8 @@ class TrainSection(Section):
                 f"{self.micro_batch_size}"
             )
         faults += self._schedule_faults()
+        if reason := OPTIMIZERS[self.optimizer].unsupported_reason(self.zero_stage):
+            faults.append(f"optimizer: {self.optimizer}: {reason}")
         if self.compile and self.zero_stage == 3:
             faults.append(
                 "compile: ZeRO stage 3 gathers weights inside the layers; set compile: false or zero_stage: 2"

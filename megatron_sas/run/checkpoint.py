@@ -3,7 +3,7 @@
     checkpoints/step_00001000/
         model.json           architecture
         model.safetensors    weights, float32
-        optimizer-00000-of-00002.safetensors …   AdamW's moments; each process writes a share of the parameters
+        optimizer-00000-of-00002.safetensors …   the optimizer's moments; each process writes a share of the parameters
         tokenizer/           as Hugging Face saves it
         state.json           counters of the run
         config.yaml          the run's configuration
@@ -88,7 +88,7 @@ def gather_share(engine: TrainingState, step: int, with_moments: bool) -> Share:
     """The weights (rank 0) and, if asked for, this rank's share of the moments. A collective."""
     names = [name for name, _ in engine.named_parameters()]
     weights = dict(engine.full_tensors(None, set(names) if distributed.is_main() else set()))
-    if step == 0 or not with_moments:  # AdamW has no moments before its first update
+    if step == 0 or not with_moments:  # there are no moments before the first update
         return Share(weights, None)
     share = set(names[distributed.rank() :: distributed.world_size()])
     moments = {f"{key}.{name}": tensor for key in engine.moments for name, tensor in engine.full_tensors(key, share)}
@@ -156,7 +156,7 @@ def publish(partial: Path, step: int) -> None:
         OSError: a rank's shard is not here, so that rank writes to another disk; or one is that no rank has written.
     """
     final = partial.with_name(step_name(step))
-    ranks = range(distributed.world_size() if step > 0 else 0)  # AdamW has no moments before its first update
+    ranks = range(distributed.world_size() if step > 0 else 0)  # there are no moments before the first update
     shards = [optimizer_shard(rank, len(ranks)) for rank in ranks]
     if absent := [shard for shard in shards if not (partial / shard).is_file()]:
         raise OSError(f"{absent[0]} is not there: run.output_dir must be one directory that all hosts share")

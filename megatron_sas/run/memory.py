@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
+from megatron_sas.optim.optimizers import OPTIMIZERS, moments_of
 
 FP32, BF16 = 4, 2
 
@@ -62,6 +63,15 @@ def count_parameters(config: BertConfig) -> int:
         return sum(parameter.numel() for parameter in Bert(config).parameters())
 
 
+@functools.cache
+def optimizer_bytes(config: BertConfig, optimizer: str) -> int:
+    """What an optimizer keeps of all parameters of a model of this shape, without allocating it."""
+    with torch.device("meta"):
+        named = list(Bert(config).named_parameters())
+    kept = (moment for name, p in named for moment in moments_of(OPTIMIZERS[optimizer], name, p).values())
+    return sum(moment.nbytes for moment in kept)
+
+
 def estimate_memory(
     config: BertConfig,
     *,
@@ -73,6 +83,7 @@ def estimate_memory(
     seq_length: int,
     mask_prob: float,
     edge_sets: int = 1,
+    optimizer: str = "adamw",
     zero_optimization: dict[str, Any] | None = None,
     cuda: bool = True,
 ) -> MemoryEstimate:
@@ -81,15 +92,17 @@ def estimate_memory(
     Args:
         accumulation: micro-batches per update; with more than one, gradients exist while activations peak.
         edge_sets: sets of edges along which probabilities are computed, one for each term that asks for some.
+        optimizer: by name in `OPTIMIZERS`.
         zero_optimization: that section of DeepSpeed's JSON (bucket sizes, offloading).
         cuda: dropout keeps masks of 1 byte there, of the activations' size on a CPU.
     """
     zero = zero_optimization or {}
     n, bf16 = count_parameters(config), precision == "bf16"
     compute = BF16 if bf16 and zero_stage > 0 else FP32
-    # AdamW's two moments; under ZeRO also a float32 copy of the weights that it updates.
-    state = (8.0 if zero_stage == 0 else 12.0) * n / (1 if zero_stage == 0 else world_size)
-    weights, optimizer, buffers = float(compute * n), state, 0.0
+    # The optimizer's moments; under ZeRO also a float32 copy of the weights that it updates.
+    kept = float(optimizer_bytes(config, optimizer))
+    state = kept if zero_stage == 0 else (kept + 4.0 * n) / world_size
+    weights, buffers = float(compute * n), 0.0
     accumulates = accumulation > 1
     if zero_stage == 0:
         gradients = 4.0 * n if accumulates else 0.0
@@ -109,7 +122,7 @@ def estimate_memory(
         overlap = zero.get("overlap_comm", zero_stage == 3) and zero_stage < 3
         buffers = compute * float(zero.get("reduce_bucket_size", REDUCE_BUCKET)) * (2 if overlap else 1)
     if _on_host(zero.get("offload_optimizer")) and cuda:
-        optimizer = gradients = 0.0
+        state = gradients = 0.0
     if _on_host(zero.get("offload_param")) and cuda:
         weights -= compute * n / world_size
     masked = round(micro_batch_size * seq_length * mask_prob)
@@ -125,7 +138,7 @@ def estimate_memory(
     )
     # The gradient of the logits: in compiled code beside them, else in their place.
     head = (BF16 if bf16 else FP32) * masked * config.padded_vocab_size if cuda else 0
-    return MemoryEstimate(weights, gradients, optimizer, buffers, activations + head)
+    return MemoryEstimate(weights, gradients, state, buffers, activations + head)
 
 
 def activation_bytes(

@@ -12,7 +12,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 
 from megatron_sas.core.files import write_text_atomic
@@ -81,15 +80,14 @@ class StopRequest:
                 self._arrived.extend(arrived)
         return max(numbers.count(signal.SIGINT) for numbers in (self._handled, self._arrived))
 
-    def look_for_file(self, run_dir: str | Path) -> None:
+    def look_for_file(self, run: RunDirectory) -> None:
         """Take a file `stop` in the run's directory for a request."""
-        path = RunDirectory(Path(run_dir)).stop
+        path = run.stop
         if self.reason is None and path.exists():
             self.reason = f"file {path}"
 
-    def clear_marks(self, run_dir: str | Path) -> None:
+    def clear_marks(self, run: RunDirectory) -> None:
         """The run begins: remove its requeue marker, and a stop file that was meant for an earlier process."""
-        run = RunDirectory(Path(run_dir))
         requeue, stop = run.requeue, run.stop
         if os.path.lexists(requeue):
             requeue.unlink()
@@ -97,8 +95,7 @@ class StopRequest:
             stop.unlink()
 
 
-def mark_for_requeue(run_dir: str | Path, reason: str) -> None:
+def mark_for_requeue(run: RunDirectory, reason: str) -> None:
     """Say that the run stopped before its end and should be started again; a stop file has done its work."""
-    run = RunDirectory(Path(run_dir))
     write_text_atomic(run.requeue, reason + "\n")
     run.stop.unlink(missing_ok=True)

@@ -6,22 +6,24 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from megatron_sas.config import Config, load_config
+from megatron_sas.config import Config, read_config
 from megatron_sas.core import distributed
 from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.data.mixture import MixedData, open_training_data
-from megatron_sas.data.overlap import refuse_overlap
+from megatron_sas.data.overlap import check_overlap
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_identity
-from megatron_sas.evaluation.minimal_pairs import load_blimp
+from megatron_sas.evaluation.live import shortages
+from megatron_sas.evaluation.minimal_pairs import PairSet, load_blimp
 from megatron_sas.evaluation.treebank import Treebank, load_treebank
 from megatron_sas.launch.environment import (
     collective_timeout,
@@ -36,13 +38,14 @@ from megatron_sas.objective.terms import weights
 from megatron_sas.run.directory import RunDirectory, steps_in
 from megatron_sas.run.memory import MemoryEstimate, PeakMemory, count_parameters, estimate_memory, show_bytes
 from megatron_sas.train.branch import Branch
-from megatron_sas.train.build import build_parts, check_tokenizer, where_to_start
+from megatron_sas.train.build import build_state
 from megatron_sas.train.checks import CHECKS, check_shared_directory, existing_ancestor
 from megatron_sas.train.deepspeed_config import deepspeed_config
 from megatron_sas.train.dry_run_report import Report
+from megatron_sas.train.resume import check_tokenizer, find_start
 from megatron_sas.train.step import Engine
 
-CHECKPOINT_BYTES = 12  # per parameter: float32 weights and two moments
+CHECKPOINT_BYTES = 12  # per parameter: float32 weights and AdamW's two moments, the most that an optimizer keeps
 
 
 def preflight(path: str, overrides: Sequence[str]) -> int:
@@ -51,10 +54,10 @@ def preflight(path: str, overrides: Sequence[str]) -> int:
     report.join()
     for name, action in CHECKS:
         report.check(name, action)
-    config = report.check("configuration", lambda: load_config(path, overrides), lambda _: path)
+    config, faulty = _read_configuration(path, overrides, report)
     if config is not None:
         report.timeout = collective_timeout(config.run.timeout_minutes)
-        _check_configured(config, report)
+        _check_configured(config, report, faulty)
     ready = report.agree()  # alike on all processes, since the step needs all of them
     if ready:
         with report.all_or_none():
@@ -69,36 +72,61 @@ def preflight(path: str, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _check_configured(config: Config, report: Report) -> None:
-    """Everything that the configuration names."""
+def _read_configuration(path: str, overrides: Sequence[str], report: Report) -> tuple[Config | None, set[str]]:
+    """The configuration as far as it is sound, and the fields that are not; each of their faults is reported."""
+    try:
+        config, faults, faulty = read_config(path, overrides)
+    except (InputError, OSError) as error:
+        report.problem(f"configuration: {error}")
+        return None, set()
+    for fault in faults:
+        report.problem(f"configuration: {path}: {fault}")
+    if not faults:
+        report.check("configuration", lambda: path)
+    return config, faulty
+
+
+def _check_configured(config: Config, report: Report, faulty: Collection[str] = ()) -> None:
+    """Everything that the configuration names, but what depends on `faulty` fields."""
     data, section = config.data, config.evaluation
     world_size = number_of_processes()
-    deepspeed = report.check(
-        "batch and DeepSpeed",
-        lambda: deepspeed_config(config.train, world_size),
-        lambda d: (
-            f"{world_size} × {config.train.micro_batch_size} × {d['gradient_accumulation_steps']} sequences, "
-            f"ZeRO-{config.train.zero_stage}"
-        ),
-    )
-    packed = report.check("training data", lambda: _open_data(config, data.parts(), data.heads, report), _describe_data)
-    validation = None
-    if data.validation is not None:
+
+    def sound(*names: str) -> bool:
+        return not any(field.startswith(names) for field in faulty)
+
+    deepspeed = packed = validation = None
+    if sound("train"):
+        deepspeed = report.check(
+            "batch and DeepSpeed", lambda: deepspeed_config(config.train, world_size), partial(_describe_batch, config)
+        )
+    if sound("data.train", "data.heads", "data.tokenizer", "model"):
+        packed = report.check(
+            "training data",
+            lambda: _open_data(config, data.parts(), data.heads, report),
+            lambda found: f"{_describe_data(found)}; {_describe_epochs(config, found)}" if sound("train") else found,
+        )
+    if data.validation is not None and sound("data.validation", "data.tokenizer", "model"):
         validation = report.check(
             "validation data", lambda: _open_data(config, [(data.validation, None)], None, report), _describe_data
         )
+        for shortage in shortages(section, validation):
+            report.warn(shortage)
     begins = config.run.branch_from is None and not RunDirectory(Path(config.run.output_dir)).config.is_file()
-    if packed is not None and begins:
-        report.check("overlap", lambda: refuse_overlap(packed.parts, validation), lambda _: "none by the headers")
-    if section.treebank is not None:
-        report.check("treebank", lambda: load_treebank(section.treebank), _describe_treebank)
-    if section.blimp is not None:
-        report.check("minimal pairs", lambda: load_blimp(section.blimp), lambda found: f"{len(found)} sets")
+    if packed is not None and begins and sound("run"):
+        report.check("overlap", lambda: check_overlap(packed.parts, validation), lambda _: "none by the headers")
+    if section.treebank is not None and sound("evaluation.treebank"):
+        limit = section.treebank_sentences
+        report.check("treebank", lambda: load_treebank(section.treebank), partial(_describe_treebank, limit, report))
+    if section.blimp is not None and sound("evaluation.blimp"):
+        limit = section.blimp_pairs_per_set
+        report.check("minimal pairs", lambda: load_blimp(section.blimp), partial(_describe_pairs, limit, report))
+    if not sound("run"):
+        return
     report.check("output directory", lambda: check_output_directory(Path(config.run.output_dir)))
     branch = None
-    if config.run.branch_from is not None:  # which the run's own checkpoint replaces once there is one
-        _, branch = report.check("branch", lambda: where_to_start(config, print), _describe_start) or (None, None)
-    if packed is not None:
+    if config.run.branch_from is not None and not faulty:  # which the run's own checkpoint replaces once there is one
+        _, branch = report.check("branch", lambda: find_start(config, print), _describe_start) or (None, None)
+    if packed is not None and sound("train", "checkpoint", "snapshots", "watch"):
         shape = config.bert_config(packed.tokenizer.vocab_size, packed.tokenizer.pad_id)
         report.check("disk space", lambda: check_disk_space(config, count_parameters(shape), branch))
         if deepspeed is not None:
@@ -106,8 +134,29 @@ def _check_configured(config: Config, report: Report) -> None:
             report.check("memory per device (estimate)", lambda: check_memory(estimate))
 
 
-def _describe_treebank(treebank: Treebank) -> str:
-    return "; ".join(filter(None, (f"{len(treebank)} sentences", blanked_note(treebank.num_blanked))))
+def _describe_batch(config: Config, deepspeed: dict[str, Any]) -> str:
+    batch = (number_of_processes(), config.train.micro_batch_size, deepspeed["gradient_accumulation_steps"])
+    return f"{' × '.join(map(str, batch))} sequences, ZeRO-{config.train.zero_stage}"
+
+
+def _describe_epochs(config: Config, packed: PackedData | MixedData) -> str:
+    epochs = config.train.steps * config.train.global_batch_size / packed.num_sequences
+    return f"{config.train.steps:,} updates of {config.train.global_batch_size} read it {epochs:.3g} times"
+
+
+def _describe_pairs(limit: int | None, report: Report, sets: Sequence[PairSet]) -> str:
+    smallest = min(len(pairs.pairs) for pairs in sets)
+    if limit is not None and smallest < limit:
+        report.warn(f"evaluation.blimp_pairs_per_set: {limit} are wanted, but a set has only {smallest}")
+    used = "all pairs" if limit is None else f"the first {limit} pairs of each"
+    return f"{len(sets)} sets, {used} are used"
+
+
+def _describe_treebank(limit: int | None, report: Report, treebank: Treebank) -> str:
+    if limit is not None and len(treebank) < limit:
+        report.warn(f"evaluation.treebank_sentences: {limit} are wanted, but the treebank has {len(treebank)}")
+    used = "" if limit is None or len(treebank) <= limit else f", the first {limit} are used"
+    return "; ".join(filter(None, (f"{len(treebank)} sentences{used}", blanked_note(treebank.num_blanked))))
 
 
 def _open_data(
@@ -210,6 +259,7 @@ def _estimate(
         seq_length=seq_length,
         mask_prob=config.data.mask_prob,
         edge_sets=len(config.terms()),
+        optimizer=config.train.optimizer,
         zero_optimization=deepspeed["zero_optimization"],
         cuda=torch.cuda.is_available(),
     )
@@ -224,19 +274,20 @@ def _try_one_step(config: Config, report: Report) -> None:
         share_cores()
         check_shared_directory(Path(config.run.output_dir))
         with PeakMemory(device) as memory:
-            parts = build_parts(config, lambda _: None)
-            terms = config.terms(parts.dataset.packed.tokenizer.special_ids)
-            engine = Engine(MaskedLMWithTerms(parts.bert, terms), config.train, config.run.seed, device)
-            parts.load_optimizer(engine)
+            state = build_state(config, lambda _: None)
+            terms = state.terms
+            module, options = MaskedLMWithTerms(state.bert, terms), config.optimizer_options()
+            engine = Engine(module, config.train, config.run.seed, device, options)
+            state.load_optimizer(engine)
             engine.set_learning_rate(0.0)
-            weight = weights(terms, parts.start_step)
-            result = engine.update(parts.dataset.window(parts.start_step), weight, measure=True)
+            weight = weights(terms, state.start_step)
+            result = engine.update(state.dataset.window(state.start_step), weight, measure=True)
             sums = distributed.all_reduce_sum_(torch.stack([result.mlm_sum.float(), result.grad_norm.float()]))
         loss = float(sums[0]) / max(int(result.num_masked), 1)
         if not math.isfinite(float(sums.sum())):
             raise InputError(f"loss {loss:g} or its gradient is not finite; lower train.learning_rate, check the data")
         peak = max(distributed.gather_objects(memory.peak))
-        return f"{parts.origin}, masked-LM loss {loss:.4f}, {time.perf_counter() - started:.1f} s with start-up", peak
+        return f"{state.origin}, masked-LM loss {loss:.4f}, {time.perf_counter() - started:.1f} s with start-up", peak
 
     def step_within_memory() -> tuple[str, int]:
         try:

@@ -60,14 +60,23 @@ class Report:
         try:
             result = action()
         except (InputError, OSError) as error:
-            self._problems.append(f"{name}: {error}")
-            self._count += 1
-            if self.rank == 0:
-                print(f"problem  {name}: {error}", flush=True)
+            self.problem(f"{name}: {error}")
             return None
         if self.rank == 0:
             print(f"ok       {name}: {describe(result)}", flush=True)
         return result
+
+    def problem(self, line: str) -> None:
+        """Report a problem that was found in another way than by `check`."""
+        self._problems.append(line)
+        self._count += 1
+        if self.rank == 0:
+            print(f"problem  {line}", flush=True)
+
+    def warn(self, line: str) -> None:
+        """Report what does not keep a run from starting."""
+        if self.rank == 0:
+            print(f"warning  {line}", flush=True)
 
     def agree(self) -> bool:
         """Tell each other the problems since the last time; whether there were none, the same on all processes."""

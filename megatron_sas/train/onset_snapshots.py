@@ -14,35 +14,43 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_sas.config import Config
 from megatron_sas.core.files import fsync_directory
-from megatron_sas.onsets.online import WATCHED, OnsetDetector
+from megatron_sas.onsets.online import WATCHED, OnsetDetector, WatchSection
 from megatron_sas.run.checkpoint import remove_directory
 from megatron_sas.run.directory import RunDirectory, step_name, steps_in
 from megatron_sas.run.records import Records, iterate_records
-from megatron_sas.run.saver import Saver
+from megatron_sas.run.saver import Saver, SnapshotSection
 
 EVENT = "onset_detected"
 
 
-class Watch:
+class OnsetSnapshots:
     """The watch of one run, on rank 0."""
 
     def __init__(
-        self, config: Config, own_step: int, records: Records, saver: Saver, say: Callable[[str], None]
+        self,
+        section: WatchSection,
+        scheduled: SnapshotSection,
+        last_step: int,
+        own_step: int,
+        records: Records,
+        saver: Saver,
+        log: Callable[[str], None],
     ) -> None:
         """Go on where the records end.
 
         Args:
-            config: with a section watch that is on.
+            section: a watch that is on.
+            scheduled: snapshots that are taken in any case.
+            last_step: of the run.
             own_step: of the checkpoint of this run that it continues from; -1 if it has none.
             records: cut back to the step that the run continues from; events are written there.
             saver: writes the snapshots.
-            say: where to tell.
+            log: prints a line.
         """
-        self.section, self.config = config.watch, config
-        self.records, self.saver, self.say = records, saver, say
-        run = RunDirectory(Path(config.run.output_dir))
+        self.section, self.scheduled, self.last_step = section, scheduled, last_step
+        self.records, self.saver, self.log = records, saver, log
+        run = RunDirectory(records.path.parent)
         self.ring, self.snapshots = run.ring, run.snapshots
         self._own_step = own_step
         self._detectors = {
@@ -68,7 +76,7 @@ class Watch:
             self.records.write("event", step, {"event": EVENT, **values})
             self._keep_until = max(self._keep_until, step + self.section.reach_after)
             self._promote(step)
-            self.say(
+            self.log(
                 f"step {step}: onset of {name} detected (bend {found.strength:.3g}, threshold {found.threshold:.3g}); "
                 f"{len(kept)} snapshots kept, more until step {step + self.section.reach_after}"
             )
@@ -84,7 +92,7 @@ class Watch:
         for old in steps_in(self.ring):
             if not any(end - reach < old <= end for end in ends):
                 remove_directory(self.ring / step_name(old))
-        wanted = step <= self._keep_until or self.config.snapshots.due(step, self.config.train.steps)
+        wanted = step <= self._keep_until or self.scheduled.due(step, self.last_step)
         return self.snapshots if wanted else self.ring
 
     def _feed(self, kind: str, step: int, values: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +117,7 @@ class Watch:
         for name in told:
             self._detectors.pop(name, None)
         for name in passed.keys() - told:  # the settings have changed
-            self.say(
+            self.log(
                 f"watch: by these settings {name} had its onset at step {passed[name]}; it is not watched any more"
             )
 
@@ -119,7 +127,7 @@ class Watch:
             if step > self._own_step or not self.section.due(step):
                 remove_directory(self.ring / step_name(step))
         for step in steps_in(self.snapshots):
-            scheduled = self.config.snapshots.due(step, self.config.train.steps)
+            scheduled = self.scheduled.due(step, self.last_step)
             if step > self._own_step and self.section.due(step) and not scheduled:
                 remove_directory(self.snapshots / step_name(step))
 

@@ -16,17 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from megatron_sas.core import distributed
+from megatron_sas.core.settings import Section
 from megatron_sas.data.masking import hash_u64
 from megatron_sas.data.mlm_dataset import Window
 from megatron_sas.kernels import choose_backend
 from megatron_sas.kernels.layer_norm import use_apex_layer_norm_
 from megatron_sas.model.bert import Bert
 from megatron_sas.objective.pretraining import MaskedLMWithTerms
-from megatron_sas.optim.param_groups import decay_groups
+from megatron_sas.optim.optimizers import OPTIMIZERS, moments_of
 from megatron_sas.optim.section import TrainSection
 from megatron_sas.train.deepspeed_config import deepspeed_config
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 DROPOUT = 0x64726F70  # keeps these seeds apart from every other use of the run's seed
 
@@ -44,12 +43,17 @@ class UpdateResult:
 
 
 class Engine:
-    """A model under DeepSpeed with AdamW."""
+    """A model under DeepSpeed with the optimizer of the section `train`."""
 
-    moments = MOMENTS
-
-    def __init__(self, module: MaskedLMWithTerms, train: TrainSection, seed: int, device: torch.device) -> None:
-        """Wrap `module`, whose weights must be equal on all ranks.
+    def __init__(
+        self,
+        module: MaskedLMWithTerms,
+        train: TrainSection,
+        seed: int,
+        device: torch.device,
+        options: Section | None = None,
+    ) -> None:
+        """Wrap `module`, whose weights must be equal on all ranks; `options` are the optimizer's own.
 
         Raises:
             InputError: see `deepspeed_config`.
@@ -62,13 +66,11 @@ class Engine:
         self.accumulation = config["gradient_accumulation_steps"]
         self.world_size = world_size
         self._initial = {name: tensor.detach().clone() for name, tensor in module.bert.state_dict().items()}
-        optimizer = torch.optim.AdamW(
-            decay_groups(module, train.weight_decay),
-            lr=train.learning_rate,
-            betas=train.adam_betas,
-            eps=train.adam_eps,
-            fused=True,  # the implementation that obeys `found_inf`
-        )
+        named = list(module.bert.named_parameters())
+        self._kind = OPTIMIZERS[train.optimizer]
+        self._moments_of = {name: list(moments_of(self._kind, name, parameter)) for name, parameter in named}
+        self.moments = tuple(dict.fromkeys(key for keys in self._moments_of.values() for key in keys))
+        optimizer = self._kind.build(named, train, options)
         optimizer.register_step_pre_hook(self._skip_unless_finite)
         self._norm: Tensor | None = None
         if train.zero_stage == 3:
@@ -175,11 +177,11 @@ class Engine:
         return UpdateResult(mlm_sum, num_masked, term_sums, edge_counts, self._norm, read_flags())
 
     def _skip_unless_finite(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Before AdamW's step: have it change nothing, its step count included, when the gradient's norm is not finite.
+        """Before the step: have it change nothing, its step count included, when the gradient's norm is not finite.
 
-        AdamW reads `found_inf` on the device, so the host does not wait. Stage 3 never comes here with such a norm:
-        DeepSpeed reads it, and leaves the step out, itself. Offloaded parameters are on the CPU, where AdamW would not
-        wait for a copy from the GPU.
+        The optimizer reads `found_inf` on the device, so the host does not wait. Stage 3 never comes here with such a
+        norm: DeepSpeed reads it, and leaves the step out, itself. Offloaded parameters are on the CPU, where the
+        optimizer would not wait for a copy from the GPU.
         """
         norm = self._norm if self.train_section.zero_stage == 0 else self._engine.optimizer._global_grad_norm
         device = next(p.device for group in optimizer.param_groups for p in group["params"])
@@ -206,13 +208,14 @@ class Engine:
         return float(total.sqrt())
 
     def full_tensors(self, key: str | None, names: set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Every weight (`key` None) or optimizer moment (`key` of `MOMENTS`) in full, float32 on the CPU.
+        """Every weight (`key` None) or optimizer moment (`key` of `moments`) in full, float32 on the CPU.
 
         A collective: all ranks must iterate to the end. A rank gets (and copies) only the tensors in `names`.
+        Parameters of which the optimizer keeps no such moment are left out.
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        for name, parameter in self.named_parameters():
+        for name, parameter in self._parameters_with(key):
             if self.train_section.zero_stage == 0:
                 value = parameter.detach() if key is None else self._engine.optimizer.state[parameter][key]
             elif key is None:
@@ -223,41 +226,46 @@ class Engine:
                 yield name, value.detach().to("cpu", torch.float32, copy=True)
 
     def load_moments(self, read: Callable[[str, str], Tensor], updates: int) -> None:
-        """Set AdamW's moments to `read(key, name)` for each key of `MOMENTS`, and its step count to `updates`.
+        """Set the moments to `read(key, name)` for each key of `moments`, and step counts to `updates`.
 
         `updates` are those that changed the weights: skipped ones do not count.
         """
-        for tensor in self._optimizer_tensors():
-            self._engine.basic_optimizer.state[tensor]["step"].fill_(updates)
-        for key in MOMENTS:
+        for _, tensor in self._optimizer_tensors():
+            state = self._engine.basic_optimizer.state[tensor]
+            if "step" in state:
+                state["step"].fill_(updates)
+        for key in self.moments:
             self._set_full(key, lambda name, key=key: read(key, name))
 
     def _create_moments(self) -> None:
-        """Create AdamW's state as its first step would, so that it can be read and written from the start.
+        """Create the optimizer's state as its first step would, so that it can be read and written from the start.
 
         DeepSpeed's ZeRO-1 and -2 tie moments to parameters when the first of several parameter groups has been
         updated, and so miss those of the others.
         """
-        for tensor in self._optimizer_tensors():
-            self._engine.basic_optimizer.state[tensor] = {
-                "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
-                **{key: torch.zeros_like(tensor, memory_format=torch.preserve_format) for key in MOMENTS},
-            }
+        for name, tensor in self._optimizer_tensors():
+            self._engine.basic_optimizer.state[tensor] = self._kind.initial_state(name, tensor)
         link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()
 
-    def _optimizer_tensors(self) -> list[Tensor]:
-        """What AdamW updates on this rank: the parameters, or under ZeRO the rank's flat partitions of them."""
+    def _optimizer_tensors(self) -> list[tuple[str, Tensor]]:
+        """What the optimizer updates on this rank: the parameters by name, or under ZeRO the rank's flat partitions."""
+        if self.train_section.zero_stage == 0:
+            return self.named_parameters()
         if self.train_section.zero_stage == 3:
-            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
-        return [p for group in self._engine.basic_optimizer.param_groups for p in group["params"]]
+            return [("", tensor) for tensor in self._engine.optimizer.fp32_partitioned_groups_flat]
+        return [("", p) for group in self._engine.basic_optimizer.param_groups for p in group["params"]]
+
+    def _parameters_with(self, key: str | None) -> list[tuple[str, nn.Parameter]]:
+        """The parameters of which the optimizer keeps the moment `key`; all for None."""
+        return [(name, p) for name, p in self.named_parameters() if key is None or key in self._moments_of[name]]
 
     def _set_full(self, key: str | None, value_of: Callable[[str], Tensor]) -> None:
         """Write full tensors (weights for `key` None) into this rank's part of them."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        for name, parameter in self.named_parameters():
+        for name, parameter in self._parameters_with(key):
             value = value_of(name).to(self.device, torch.float32)
             if self.train_section.zero_stage == 0:
                 target = parameter.data if key is None else self._engine.optimizer.state[parameter][key]

@@ -71,7 +71,7 @@ def counts(sentence: Sentence) -> list[bool]:
     """Whether each word has a head, by a relation that best heads are chosen for."""
     return [
         head >= 0 and base_relation(relation).lower() not in UNCOUNTED_RELATIONS
-        for head, relation in zip(sentence.heads, sentence.relns, strict=True)
+        for head, relation in zip(sentence.heads, sentence.deprels, strict=True)
     ]
 
 
@@ -85,7 +85,7 @@ def shown_relations(sentences: Sequence[Sentence]) -> Counter[str]:
     return Counter(
         base_relation(relation)
         for sentence in sentences
-        for relation, is_counted in zip(sentence.relns, counts(sentence), strict=True)
+        for relation, is_counted in zip(sentence.deprels, counts(sentence), strict=True)
         if is_counted
     )
 
@@ -152,7 +152,7 @@ def predict(sentence: Sentence, maps: torch.Tensor, relations: dict[str, dict[st
     predicted = predicted_heads(maps, torch.eye(num_words, dtype=torch.bool))
     head, weight = [-1] * num_words, [0] * num_words
     for word, is_counted in enumerate(counts(sentence)):
-        best = relations.get(base_relation(sentence.relns[word]))
+        best = relations.get(base_relation(sentence.deprels[word]))
         if not is_counted or best is None:
             continue
         direction = DIRECTIONS.index(best["direction"])

@@ -74,10 +74,10 @@ def _sentence(sentence: Sentence, relations: Sequence[str]) -> dict[str, Any]:
     return {
         "words": list(sentence.words),
         "heads": list(sentence.heads),
-        "relns": list(sentence.relns),
+        "relns": list(sentence.deprels),
         "relation": [
             numbers.get(base_relation(relation), -1) if is_counted else -1
-            for relation, is_counted in zip(sentence.relns, counts(sentence), strict=True)
+            for relation, is_counted in zip(sentence.deprels, counts(sentence), strict=True)
         ],
         "counts": counts(sentence),
         "level": word_levels(sentence.heads),

@@ -36,7 +36,7 @@ def test_a_treebank_comes_back(data_dir, tmp_path):
     treebank = data_dir / "ud_ewt" / "en_ewt-ud-dev.conllu"
     preprocess(PreprocessSettings([str(treebank)], str(vocab), "conllu", str(tmp_path / "own"), 128))
     own = PackedData(tmp_path / "own")
-    relations = np.where(own.relns == 0, -1, own.relns.astype(int) - 1)
+    relations = np.where(own.deprels == 0, -1, own.deprels.astype(int) - 1)
     columns = {"input_ids": own.tokens.tolist(), "heads": own.heads.tolist(), "relns": relations.tolist()}
     datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "published")
     (tmp_path / "names.txt").write_text("\n".join(own.relations[1:]))
@@ -46,9 +46,11 @@ def test_a_treebank_comes_back(data_dir, tmp_path):
     back = PackedData(tmp_path / "back")
     back.verify()
     assert np.array_equal(back.tokens, own.tokens) and np.array_equal(back.heads, own.heads)
-    assert np.array_equal(np.array(back.relations)[back.relns], np.array(own.relations)[own.relns])
-    assert ((back.marks ^ own.marks) & 1).sum() < 0.001 * own.marks.size  # rests of words cut between sequences
-    found, true = (back.marks & 2).astype(bool), (own.marks & 2).astype(bool)
+    assert np.array_equal(np.array(back.relations)[back.deprels], np.array(own.relations)[own.deprels])
+    assert (
+        (back.boundaries ^ own.boundaries) & 1
+    ).sum() < 0.001 * own.boundaries.size  # rests of words cut between sequences
+    found, true = (back.boundaries & 2).astype(bool), (own.boundaries & 2).astype(bool)
     assert (found & true).sum() > 0.995 * true.sum()
     assert found.sum() < 1.4 * true.sum()  # where edges were lost, a sentence seems to be several
     counts = header["counts"]
@@ -62,8 +64,8 @@ def write(folder, rows):
     return folder
 
 
-def row(ids, heads, relns):
-    return {"input_ids": ids, "heads": heads, "relns": relns}
+def row(ids, heads, deprels):
+    return {"input_ids": ids, "heads": heads, "relns": deprels}
 
 
 def test_rows_by_hand(vocab_file, tmp_path):
@@ -77,7 +79,7 @@ def test_rows_by_hand(vocab_file, tmp_path):
         # heads at special tokens, outside, clamped to the last place
         row([CLS, 5, 6, 9, 8, 14, 18, SEP], [-1, 0, 9, -1, 2, 7, 4, 2], ["", "det", "nsubj", "", "x", "neg", "p", "x"]),
         # not parsed
-        row([CLS, 5, 6, 9, 8, 14, 18, SEP], [-1] * 8, [""] * 8),
+        row([CLS, 5, 6, 9, 8, UNK, 18, SEP], [-1] * 8, [""] * 8),
         # padded: packed anew, with what comes next
         row([CLS, 5, 6, 9, SEP, PAD, PAD, PAD], [-1, 2, -1, -1, -1, -1, -1, -1], ["", "det", "root"] + [""] * 5),
         row([CLS, 10, 11, SEP], [-1, -1, -1, -1], [""] * 4),
@@ -89,16 +91,16 @@ def test_rows_by_hand(vocab_file, tmp_path):
     ]
     header = run(write(tmp_path / "set", rows), vocab_file, tmp_path / "out", seq_length=8)
     packed = PackedData(tmp_path / "out")
-    assert packed.tokens.tolist() == [rows[0]["input_ids"]] * 3 + [[CLS, 5, 6, 9, SEP, 10, 11, SEP]]
+    assert packed.tokens.tolist() == [*(rows[n]["input_ids"] for n in range(3)), [CLS, 5, 6, 9, SEP, 10, 11, SEP]]
     assert packed.heads.tolist() == [
         [-1, 2, 4, -1, -1, 4, 4, -1],
         [-1, -1, -1, -1, 2, -1, 4, -1],
         [-1] * 8,
         [-1, 2, -1, -1, -1, -1, -1, -1],
     ]
-    names = [[packed.relations[number] for number in numbers] for numbers in packed.relns]
+    names = [[packed.relations[number] for number in numbers] for numbers in packed.deprels]
     assert names[0] == rows[0]["relns"] and names[3] == ["", "det", "root", "", "", "", "", ""]
-    assert packed.marks.tolist() == [
+    assert packed.boundaries.tolist() == [
         [0, 3, 1, 0, 1, 1, 1, 0],
         [0, 3, 3, 0, 1, 1, 1, 0],  # the lost edge of the first word makes it a sentence
         [0, 3, 1, 0, 1, 1, 1, 0],
@@ -110,6 +112,8 @@ def test_rows_by_hand(vocab_file, tmp_path):
         "rows_packed_anew": 2,
         "rows_left_out": 5,
         "rows_without_edges": 2,
+        "pieces": 23,
+        "pieces_unknown": 1,
         "sequences": 4,
         "edges": 7,
         "edges_to_self": 1,
@@ -177,7 +181,7 @@ def test_parsed_and_unparsed_text_in_one_row(vocab_file, tmp_path):
     rows = [row(ids, heads, [-1] * 12), row(ids, [-1] * 12, [-1] * 12)]
     run(write(tmp_path / "set", rows), vocab_file, tmp_path / "out", seq_length=12)
     packed = PackedData(tmp_path / "out")
-    assert packed.marks.tolist() == [[0, 3, 1, 0, 3, 1, 1, 0, 3, 1, 1, 0]] * 2
+    assert packed.boundaries.tolist() == [[0, 3, 1, 0, 3, 1, 1, 0, 3, 1, 1, 0]] * 2
     found = statistics(packed)
     assert (found["sentences"], found["words"], found["unparsed_words"]) == (6, 16, 3 + 8)
 
@@ -192,8 +196,8 @@ def test_negative_relations_are_none(vocab_file, tmp_path, names):
     header = run(folder, vocab_file, tmp_path / "out", seq_length=8, relations=names)
     packed = PackedData(tmp_path / "out")
     expected = ["", "det", "root", "punct"] if names else ["", "relation-0", "relation-2", "relation-4"]
-    assert packed.relations == expected and packed.relns.tolist() == [[0, 1, 0, 0, 2, 0, 3, 0]]
-    assert packed.marks.tolist() == [[0, 3, 1, 0, 1, 1, 1, 0]]
+    assert packed.relations == expected and packed.deprels.tolist() == [[0, 1, 0, 0, 2, 0, 3, 0]]
+    assert packed.boundaries.tolist() == [[0, 3, 1, 0, 1, 1, 1, 0]]
     assert header["counts"]["relations_negative"] == 4
 
 

@@ -173,7 +173,7 @@ def test_edges_join_the_first_pieces_of_words(kind, trained, tmp_path):
         found = {(p, p + o) for p, o in enumerate(result.offsets[start:end].tolist()) if o}
         assert len(found) >= 2
         assert found == {(first[d], first[h]) for d, h in edges}
-        assert [p for p, mark in enumerate(result.marks[start:end]) if mark] == sorted(first.values())
+        assert [p for p, mark in enumerate(result.boundaries[start:end]) if mark] == sorted(first.values())
 
 
 class _Broken:

@@ -18,6 +18,7 @@ from megatron_sas.evaluation.minimal_pairs import BlimpTask, load_blimp
 from megatron_sas.evaluation.text import packed_forwards, packed_text
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
+from megatron_sas.evaluation.validation import evaluate_validation
 from megatron_sas.run.reading import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +33,7 @@ from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension
 from megatron_sas.evaluation.text import packed_text
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
+from megatron_sas.evaluation.validation import evaluate_validation
 from megatron_sas.run.reading import load_model
 
 rank, ranks, batch_tokens, store, model_path, treebank, blimp, packed, output = sys.argv[1:]
@@ -45,12 +47,18 @@ def count(module, arguments):
     dist.barrier()
 
 model.register_forward_pre_hook(count)
-syntax = TreebankTask(load_treebank(treebank)[:25], tokenizer, 160).evaluate(model, batch_tokens=int(batch_tokens))
+task = TreebankTask(load_treebank(treebank)[:25], tokenizer, 160)
+attention = [task.attention_statistics() for _ in range(2)]
+syntax = task.evaluate(model, batch_tokens=int(batch_tokens), statistics=attention[0])
 pairs = BlimpTask(load_blimp(blimp)[:3], tokenizer, pairs_per_set=2).evaluate(model, batch_tokens=int(batch_tokens))
 text = packed_text(PackedData(packed), num_sequences=27, batch_tokens=int(batch_tokens))
 dimension = intrinsic_dimension(cls_vectors(model, text, 27))
+sizes = {"num_sequences": 27, "batch_tokens": int(batch_tokens), "mask_prob": 0.15}
+evaluate_validation(model, PackedData(packed), {}, **sizes, statistics=attention[1])
+attention = [statistics.result() for statistics in attention]
 with open(f"{output}-{rank}.json", "w") as file:
-    json.dump({"syntax": syntax, "sets": pairs["sets"], "dimension": dimension, "forwards": len(forwards)}, file)
+    json.dump({"syntax": syntax, "sets": pairs["sets"], "dimension": dimension, "attention": attention,
+               "forwards": len(forwards)}, file)
 dist.destroy_process_group()
 """
 
@@ -83,8 +91,16 @@ def test_two_processes_give_the_results_of_one(data_dir, model_directory, tmp_pa
     alone = intrinsic_dimension(cls_vectors(model, text, 27))
     assert alone["num_points"] + alone["duplicates"] == 27 and alone["twonn"] is not None
     assert results[0]["dimension"] == pytest.approx(alone, rel=1e-4)
-    assert results[0]["forwards"] == sum(-(-number // 2) for number in batches)
+    assert results[0]["forwards"] == sum(-(-number // 2) for number in [*batches, len(text)])
     assert results[0]["sets"] == pairs.evaluate(model, batch_tokens=BATCH_TOKENS)["sets"]
+    attention = [syntax.attention_statistics() for _ in range(2)]
+    syntax.evaluate(model, batch_tokens=BATCH_TOKENS, statistics=attention[0])
+    sizes = {"num_sequences": 27, "batch_tokens": BATCH_TOKENS, "mask_prob": 0.15}
+    evaluate_validation(model, PackedData(packed), {}, **sizes, statistics=attention[1])
+    for ours, alone in zip(results[0]["attention"], (statistics.result() for statistics in attention), strict=True):
+        assert ours["uniform_entropy"] == pytest.approx(alone["uniform_entropy"], rel=1e-12)
+        for name in ("entropy", "to_cls", "to_sep"):
+            np.testing.assert_allclose(ours[name]["per_head"], alone[name]["per_head"], rtol=1e-4)
     ours, alone = (
         np.array(result["counts"]["correct"])
         for result in (results[0]["syntax"], syntax.evaluate(model, batch_tokens=BATCH_TOKENS))

@@ -47,7 +47,7 @@ def naive_counts(hf_model, tokenizer, sentences, max_length):
         with torch.no_grad():
             maps = hf_model.eval().bert(torch.tensor([ids]), output_attentions=True).attentions
         scored = []
-        for i, (head, reln) in enumerate(zip(sentence.heads, sentence.relns, strict=True)):
+        for i, (head, reln) in enumerate(zip(sentence.heads, sentence.deprels, strict=True)):
             name = reln.split(":")[0]
             if head >= 0 and name.lower() not in ("root", "punct"):
                 scored.append((i, head, name))
@@ -147,7 +147,7 @@ def test_baselines_by_brute_force(tokenizer, ewt):
     task = TreebankTask(ewt, tokenizer, 512)
     correct, edges = Counter(), Counter()
     for sentence in ewt:
-        for i, (head, reln) in enumerate(zip(sentence.heads, sentence.relns, strict=True)):
+        for i, (head, reln) in enumerate(zip(sentence.heads, sentence.deprels, strict=True)):
             name = reln.split(":")[0]
             if name in ("root", "punct"):
                 continue
@@ -231,7 +231,7 @@ def test_ties_go_to_the_first_other_word(tokenizer):
     first = sum(
         head == (0 if i else 1)
         for s in SENTENCES
-        for i, (head, reln) in enumerate(zip(s.heads, s.relns, strict=True))
+        for i, (head, reln) in enumerate(zip(s.heads, s.deprels, strict=True))
         if reln.lower() not in ("root", "punct")
     )
     assert np.array(result["counts"]["correct"]).sum(axis=(0, 2, 3)).tolist() == [first, first]

@@ -93,7 +93,7 @@ def test_a_checkpoint_whose_tokenizer_does_something_else_now_is_refused(exporte
             load_model(tmp_path / "checkpoint")
             continue
         message = "tokenizer: does not cut texts as when the checkpoint was written; use the versions"
-        for read in (load_model, lambda path: to_hf(path, tmp_path / "hf")):
+        for read in (load_model, lambda path: to_hf(path, tmp_path / "again")):
             with pytest.raises(InputError, match=message):
                 read(tmp_path / "checkpoint")
 

@@ -175,7 +175,7 @@ def test_an_evaluation_does_not_outlast_the_grace_period(fork_server, config, tm
     treebank.write_text((json.dumps(sentence) + "\n") * 60_000)
     slow = {"evaluation.treebank": str(treebank), "evaluation.batch_tokens": 8, "evaluation.every": 100_000}
     go = tmp_path / "go"
-    hold = {"before": "megatron_sas.train.trainer:Trainer._between_batches", "call": 100, "until": str(go)}
+    hold = {"before": "megatron_sas.train.stop_vote:StopVote.check", "call": 100, "until": str(go)}
     job = fork_server.start(config, run, LONG | slow, ranks=2, fault={"hold": hold})
     wait_until(Path(f"{go}-reached").exists, "the evaluation at step 0")
     started = time.monotonic()

@@ -329,7 +329,7 @@ def test_texts_are_cut_as_transformers_cuts_them_but_special_tokens_are_text(col
     special = encode(Examples([("the [SEP] dog ☃", "[MASK]")], np.array([0]), {}), pretrained, 32)
     apart = encode(Examples([("the [ sep ] dog ☃", "[ mask ]")], np.array([0]), {}), pretrained, 32)
     assert special.ids == apart.ids and special.ids[0].count(102) == 2
-    assert special.unknown == Unknown(pieces=9, unknown=1)
+    assert special.unknown == Unknown(tokens=9, unknown=1)
 
 
 def test_tokenizers_that_put_nothing_around_a_text_get_berts_way(cola_like, tmp_path):

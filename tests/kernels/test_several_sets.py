@@ -4,42 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import HEAD_KINDS, backward, make_heads
+from attention_cases import HEAD_KINDS, backward, by_maps, device_of, make_heads
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from megatron_sas.kernels import backend_refusal, choose_backend, dependency_attention
+from megatron_sas.kernels import dependency_attention
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
-
-
-def by_maps(qkv: list[Tensor], heads: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The three outputs from maps, with loops over sets and tokens; heads `(B, sets, S)`."""
-    q, k, v = qkv
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, H, S, S)
-    for b, length in enumerate(lengths):
-        scores[b, :, :, max(length, 1) :] = -torch.inf
-    maps = scores.softmax(-1)
-    along = [[], []]
-    for b, sets in enumerate(heads.tolist()):
-        for edges in sets:
-            for transposed, found in enumerate(along):
-                entries = []
-                for i, j in enumerate(edges):
-                    valid = 0 <= j < lengths[b] and i < lengths[b]
-                    row, column = (j, i) if transposed else (i, j)
-                    entries.append(maps[b, :, row, column] if valid else 0 * maps[b, :, 0, 0])
-                found.append(torch.stack(entries, -1))
-    shape = (*heads.shape[:2], q.shape[1], heads.shape[2])
-    return maps @ v, torch.stack(along[0]).view(shape), torch.stack(along[1]).view(shape)
 
 
 @settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**31),
-    backend=st.sampled_from(["reference", "chunked", "sdpa"]),
-    dtype=st.sampled_from(list(TOLERANCE)),
+    backend_dtype=st.sampled_from(
+        [
+            *((name, dtype) for name in ("reference", "chunked", "sdpa") for dtype in TOLERANCE),
+            ("triton", torch.float32),
+        ]
+    ),
     batch=st.integers(1, 3),
     num_heads=st.integers(1, 3),
     seq=st.sampled_from([1, 2, 7, 15, 63, 67]),
@@ -47,7 +29,9 @@ def by_maps(qkv: list[Tensor], heads: Tensor, lengths: list[int]) -> tuple[Tenso
     uneven=st.booleans(),
     subset=st.sampled_from([(True, True, True), (True, True, False), (False, False, True), (True, False, False)]),
 )
-def test_outputs_and_gradients_equal_those_of_maps(seed, backend, dtype, batch, num_heads, seq, kinds, uneven, subset):
+def test_outputs_and_gradients_equal_those_of_maps(seed, backend_dtype, batch, num_heads, seq, kinds, uneven, subset):
+    backend, dtype = backend_dtype
+    device = device_of(backend)
     heads = torch.stack([make_heads(kind, batch, seq) for kind in kinds], 1)  # (B, sets, S)
     torch.manual_seed(seed)
     exact = [torch.randn(batch, num_heads, seq, 8).to(dtype).double().requires_grad_() for _ in range(3)]
@@ -57,23 +41,28 @@ def test_outputs_and_gradients_equal_those_of_maps(seed, backend, dtype, batch, 
     gradients += [torch.randn(batch, len(kinds), num_heads, seq) for _ in range(2)]
     gradients = tuple(g.to(dtype) if wanted else None for g, wanted in zip(gradients, subset, strict=True))
     expected = by_maps(exact, heads, lengths.tolist())
-    ours = [x.detach().to(dtype).requires_grad_() for x in exact]
-    found = dependency_attention(*ours, heads, seqlens=lengths if uneven else None, backend=backend)
+    ours = [x.detach().to(device, dtype).requires_grad_() for x in exact]
+    seqlens = lengths.to(device) if uneven else None
+    found = dependency_attention(*ours, heads.to(device), seqlens=seqlens, backend=backend)
+    given = tuple(None if g is None else g.to(device) for g in gradients)
+    found_gradients = [g.cpu() for g in backward(found, given, ours)]
+    found = [x.cpu() for x in found]
     tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
     torch.testing.assert_close(found[0].double() * rows, expected[0] * rows, **tolerance)
     for mine, true in zip(found[1:], expected[1:], strict=True):
         torch.testing.assert_close(mine.double(), true, **tolerance)
-    for mine, true in zip(backward(found, gradients, ours), backward(expected, gradients, exact), strict=True):
+    for mine, true in zip(found_gradients, backward(expected, gradients, exact), strict=True):
         torch.testing.assert_close(mine.double(), true, rtol=TOLERANCE[dtype], atol=len(kinds) * TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "sdpa", "triton"])
 def test_one_set_of_several_dimensions_is_that_set(backend):
     """Bit for bit, forward and backward."""
     torch.manual_seed(0)
-    heads, results = make_heads("near", 2, 40), []
-    qkv = [torch.randn(2, 3, 40, 16, requires_grad=True) for _ in range(3)]
-    grad_out, *along = torch.randn(2, 3, 40, 16), torch.randn(2, 3, 40), torch.randn(2, 3, 40)
+    device = device_of(backend)
+    heads, results = make_heads("near", 2, 40).to(device), []
+    qkv = [torch.randn(2, 3, 40, 16, device=device, requires_grad=True) for _ in range(3)]
+    grad_out, *along = (torch.randn(shape, device=device) for shape in ((2, 3, 40, 16), (2, 3, 40), (2, 3, 40)))
     for edges in (heads, heads[:, None]):
         outputs = dependency_attention(*qkv, edges, backend=backend)
         probabilities = [x if edges.dim() == 2 else x.squeeze(1) for x in outputs[1:]]
@@ -81,15 +70,33 @@ def test_one_set_of_several_dimensions_is_that_set(backend):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_dropout_leaves_the_probabilities_of_every_set_alone():
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_dropout_leaves_the_probabilities_of_every_set_alone(backend):
     torch.manual_seed(1)
-    q, k, v = (torch.randn(2, 2, 70, 8) for _ in range(3))
-    heads = torch.stack([make_heads("near", 2, 70), make_heads("random", 2, 70)], 1)
-    plain = dependency_attention(q, k, v, heads, backend="chunked")
-    dropped = dependency_attention(q, k, v, heads, dropout_p=0.3, backend="chunked")
+    device = device_of(backend)
+    q, k, v = (torch.randn(2, 2, 70, 8, device=device) for _ in range(3))
+    heads = torch.stack([make_heads("near", 2, 70), make_heads("random", 2, 70)], 1).to(device)
+    plain = dependency_attention(q, k, v, heads, backend=backend)
+    dropped = dependency_attention(q, k, v, heads, dropout_p=0.3, backend=backend)
     assert not torch.equal(plain[0], dropped[0])
     assert torch.equal(plain[1], dropped[1])
     assert torch.equal(plain[2], dropped[2])
+
+
+def test_gradients_with_dropout_are_those_of_plain_operations():
+    """Both draw the same mask; our kernels, which have one set, sum the others' part of δ + t around dropout."""
+    results = []
+    device = torch.device(device_of("triton"))
+    for backend in ("triton", "chunked"):
+        torch.manual_seed(4)
+        qkv = [torch.randn(2, 2, 70, 16).to(device).requires_grad_() for _ in range(3)]
+        heads = torch.stack([make_heads(kind, 2, 70) for kind in ("near", "random", "one")], 1).to(device)
+        torch.manual_seed(5)
+        out, *entries = dependency_attention(*qkv, heads, dropout_p=0.3, backend=backend)
+        loss = out.square().sum() + sum(x.square().sum() for x in entries)
+        results.append((out, *entries, *torch.autograd.grad(loss, qkv)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_flex_attention_has_several_sets():
@@ -103,15 +110,6 @@ def test_flex_attention_has_several_sets():
             strict=True,
         ):
             torch.testing.assert_close(mine, true, rtol=1e-5, atol=1e-5)
-
-
-def test_our_kernels_refuse_several_sets():
-    q = torch.zeros(1, 1, 4, 8)
-    reason = "our Triton kernels take one set of edges, not 2"
-    assert backend_refusal("triton", q, False, 0.0, 2) == reason
-    assert choose_backend(q, 0.0, sets=2) == "sdpa"
-    with pytest.raises(ValueError, match=reason):
-        dependency_attention(q, q, q, torch.zeros(1, 2, 4, dtype=torch.int64), backend="triton")
 
 
 @pytest.mark.parametrize("shape", [(1, 0, 4), (1, 2, 5), (2, 2, 4), (1, 1, 1, 4)])

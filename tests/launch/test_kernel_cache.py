@@ -10,6 +10,7 @@ import torch
 from engine_runs import launch
 from torch._inductor.runtime import cache_dir_utils
 
+from megatron_sas.kernels.backends import BACKENDS, Backend
 from megatron_sas.launch import kernel_cache
 from megatron_sas.launch.kernel_cache import CACHES, build_attention_kernels, use_local_caches
 from megatron_sas.model.config import BertConfig
@@ -49,19 +50,20 @@ def test_a_directory_of_somebody_else_is_not_used(clean, monkeypatch):
     assert not CACHES.keys() & os.environ.keys()
 
 
-def test_kernels_are_run_with_and_without_edges(monkeypatch):
-    calls, original = [], kernel_cache.dependency_attention
+@pytest.mark.parametrize("sets", [1, 2])
+def test_kernels_are_run_with_and_without_edges(sets, monkeypatch):
+    calls, original = [], BACKENDS["sdpa"].run
 
-    def spy(q, k, v, heads, **options):
+    def spy(q, k, v, heads, seqlens, dropout_p, scale, window):
         assert q.std() > 0.5  # tile sizes are timed on it, and a GPU runs faster on zeros
-        calls.append((tuple(q.shape), q.dtype, heads is None, options))
-        return original(q, k, v, heads, **options)
+        calls.append((tuple(q.shape), q.dtype, None if heads is None else tuple(heads.shape), dropout_p))
+        return original(q, k, v, heads, seqlens, 0.0, scale, window)
 
-    monkeypatch.setattr(kernel_cache, "dependency_attention", spy)
-    config = BertConfig(num_heads=2, hidden_size=32, attention_dropout=0.0)
-    build_attention_kernels(config, 3, 16, torch.bfloat16, torch.device("cpu"))
-    options = {"dropout_p": 0.0, "backend": "auto"}
-    assert calls == [((3, 2, 16, 16), torch.bfloat16, without, options) for without in (False, True)]
+    monkeypatch.setitem(BACKENDS, "spy", Backend(spy))
+    config = BertConfig(num_heads=2, hidden_size=32, attention_dropout=0.1, attention_backend="spy")
+    build_attention_kernels(config, 3, 16, torch.bfloat16, torch.device("cpu"), sets)
+    shapes = ((3, 16) if sets == 1 else (3, 2, 16), None)
+    assert calls == [((3, 2, 16, 16), torch.bfloat16, shape, 0.1) for shape in shapes]
 
 
 @pytest.mark.slow

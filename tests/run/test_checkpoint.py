@@ -19,7 +19,7 @@ from megatron_sas.run.checkpoint import newest_checkpoint
 from megatron_sas.run.reading import load_model
 from megatron_sas.run.records import lines_until
 from megatron_sas.train import trainer
-from megatron_sas.train.build import build_parts
+from megatron_sas.train.build import build_state
 
 
 @pytest.fixture(scope="module")
@@ -208,9 +208,9 @@ def test_what_proves_that_there_was_a_checkpoint(config, run, events, proof):
     settings = load_config(config, ["--train.steps=4", "--checkpoint.every=2", f"--run.output_dir={run}"])
     if proof:
         with pytest.raises(InputError, match="holds no checkpoint, but the run's records reach update"):
-            build_parts(settings, print)
+            build_state(settings, print)
     else:
-        assert build_parts(settings, print).checkpoint is None
+        assert build_state(settings, print).checkpoint is None
 
 
 def test_what_an_attempt_before_the_last_recorded_proves_nothing(config, whole, tmp_path, monkeypatch):

@@ -17,7 +17,6 @@ from megatron_sas.run import saver as saving
 from megatron_sas.run.checkpoint import newest_checkpoint, remove_old_checkpoints
 from megatron_sas.run.reading import load_model
 from megatron_sas.run.saver import CheckpointSection
-from megatron_sas.run.throughput import Throughput
 
 
 def kept(run):
@@ -210,6 +209,5 @@ def test_waiting_for_the_disk_is_not_counted_as_training(config, tmp_path, monke
 
     monkeypatch.setattr(saving, "write_share", slow)
     monkeypatch.setattr(saving.Saver, "finish", wait)
-    monkeypatch.setitem(Throughput.__init__.__kwdefaults__, "clock", lambda: now[0])
-    trainer = train(config, tmp_path / "run", {"checkpoint.every": 1, "train.steps": 4})
-    assert (now[0], trainer.throughput.seconds) == (5.0, 0.0)
+    trainer = train(config, tmp_path / "run", {"checkpoint.every": 1, "train.steps": 4}, clock=lambda: now[0])
+    assert (now[0], trainer.built.throughput.seconds) == (5.0, 0.0)

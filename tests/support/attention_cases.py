@@ -150,3 +150,31 @@ def filler_sizes(case: Case) -> tuple[float, float, float]:
     q, k, v = (float(x.norm(dim=-1).max()) for x in case.qkv)
     size = FILLER[case.dtype] * seq * (batch * num_heads) ** 0.5
     return 2 * size * v * k * dim**-0.5, 2 * size * v * q * dim**-0.5, size
+
+
+def by_maps(
+    qkv: list[Tensor], heads: Tensor, lengths: list[int], window: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three outputs from maps, with loops over sets and tokens; heads `(B, sets, S)`."""
+    q, k, v = qkv
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, H, S, S)
+    for b, length in enumerate(lengths):
+        seen = torch.zeros(scores.shape[-2:], dtype=torch.bool)
+        for i in range(len(seen)):
+            before, after = window or (len(seen), len(seen))
+            last = max(length, 1) if window is None or i < length else len(seen)
+            seen[i, max(0, i - before) : min(i + after + 1, last)] = True
+        scores[b] = scores[b].masked_fill(~seen, -torch.inf)
+    maps = scores.softmax(-1)
+    along = [[], []]
+    for b, sets in enumerate(heads.tolist()):
+        for edges in sets:
+            for transposed, found in enumerate(along):
+                entries = []
+                for i, j in enumerate(edges):
+                    valid = 0 <= j < lengths[b] and i < lengths[b]
+                    row, column = (j, i) if transposed else (i, j)
+                    entries.append(maps[b, :, row, column] if valid else 0 * maps[b, :, 0, 0])
+                found.append(torch.stack(entries, -1))
+    shape = (*heads.shape[:2], q.shape[1], heads.shape[2])
+    return maps @ v, torch.stack(along[0]).view(shape), torch.stack(along[1]).view(shape)

@@ -77,8 +77,8 @@ def override_arguments(overrides: dict) -> list[str]:
     return [f"--{name}={json.dumps(value)}" for name, value in overrides.items()]
 
 
-def train(config: Path, output_dir: Path, overrides: dict | None = None):
-    """Run `Trainer` in this process on one thread and return it; the environment is left as it was."""
+def train(config: Path, output_dir: Path, overrides: dict | None = None, **options: object):
+    """Run `Trainer` (with its `options`) in this process on one thread and return it; the environment stays."""
     from megatron_sas.train.trainer import Trainer
 
     threads = torch.get_num_threads()
@@ -87,7 +87,7 @@ def train(config: Path, output_dir: Path, overrides: dict | None = None):
         torch.set_num_threads(1)
         try:
             arguments = override_arguments({**(overrides or {}), "run.output_dir": str(output_dir)})
-            trainer = Trainer(load_config(config, arguments))
+            trainer = Trainer(load_config(config, arguments), **options)
             trainer.run()
         finally:
             torch.set_num_threads(threads)

@@ -60,9 +60,9 @@ def _hold(before: str, until: str, call: int = 1) -> None:
 
 def _tell_of_a_drop(start: int) -> None:
     """A loss with a little noise that falls by 1 within 4 steps, for a watch to find; training is not touched."""
-    from megatron_sas.train import trainer
+    from megatron_sas.train import step_log
 
-    read = trainer.read_pending
+    read = step_log.read_pending
 
     def read_and_replace(pending: list, *arguments: object) -> list[dict]:
         lines = read(pending, *arguments)
@@ -70,7 +70,7 @@ def _tell_of_a_drop(start: int) -> None:
             values["mlm_loss"] = 5.0 - min(max(entry.step - start, 0) / 4, 1.0) + 0.01 * (entry.step * 7 % 5)
         return lines
 
-    trainer.read_pending = read_and_replace
+    step_log.read_pending = read_and_replace
 
 
 def _write_down_batches(path: Path) -> None:

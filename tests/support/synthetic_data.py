@@ -36,15 +36,15 @@ def write_packed(directory: Path, *, sequences: int = 24, seq_length: int = 32, 
     heads[rng.random(heads.shape) < 0.3] = -1
     heads[:, [0, -1]] = -1
     heads[::2] = -1
-    marks = np.ones((sequences, seq_length), np.uint8)
-    marks[:, [0, -1]] = 0
-    marks[:, 1] = 3
+    boundaries = np.ones((sequences, seq_length), np.uint8)
+    boundaries[:, [0, -1]] = 0
+    boundaries[:, 1] = 3
     writer = IndexedDatasetWriter(prefix, np.uint16)
     for row in tokens:
         writer.add(row.astype(np.uint16))
     writer.finish()
     heads.astype("<i2").tofile(f"{prefix}.heads.bin")
-    marks.tofile(f"{prefix}.marks.bin")
+    boundaries.tofile(f"{prefix}.marks.bin")
     (heads >= 0).astype(np.uint8).tofile(f"{prefix}.relns.bin")
     info = tokenizer_info(load_tokenizer(vocabulary), vocabulary)
     write_json_atomic(

@@ -53,6 +53,7 @@ def test_a_text_file_is_packed_and_measured(folder, tmp_path, monkeypatch, capsy
     assert record["intrinsic_dimension"]["twonn"] > 0
     assert record["weight_norm"] == weight_norm(model)
     assert record["text"] == {"path": str(text), "sha256": sha256_file(text), "sequences": 50, "seq_length": 16}
+    assert record["unknown"] == {"num_pieces": int((rows > 3).sum()), "num_unknown": 0, "share": 0.0}
     assert f"intrinsic dimension  {record['intrinsic_dimension']['twonn']:.3f} ±" in capsys.readouterr().out
 
 

@@ -350,7 +350,11 @@ def call_tool(monkeypatch, arguments):
 def test_the_command_measures_the_chosen_steps(folder, measured, monkeypatch, capsys):
     output = folder / "chosen"
     call_tool(monkeypatch, command(folder, folder / "run", output, "--steps", 0, "3-5"))
-    assert capsys.readouterr().out == f"{output}: 3 models measured, 0 skipped\n"
+    *unknown, last = capsys.readouterr().out.splitlines()
+    assert last == f"{output}: 3 models measured, 0 skipped"
+    assert [line.split(" pieces of ")[1] for line in unknown] == [
+        f"{name} are [UNK] (0.00%)" for name in ("--treebank", "--blimp", "--text")
+    ]
     points = {name: content for name, content in without_clock(output).items() if name.startswith("points")}
     assert sorted({name.split("/")[1] for name in points}) == [f"step_{step:08d}" for step in (0, 3, 4)]
     assert points.items() <= without_clock(measured).items()
@@ -396,7 +400,7 @@ def test_text_alone_gives_entropy_and_no_heads(folder, tmp_path):
     assert point.keys() == {
         "step", "model", "model_sha256", "seconds", "weight_norm", "attention_entropy", "attention_to_cls",
         "attention_to_sep", "attention_uniform_entropy", "attention_collapsed_heads", "text_sas",
-        "intrinsic_dimension", "mlm_loss",
+        "text_unknown", "intrinsic_dimension", "mlm_loss",
     }  # fmt: skip
     assert not (tmp_path / "out" / "heads.json").exists()
     assert "uas" not in read_items(tmp_path / "out", 6)

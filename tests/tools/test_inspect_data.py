@@ -37,7 +37,7 @@ def test_segments_are_the_sentences(prefix, tmp_path):
     packed = PackedData(prefix)
     drawn = segments(packed, 0, load_tokenizer(tmp_path / "vocab.txt"))
     assert [segment.start for segment in drawn] == [1, 6, 11]
-    assert drawn[0].pieces == ["the", "cat", "##s", "sat", "."] and drawn[0].first == [True, True, False, True, True]
+    assert drawn[0].tokens == ["the", "cat", "##s", "sat", "."] and drawn[0].first == [True, True, False, True, True]
     assert drawn[0].edges == [(0, 1, "det"), (1, 3, "nsubj"), (4, 3, "punct")]
 
 

@@ -74,8 +74,8 @@ def test_every_kind_trains_and_evaluates(kind, size, tmp_path):
     lost = counts["edges_cut"] + counts["tail_edges"]
     assert counts["edges"] == 5 * 384 - lost and lost < 0.2 * 5 * 384
     packed = PackedData(tmp_path / "packed")
-    starts = packed.marks[:, :] & 1 == 1
-    assert (starts.sum(), (packed.heads >= 0).sum()) == (starts[packed.marks > 0].size, counts["edges"])
+    starts = packed.boundaries[:, :] & 1 == 1
+    assert (starts.sum(), (packed.heads >= 0).sum()) == (starts[packed.boundaries > 0].size, counts["edges"])
     assert starts[packed.heads >= 0].all(), "only first pieces of words have heads"
     rows, places = np.nonzero(packed.heads >= 0)
     assert starts[rows, packed.heads[rows, places]].all(), "and they point to first pieces of words"

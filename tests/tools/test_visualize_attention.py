@@ -41,7 +41,7 @@ SENTENCES = [
 
 
 def jsonl(sentences):
-    rows = [{"words": text.split(), "heads": heads, "relns": relns.split()} for text, heads, relns in sentences]
+    rows = [{"words": text.split(), "heads": heads, "relns": deprels.split()} for text, heads, deprels in sentences]
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
@@ -354,7 +354,7 @@ def test_plain_text_with_a_parser(tmp_path):
         ["The", "old", "dog", "barks", "loudly", "."],
         ["Cats", "&", "dogs", "sleep", "."],
     ]
-    assert (sentences[0].heads[:4], sentences[0].relns[:3]) == ([2, 2, 3, -1], ["det", "amod", "nsubj"])
+    assert (sentences[0].heads[:4], sentences[0].deprels[:3]) == ([2, 2, 3, -1], ["det", "amod", "nsubj"])
     assert all(head < len(s.words) for s in sentences for head in s.heads)
 
 

@@ -4,29 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from itertools import chain
 
 import pytest
-from transformers import BertTokenizer
+from toy_words import DETERMINER_NUMBER, NOUN_NUMBER, SUBJECT_NUMBER, VERB_NUMBER
 
-from megatron_sas.toy.language import ROOT, document, text_of, to_conllu
-from megatron_sas.toy.lexicon import CLASSES, COMPLEMENT_VERBS, DITRANSITIVE_VERBS, PREPOSITIONS, add_s, lexicon
-from megatron_sas.toy.minimal_pairs import SETS, minimal_pairs
-
-VERBS = {
-    stem
-    for entry in CLASSES.values()
-    for stem in chain(entry.intransitive.split(), *(verbs.split() for verbs in entry.objects.values()))
-} | set(f"{COMPLEMENT_VERBS} {DITRANSITIVE_VERBS}".split())
-NOUNS = {stem for entry in CLASSES.values() for stem in entry.nouns.split()}
-VERB_NUMBER = (
-    {add_s(v): "singular" for v in VERBS} | dict.fromkeys(VERBS, "plural") | {"is": "singular", "are": "plural"}
-)
-NOUN_NUMBER = dict.fromkeys(NOUNS, "singular") | {add_s(n): "plural" for n in NOUNS}
-SUBJECT_NUMBER = NOUN_NUMBER | {"he": "singular", "she": "singular", "they": "plural", "we": "plural"}
-DETERMINER_NUMBER = dict.fromkeys(("a", "an", "this", "every", "one"), "singular") | dict.fromkeys(
-    ("several", "these", "many", "two"), "plural"
-)
+from megatron_sas.toy.language import ROOT, document, to_conllu
+from megatron_sas.toy.lexicon import CLASSES, add_s
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +19,6 @@ def sentences() -> list[list[list[str]]]:
     return [
         [line.split("\t") for line in block.split("\n") if line[0] != "#"] for block in text.strip("\n").split("\n\n")
     ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> BertTokenizer:
-    path = tmp_path_factory.mktemp("vocab") / "vocab.txt"
-    path.write_text("\n".join(lexicon().vocabulary) + "\n")
-    return BertTokenizer(str(path))
 
 
 def children(sentence: list[list[str]], row: list[str], relation: str) -> list[list[str]]:
@@ -152,72 +128,3 @@ def test_documents_are_pure_functions():
     assert texts(0, "train", 5) == texts(0, "train", 5)
     assert len({tuple(texts(*args)) for args in [(0, "train", 5), (1, "train", 5), (0, "x", 5), (0, "train", 6)]}) == 4
     assert all(sentence.heads.count(ROOT) == 1 for sentence in document(0, "train", 5))
-
-
-def test_forms_are_unique():
-    forms = [*(f for v in VERBS for f in (v, add_s(v))), *NOUN_NUMBER, *PREPOSITIONS, *DETERMINER_NUMBER, "that", "and"]
-    forms += [w for e in CLASSES.values() for w in f"{e.adjectives} {e.adverbs}".split()]
-    assert [form for form, count in Counter(forms).items() if count > 1] == []
-    stems = [w for e in CLASSES.values() for w in e.nouns.split()]
-    stems += [v for e in CLASSES.values() for verbs in (e.intransitive, *e.objects.values()) for v in verbs.split()]
-    assert len(set(stems)) == len(stems)
-
-
-@pytest.mark.parametrize(
-    ("stem", "form"),
-    [("dog", "dogs"), ("bus", "buses"), ("daisy", "daisies"), ("monkey", "monkeys"), ("crash", "crashes")],
-)
-def test_spelling(stem, form):
-    assert add_s(stem) == form
-
-
-def test_vocabulary(tokenizer, sentences):
-    vocabulary = lexicon().vocabulary
-    assert vocabulary[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    assert len(set(vocabulary)) == len(vocabulary)
-    pieces = [tokenizer.tokenize(row[1]) for sentence in sentences for row in sentence]
-    assert not any("[UNK]" in p for p in pieces)
-    assert 0.02 < sum(len(p) > 1 for p in pieces) / len(pieces) < 0.15  # alignment has something to align
-
-
-def test_words_know_whether_their_forms_are_cut_alike(tokenizer):
-    words = lexicon()
-    pairs = [*chain.from_iterable((*words.nouns, *words.intransitive)), *words.complement, *words.ditransitive]
-    pairs += [forms for group in words.transitive for forms, _ in group]
-    for one, many in pairs:
-        assert one.other is many and many.other is one
-        assert one.even == many.even == (len(tokenizer.tokenize(one.form)) == len(tokenizer.tokenize(many.form)))
-    assert {one.even for one, _ in pairs} == {True, False}
-
-
-@pytest.mark.parametrize("uid", SETS)
-def test_minimal_pairs(uid, tokenizer):
-    first = minimal_pairs(uid, 200, 0)
-    assert first == minimal_pairs(uid, 200, 0)
-    seen = {first[0]["sentence_good"], first[7]["sentence_bad"]}
-    records = minimal_pairs(uid, 200, 0, seen)
-    critical_numbers = []
-    for i, record in enumerate(records):
-        assert record["UID"] == uid and record["pairID"] == str(i)
-        good, bad = record["sentence_good"], record["sentence_bad"]
-        assert good not in seen and bad not in seen
-        words_good, words_bad = (re.findall(r"[a-z]+|[.,]", text) for text in (good, bad))
-        (k,) = [j for j, pair in enumerate(zip(words_good, words_bad, strict=True)) if pair[0] != pair[1]]
-        assert (words_good[k], words_bad[k]) == (record["one_prefix_word_good"], record["one_prefix_word_bad"])
-        assert text_of(words_good[:k]) == record["one_prefix_prefix"]
-        assert len(tokenizer.tokenize(good)) == len(tokenizer.tokenize(bad))
-        numbers = VERB_NUMBER | NOUN_NUMBER | DETERMINER_NUMBER
-        assert {numbers[words_good[k]], numbers[words_bad[k]]} == {"singular", "plural"}
-        critical_numbers.append(numbers[words_good[k]])
-    assert critical_numbers.count("singular") == 100
-    assert len({record["sentence_good"] for record in records}) == 200
-
-
-def test_attractors_have_the_other_number():
-    for uid in SETS:
-        if "attractor" in uid or (uid.endswith("_relative") and "inside" not in uid):
-            for record in minimal_pairs(uid, 50, 1):
-                prefix = record["one_prefix_prefix"].split()
-                subject, *between = [NOUN_NUMBER[word] for word in prefix if word in NOUN_NUMBER]
-                assert subject == VERB_NUMBER[record["one_prefix_word_good"]]
-                assert between and set(between) == {VERB_NUMBER[record["one_prefix_word_bad"]]}

@@ -14,8 +14,6 @@ from megatron_sas.evaluation import observers
 from megatron_sas.evaluation.validation import VALIDATION_SEED
 from megatron_sas.run.reading import load_model
 from megatron_sas.run.records import read_records
-from megatron_sas.train import trainer
-from megatron_sas.train.step_log import read_pending
 
 
 def of_maps(model, packed: PackedData) -> dict[str, torch.Tensor]:
@@ -59,7 +57,7 @@ def test_collapse_is_warned_of_once_also_over_a_resume(config, tmp_path, monkeyp
     run, every = tmp_path / "run", {"evaluation.every": 1}
     train(config, run, {**every, "train.steps": 3})
     out = capsys.readouterr().out
-    assert out.count("warning: attention has collapsed under λ = 0.1: its entropy is 3.") == 1
+    assert out.count("warning: attention has collapsed under sas λ = 0.1: its entropy is 3.") == 1
     assert "step 1: warning: attention has collapsed" in out  # not of the untrained model
     train(config, run, every)
     assert "collapsed" not in capsys.readouterr().out
@@ -75,14 +73,13 @@ def test_without_a_regularizer_nothing_is_warned_of(config, tmp_path, monkeypatc
     assert "collapsed" not in capsys.readouterr().out
 
 
-def test_small_attention_along_edges_is_printed_in_significant_digits(config, tmp_path, monkeypatch, capsys):
+def test_small_attention_along_edges_is_printed_in_significant_digits(config, tmp_path, capsys):
     """As after a collapse, when four decimals would be zeros."""
 
-    def tiny(*arguments):
-        return [{**line, "sas_per_edge": line["sas_per_edge"] * 1e-5} for line in read_pending(*arguments)]
+    def tiny(step, values):
+        values["sas_per_edge"] *= 1e-5
 
-    monkeypatch.setattr(trainer, "read_pending", tiny)
-    train(config, tmp_path / "run", {"train.steps": 2})
+    train(config, tmp_path / "run", {"train.steps": 2}, observer=tiny)
     lines = [line for line in read_records(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "train"]
     assert [line["step"] for line in lines] == [1, 2]
     out = capsys.readouterr().out

@@ -13,12 +13,12 @@ from megatron_sas.config import load_config
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import sha256_file
 from megatron_sas.export.hf import to_hf
-from megatron_sas.run.directory import find_model
+from megatron_sas.run.directory import RunDirectory, find_model
 from megatron_sas.run.records import lines_until, read_records
 from megatron_sas.train import branch as branching
-from megatron_sas.train import build as setup
 from megatron_sas.train import dry_run as preflight
-from megatron_sas.train.build import build_parts
+from megatron_sas.train import resume
+from megatron_sas.train.build import build_state
 
 RELEASE = [{"start": 0, "end": 3, "value": 0.1}]  # the parent's λ is 0.1 until update 4
 BOARD = {"logging.tensorboard": True}
@@ -118,7 +118,7 @@ def test_a_branch_killed_while_it_begins_begins_anew(config, parent, combined, t
         settings = load_config(config, override_arguments({**changed, "run.output_dir": str(run)}))
         run.mkdir()
         (run / "config.yaml").write_text(settings.to_yaml())
-        branching.begin_branch(run, branching.find_branch(settings, print))
+        branching.begin_branch(RunDirectory(run), branching.find_branch(settings, print))
         (run / "metrics.jsonl").write_bytes(lines_until(parent / "metrics.jsonl", 5))
         shutil.copytree(parent / "tensorboard", run / "tensorboard")
         (run / "snapshots" / "step_00000002").mkdir(parents=True)
@@ -129,7 +129,7 @@ def test_a_branch_killed_while_it_begins_begins_anew(config, parent, combined, t
         raise KeyboardInterrupt  # which nothing catches
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(setup if call == "write_text_atomic" else branching, call, die)
+        patch.setattr(resume if call == "write_text_atomic" else branching, call, die)
         train(config, run, changed)
     train(config, run, changed)
     assert_same_run(run, combined)
@@ -174,7 +174,7 @@ def test_a_chain(config, parent, branch, combined, tmp_path):
 def refusal(config, run, overrides):
     """The one line with which a branch is refused, before anything is written."""
     with pytest.raises(InputError) as error:
-        build_parts(load_config(config, override_arguments({**overrides, "run.output_dir": str(run)})), print)
+        build_state(load_config(config, override_arguments({**overrides, "run.output_dir": str(run)})), print)
     assert "\n" not in str(error.value)
     assert not run.exists()
     return str(error.value)
@@ -215,14 +215,14 @@ def test_a_branch_may_find_its_data_elsewhere(config, parent, tmp_path):
     first, second = (str(tmp_path / "node" / name) for name in ("data0", "data1"))
     changed = {"data.train": first, "data.validation": second, "run.branch_from": str(checkpoint(parent, 3))}
     settings = load_config(config, override_arguments({**changed, "run.output_dir": str(tmp_path / "run")}))
-    assert build_parts(settings, print).branch.lineage["changed"] == {}
+    assert build_state(settings, print).branch.lineage["changed"] == {}
     changed |= {"data.train": second, "data.validation": first}
     assert "is not the data that the run was started with" in refusal(config, tmp_path / "run", changed)
 
 
 def test_other_heads_and_another_regularizer_may_begin_at_a_branch(config, parent, tmp_path):
     source = {"run.branch_from": str(checkpoint(parent, 3))}
-    parts = build_parts(
+    parts = build_state(
         load_config(config, override_arguments({**source, "sas.mode": "uniform", "run.output_dir": str(tmp_path)})),
         print,
     )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from engine_runs import ROOT, launch, records, train
 
-from megatron_sas.config import load_config
+from megatron_sas.config import load_config, read_config
 from megatron_sas.core.cli import InputError
 from megatron_sas.run.memory import MemoryEstimate
 from megatron_sas.train import build as setup
@@ -78,7 +78,8 @@ def test_a_run_that_exists_is_continued_and_stays_as_it_is(config, tmp_path):
 
 @pytest.mark.slow
 def test_all_problems_at_once(config, tmp_path):
-    """Data, treebank, DeepSpeed's JSON, the output directory, TMPDIR, and a package that only has the name of apex."""
+    """Data, treebank, DeepSpeed's JSON, the output directory, TMPDIR, a package that only has the name of apex; and
+    the configuration's own faults."""
     (tmp_path / "site" / "apex").mkdir(parents=True)
     (tmp_path / "site" / "apex" / "__init__.py").touch()
     (tmp_path / "file").touch()
@@ -89,14 +90,18 @@ def test_all_problems_at_once(config, tmp_path):
         "evaluation.treebank": tmp_path / "no.conllu",
         "evaluation.blimp": tmp_path / "no",
         "train.deepspeed_config": tmp_path / "ds.json",
+        "sas.schedule": "[{start: 5, end: 2, value: 1}]",
+        "logging.evry": 3,
     }
     overrides = [f"--{name}={value}" for name, value in fields.items()]
     environment = {"TMPDIR": str(tmp_path / "gone"), "PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"}
     output = launch(SCRIPT, "--config", config, *overrides, "--dry-run", expect=2, **environment)
     problems = {line.split(": ")[0].removeprefix("problem  ") for line in output.splitlines() if "problem " in line}
     found = {"apex", "temporary files", "batch and DeepSpeed", "training data", "treebank", "minimal pairs"}
-    assert problems == found | {"output directory"}
-    assert "7 problems; a run would fail" in output
+    assert problems == found | {"output directory", "configuration"}
+    assert "configuration: " + f"{config}: sas.schedule: stage 0: end 2 is not after start 5\n" in output
+    assert "configuration: " + f"{config}: logging.evry: unknown field; did you mean every?\n" in output
+    assert "9 problems; a run would fail" in output
     assert "pip uninstall apex" in output
     assert "one step" not in output
     assert "Traceback" not in output
@@ -131,7 +136,7 @@ def test_a_problem_of_one_process_stops_all(config, tmp_path):
 def test_a_failure_of_one_process_in_the_step_ends_all(config, tmp_path):
     """While the other waits for it in a collective."""
     fails = "raise torch.OutOfMemoryError('Out of memory. Tried') "
-    command = as_rank_1(tmp_path, f"def build_parts(*_): {fails}\n    preflight.build_parts = build_parts")
+    command = as_rank_1(tmp_path, f"def build_state(*_): {fails}\n    preflight.build_state = build_state")
     output = launch(*command, config, f"--run.output_dir={tmp_path / 'run'}", expect=1, timeout=180)
     assert "(rank 1): one step: Out of memory; lower train.micro_batch_size" in output
     assert output.count("1 problem; a run would fail") == 1
@@ -178,6 +183,47 @@ def test_a_wrong_configuration_is_reported_beside_the_environment(tmp_path, caps
     assert "ok       torch: " in output
 
 
+def dry_check(settings, capsys, faulty=()):
+    """The checks of a configuration (not all of a dry run, which leaves the process group that tests share)."""
+    report = preflight.Report()
+    preflight._check_configured(settings, report, faulty)
+    return report.agree(), capsys.readouterr().out
+
+
+def test_a_bad_batch_hides_neither_bad_heads_nor_bad_minimal_pairs(config, tmp_path, capsys):
+    overrides = ["--train.micro_batch_size=3", "--data.heads=none_such", f"--evaluation.blimp={tmp_path / 'no'}"]
+    settings, faults, faulty = read_config(config, [*overrides, f"--run.output_dir={tmp_path / 'run'}"])
+    assert faults == ["train.global_batch_size: 8 is not a multiple of micro_batch_size 3"]
+    agreed, output = dry_check(settings, capsys, faulty)
+    assert not agreed
+    assert re.findall(r"problem  (\w+ \w+): ", output) == ["training data", "minimal pairs"]
+    assert "batch and DeepSpeed" not in output
+
+
+def test_missing_and_mistyped_fields_leave_the_rest_to_look_at(config, tmp_path):
+    path = tmp_path / "partly.yaml"
+    data = load_config(config).data.train
+    path.write_text(f"data: {{train: {data}}}\ntrain: {{steps: x, micro_batch_size: 2, lr: 1}}\nsas: 3\n")
+    settings, faults, faulty = read_config(path)
+    assert settings.data.train == data and settings.train.micro_batch_size == 2
+    assert faulty == {"run", "train.steps", "train.lr", "sas"}
+    assert len(faults) == 4
+
+
+def test_what_is_too_small_is_named(config, tmp_path, capsys):
+    """Ten sequences where more are wanted; defaults are no wish."""
+    run = f"--run.output_dir={tmp_path / 'run'}"
+    wanted = ["--evaluation.validation_sequences=20", "--evaluation.complexity_sequences=128"]
+    agreed, output = dry_check(load_config(config, [run, *wanted]), capsys)
+    assert agreed
+    prefix = load_config(config).data.validation
+    assert f"warning  evaluation.validation_sequences: 20 are wanted, but {prefix} has 10\n" in output
+    assert f"warning  evaluation.complexity_sequences: 128 are wanted, but {prefix} has 10\n" in output
+    assert "warning  evaluation.complexity_sequences: TwoNN of 10 points says little; give it 100 or more\n" in output
+    assert "updates of 8 read it" in output
+    assert "warning" not in dry_check(load_config(config, [run, "--evaluation.validation_sequences=10"]), capsys)[1]
+
+
 def test_altered_data_is_found(config, capsys):
     path = Path(load_config(config).data.train + ".bin")
     whole = path.read_bytes()
@@ -195,18 +241,13 @@ def test_validation_data_that_are_trained_on(config, tmp_path, capsys, monkeypat
     data = load_config(config).data.train
     settings = load_config(config, [f"--run.output_dir={tmp_path / 'run'}", f"--data.validation={data}"])
 
-    def check():  # not all of `preflight`, which leaves the process group that the tests share
-        report = preflight.Report()
-        preflight._check_configured(settings, report)
-        return report.agree(), capsys.readouterr().out
-
-    agreed, output = check()
+    agreed, output = dry_check(settings, capsys)
     assert f"problem  overlap: data.validation: {data} and {data} of data.train hold the same sequences; take" in output
     assert not agreed and output.count("problem ") == 1
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "refuse_overlap", lambda *_: None)
+        patch.setattr(setup, "check_overlap", lambda *_: None)
         train(config, tmp_path / "run", {"data.validation": data, "train.steps": 1})
-    agreed, output = check()
+    agreed, output = dry_check(settings, capsys)
     assert agreed and "overlap" not in output  # it would go on
 
 

@@ -52,15 +52,15 @@ def test_an_update_does_not_wait_for_the_gpu(config):
 
 def updates() -> None:
     """Updates of ZeRO-0 in bf16 from the prefetching loader; in a process of their own, since it joins a group."""
-    from megatron_sas.data.mlm_dataset import PrefetchLoader
+    from megatron_sas.data.loader import PrefetchLoader
     from megatron_sas.launch.environment import initialize_distributed
     from megatron_sas.objective.pretraining import MaskedLMWithTerms
-    from megatron_sas.train.build import build_parts
+    from megatron_sas.train.build import build_state
     from megatron_sas.train.step import Engine
 
     config = load_config(sys.argv[1], override_arguments({"train.precision": "bf16", "model.attention_dropout": 0.1}))
     device = initialize_distributed(config.run.timeout_minutes)
-    parts = build_parts(config, lambda _: None)
+    parts = build_state(config, lambda _: None)
     engine = Engine(MaskedLMWithTerms(parts.bert, config.terms()), config.train, config.run.seed, device)
     with PrefetchLoader(parts.dataset, 0, 6, pin_memory=True) as loader:
         windows = list(loader)
@@ -88,13 +88,13 @@ def dtypes() -> None:
     """What the layers' matrices compute in, in an update of ZeRO-0 under bf16; in a process of its own."""
     from megatron_sas.launch.environment import initialize_distributed
     from megatron_sas.objective.pretraining import MaskedLMWithTerms
-    from megatron_sas.train.build import build_parts
+    from megatron_sas.train.build import build_state
     from megatron_sas.train.step import Engine
 
     overrides = {"train.precision": "bf16", "train.compile": False}
     config = load_config(sys.argv[1], override_arguments(overrides))
     device = initialize_distributed(config.run.timeout_minutes)
-    parts = build_parts(config, lambda _: None)
+    parts = build_state(config, lambda _: None)
     engine = Engine(MaskedLMWithTerms(parts.bert, config.terms()), config.train, config.run.seed, device)
     seen = set()
     for layer in parts.bert.layers:

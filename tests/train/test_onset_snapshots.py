@@ -9,7 +9,7 @@ from engine_runs import override_arguments
 
 from megatron_sas.config import load_config
 from megatron_sas.run.directory import step_name
-from megatron_sas.train.onset_snapshots import Watch
+from megatron_sas.train.onset_snapshots import OnsetSnapshots
 
 SECTION = {"watch.metrics": ["loss"], "watch.delta": 20, "watch.every": 5, "watch.keep": 12}
 
@@ -27,8 +27,10 @@ def test_the_ring_has_what_now_and_what_a_restart_would_need(config, tmp_path, p
     (tmp_path / "metrics.jsonl").touch()
     settings = load_config(config, override_arguments({**SECTION, "run.output_dir": str(tmp_path)}))
     saver = SimpleNamespace(published=published, step=begun)
-    watch = Watch(settings, -1, SimpleNamespace(path=tmp_path / "metrics.jsonl"), saver, print)
+    records = SimpleNamespace(path=tmp_path / "metrics.jsonl")
+    last = settings.train.steps
+    watch = OnsetSnapshots(settings.watch, settings.snapshots, last, -1, records, saver, print)
     for step in range(0, 101, 5):
         (tmp_path / "ring" / step_name(step)).mkdir(parents=True)
-    assert watch.place(105) == "ring"
+    assert watch.place(105) == tmp_path / "ring"
     assert sorted(path.name for path in (tmp_path / "ring").iterdir()) == [step_name(s) for s in expected]

@@ -15,13 +15,15 @@ from megatron_sas.config import load_config
 from megatron_sas.core.cli import InputError
 from megatron_sas.data.packed import PackedData
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
-from megatron_sas.evaluation.live import GRACE_SECONDS, EvaluationSection, evaluation_stride
+from megatron_sas.evaluation.live import EvaluationSection, LiveEvaluation
 from megatron_sas.evaluation.text import packed_text
 from megatron_sas.export.hf import to_hf
 from megatron_sas.run.reading import load_model
 from megatron_sas.run.records import read_records
-from megatron_sas.train import build as setup
-from megatron_sas.train.build import build_parts, data_facts, refuse_other_data
+from megatron_sas.run.signals import StopRequest
+from megatron_sas.train import build
+from megatron_sas.train.build import build_state
+from megatron_sas.train.resume import check_same_data, data_facts
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def refusal(config, run, overrides=None) -> str:
     arguments = override_arguments({**(overrides or {}), "run.output_dir": str(run)})
     existed = run.exists()
     with pytest.raises(InputError) as error:
-        build_parts(load_config(config, arguments), print)
+        build_state(load_config(config, arguments), print)
     message = str(error.value)
     assert "\n" not in message
     assert existed == (run.is_file() or (run.is_dir() and any(run.iterdir())))
@@ -81,7 +83,7 @@ def test_other_threads_than_the_checkpoints_are_named(config, tmp_path, monkeypa
     run = tmp_path / "run"
     line = "threads per process: 3, where the checkpoint was made with 1; from here the run equals an uninterrupted one"
     for steps, threads in ((1, 1), (2, 1), (3, 3), (4, 3)):
-        monkeypatch.setattr("megatron_sas.train.trainer.threads_of_processes", lambda threads=threads: [threads])
+        monkeypatch.setattr("megatron_sas.train.build.threads_of_processes", lambda threads=threads: [threads])
         train(config, run, {"train.steps": steps})
         assert capsys.readouterr().out.count(line) == (steps == 3)
     starts = [line for line in read_records(run / "metrics.jsonl") if line.get("event") == "start"]
@@ -135,50 +137,34 @@ def test_evaluations_and_checkpoints_come_when_they_are_due(config, tmp_path):
     assert live["weight_norm"] == pytest.approx(weight_norm(model), rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("left", "each", "training", "share", "stride"),
-    [
-        (10, 1.0, 1000.0, 0.25, 1),
-        (100, 10.0, 600.0, 0.25, -(-1000 // 230)),
-        (3, 10.0, 0.0, 0.25, 1),  # within the grace
-        (2, 100.0, 0.0, 0.5, -(-200 // 30)),
-    ],
-)
-def test_evaluations_are_thinned_out_to_their_share_of_time(left, each, training, share, stride):
-    assert evaluation_stride(left, each, training, share) == stride
-    spent = left / stride * each
-    assert spent <= share * (spent + training) + GRACE_SECONDS
+def test_evaluations_are_made_where_the_configuration_says_however_long_they_take(
+    config, tmp_path, monkeypatch, capsys
+):
+    """By a clock that only evaluations move."""
+    now, evaluate = [0.0], LiveEvaluation.evaluate
+
+    def slow(*arguments):
+        now[0] += 20.0
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(LiveEvaluation, "evaluate", slow)
+    train(config, tmp_path / "run", {"evaluation.every": 2, "train.steps": 12}, clock=lambda: now[0])
+    assert sorted(records(tmp_path / "run", "evaluation")) == [0, 2, 4, 6, 8, 10, 12]
+    out = capsys.readouterr().out
+    assert out.count("step 10: 7 evaluations of 20.0 s will take about 100% of the run; a larger evaluation.every") == 1
+    assert out.count("will take about") == 1
 
 
-def test_slow_evaluations_are_thinned_out_but_first_and_last_stay(config, tmp_path, monkeypatch, capsys):
-    from megatron_sas.evaluation import live
+def test_a_run_that_is_stopped_in_its_last_evaluation_is_not_finished(config, whole, tmp_path):
+    run, stop = tmp_path / "run", StopRequest()
 
-    evaluate = live.LiveEvaluation.evaluate
-    monkeypatch.setattr(live.LiveEvaluation, "evaluate", lambda *a: {**evaluate(*a), "seconds": 20.0})
-    train(config, tmp_path / "run", {"evaluation.every": 1, "train.steps": 9})
-    steps = sorted(records(tmp_path / "run", "evaluation"))
-    assert steps[0] == 0
-    assert steps[-1] == 9
-    assert 3 <= len(steps) < 8
-    assert "more than 25% of the time left" in capsys.readouterr().out
+    def ask_at_the_end(step, values):
+        stop.reason = "SIGTERM" if step == 6 else None
 
-
-def test_a_run_that_is_stopped_in_its_last_evaluation_is_not_finished(config, whole, tmp_path, monkeypatch):
-    from megatron_sas.train.trainer import Trainer
-
-    run, between = tmp_path / "run", Trainer._between_batches
-
-    def ask_at_the_end(trainer):
-        if trainer.throughput.tokens == 6 * 8 * 32:
-            trainer.stop.reason = "SIGTERM"
-        between(trainer)
-
-    monkeypatch.setattr(Trainer, "_between_batches", ask_at_the_end)
-    train(config, run)
+    train(config, run, stop=stop, observer=ask_at_the_end)
     assert (run / "requeue").read_text() == "SIGTERM\n"
     assert sorted(records(run, "evaluation")) == [0, 3]
     assert [line["event"] for line in read_records(run / "metrics.jsonl") if "event" in line] == ["start", "stopped"]
-    monkeypatch.undo()
     train(config, run)
     assert records(run, "evaluation") == records(whole, "evaluation")
     assert largest_difference(weights(run, 6), weights(whole, 6)) == 0.0
@@ -277,14 +263,14 @@ def test_a_continued_run_may_find_its_data_elsewhere(config, whole, tmp_path):
 
 def test_a_run_that_another_process_has_begun_meanwhile_is_not_begun_again(config, tmp_path, monkeypatch):
     """It was new when this process looked, and the other has come and gone before this one claims the directory."""
-    run, build = tmp_path / "run", setup._build
+    run, begin = tmp_path / "run", build.begin_run
 
-    def build_while_another_trains(*arguments):
-        monkeypatch.setattr(setup, "_build", build)
+    def begin_after_another(*arguments):
+        monkeypatch.setattr(build, "begin_run", begin)
         train(config, run, {"train.steps": 3})
-        return build(*arguments)
+        return begin(*arguments)
 
-    monkeypatch.setattr(setup, "_build", build_while_another_trains)
+    monkeypatch.setattr(build, "begin_run", begin_after_another)
     with pytest.raises(InputError, match="another process has begun this run meanwhile; start the same command again"):
         train(config, run)
     assert sorted(records(run)) == [1, 2, 3]
@@ -301,7 +287,7 @@ def test_output_directories_that_are_refused(config, whole, tmp_path):
     (tmp_path / "file").write_text("…")
     assert "is not a run" in refusal(config, tmp_path / "file")
     (tmp_path / "empty").mkdir()
-    build_parts(load_config(config, [f"--run.output_dir={tmp_path / 'empty'}", "--run.resume=never"]), print)
+    build_state(load_config(config, [f"--run.output_dir={tmp_path / 'empty'}", "--run.resume=never"]), print)
 
 
 def test_data_that_does_not_fit_is_refused(config, whole, tmp_path):
@@ -344,7 +330,7 @@ def test_what_a_run_may_not_begin_with(config, tmp_path, monkeypatch):
     message = refusal(config, tmp_path / "run", overrides)
     assert message.startswith(f"data.validation: {train_data} and {train_data} of data.train hold the same sequences; ")
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "refuse_overlap", lambda *_: None)
+        patch.setattr(build, "check_overlap", lambda *_: None)
         train(config, tmp_path / "run", overrides)
     train(config, tmp_path / "run", overrides | {"train.steps": 2})
     assert sorted(records(tmp_path / "run")) == [1, 2]
@@ -364,19 +350,19 @@ def test_data_of_a_tokenizer_that_did_something_else_are_refused(config, whole, 
     del header["tokenizer"]["digest"]  # of an earlier version
     Path(f"{prefix}.json").write_text(json.dumps(header))
     overrides = {"data.train": prefix, "run.output_dir": str(tmp_path / "run")}
-    build_parts(load_config(config, override_arguments(overrides)), print)
+    build_state(load_config(config, override_arguments(overrides)), print)
 
 
 def test_what_is_remembered_of_the_heads(config):
     packed = PackedData(load_config(config).data.train)
     facts = data_facts(packed, None)
-    refuse_other_data(facts, packed)
+    check_same_data(facts, packed)
     other = facts | {"heads_fingerprint": "0" * 64}
     with pytest.raises(InputError, match="has other heads"):
-        refuse_other_data(other, packed)
-    refuse_other_data(other | {"heads": "permuted"}, packed)  # a branch from a run with a control
+        check_same_data(other, packed)
+    check_same_data(other | {"heads": "permuted"}, packed)  # a branch from a run with a control
     del other["heads_fingerprint"], other["validation"]  # of earlier versions
-    refuse_other_data(other, packed, packed)
+    check_same_data(other, packed, packed)
 
 
 def test_a_run_is_a_model_for_the_tools(whole):

@@ -12,45 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_sas.corpus.parsers.base import Parse
 from megatron_sas.data.packed import SENTENCE_START, WORD_START
 
 
 @dataclass
-class Parse:
-    """Words of one or more texts in a shared character space, sorted by position.
-
-    `starts`, `ends` (W,) int64: characters [start, end); an empty span is a word without characters of its own.
-    `heads` (W,) int64: index of the head word, -1 for none. `relations` (W,) int64: relation numbers, 0 for none.
-    `sentence_starts` (W,) bool. `is_word` (W,) bool: false for white-space tokens, which no statistic counts.
-    """
-
-    starts: np.ndarray
-    ends: np.ndarray
-    heads: np.ndarray
-    relations: np.ndarray
-    sentence_starts: np.ndarray
-    is_word: np.ndarray
-
-    def shifted(self, characters: int, words: int) -> Parse:
-        """The same words `characters` further on, after `words` other words."""
-        heads = np.where(self.heads >= 0, self.heads + words, -1)
-        starts, ends = self.starts + characters, self.ends + characters
-        return Parse(starts, ends, heads, self.relations, self.sentence_starts, self.is_word)
-
-    @staticmethod
-    def concatenate(parses: list[Parse]) -> Parse:
-        """One parse of parses that are shifted already; at least one."""
-        names = Parse.__dataclass_fields__
-        return Parse(*(np.concatenate([getattr(parse, name) for parse in parses]) for name in names))
-
-
-@dataclass
 class Alignment:
-    """Per piece (P,): `offsets` int32, head position minus own position, 0 without an edge; `marks` uint8; `relations`
-    int64; `words` int64, the word a piece belongs to or -1. Then the counts of the header."""
+    """Per token (P,): `offsets` int32, head position minus own position, 0 without an edge; `boundaries` uint8;
+    `relations` int64; `words` int64, the word a token belongs to or -1. Then the counts of the header."""
 
     offsets: np.ndarray
-    marks: np.ndarray
+    boundaries: np.ndarray
     relations: np.ndarray
     words: np.ndarray
     num_words: int
@@ -67,45 +39,45 @@ def _containing_word(positions: np.ndarray, parse: Parse) -> np.ndarray:
     return np.where((word >= 0) & (positions < parse.ends[word]), word, -1)
 
 
-def align(piece_starts: np.ndarray, piece_ends: np.ndarray, parse: Parse, text: str) -> Alignment:
+def align(token_starts: np.ndarray, token_ends: np.ndarray, parse: Parse, text: str) -> Alignment:
     """Give pieces the edges of `parse`.
 
     Args:
-        piece_starts, piece_ends: (P,) int64 character offsets in `text`, ascending. parse: words of `text`.
+        token_starts, token_ends: (P,) int64 character offsets in `text`, ascending. parse: words of `text`.
     """
-    words = _containing_word(piece_starts, parse)
+    words = _containing_word(token_starts, parse)
     # Some tokenizers count the space before a word to its first piece. Only such pieces can begin outside all words.
     outside = (words < 0) | ~np.append(parse.is_word, False)[words]
     if outside.any():
-        spans = zip(piece_starts[outside], piece_ends[outside], strict=True)
+        spans = zip(token_starts[outside], token_ends[outside], strict=True)
         words[outside] = _containing_word(np.array([_first_visible(text, *span) for span in spans]), parse)
     owned = np.flatnonzero(words >= 0)
     first = owned[np.diff(words[owned], prepend=-1) != 0]
     count = len(parse.starts)
-    first_piece = np.full(count, -1, dtype=np.int64)
-    first_piece[words[first]] = first
+    first_token = np.full(count, -1, dtype=np.int64)
+    first_token[words[first]] = first
 
     has_head = parse.heads >= 0
-    head_piece = np.where(has_head, first_piece[parse.heads], -1) if count else first_piece
-    edge = (first_piece >= 0) & (head_piece >= 0)
+    head_token = np.where(has_head, first_token[parse.heads], -1) if count else first_token
+    edge = (first_token >= 0) & (head_token >= 0)
     offsets = np.zeros(len(words), dtype=np.int32)
-    offsets[first_piece[edge]] = head_piece[edge] - first_piece[edge]
+    offsets[first_token[edge]] = head_token[edge] - first_token[edge]
 
-    marks = np.zeros(len(words), dtype=np.uint8)
-    marks[first] = WORD_START
+    boundaries = np.zeros(len(words), dtype=np.uint8)
+    boundaries[first] = WORD_START
     sentences = np.cumsum(parse.sentence_starts)[words[first]]
     sentence_first = first[np.diff(sentences, prepend=-1) != 0]
-    marks[sentence_first] |= SENTENCE_START
+    boundaries[sentence_first] |= SENTENCE_START
     relations = np.zeros(len(words), dtype=np.int64)
     relations[first] = parse.relations[words[first]]
     return Alignment(
         offsets=offsets,
-        marks=marks,
+        boundaries=boundaries,
         relations=relations,
         words=words,
         num_words=int(parse.is_word.sum()),
         num_sentences=len(sentence_first),
-        words_without_piece=int((parse.is_word & (first_piece < 0)).sum()),
+        words_without_piece=int((parse.is_word & (first_token < 0)).sum()),
         edges_without_piece=int((parse.is_word & has_head & ~edge).sum()),
     )
 

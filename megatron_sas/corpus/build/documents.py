@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.readers.base import Unit
 from megatron_sas.corpus.readers.line_breaks import LineBreaks
-from megatron_sas.corpus.readers.sources import Unit, source_name
+from megatron_sas.corpus.readers.registry import source_name
 
 SURVEY_FORMAT = "megatron_sas corpus survey"
 SURVEY_VERSION = 3
@@ -33,9 +34,9 @@ def text_as_read(document: Iterable[Unit]) -> str:
     )
 
 
-def is_validation(text: str, share: float) -> bool:
-    """Whether a document that begins with `text` (at least `KEY_CHARACTERS`, or all) belongs to the validation side."""
-    digest = hashlib.blake2b(text[:KEY_CHARACTERS].encode(), digest_size=8).digest()
+def is_validation(text: str, share: float, key_characters: int = KEY_CHARACTERS) -> bool:
+    """Whether a document that begins with `text` (at least `key_characters`, or all) belongs to the validation side."""
+    digest = hashlib.blake2b(text[:key_characters].encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < share * 2**64
 
 
@@ -126,10 +127,11 @@ class Selection:
     split: Split | None = None
     validation_share: float = 0.0
     exclusions: Exclusions | None = None
+    key_characters: int = KEY_CHARACTERS
     counts: dict[str, int] = field(default_factory=lambda: {"other_split": 0, "excluded": 0})
 
     def apply(self, units: Iterable[Unit]) -> Iterator[Unit]:
-        """The units of the selected documents, in order; no more than `KEY_CHARACTERS` are held back at a time.
+        """The units of the selected documents, in order; no more than `key_characters` are held back at a time.
 
         Raises:
             InputError: an input has another number of documents than when the exclusions were made.
@@ -154,7 +156,7 @@ class Selection:
             if decision is None:
                 held.append(unit)
                 size += len(unit_text(unit))
-                if size >= KEY_CHARACTERS:
+                if size >= self.key_characters:
                     decision = self._is_selected(held)
                     if decision:
                         yield from held
@@ -174,7 +176,7 @@ class Selection:
         return self.exclusions is not None and number in self.exclusions.excluded[name]
 
     def _is_selected(self, document: list[Unit]) -> bool:
-        validation = is_validation(text_as_read(document), self.validation_share)
+        validation = is_validation(text_as_read(document), self.validation_share, self.key_characters)
         if validation == (self.split == "validation"):
             return True
         self.counts["other_split"] += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ import numpy as np
 from megatron_sas.core.cli import InputError, progress
 from megatron_sas.corpus.build.packed_writer import PackedWriter, relation_number
 from megatron_sas.corpus.parsers.base import RelationNames
+from megatron_sas.corpus.readers.registry import dataset_of
 from megatron_sas.corpus.readers.text_lines import check_file_name
-from megatron_sas.data.overlap import Documents, refuse_repeated
+from megatron_sas.data.overlap import Documents, check_repeated
 from megatron_sas.data.packed import PackedData, packed_header
 
 _BLOCK = 4096  # sequences read at a time
@@ -39,7 +39,7 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
     _check_splits(prefixes, headers)
     _check_versions(prefixes, headers)
     filled = [(prefix, header) for prefix, header in zip(prefixes, headers, strict=True) if header["num_sequences"]]
-    refuse_repeated("--inputs", [Documents(prefix, header) for prefix, header in filled])
+    check_repeated("--inputs", [Documents(prefix, header) for prefix, header in filled])
     differing = [name for name in ("settings", "parser") if any(h.get(name) != headers[0].get(name) for h in headers)]
     used = [prefix for prefix, _ in filled]
     if not used:
@@ -58,7 +58,7 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
             numbers = _renumbering(part, names)
             for start in range(0, len(part), _BLOCK):
                 rows = slice(start, start + _BLOCK)
-                writer.add(part.tokens[rows], part.heads[rows], part.marks[rows], numbers[part.relns[rows]])
+                writer.add(part.tokens[rows], part.heads[rows], part.boundaries[rows], numbers[part.deprels[rows]])
                 bar.update(len(part.tokens[rows]))
             entry = {"name": Path(prefix).name, "num_sequences": len(part), "fingerprint": part.fingerprint}
             # A part that is merged itself may have them in its own parts.
@@ -95,12 +95,12 @@ def _check_versions(prefixes: list[str], headers: list[dict[str, Any]]) -> None:
         if not isinstance(files, list):
             raise InputError(f"{prefix}.json: field input_files is that of an earlier program; preprocess again")
         for file in files:
-            if part := re.fullmatch(r"(hf:.+)@\d+/\d+", file["name"]):
+            if dataset := dataset_of(file["name"]):
                 version = {key: value for key, value in file.items() if key != "name"}
-                other, first = known.setdefault(part[1], (prefix, version))
+                other, first = known.setdefault(dataset, (prefix, version))
                 if version != first:
                     raise InputError(
-                        f"{prefix}: is of another version of {part[1]} ({_shown(version)}) than {other} "
+                        f"{prefix}: is of another version of {dataset} ({_shown(version)}) than {other} "
                         f"({_shown(first)}); preprocess all parts of one (on the hub, name it: hf:NAME@REVISION)"
                     )
 

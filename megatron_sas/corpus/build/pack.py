@@ -23,7 +23,7 @@ class PackingCounts:
     tail_edges: int = 0
 
 
-# tokens int32, heads int16, marks uint8, relations uint8, each (S,); the arrays are reused after the call
+# tokens int32, heads int16, boundaries uint8, relations uint8, each (S,); the arrays are reused after the call
 Emit = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 
 
@@ -45,35 +45,35 @@ class Packer:
         self._places = np.arange(seq_length)
         self._tokens = np.zeros(seq_length, dtype=np.int32)
         self._offsets = np.zeros(seq_length, dtype=np.int32)
-        self._marks = np.zeros(seq_length, dtype=np.uint8)
+        self._boundaries = np.zeros(seq_length, dtype=np.uint8)
         self._relations = np.zeros(seq_length, dtype=np.uint8)
         self._tokens[0], self._tokens[-1] = cls_id, sep_id
         self._next = 1
-        self._document_pieces: int | None = None  # None before the first document
-        self._tail_pieces = 0  # pieces, not separators, in the sequence being filled
+        self._document_tokens: int | None = None  # None before the first document
+        self._tail_tokens = 0  # pieces, not separators, in the sequence being filled
 
     def start_document(self) -> None:
         """What is added next belongs to a new document."""
         self._close_document()
         self.counts.documents += 1
-        self._document_pieces = 0
+        self._document_tokens = 0
 
-    def add(self, tokens: np.ndarray, offsets: np.ndarray, marks: np.ndarray, relations: np.ndarray) -> None:
+    def add(self, tokens: np.ndarray, offsets: np.ndarray, boundaries: np.ndarray, relations: np.ndarray) -> None:
         """Append pieces (P,) to the current document; `offsets` as in `Alignment`, edges within this call only."""
         if not len(tokens):
             return
-        if not self._document_pieces:
+        if not self._document_tokens:
             self._separate()
-        self._document_pieces = (self._document_pieces or 0) + len(tokens)
+        self._document_tokens = (self._document_tokens or 0) + len(tokens)
         self.counts.pieces += len(tokens)
         done = 0
         while done < len(tokens):
             size = min(len(tokens) - done, self._end - self._next)
             here, there = slice(self._next, self._next + size), slice(done, done + size)
             self._tokens[here], self._offsets[here] = tokens[there], offsets[there]
-            self._marks[here], self._relations[here] = marks[there], relations[there]
+            self._boundaries[here], self._relations[here] = boundaries[there], relations[there]
             self._next += size
-            self._tail_pieces += size
+            self._tail_tokens += size
             done += size
             if self._next == self._end:
                 self._flush()
@@ -81,11 +81,11 @@ class Packer:
     def finish(self) -> None:
         """Drop and count what does not fill a sequence."""
         self._close_document()
-        self.counts.tail_pieces = self._tail_pieces
+        self.counts.tail_pieces = self._tail_tokens
         self.counts.tail_edges = int(np.count_nonzero(self._offsets[1 : self._next]))
 
     def _close_document(self) -> None:
-        if self._document_pieces == 0:
+        if self._document_tokens == 0:
             self.counts.empty_documents += 1
 
     def _separate(self) -> None:
@@ -97,7 +97,7 @@ class Packer:
         for stream, value in (
             (self._tokens, self._sep_id),
             (self._offsets, 0),
-            (self._marks, 0),
+            (self._boundaries, 0),
             (self._relations, 0),
         ):
             stream[self._next] = value
@@ -110,6 +110,6 @@ class Packer:
         self.counts.edges += int(np.count_nonzero(kept))
         self.counts.edges_cut += int(np.count_nonzero(edge & ~kept))
         heads = np.where(kept, target, -1).astype(np.int16)
-        self._emit(self._tokens, heads, self._marks, self._relations)
+        self._emit(self._tokens, heads, self._boundaries, self._relations)
         self.counts.sequences += 1
-        self._next, self._tail_pieces = 1, 0
+        self._next, self._tail_tokens = 1, 0

@@ -67,12 +67,12 @@ class PackedWriter:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def add(self, tokens: np.ndarray, heads: np.ndarray, marks: np.ndarray, relations: np.ndarray) -> None:
+    def add(self, tokens: np.ndarray, heads: np.ndarray, boundaries: np.ndarray, relations: np.ndarray) -> None:
         """Append one sequence, each stream (S,), or several, each (n, S); any integer dtypes whose values fit."""
         for sequence in tokens.reshape(-1, self.seq_length):
             self._tokens.add(sequence)
             self.num_sequences += 1
-        for file, dtype, stream in zip(self._files, _STREAMS.values(), (heads, marks, relations), strict=True):
+        for file, dtype, stream in zip(self._files, _STREAMS.values(), (heads, boundaries, relations), strict=True):
             file.write(np.ascontiguousarray(stream, dtype=dtype))
 
     def finish(self, relations: list[str], **fields: Any) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,11 +16,13 @@ from megatron_sas.core.files import sha256_file
 from megatron_sas.corpus.build.documents import Exclusions, Selection, Split, input_of
 from megatron_sas.corpus.build.pack import Packer
 from megatron_sas.corpus.build.packed_writer import PackedWriter, check_seq_length, relation_number
-from megatron_sas.corpus.build.skipped import Losses
-from megatron_sas.corpus.build.workers import ChunkResult, WorkerSettings, chunks, process_chunks
-from megatron_sas.corpus.parsers.base import RelationNames, describe_parser
+from megatron_sas.corpus.build.skipped import SkipReport
+from megatron_sas.corpus.build.workers import CHUNK_CHARACTERS, ChunkResult, WorkerSettings, chunks, process_chunks
+from megatron_sas.corpus.parsers.base import RelationNames
+from megatron_sas.corpus.parsers.registry import PARSERS, describe_parser, parser_class
+from megatron_sas.corpus.readers.base import Reading, Unit
 from megatron_sas.corpus.readers.line_breaks import LineBreaks
-from megatron_sas.corpus.readers.sources import Reading, Unit, input_files, input_format, read_units, source_name
+from megatron_sas.corpus.readers.registry import READERS_BY_SUFFIX, input_files, read_units, reader_of, source_name
 from megatron_sas.corpus.readers.text_lines import OnError
 from megatron_sas.data.tokenizer import knows_words, load_tokenizer, tokenizer_info
 from megatron_sas.data.unknown import Unknown
@@ -45,7 +46,7 @@ class PreprocessSettings:
     workers: int = 1
     text_field: str = "text"
     on_error: OnError = "refuse"
-    max_loss: float = 0.05
+    max_skipped: float = 0.05
     drop_foreign: bool = False
     exclude: str | None = None
     split: Split | None = None
@@ -56,7 +57,11 @@ class PreprocessSettings:
 
 
 def preprocess(
-    settings: PreprocessSettings, provenance: dict[str, Any] | None = None, *, allow_empty: bool = False
+    settings: PreprocessSettings,
+    provenance: dict[str, Any] | None = None,
+    *,
+    allow_empty: bool = False,
+    chunk_characters: int = CHUNK_CHARACTERS,
 ) -> tuple[dict[str, Any], float]:
     """Make packed data from text and return its header and the seconds that reading, parsing and packing took.
 
@@ -66,11 +71,12 @@ def preprocess(
     Args:
         provenance: `provenance_of(settings)`, if it is known already.
         allow_empty: text that does not fill one sequence makes data of none, instead of an error.
+        chunk_characters: what a worker is given at a time, which changes nothing in the data.
 
     Raises:
         InputError: for anything wrong in the settings or the input (with "skip", broken input is counted instead, up
-            to `max_loss` of an input, and so is in any case what `drop_foreign` leaves out), and when the text does not
-            fill one sequence.
+            to `max_skipped` of an input, and so is in any case what `drop_foreign` leaves out), and when the text does
+            not fill one sequence.
     """
     check_settings(settings)
     tokenizer = tokenizer_of(settings)
@@ -78,7 +84,7 @@ def preprocess(
     worker = WorkerSettings(
         tokenizer=tokenizer.backend_tokenizer.to_str(),
         parser=settings.parser,
-        max_word_pieces=settings.seq_length - 2,
+        max_word_tokens=settings.seq_length - 2,
         unk_id=info.unk_id,
         drop_foreign=settings.drop_foreign,
     )
@@ -93,7 +99,7 @@ def preprocess(
                 settings.exclude, settings.inputs, files, settings.rows_per_document, settings.line_breaks
             )
         selection = Selection(settings.split, settings.validation_share, exclusions)
-        counts, relations, report = _pack_inputs(settings, selection, worker, packer)
+        counts, relations, report = _pack_inputs(settings, selection, worker, packer, chunk_characters)
         if not packer.counts.sequences and not allow_empty:
             raise InputError(
                 f"{', '.join(settings.inputs)}: {packer.counts.pieces} tokens do not fill one sequence of "
@@ -110,26 +116,28 @@ def check_settings(settings: PreprocessSettings) -> None:
         raise InputError(f"--workers {settings.workers}: must be at least 1")
     if settings.rows_per_document is not None and settings.rows_per_document < 1:
         raise InputError(f"--rows-per-document {settings.rows_per_document}: must be at least 1")
-    for name in ("max_loss", "validation_share"):
+    for name in ("max_skipped", "validation_share"):
         if not 0 <= getattr(settings, name) <= 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be a share from 0 to 1")
-    seen = set()
+    seen, (parser, _) = set(), parser_class(settings.parser)
     for name in settings.inputs:
-        place = name if name.startswith("hf:") else Path(name).resolve()
-        if place in seen:
+        reader = reader_of(name)
+        if reader.place(name) in seen:
             raise InputError(f"--input: {name} is given twice; leave one out")
-        seen.add(place)
-        if (input_format(name) == "conllu") != (settings.parser == "conllu"):
-            raise InputError(f"{name}: .conllu files need --parser conllu, and it needs .conllu files")
+        seen.add(reader.place(name))
+        if reader.gold != (parser.heads == "gold"):
+            suffixes = " and ".join(suffix for suffix, reader in READERS_BY_SUFFIX.items() if reader.gold)
+            kinds = " or ".join(kind for kind, parser in PARSERS.items() if parser.heads == "gold")
+            raise InputError(f"{name}: {suffixes} files need --parser {kinds}, and it needs {suffixes} files")
 
 
 def tokenizer_of(settings: PreprocessSettings) -> PreTrainedTokenizerFast:
     """The tokenizer; `InputError` when there is none, or the parser needs one that knows words."""
     tokenizer = load_tokenizer(settings.tokenizer)
-    if settings.parser == "none" and not knows_words(tokenizer):
+    if parser_class(settings.parser)[0].heads == "none" and not knows_words(tokenizer):
         raise InputError(
-            f"--parser none: takes its words from the tokenizer, but {settings.tokenizer} does not cut text at spaces; "
-            "give a parser, or a tokenizer that does"
+            f"--parser {settings.parser}: takes its words from the tokenizer, but {settings.tokenizer} does not cut "
+            "text at spaces; give a parser, or a tokenizer that does"
         )
     return tokenizer
 
@@ -172,15 +180,16 @@ def remarks(header: dict[str, Any], *, warnings_only: bool = False) -> list[str]
 
 
 def _pack_inputs(
-    settings: PreprocessSettings, selection: Selection, worker: WorkerSettings, packer: Packer
+    settings: PreprocessSettings, selection: Selection, worker: WorkerSettings, packer: Packer, chunk_characters: int
 ) -> tuple[dict[str, int], list[str], dict[str, Any]]:
     """Read, parse, align and pack everything; returns the counts, the relation names and what was found wrong."""
-    losses = Losses(settings.max_loss, show=True)
-    reading = Reading(settings.text_field, settings.on_error, losses, settings.rows_per_document, settings.line_breaks)
+    skipped = SkipReport(settings.max_skipped, show=True)
+    reading = Reading(settings.text_field, settings.on_error, skipped, settings.rows_per_document, settings.line_breaks)
     foreign, long_words = _Examples(), _Examples()
     names, totals = RelationNames(), Counter()
     with progress(unit=" words", unit_scale=True, desc="preprocessing") as bar:
-        groups = chunks(_used(selection.apply(read_units(settings.inputs, reading)), losses))
+        used = _used(selection.apply(read_units(settings.inputs, reading)), skipped)
+        groups = chunks(used, chunk_characters)
         with contextlib.closing(process_chunks(groups, worker, settings.workers)) as results:
             for units, result in results:
                 for number, reason in result.bad:
@@ -188,16 +197,17 @@ def _pack_inputs(
                 for number in result.foreign:
                     foreign.add(units[number].where, str(units[number].content)[:80])
                     if settings.drop_foreign:  # as asked for, so never refused; but not without limit
-                        losses.lose(units[number].where, _FOREIGN, used=True)
+                        skipped.skip(units[number].where, _FOREIGN, used=True)
                 for number, word in result.long_words:
                     long_words.add(units[number].where, word)
                 _pack(packer, units, result, names)
                 totals.update(result.counts)
                 bar.update(result.counts["words"])
     packer.finish()
-    losses.check()
+    skipped.check()
     packed = asdict(packer.counts)
-    unparsed = packed["documents"] - packed["empty_documents"] if settings.parser == "none" else 0
+    has_heads = parser_class(settings.parser)[0].heads != "none"
+    unparsed = 0 if has_heads else packed["documents"] - packed["empty_documents"]
     counts = {
         "documents": packed.pop("documents"),
         "empty_documents": packed.pop("empty_documents"),
@@ -217,17 +227,17 @@ def _pack_inputs(
         "lines_joined": reading.lines_joined,
         "paragraphs_foreign": foreign.count,
         "sentences_blanked": reading.sentences_blanked,
-        "skipped": losses.count,
+        "skipped": skipped.count,
     }
-    report = losses.report() | foreign.report(_FOREIGN) | long_words.report(_LONG_WORD)
+    report = skipped.report() | foreign.report(_FOREIGN) | long_words.report(_LONG_WORD)
     return counts | packed, names.names, report
 
 
-def _used(units: Iterable[Unit], losses: Losses) -> Iterator[Unit]:
+def _used(units: Iterable[Unit], skipped: SkipReport) -> Iterator[Unit]:
     """The units, counted as those that a parser may lose."""
     for unit in units:
         if unit.content is not None:
-            losses.use(input_of(unit))
+            skipped.use(input_of(unit))
         yield unit
 
 
@@ -256,8 +266,8 @@ def _pack(packer: Packer, units: list[Unit], result: ChunkResult, names: Relatio
     for begin, end in _documents(units):
         if units[begin].starts_document:
             packer.start_document()
-        pieces = slice(result.cuts[begin], result.cuts[end])
-        packer.add(result.tokens[pieces], result.offsets[pieces], result.marks[pieces], relations[pieces])
+        span = slice(result.cuts[begin], result.cuts[end])
+        packer.add(result.tokens[span], result.offsets[span], result.boundaries[span], relations[span])
 
 
 def _documents(units: list[Unit]) -> Iterator[tuple[int, int]]:

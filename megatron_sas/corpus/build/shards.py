@@ -19,8 +19,8 @@ from megatron_sas.corpus.build.preprocess import (
     remarks,
     tokenizer_of,
 )
-from megatron_sas.corpus.parsers.base import describe_parser
-from megatron_sas.corpus.readers.text_lines import COMPRESSED
+from megatron_sas.corpus.parsers.registry import describe_parser
+from megatron_sas.corpus.readers.registry import reader_of
 from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.data.packed import FORMAT_VERSION, PackedData, TokenizerIdentity, read_header
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_identity
@@ -34,16 +34,8 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def output_name(name: str) -> str:
-    """The name of an input's packed data: the file's without .jsonl.xz and the like."""
-    if name.startswith("hf:"):
-        return re.sub(r"[^\w.]+", "-", name[3:]).strip("-")
-    path = Path(name)
-    return Path(path.stem).stem if path.suffix in COMPRESSED else path.stem
-
-
 def preprocess_shards(
-    settings: PreprocessSettings, shard: tuple[int, int] = (0, 1), say: Callable[[str], None] = print
+    settings: PreprocessSettings, shard: tuple[int, int] = (0, 1), log: Callable[[str], None] = print
 ) -> list[dict[str, Any]]:
     """Make packed data `settings.output`/NAME of every input whose turn it is, and return their headers.
 
@@ -57,7 +49,7 @@ def preprocess_shards(
     check_settings(settings)
     tokenizer_of(settings)  # what is wrong with it or the parser is said once, not for every shard
     describe_parser(settings.parser)
-    names = [output_name(name) for name in settings.inputs]
+    names = [reader_of(name).output_name(name) for name in settings.inputs]
     double = next((name for number, name in enumerate(names) if name in names[:number]), None)
     if double is not None:
         raise InputError(f"--input: two inputs would both be written to {double}; rename one")
@@ -66,29 +58,29 @@ def preprocess_shards(
     for name, output in mine:
         one = replace(settings, inputs=[name], output=str(Path(settings.output, output)))
         try:
-            header, note = _one_shard(one, say)
+            header, note = _one_shard(one, log)
         except Exception as error:
             reason = str(error)
             if not isinstance(error, InputError | OSError):  # nobody foresaw it: the place in the program may help
                 traceback.print_exc()
                 reason = f"{type(error).__name__}: {reason}".split("\n")[0]
-            say(f"{one.output}: failed: {reason}")
+            log(f"{one.output}: failed: {reason}")
             failures.append(f"{name} ({reason})")
             continue
         headers.append(header)
         counts = header["counts"]
-        say(f"{one.output}: {header['num_sequences']:,} sequences, {counts['words']:,} words, {note}")
+        log(f"{one.output}: {header['num_sequences']:,} sequences, {counts['words']:,} words, {note}")
         for line in remarks(header, warnings_only=True):
-            say(f"{one.output}: {line}")
+            log(f"{one.output}: {line}")
     if failures:
         raise InputError(f"{len(failures)} of {len(mine)} shards failed: {'; '.join(failures)}")
     return headers
 
 
-def _one_shard(settings: PreprocessSettings, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+def _one_shard(settings: PreprocessSettings, log: Callable[[str], None]) -> tuple[dict[str, Any], str]:
     provenance = provenance_of(settings)
     if not settings.overwrite:
-        header = _finished(settings, provenance, say)
+        header = _finished(settings, provenance, log)
         if header is not None:
             remove_leftovers(Path(settings.output))  # a job that was killed may have been finished by another host
             return header, "done before"
@@ -99,7 +91,7 @@ def _one_shard(settings: PreprocessSettings, say: Callable[[str], None]) -> tupl
 
 
 def _finished(
-    settings: PreprocessSettings, provenance: dict[str, Any], say: Callable[[str], None]
+    settings: PreprocessSettings, provenance: dict[str, Any], log: Callable[[str], None]
 ) -> dict[str, Any] | None:
     """The header of an output that is whole and is what these settings make, None when it is to be made (again)."""
     path = Path(f"{settings.output}.json")
@@ -119,7 +111,7 @@ def _finished(
         if header["num_sequences"]:  # an empty shard has nothing to compare
             PackedData(settings.output).verify()
     except InputError as error:
-        say(f"{error}: it is made again")
+        log(f"{error}: it is made again")
         return None
     return header
 

@@ -19,9 +19,10 @@ import numpy as np
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.processes import end_with_parent
-from megatron_sas.corpus.build.align import Parse, align
-from megatron_sas.corpus.parsers.base import RelationNames, kind_and_reason, make_parser
-from megatron_sas.corpus.readers.sources import Unit
+from megatron_sas.corpus.build.align import align
+from megatron_sas.corpus.parsers.base import Parse, RelationNames
+from megatron_sas.corpus.parsers.registry import kind_and_reason, make_parser
+from megatron_sas.corpus.readers.base import Unit
 from megatron_sas.data.tokenizer import plain_text_tokenizer
 
 if TYPE_CHECKING:
@@ -39,23 +40,24 @@ class WorkerSettings:
 
     tokenizer: str  # backend_tokenizer.to_str()
     parser: str
-    max_word_pieces: int
+    max_word_tokens: int
     unk_id: int
     drop_foreign: bool = False  # leave out text that `is_foreign`
 
 
 @dataclass
 class ChunkResult:
-    """Pieces of a chunk (P,): `tokens` int32, `offsets` int32, `marks` uint8, `relations` int64 numbers into `names`.
+    """Tokens of a chunk (P,): `tokens` int32, `offsets` int32, `boundaries` uint8, `relations` int64 numbers into
+    `names`.
 
-    `cuts` (units + 1,) int64: unit u owns pieces [cuts[u], cuts[u+1]). `bad`: units left out, with the reason;
+    `cuts` (units + 1,) int64: unit u owns tokens [cuts[u], cuts[u+1]). `bad`: units left out, with the reason;
     `foreign`: units in another language than the tokenizer's, left out where the settings say so. `long_words`: (unit,
     description) of every word that the tokenizer takes for [UNK] because of its length alone.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
-    marks: np.ndarray
+    boundaries: np.ndarray
     relations: np.ndarray
     names: list[str]
     cuts: np.ndarray
@@ -65,12 +67,12 @@ class ChunkResult:
     long_words: list[tuple[int, str]] = field(default_factory=list)
 
 
-def is_foreign(characters: int, pieces: int, unknown: int) -> bool:
+def is_foreign(characters: int, tokens: int, unknown: int) -> bool:
     """Whether a text is foreign to the tokenizer: cut nearly into characters, or made of unknown pieces.
 
     (English has about 0.23 pieces a character, other languages in Latin letters up to 0.45, Cyrillic or Chinese 0.9.)
     """
-    return characters >= 40 and (pieces > 0.6 * characters or unknown > 0.2 * pieces)
+    return characters >= 40 and (tokens > 0.6 * characters or unknown > 0.2 * tokens)
 
 
 class Worker:
@@ -129,7 +131,7 @@ class Worker:
         aligned = align(spans[:, 0], spans[:, 1], Parse.concatenate(parses), "\n".join(texts))
 
         lengths = np.bincount(aligned.words[aligned.words >= 0], minlength=1)
-        longest = self._settings.max_word_pieces
+        longest = self._settings.max_word_tokens
         if lengths.max() > longest:
             for word in np.flatnonzero(lengths > longest):
                 unit = units[int(np.searchsorted(first_words, word, side="right")) - 1]
@@ -145,7 +147,7 @@ class Worker:
         return ChunkResult(
             tokens=tokens,
             offsets=aligned.offsets,
-            marks=aligned.marks,
+            boundaries=aligned.boundaries,
             relations=aligned.relations,
             names=names.names,
             cuts=cuts,
@@ -163,8 +165,8 @@ class Worker:
         for unit, text, encoding in zip(units, texts, encodings, strict=True):
             if len(text) <= self._longest_word:
                 continue
-            for piece, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-                if piece == self._settings.unk_id and end - start > self._longest_word:
+            for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                if token == self._settings.unk_id and end - start > self._longest_word:
                     found.append((unit, f"{text[start : start + 40]}… ({end - start:,} characters)"))
         return found
 
@@ -177,7 +179,7 @@ def _joined(first: ChunkResult, second: ChunkResult) -> ChunkResult:
     return ChunkResult(
         tokens=np.concatenate([first.tokens, second.tokens]),
         offsets=np.concatenate([first.offsets, second.offsets]),
-        marks=np.concatenate([first.marks, second.marks]),
+        boundaries=np.concatenate([first.boundaries, second.boundaries]),
         relations=np.concatenate([first.relations, numbers[second.relations]]),
         names=names.names,
         cuts=np.append(first.cuts, first.cuts[-1] + second.cuts[1:]),
@@ -188,15 +190,15 @@ def _joined(first: ChunkResult, second: ChunkResult) -> ChunkResult:
     )
 
 
-def chunks(units: Iterable[Unit]) -> Iterator[list[Unit]]:
-    """Group consecutive units until they hold `CHUNK_CHARACTERS`, or as many units as would take as long to handle."""
+def chunks(units: Iterable[Unit], characters: int = CHUNK_CHARACTERS) -> Iterator[list[Unit]]:
+    """Group consecutive units until they hold `characters`, or as many units as would take as long to handle."""
     chunk: list[Unit] = []
     size = 0
     for unit in units:
         chunk.append(unit)
         content = unit.content
         size += 20 + (len(content if isinstance(content, str) else content.text) if content is not None else 0)
-        if size >= CHUNK_CHARACTERS:
+        if size >= characters:
             yield chunk
             chunk, size = [], 0
     if chunk:

@@ -26,22 +26,22 @@ class Segment:
     """A sentence, or what a sequence's ends have left of it: pieces with edges (dependent, head, relation) by piece."""
 
     start: int  # position of the first piece in its sequence
-    pieces: list[str]
+    tokens: list[str]
     first: list[bool]  # whether a piece begins a word
     edges: list[tuple[int, int, str]]
 
 
 def segments(packed: PackedData, index: int, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
     """The segments of sequence `index`, without [CLS], [SEP] and padding; edges between segments join them into one."""
-    marks, heads = np.asarray(packed.marks[index]), np.asarray(packed.heads[index], dtype=np.int64)
+    boundaries, heads = np.asarray(packed.boundaries[index]), np.asarray(packed.heads[index], dtype=np.int64)
     special = np.isin(packed.tokens[index], packed.tokenizer.special_ids)
-    starts = {int(place) for place in np.flatnonzero(marks & SENTENCE_START)}
-    starts |= {int(place) + 1 for place in np.flatnonzero(special) if place + 1 < len(marks)}
+    starts = {int(place) for place in np.flatnonzero(boundaries & SENTENCE_START)}
+    starts |= {int(place) + 1 for place in np.flatnonzero(special) if place + 1 < len(boundaries)}
     for place in np.flatnonzero(heads >= 0).tolist():  # gold parses have none; heads made by a control may
         low, high = sorted((place, int(heads[place])))
         starts -= set(range(low + 1, high + 1))
-    pieces = tokenizer.convert_ids_to_tokens(packed.tokens[index].tolist())
-    cuts = sorted(starts | {0, len(marks)})
+    tokens = tokenizer.convert_ids_to_tokens(packed.tokens[index].tolist())
+    cuts = sorted(starts | {0, len(boundaries)})
     result = []
     for start, stop in itertools.pairwise(cuts):
         kept = [place for place in range(start, stop) if not special[place]]
@@ -49,12 +49,12 @@ def segments(packed: PackedData, index: int, tokenizer: PreTrainedTokenizerBase)
             continue
         new = {place: number for number, place in enumerate(kept)}
         edges = [
-            (new[place], new[int(heads[place])], packed.relations[packed.relns[index, place]])
+            (new[place], new[int(heads[place])], packed.relations[packed.deprels[index, place]])
             for place in kept
             if heads[place] >= 0
         ]
-        first = [bool(marks[place] & WORD_START) for place in kept]
-        result.append(Segment(kept[0], [pieces[place] for place in kept], first, edges))
+        first = [bool(boundaries[place] & WORD_START) for place in kept]
+        result.append(Segment(kept[0], [tokens[place] for place in kept], first, edges))
     return result
 
 
@@ -84,7 +84,7 @@ def as_text(segment: Segment) -> str:
     """One piece a line with its relation, and arcs at the left that end in an arrow at the dependent."""
     height = levels(segment.edges)
     width = 2 * max(height, default=0)
-    lines = np.zeros((len(segment.pieces), width + 2), dtype=np.int64)  # bits: where a character's strokes lead
+    lines = np.zeros((len(segment.tokens), width + 2), dtype=np.int64)  # bits: where a character's strokes lead
     for (dependent, head, _), level in zip(segment.edges, height, strict=True):
         column = width - 2 * level
         low, high = sorted((dependent, head))
@@ -97,15 +97,15 @@ def as_text(segment: Segment) -> str:
         grid[dependent][width] = "▸"
     relations = {dependent: name or "(none)" for dependent, _, name in segment.edges}
     text = []
-    for place, (row, piece) in enumerate(zip(grid, segment.pieces, strict=True)):
-        shown = piece if segment.first[place] else f"  {piece}"
+    for place, (row, token) in enumerate(zip(grid, segment.tokens, strict=True)):
+        shown = token if segment.first[place] else f"  {token}"
         text.append(f"{segment.start + place:>5} {''.join(row)}{shown:<18} {relations.get(place, '')}".rstrip())
     return "\n".join(text)
 
 
 def as_svg(segment: Segment) -> str:
     """Pieces from left to right, arcs above them from head to dependent with an arrow, relations on the arcs."""
-    widths = [max(2, _columns(piece)) * _ADVANCE + _GAP for piece in segment.pieces]
+    widths = [max(2, _columns(token)) * _ADVANCE + _GAP for token in segment.tokens]
     for dependent, head, relation in segment.edges:  # the label of an arc between neighbours must not hide it
         if abs(dependent - head) == 1:
             lacking = len(relation) * _LABEL_ADVANCE + _GAP - (widths[dependent] + widths[head]) / 2
@@ -127,9 +127,9 @@ def as_svg(segment: Segment) -> str:
         )
         parts.append(f'<path class="tip" d="M{end:.1f} {top} l-3.5 -7 h7 z"/>')
         parts.append(f'<text class="label" x="{(begin + end) / 2:.1f}" y="{y + 4}">{html.escape(relation)}</text>')
-    for place, piece in enumerate(segment.pieces):
+    for place, token in enumerate(segment.tokens):
         kind = "more" if not segment.first[place] else "word" if place in linked else "alone"
-        parts.append(f'<text class="{kind}" x="{middle[place]:.1f}" y="{top + 18}">{html.escape(piece)}</text>')
+        parts.append(f'<text class="{kind}" x="{middle[place]:.1f}" y="{top + 18}">{html.escape(token)}</text>')
     return "".join([*parts, "</svg>"])
 
 

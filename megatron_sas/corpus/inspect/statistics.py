@@ -32,11 +32,14 @@ class _Totals:
             self.counts[name] = self.counts.get(name, 0) + int(count)
 
 
-def statistics(packed: PackedData, after_block: Callable[[int], object] | None = None) -> dict[str, Any]:
+def statistics(
+    packed: PackedData, after_block: Callable[[int], object] | None = None, *, block_tokens: int = BLOCK_TOKENS
+) -> dict[str, Any]:
     """Statistics of all sequences. Memory: 8 bytes a sentence (for duplicates) and a block.
 
     Args:
         after_block: called with the number of sequences done in each block.
+        block_tokens: size of a block, which changes nothing in the result.
 
     Keys:
         `sequences`, `tokens`, `words`, `sentences` (that begin here), `unknown` ([UNK] tokens), `edges`;
@@ -48,7 +51,7 @@ def statistics(packed: PackedData, after_block: Callable[[int], object] | None =
         `MIN_WORDS_OF_DUPLICATES` words): those that repeat the tokens of an earlier one.
     """
     totals = _Totals()
-    rows = max(1, BLOCK_TOKENS // packed.seq_length)
+    rows = max(1, block_tokens // packed.seq_length)
     for start in range(0, packed.num_sequences, rows):
         stop = min(start + rows, packed.num_sequences)
         _add_block(totals, packed, slice(start, stop))
@@ -59,9 +62,9 @@ def statistics(packed: PackedData, after_block: Callable[[int], object] | None =
 
 def _add_block(totals: _Totals, packed: PackedData, rows: slice) -> None:
     tokens, heads = np.asarray(packed.tokens[rows]), np.asarray(packed.heads[rows], dtype=np.int64)
-    marks, relns = np.asarray(packed.marks[rows]).ravel(), np.asarray(packed.relns[rows]).ravel()
+    boundaries, deprels = np.asarray(packed.boundaries[rows]).ravel(), np.asarray(packed.deprels[rows]).ravel()
     count, length = tokens.shape
-    word, sentence = marks & WORD_START != 0, marks & SENTENCE_START != 0
+    word, sentence = boundaries & WORD_START != 0, boundaries & SENTENCE_START != 0
     special = np.isin(tokens, packed.tokenizer.special_ids).ravel()
 
     begins = sentence.copy()
@@ -86,7 +89,7 @@ def _add_block(totals: _Totals, packed: PackedData, rows: slice) -> None:
     number = np.cumsum(word).reshape(count, length)  # of the word that a token belongs to
     row, place = np.nonzero(heads >= 0)
     totals.lengths += np.bincount(np.abs(number[row, heads[row, place]] - number[row, place]), minlength=_LONGEST)
-    totals.relations += np.bincount(relns[edge], minlength=256)
+    totals.relations += np.bincount(deprels[edge], minlength=256)
 
     position = np.arange(tokens.size) - starts[segment]
     hashes = hash_u64(tokens.ravel().astype(np.int64), position)

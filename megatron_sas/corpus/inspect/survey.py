@@ -24,9 +24,10 @@ import numpy as np
 from megatron_sas.core.cli import InputError, progress
 from megatron_sas.core.processes import end_with_parent
 from megatron_sas.corpus.build.documents import SURVEY_FORMAT, SURVEY_VERSION, unit_text
-from megatron_sas.corpus.build.skipped import Losses
+from megatron_sas.corpus.build.skipped import SkipReport
+from megatron_sas.corpus.readers.base import Reading
 from megatron_sas.corpus.readers.line_breaks import LineBreaks
-from megatron_sas.corpus.readers.sources import Reading, input_files, input_format, read_units, source_name
+from megatron_sas.corpus.readers.registry import input_files, read_units, reader_of, source_name
 from megatron_sas.corpus.readers.text_lines import OnError
 
 _WORD = re.compile(r"\w+")
@@ -50,7 +51,7 @@ class SurveySettings:
     exclude: tuple[str, ...] = ("duplicates", "contaminated")
     text_field: str = "text"
     on_error: OnError = "refuse"
-    max_loss: float = 0.05
+    max_skipped: float = 0.05
     workers: int = 1
     rows_per_document: int | None = None
     line_breaks: LineBreaks = "auto"
@@ -122,7 +123,7 @@ def survey(settings: SurveySettings) -> dict[str, Any]:
         InputError: for wrong settings, and when no input can be read.
     """
     for name in settings.inputs:
-        input_format(name)
+        reader_of(name)
     if len({source_name(name) for name in settings.inputs}) != len(settings.inputs):
         raise InputError("--input: two inputs have one name (folders do not count); rename one")
     if settings.workers < 1:
@@ -220,8 +221,8 @@ def _start_worker() -> None:
 
 def _survey_input(name: str, settings: SurveySettings) -> _Found:
     index = SentenceIndex((s for sentences in settings.sentences.values() for s in sentences), settings.min_words)
-    losses = Losses(settings.max_loss, show=True)
-    reading = Reading(settings.text_field, settings.on_error, losses, settings.rows_per_document, settings.line_breaks)
+    skipped = SkipReport(settings.max_skipped, show=True)
+    reading = Reading(settings.text_field, settings.on_error, skipped, settings.rows_per_document, settings.line_breaks)
     texts, ids, words, hits = array("Q"), array("Q"), 0, []
     digest = hashlib.blake2b(digest_size=8)
     empty = True
@@ -241,7 +242,7 @@ def _survey_input(name: str, settings: SurveySettings) -> _Found:
     if ids:
         texts.append(0 if empty else _number(digest))
     (file,) = input_files([name])
-    return _Found(np.array(texts, np.uint64), np.array(ids, np.uint64), words, hits, file, losses.report())
+    return _Found(np.array(texts, np.uint64), np.array(ids, np.uint64), words, hits, file, skipped.report())
 
 
 def _hash(text: str) -> int:

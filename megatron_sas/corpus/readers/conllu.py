@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_sas.corpus.readers.base import Reader, Reading, Unit
 from megatron_sas.corpus.readers.text_lines import OnError, Report, handle_bad, read_lines
-from megatron_sas.corpus.readers.trees import is_blanked, refuse_blanked, tree_fault
+from megatron_sas.corpus.readers.trees import check_blanked, is_blanked, tree_fault
 
 _ID = re.compile(r"([1-9][0-9]*)(?:-([1-9][0-9]*))?|[0-9]+\.[1-9][0-9]*")
 _ID_COLUMN, _FORM, _HEAD, _DEPREL, _MISC, _COLUMNS = 0, 1, 6, 7, 9, 10
@@ -28,7 +29,7 @@ class ConlluSentence:
 
     words: list[str]
     heads: list[int]
-    relns: list[str]
+    deprels: list[str]
     text: str
     spans: list[tuple[int, int]]
     line: int  # of the first comment or word, from 1
@@ -76,7 +77,7 @@ def read_conllu(
         sentence.newdoc, newdoc = newdoc, False
         yield sentence
     if not others:
-        refuse_blanked(path, num_blanked)
+        check_blanked(path, num_blanked)
 
 
 def _blocks(
@@ -95,7 +96,7 @@ def _blocks(
 
 
 def _parse(first_line: int, lines: list[tuple[int, str]]) -> ConlluSentence:
-    words, heads, relns, numbers, comments = [], [], [], [], []
+    words, heads, deprels, numbers, comments = [], [], [], [], []
     surface: list[tuple[str, int, bool]] = []  # form, number of syntactic words, space after
     covered = 0  # the last word id that a multiword token covers
     for number, text in lines:
@@ -127,7 +128,7 @@ def _parse(first_line: int, lines: list[tuple[int, str]]) -> ConlluSentence:
             raise _Malformed(number, f"column HEAD is {columns[_HEAD]!r}, not a number")
         words.append(form)
         heads.append(int(columns[_HEAD]) - 1)
-        relns.append(columns[_DEPREL])
+        deprels.append(columns[_DEPREL])
         numbers.append(number)
         if first > covered:
             surface.append((form, 1, space))
@@ -137,7 +138,7 @@ def _parse(first_line: int, lines: list[tuple[int, str]]) -> ConlluSentence:
         word, reason = fault
         raise _Malformed(numbers[word], f"column HEAD is {heads[word] + 1}: word {word + 1} {reason}")
     text, spans = _rebuild(words, surface)
-    return ConlluSentence(words, heads, relns, text, spans, first_line, False, comments)
+    return ConlluSentence(words, heads, deprels, text, spans, first_line, False, comments)
 
 
 def _rebuild(words: list[str], surface: list[tuple[str, int, bool]]) -> tuple[str, list[tuple[int, int]]]:
@@ -161,3 +162,14 @@ def _rebuild(words: list[str], surface: list[tuple[str, int, bool]]) -> tuple[st
             parts.append(" ")
             offset += 1
     return "".join(parts), spans
+
+
+def _units(name: str, reading: Reading) -> Iterator[Unit]:
+    starts = True
+    for sentence in read_conllu(name, reading.on_error, reading.skipped.skip, reading.blanked):
+        reading.skipped.keep(name)
+        yield Unit(sentence, starts or sentence.newdoc, f"{name}:{sentence.line}")
+        starts = False
+
+
+CONLLU = Reader(_units, gold=True)

@@ -17,7 +17,6 @@ from megatron_sas.core.cli import InputError
 OnError = Literal["refuse", "skip"] | None  # of a tool's --on-error; None refuses in a tool without that option
 Report = Callable[[str, str], None]  # where ("file:line"), reason
 
-COMPRESSED = (".gz", ".xz", ".zst")
 MAX_LINE_BYTES = 1 << 26  # no more of a line is in memory at once
 
 
@@ -94,9 +93,29 @@ class _ZstdReader(io.RawIOBase):
         return size
 
 
+# What opens the decompressed bytes of an open file, by the suffix that follows that of the content.
+COMPRESSED: dict[str, Callable[[BinaryIO], BinaryIO]] = {
+    ".gz": gzip.open,
+    ".xz": lzma.open,
+    ".zst": lambda file: io.BufferedReader(_ZstdReader(file), 1 << 16),
+}
+
+
+def suffix_of(name: str | Path) -> str:
+    """The suffix that says what a file holds, without that of its compression."""
+    path = Path(name)
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+
+
+def stem(name: str | Path) -> str:
+    """A file's name without its folder and both of these suffixes."""
+    path = Path(name)
+    return Path(path.stem).stem if path.suffix in COMPRESSED else path.stem
+
+
 @contextlib.contextmanager
 def open_binary(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for reading bytes, decompressing .gz, .xz and .zst; damaged data becomes a `DamagedFile`."""
+    """Open a file for reading bytes, decompressing `COMPRESSED` ones; damaged data becomes a `DamagedFile`."""
     path = Path(path)
     with contextlib.ExitStack() as stack:
         try:
@@ -104,12 +123,8 @@ def open_binary(path: str | Path) -> Iterator[BinaryIO]:
             raw = file
         except FileNotFoundError:
             raise InputError(f"{path}: no such file; check its name") from None
-        if path.suffix == ".gz":
-            file = stack.enter_context(gzip.open(file))
-        elif path.suffix == ".xz":
-            file = stack.enter_context(lzma.open(file))
-        elif path.suffix == ".zst":
-            file = stack.enter_context(io.BufferedReader(_ZstdReader(file), 1 << 16))
+        if path.suffix in COMPRESSED:
+            file = stack.enter_context(COMPRESSED[path.suffix](file))
         try:
             if path.suffix in COMPRESSED and not path.stat().st_size:
                 raise EOFError("it is empty, without even a header")  # which not all of the readers notice
@@ -121,27 +136,32 @@ def open_binary(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def read_lines(
-    path: str | Path, on_error: OnError = None, report: Report | None = None, *, cut_long: bool = False
+    path: str | Path,
+    on_error: OnError = None,
+    report: Report | None = None,
+    *,
+    cut_long: bool = False,
+    max_bytes: int = MAX_LINE_BYTES,
 ) -> Iterator[tuple[int, str | None]]:
     """Yield (line number from 1, text without line end) of a UTF-8 file; the text is None where a skipped line stood.
 
-    A line longer than `MAX_LINE_BYTES` is broken input, unless `cut_long`: then it comes in several parts of the same
+    A line longer than `max_bytes` is broken input, unless `cut_long`: then it comes in several parts of the same
     number, cut after a space where there is one. A byte order mark at the beginning is dropped.
     """
     with open_binary(path) as file:
         number, rest, complete = 0, b"", True  # complete: the previous line was read to its end
-        while line := rest + file.readline(MAX_LINE_BYTES - len(rest)):
+        while line := rest + file.readline(max_bytes - len(rest)):
             number += complete
-            rest, complete = b"", line.endswith(b"\n") or len(line) < MAX_LINE_BYTES
+            rest, complete = b"", line.endswith(b"\n") or len(line) < max_bytes
             if not complete and cut_long:
                 cut = line.rfind(b" ") + 1
-                if cut <= MAX_LINE_BYTES // 2:  # else the parts could become arbitrarily small
+                if cut <= max_bytes // 2:  # else the parts could become arbitrarily small
                     cut = _last_character(line)
                 line, rest = line[:cut], line[cut:]
             elif not complete:
                 while not complete:
-                    complete = (part := file.readline(MAX_LINE_BYTES)).endswith(b"\n") or not part
-                handle_bad(f"{path}:{number}", f"line longer than {MAX_LINE_BYTES} bytes", on_error, report)
+                    complete = (part := file.readline(max_bytes)).endswith(b"\n") or not part
+                handle_bad(f"{path}:{number}", f"line longer than {max_bytes} bytes", on_error, report)
                 yield number, None
                 continue
             if number == 1 and line.startswith(b"\xef\xbb\xbf"):

@@ -50,7 +50,7 @@ def blanked_note(count: int) -> str:
     return f"{count:,} sentences left out, whose words are blanked ({BLANK})" if count else ""
 
 
-def refuse_blanked(path: object, blanked: int) -> None:
+def check_blanked(path: object, blanked: int) -> None:
     """Raise `InputError` for a treebank of which nothing is left without its `blanked` sentences; 0 is no reason."""
     if blanked:
         raise InputError(

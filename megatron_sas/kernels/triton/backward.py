@@ -33,9 +33,13 @@ OF_COLUMNS = tl.constexpr(2)
 
 @triton.jit
 def row_terms_kernel(
+    # Inputs and outputs: OUT and its gradient (B, H, S, D), entries, their gradients and DELTA (B, H, S).
     OUT, GRAD_OUT, HEADS, SEQLENS, TO_HEAD, TO_DEPENDENT, GRAD_TO_HEAD, GRAD_TO_DEPENDENT, DELTA, RANGES,
+    # Strides of sequence, head and token of out (o), its gradient (g), and the gradients of entries (th, td).
     stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_gs, stride_thb, stride_thh, stride_tdb, stride_tdh,
+    # Sizes: H, S.
     num_heads, seq,
+    # What is compiled for: the shape, the arguments that are there, the block of tokens.
     D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_TO_HEAD: tl.constexpr, HAS_TO_DEPENDENT: tl.constexpr,
     HAS_SEQLENS: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):
@@ -49,6 +53,7 @@ def row_terms_kernel(
     b, h = (number // num_heads).to(tl.int64), (number % num_heads).to(tl.int64)
     rows, dims = first + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     EXACT: tl.constexpr = EVEN and D == BLOCK_D
+    # (rows, D)
     out = load_tile(OUT + b * stride_ob + h * stride_oh, rows[:, None], dims[None, :], stride_os, seq, D, EXACT)
     grad = load_tile(GRAD_OUT + b * stride_gb + h * stride_gh, rows[:, None], dims[None, :], stride_gs, seq, D, EXACT)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
@@ -104,11 +109,15 @@ def partner_range(RANGES, number, first, seq, BLOCK: tl.constexpr, WHICH: tl.con
 
 @triton.jit(do_not_specialize=SEARCH_CLASSES)
 def grad_kv_kernel(
+    # Inputs: as in forward, DELTA (B, H, S) and RANGES of `row_terms_kernel`, gradients of outputs. Then what is made.
     Q, K, V, HEADS, SEQLENS, KEYS, LSE, DELTA, RANGES, TO_HEAD, TO_DEPENDENT, GRAD_OUT, GRAD_TO_HEAD,
     GRAD_TO_DEPENDENT, GRAD_K, GRAD_V,
+    # Strides of sequence, head and token.
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_dkb, stride_dkh, stride_dks, stride_thb, stride_thh, stride_tdb, stride_tdh,
+    # Sizes and factors: B·H, H, S, on gradients, on scores, on what dropout keeps; classes for the search.
     num_maps, num_heads, seq, scale, score_scale, keep_scale, seq_class, maps_class,
+    # What is compiled for: the shape, the arguments that are there, dropout, precision, tile sizes.
     D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_TO_HEAD: tl.constexpr, HAS_TO_DEPENDENT: tl.constexpr,
     HAS_SEQLENS: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -147,18 +156,18 @@ def grad_kv_kernel(
             TO_DEPENDENT + at, GRAD_TO_DEPENDENT + b * stride_tdb + h * stride_tdh, columns, limit, HAS_TO_DEPENDENT
         )
         low, high = partner_range(RANGES, number, first, seq, BLOCK_N, OF_COLUMNS)
-    grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # (columns, D)
     grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(0, seq, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        q = load_tile(Q, rows[None, :], dims[:, None], stride_qs, seq, D, EXACT)
-        scores = tl.dot(k, q, input_precision=PRECISION)
+        q = load_tile(Q, rows[None, :], dims[:, None], stride_qs, seq, D, EXACT)  # (D, rows)
+        scores = tl.dot(k, q, input_precision=PRECISION)  # (columns, rows)
         # Beyond S the probability is exp2(-inf) = 0.
         lse = load_row(LSE, rows, seq, float("inf"), EVEN)
         probs = tl.exp2(scores * score_scale - lse[None, :])
         if not FULL:
             probs = tl.where(columns[:, None] < length, probs, 0.0)
-        grad_out = load_tile(GRAD_OUT, rows[:, None], dims[None, :], stride_gs, seq, D, EXACT)
+        grad_out = load_tile(GRAD_OUT, rows[:, None], dims[None, :], stride_gs, seq, D, EXACT)  # (rows, D)
         grad_probs = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
         delta = load_row(DELTA, rows, seq, 0.0, EVEN)
         if THRESHOLD > 0:
@@ -185,11 +194,15 @@ def grad_kv_kernel(
 
 @triton.jit(do_not_specialize=SEARCH_CLASSES)
 def grad_q_kernel(
+    # Inputs: as in forward, DELTA (B, H, S) and RANGES of `row_terms_kernel`, gradients of outputs. Then what is made.
     Q, K, V, HEADS, SEQLENS, KEYS, LSE, DELTA, RANGES, TO_HEAD, TO_DEPENDENT, GRAD_OUT, GRAD_TO_HEAD,
     GRAD_TO_DEPENDENT, GRAD_Q,
+    # Strides of sequence, head and token.
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs, stride_thb, stride_thh, stride_tdb, stride_tdh,
+    # Sizes and factors: B·H, H, S, on gradients, on scores, on what dropout keeps; classes for the search.
     num_maps, num_heads, seq, scale, score_scale, keep_scale, seq_class, maps_class,
+    # What is compiled for: the shape, the arguments that are there, dropout, precision, tile sizes.
     D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_TO_HEAD: tl.constexpr, HAS_TO_DEPENDENT: tl.constexpr,
     HAS_SEQLENS: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -228,15 +241,15 @@ def grad_q_kernel(
             TO_HEAD + at, GRAD_TO_HEAD + b * stride_thb + h * stride_thh, rows, limit, HAS_TO_HEAD
         )
         low, high = partner_range(RANGES, number, first, seq, BLOCK_M, OF_ROWS)
-    grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # (rows, D)
     for start in range(0, length, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        k = load_tile(K, columns[None, :], dims[:, None], stride_ks, seq, D, EXACT)
-        scores = tl.dot(q, k, input_precision=PRECISION)
+        k = load_tile(K, columns[None, :], dims[:, None], stride_ks, seq, D, EXACT)  # (D, columns)
+        scores = tl.dot(q, k, input_precision=PRECISION)  # (rows, columns)
         probs = tl.exp2(scores * score_scale - lse[:, None])
         if not FULL:
             probs = tl.where(columns[None, :] < length, probs, 0.0)
-        v = load_tile(V, columns[None, :], dims[:, None], stride_vs, seq, D, EXACT)
+        v = load_tile(V, columns[None, :], dims[:, None], stride_vs, seq, D, EXACT)  # (D, columns)
         grad_probs = tl.dot(grad_out, v, input_precision=PRECISION)
         if THRESHOLD > 0:
             column_keys = load_row(KEYS, columns, seq, 0, EVEN).to(tl.uint32, bitcast=True)

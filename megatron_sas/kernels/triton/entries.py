@@ -50,9 +50,14 @@ def _partner_tiles(HEADS, own_heads, own_counts, G_HEAD, G_DEPENDENT, first, seq
 
 @triton.jit
 def entries_kernel(
+    # What is added to, (B, H, S, D), and inputs.
     GRAD_Q, GRAD_K, Q, K, HEADS, G_HEAD, G_DEPENDENT,
+    # Strides of sequence, head and token.
     stride_dqb, stride_dqh, stride_dqs, stride_dkb, stride_dkh, stride_dks,
-    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, num_heads, seq, scale,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+    # Sizes and the factor on scores: H, S.
+    num_heads, seq, scale,
+    # What is compiled for: the shape, the gradients that are there, blocks of tokens.
     D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_HEAD: tl.constexpr, HAS_DEPENDENT: tl.constexpr,
     BLOCK: tl.constexpr, SCAN: tl.constexpr,
 ):
@@ -70,7 +75,7 @@ def entries_kernel(
     begin, end = _partner_tiles(
         HEADS, own_heads, own_counts, G_HEAD, G_DEPENDENT, first, seq, HAS_HEAD, HAS_DEPENDENT, BLOCK, SCAN
     )
-    grad_q = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    grad_q = tl.zeros([BLOCK, BLOCK_D], tl.float32)  # (own, D)
     grad_k = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for start in range(begin, end, BLOCK):
         other = start + tl.arange(0, BLOCK)
@@ -80,6 +85,7 @@ def entries_kernel(
         q = load_tile(Q + b * stride_qb + h * stride_qh, other[:, None], dims[None, :], stride_qs, seq, D, False)
         is_head = own_heads[:, None] == other[None, :]  # of the row's token is the column's
         is_dependent = heads[None, :] == own[:, None]
+        # g of the entries in the rows of the own tokens, and in their columns (transposed): (own, other)
         in_rows = tl.where(is_head, own_head_g[:, None], 0.0) + tl.where(is_dependent, dep_g[None, :], 0.0)
         in_columns = tl.where(is_head, own_dep_g[:, None], 0.0) + tl.where(is_dependent, head_g[None, :], 0.0)
         grad_q = tl.dot(in_rows, k.to(tl.float32), grad_q, input_precision="ieee")

@@ -41,9 +41,14 @@ def dropout_keys_kernel(SEED, KEYS, num_maps, seq, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=SEARCH_CLASSES)
 def forward_kernel(
+    # Inputs and outputs: (B, H, S, D), HEADS (B, S), SEQLENS (B,), KEYS of dropout (2, B·H, S), entries (B, H, S).
     Q, K, V, HEADS, SEQLENS, KEYS, OUT, LSE, TO_HEAD, TO_DEPENDENT,
+    # Strides of sequence, head and token; a token's D numbers lie together.
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_ob, stride_oh, stride_os, num_maps, num_heads, seq, scale, keep_scale, seq_class, maps_class,
+    stride_ob, stride_oh, stride_os,
+    # Sizes and factors: B·H, H, S, on scores and on what dropout keeps; the classes are read by the search only.
+    num_maps, num_heads, seq, scale, keep_scale, seq_class, maps_class,
+    # What is compiled for: the shape, the arguments that are there, dropout, precision, tile sizes.
     D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_HEADS: tl.constexpr, HAS_SEQLENS: tl.constexpr,
     THRESHOLD: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
@@ -63,32 +68,32 @@ def forward_kernel(
     V += b * stride_vb + h * stride_vh
     EXACT: tl.constexpr = EVEN and D == BLOCK_D
     FULL: tl.constexpr = EVEN and not HAS_SEQLENS
-    q = load_tile(Q, rows[:, None], dims[None, :], stride_qs, seq, D, EXACT)
+    q = load_tile(Q, rows[:, None], dims[None, :], stride_qs, seq, D, EXACT)  # (rows, D)
     row_keys = tl.zeros([BLOCK_M], tl.uint32)
     if THRESHOLD > 0:
         row_keys = load_row(KEYS + at, rows, seq, 0, EVEN).to(tl.uint32, bitcast=True)
         KEYS += num_maps * seq + at  # of the columns
 
-    to_head = tl.zeros([BLOCK_M], tl.float32)
+    to_head = tl.zeros([BLOCK_M], tl.float32)  # (rows,)
     edge = rows < 0
     if HAS_HEADS:
         heads = load_heads(HEADS + b * seq, rows, edge_limit(SEQLENS, b, seq, HAS_SEQLENS))
         edge = heads >= 0
         at_head, there = tl.maximum(heads, 0)[:, None], edge[:, None] & (dims < D)[None, :]
-        key = tl.load(K + at_head.to(tl.int64) * stride_ks + dims[None, :], mask=there, other=0.0)
+        key = tl.load(K + at_head.to(tl.int64) * stride_ks + dims[None, :], mask=there, other=0.0)  # (rows, D)
         to_head = tl.sum(q.to(tl.float32) * key.to(tl.float32), 1) * scale
         query = tl.load(Q + at_head.to(tl.int64) * stride_qs + dims[None, :], mask=there, other=0.0)
         key = load_tile(K, rows[:, None], dims[None, :], stride_ks, seq, D, EXACT)
         to_dependent = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale
         tl.store(TO_DEPENDENT + at + rows, to_dependent, mask=rows < seq)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # (rows, D)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)  # largest score so far, before scaling
     total = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, length, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        k = load_tile(K, columns[None, :], dims[:, None], stride_ks, seq, D, EXACT)
-        scores = tl.dot(q, k, input_precision=PRECISION)
+        k = load_tile(K, columns[None, :], dims[:, None], stride_ks, seq, D, EXACT)  # (D, columns)
+        scores = tl.dot(q, k, input_precision=PRECISION)  # (rows, columns)
         if not FULL:
             scores = tl.where(columns[None, :] < length, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -98,7 +103,7 @@ def forward_kernel(
         if THRESHOLD > 0:
             column_keys = load_row(KEYS, columns, seq, 0, EVEN).to(tl.uint32, bitcast=True)
             probs = tl.where(keeps(row_keys[:, None], column_keys[None, :], THRESHOLD), probs, 0.0)
-        v = load_tile(V, columns[:, None], dims[None, :], stride_vs, seq, D, EXACT)
+        v = load_tile(V, columns[:, None], dims[None, :], stride_vs, seq, D, EXACT)  # (columns, D)
         acc = tl.dot(probs.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
     lse = top * scale + tl.log2(total)
