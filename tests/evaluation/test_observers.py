@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_sas.evaluation import observers
-from megatron_sas.evaluation.batching import deal
+from megatron_sas.evaluation.batching import shard_batches
 from megatron_sas.evaluation.observers import SasObserver
 from megatron_sas.evaluation.treebank import Sentence, load_treebank
 from megatron_sas.evaluation.uas import TreebankTask, UasObserver, evaluate_uas, observe_treebank
@@ -51,7 +51,7 @@ def test_one_pass_gives_entropy_sas_and_uas(adapter, model_directory, hf_model, 
     model, _ = load_model(model_directory)
     forwards = []
     model.register_forward_pre_hook(lambda *_: forwards.append(1))
-    batches = deal(task.batches(500))
+    batches = shard_batches(task.batches(500))
     assert sum(task.sentences[i].ids.size for i in batches[0][0]) < 500, "some batch should have padding"
     observe_treebank(model, task, batches, [sas, uas], statistics=statistics)
     assert len(forwards) == len(batches)
@@ -94,7 +94,7 @@ def test_sas_is_the_regularizers_own_term(model_directory, task):
     """Read off whole maps here, off the kernel's edge probabilities there."""
     model, _ = load_model(model_directory)
     sas = SasObserver()
-    observe_treebank(model, task, deal(task.batches(500)), [sas])
+    observe_treebank(model, task, shard_batches(task.batches(500)), [sas])
     result, totals = sas.result(), {}
     for direction in ("to_head", "to_dependent"):
         for mode in ("max", "uniform"):
@@ -112,7 +112,7 @@ def test_a_rank_without_sentences_adds_nothing(model_directory, task):
     model, _ = load_model(model_directory)
     batches = task.batches(500)
     results = []
-    for dealt in (deal(batches), [*deal(batches), (batches[0], False)]):
+    for dealt in (shard_batches(batches), [*shard_batches(batches), (batches[0], False)]):
         statistics, sas, uas = task.attention_statistics(), SasObserver(), UasObserver(task)
         observe_treebank(model, task, dealt, [sas, uas], statistics=statistics)
         results.append((statistics.result(), sas.result(), uas.counts().tolist()))
@@ -133,7 +133,7 @@ def test_without_edges_there_is_no_sas(adapter, tokenizer, task):
 def test_sas_of_maps_and_of_the_models_output_agree(model_directory, task):
     model, _ = load_model(model_directory)
     maps, output = SasObserver(), SasObserver()
-    observe_treebank(model, task, deal(task.batches(500)), [maps])
+    observe_treebank(model, task, shard_batches(task.batches(500)), [maps])
     for ids, heads in zip((s.ids for s in task.sentences), task.heads, strict=True):
         with torch.no_grad():
             result = model(torch.from_numpy(ids)[None], heads=torch.from_numpy(heads)[None])
