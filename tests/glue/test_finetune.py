@@ -6,16 +6,15 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from bert_pairs import tiny_hf_bert
+from tool_calls import call_tool
 from transformers import BertTokenizerFast
 
 from megatron_sas.core.cli import InputError
@@ -25,8 +24,8 @@ from megatron_sas.data.unknown import Unknown
 from megatron_sas.glue.data import Columns, Examples, read_file, read_hub, task_files
 from megatron_sas.glue.finetune import Pretrained, Settings, encode, finetune
 from megatron_sas.glue.tasks import TASKS
-from megatron_sas.model import Bert
-from megatron_sas.model import BertConfig as OwnConfig
+from megatron_sas.model.bert import Bert
+from megatron_sas.model.config import BertConfig as OwnConfig
 from megatron_sas.report.load import read_inputs
 from megatron_sas.report.trajectories import GLUE
 from megatron_sas.run.directory import MODEL_CONFIG, MODEL_WEIGHTS, STATE
@@ -67,12 +66,7 @@ EXPECTED = {
 
 
 def run_tool(*arguments):
-    before = sys.argv
-    sys.argv = [TOOL, *map(str, arguments)]
-    try:
-        runpy.run_path(TOOL)["main"]()
-    finally:
-        sys.argv = before
+    call_tool("finetune_glue", *arguments)
 
 
 @pytest.mark.parametrize("name", TASKS)

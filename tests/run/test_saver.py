@@ -176,11 +176,6 @@ def test_without_a_schedule_there_are_no_snapshots(config, tmp_path):
     assert not (tmp_path / "run" / "snapshots").exists()
 
 
-def test_a_model_without_hugging_face_form_has_no_snapshots(config):
-    with pytest.raises(InputError, match="snapshots: a model with norm_placement pre has no Hugging Face form"):
-        load_config(config, ["--snapshots.every=3", "--model.norm_placement=pre"])
-
-
 def test_a_resumed_run_writes_its_snapshots_again(config, tmp_path):
     run = tmp_path / "run"
     train(config, run, SNAPSHOTS)
