@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,8 +38,8 @@ text only.
 sequences of --seq-length, or the prefix of packed data. Beside it stands the Euclidean norm of all weights."""
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(arguments)
     device = check_arguments(arguments)
     if arguments.num_texts < 10:
         raise InputError(f"--num-texts: {arguments.num_texts} is below 10; the estimate needs some hundred")
@@ -103,7 +104,7 @@ def lines(result: dict, norm: float, total: int, seq_length: int) -> list[str]:
     ]
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = evaluation_parser(DESCRIPTION, batch_tokens=8192)
     parser.add_argument("--text", required=True, metavar="FILE|PREFIX", help="a text file, or prefix of packed data")
     parser.add_argument("--num-texts", type=int, default=2000, metavar="N", help="the first N sequences (2000)")
@@ -111,7 +112,7 @@ def parse_arguments() -> argparse.Namespace:
         "--seq-length", type=int, metavar="S", help="tokens a sequence of a text file, with [CLS] and [SEP] (128)"
     )
     parser.add_argument("--text-field", default="text", metavar="NAME", help="of JSON lines (text)")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

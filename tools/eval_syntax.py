@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,8 +35,8 @@ UNTRAINED_NOTE = (
 )
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(arguments)
     device = check_arguments(arguments)
     sentences = load_treebank(arguments.treebank)
     model, tokenizer = load_model(arguments.model, device)
@@ -110,7 +111,7 @@ def table(result: dict, untrained: dict | None) -> list[str]:
     return lines
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = evaluation_parser(DESCRIPTION, batch_tokens=4096)
     parser.add_argument(
         "--treebank",
@@ -123,7 +124,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--untrained", type=Path, metavar="DIR", help="the same model before training, to print beside it"
     )
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic.fields import FieldInfo
@@ -40,8 +41,8 @@ SETTINGS = ("treebank", "treebank_sentences", "blimp", "blimp_pairs_per_set", "b
 """Fields of the section `evaluation` that flags below set."""
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(arguments)
     inputs = check_inputs(arguments)
     models = list_models(arguments.models, arguments.step_pattern, lambda line: print(line, file=sys.stderr))
     if arguments.steps:
@@ -116,7 +117,7 @@ def steps(text: str) -> tuple[int, int]:
     return int(first), int(last or first)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -163,7 +164,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="as for tools/eval_syntax.py (fp32)"
     )
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -40,8 +40,9 @@ result. With one task --output is a file, with several a folder of files TASK.js
 DEFAULTS = Settings()
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(arguments: Sequence[str] | None = None, train: Callable[..., dict] = finetune) -> None:
+    """`arguments` are the command line's by default; `train` fine-tunes one model, as `finetune` does."""
+    arguments = parse_arguments(arguments)
     tasks = chosen_tasks(arguments)
     settings = Settings(**{name: getattr(arguments, name) for name in vars(DEFAULTS)})
     if len(set(arguments.seeds)) < len(arguments.seeds):
@@ -54,7 +55,9 @@ def main() -> None:
     outputs = {task.name: folder / f"{task.name}.json" if folder else arguments.output for task in tasks}
     for output in outputs.values():
         check_output(output, overwrite=True)  # seeds are added to what is there
-    results = [run_task(task, inputs[task.name], outputs[task.name], settings, arguments, device) for task in tasks]
+    results = [
+        run_task(task, inputs[task.name], outputs[task.name], settings, arguments, device, train) for task in tasks
+    ]
     print("\n".join(table(results)))
 
 
@@ -65,17 +68,18 @@ def run_task(
     settings: Settings,
     arguments: argparse.Namespace,
     device: torch.device,
+    train: Callable[..., dict],
 ) -> dict:
     """Fine-tune with the seeds that are not done yet, write the result, and return it."""
     columns = Columns(arguments.text_columns, arguments.label_column)
     if files is None:
-        train, *validation = (read_hub(task, split) for split in ("train", *task.hub_validation))
+        training, *validation = (read_hub(task, split) for split in ("train", *task.hub_validation))
     else:
-        train, *validation = (read_file(task, path, columns) for path in (files[0], *files[1]))
+        training, *validation = (read_file(task, path, columns) for path in (files[0], *files[1]))
     pretrained = Pretrained(arguments.model, task)
     # Finished seeds wait beside the output, so that the output holds all of them or does not exist.
     partial = output.with_name(f".{output.name}.partial")
-    wanted = identity(task, pretrained, train, validation, settings)
+    wanted = identity(task, pretrained, training, validation, settings)
     with alone(output):
         if arguments.overwrite:
             partial.unlink(missing_ok=True)
@@ -83,22 +87,24 @@ def run_task(
     missing = [seed for seed in arguments.seeds if seed not in done]
     if missing:
         max_length = wanted["settings"]["max_length"]
-        encoded = [encode(examples, pretrained, max_length) for examples in (train, *validation)]
+        encoded = [encode(examples, pretrained, max_length) for examples in (training, *validation)]
         unknown = sum((examples.unknown for examples in encoded), Unknown())
         print(unknown.line(f"the texts of {task.name}"))
-        steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
+        steps = settings.epochs * math.ceil(len(training) / settings.batch_size)
         with progress(total=steps * len(missing), unit="step", desc=task.name) as bar:
             for seed in missing:
-                done[seed] = finetune(
+                done[seed] = train(
                     pretrained, task, encoded[0], encoded[1:], settings, seed, device, after_step=bar.update
                 )
                 with alone(output):
                     done |= finished_seeds(partial, wanted)
-                    write_json_atomic(partial, described(task, pretrained, train, validation, settings, done, device))
+                    write_json_atomic(
+                        partial, described(task, pretrained, training, validation, settings, done, device)
+                    )
     with alone(output):
         written = {} if arguments.overwrite else finished_seeds(output, wanted)
         done |= written | finished_seeds(partial, wanted)
-        result = described(task, pretrained, train, validation, settings, done, device)
+        result = described(task, pretrained, training, validation, settings, done, device)
         if done.keys() - written.keys():
             write_json_atomic(output, result)
             print(f"wrote {output}")
@@ -219,7 +225,7 @@ def input_files(task: Task, arguments: argparse.Namespace) -> tuple[Path, list[P
     return None if arguments.data is None else task_files(task, arguments.data)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -249,7 +255,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default=DEFAULTS.precision, help="(fp32)")
     parser.add_argument("--device", help=DEVICE_HELP)
     parser.add_argument("--overwrite", action="store_true", help="replace finished results instead of adding to them")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import re
 import runpy
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -66,13 +65,8 @@ EXPECTED = {
 }
 
 
-def run_tool(*arguments):
-    before = sys.argv
-    sys.argv = [TOOL, *map(str, arguments)]
-    try:
-        runpy.run_path(TOOL)["main"]()
-    finally:
-        sys.argv = before
+def run_tool(*arguments, **options):
+    runpy.run_path(TOOL)["main"]([str(argument) for argument in arguments], **options)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -268,46 +262,40 @@ def test_the_report_reads_what_is_written(result, cola_like, tmp_path):
         assert loaded.final(GLUE) == expected and len(notes) == (expected is None)
 
 
-def test_a_killed_call_goes_on(result, tmp_path, monkeypatch):
+def test_a_killed_call_goes_on(result, tmp_path):
     """Stopped in its second seed: no output, but the first seed is kept, and the next call makes only the second."""
-    import megatron_sas.glue.finetune as glue
-
     output, arguments = result
-    made, own = [], glue.finetune
+    made = []
 
     def stop_in_seed_two(*args, **kwargs):
         made.append(args[5])
         if args[5] == 2 and len(made) == 2:
             raise KeyboardInterrupt
-        return own(*args, **kwargs)
+        return finetune(*args, **kwargs)
 
-    monkeypatch.setattr(glue, "finetune", stop_in_seed_two)
     target = tmp_path / "cola.json"
     with pytest.raises(KeyboardInterrupt):
-        run_tool(*arguments[:-1], target, *FAST, "--seeds", 1, 2)
+        run_tool(*arguments[:-1], target, *FAST, "--seeds", 1, 2, train=stop_in_seed_two)
     assert not target.exists()
-    run_tool(*arguments[:-1], target, *FAST, "--seeds", 1, 2)
+    run_tool(*arguments[:-1], target, *FAST, "--seeds", 1, 2, train=stop_in_seed_two)
     assert made == [1, 2, 2]
     assert json.loads(target.read_text()) == json.loads(output.read_text())
 
 
-def test_jobs_with_different_seeds_of_one_output_lose_none(result, tmp_path, monkeypatch, capsys):
+def test_jobs_with_different_seeds_of_one_output_lose_none(result, tmp_path):
     """While one makes its second seed, another makes a third one and ends; then a killed one has left a seed behind."""
-    import megatron_sas.glue.finetune as glue
-
     _, arguments = result
     target = tmp_path / "cola.json"
     first = {"metrics": {"matthews_correlation": 0.5, "accuracy": 0.5}, "best_epoch": 1, "epochs": [], "train_loss": []}
 
     def call(*seeds):
-        run_tool(*arguments[:-1], target, *FAST, "--seeds", *seeds)
+        run_tool(*arguments[:-1], target, *FAST, "--seeds", *seeds, train=other_job_meanwhile)
 
     def other_job_meanwhile(*args, **kwargs):
         if args[5] == 2:
             call(3)
         return {"seed": args[5], **first}
 
-    monkeypatch.setattr(glue, "finetune", other_job_meanwhile)
     call(1, 2)
     assert [seed["seed"] for seed in json.loads(target.read_text())["seeds"]] == [1, 2, 3]
     partial = target.with_name(".cola.json.partial")
@@ -488,7 +476,7 @@ def test_bad_arguments_are_one_line(cola_like, tmp_path):
         assert "\n" not in str(caught.value) and not output.exists()
 
 
-def test_data_of_the_hub(tmp_path, monkeypatch):
+def test_data_of_the_hub(tmp_path):
     """A data set of the hub's columns and splits, from a folder instead of the network."""
     import datasets
 
@@ -496,8 +484,7 @@ def test_data_of_the_hub(tmp_path, monkeypatch):
     columns = {"sentence1": [a for a, _ in texts], "sentence2": [b for _, b in texts], "label": labels, "idx": [0, 1]}
     for split in ("train", "validation"):
         datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / split)
-    monkeypatch.setattr("megatron_sas.glue.data.HUB", str(tmp_path))
-    examples = read_hub(TASKS["mrpc"], "validation")
+    examples = read_hub(TASKS["mrpc"], "validation", hub=str(tmp_path))
     assert (examples.texts, examples.labels.tolist()) == EXPECTED["mrpc"]
     assert examples.source.keys() == {"hub", "split", "sha256"}
     assert (examples.source["hub"], examples.source["split"]) == (str(tmp_path), "validation")

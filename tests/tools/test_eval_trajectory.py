@@ -340,16 +340,14 @@ def test_killed_with_two_workers_it_leaves_whole_points_and_continues(folder, me
     assert without_clock(output) == without_clock(measured)
 
 
-def call_tool(monkeypatch, arguments):
+def call_tool(arguments):
     """`main` of the command in this process."""
-    monkeypatch.setattr(sys, "argv", arguments[1:])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    runpy.run_path(arguments[1])["main"]()
+    runpy.run_path(arguments[1])["main"](arguments[2:])
 
 
-def test_the_command_measures_the_chosen_steps(folder, measured, monkeypatch, capsys):
+def test_the_command_measures_the_chosen_steps(folder, measured, capsys):
     output = folder / "chosen"
-    call_tool(monkeypatch, command(folder, folder / "run", output, "--steps", 0, "3-5"))
+    call_tool(command(folder, folder / "run", output, "--steps", 0, "3-5"))
     *unknown, last = capsys.readouterr().out.splitlines()
     assert last == f"{output}: 3 models measured, 0 skipped"
     assert [line.split(" pieces of ")[1] for line in unknown] == [
@@ -360,27 +358,27 @@ def test_the_command_measures_the_chosen_steps(folder, measured, monkeypatch, ca
     assert points.items() <= without_clock(measured).items()
 
 
-def test_a_pattern_reads_names_and_another_one_needs_another_output(folder, models, tmp_path, monkeypatch, capsys):
+def test_a_pattern_reads_names_and_another_one_needs_another_output(folder, models, tmp_path, capsys):
     shutil.rmtree(models / "seed_3-step_1k")
     (models / "seed_3-step_20k").rename(models / "seed_4-step_20k")
     output = tmp_path / "out"
     with pytest.raises(InputError, match=r"seed_3-step_0k and seed_4-step_20k.*--step-pattern"):
-        call_tool(monkeypatch, command(folder, models, output))
-    call_tool(monkeypatch, command(folder, models, output, "--step-pattern", r"step_(\d+k)"))
+        call_tool(command(folder, models, output))
+    call_tool(command(folder, models, output, "--step-pattern", r"step_(\d+k)"))
     assert [point["step"] for point in read_points(output)] == [0, 20_000]
     with pytest.raises(InputError, match=r"seed_3-step_0k as step 0, which is step 3 now; choose another --output"):
-        call_tool(monkeypatch, command(folder, models, output, "--step-pattern", r"seed_(\d)"))
+        call_tool(command(folder, models, output, "--step-pattern", r"seed_(\d)"))
 
 
-def test_exports_count_as_the_steps_that_they_record(folder, tmp_path, monkeypatch, capsys):
+def test_exports_count_as_the_steps_that_they_record(folder, tmp_path, capsys):
     for name, step in (("second", 3), ("first", 6)):
         to_hf(folder / "run" / "checkpoints" / f"step_{step:08d}", tmp_path / "models" / name)
-    call_tool(monkeypatch, command(folder, tmp_path / "models", tmp_path / "out"))
+    call_tool(command(folder, tmp_path / "models", tmp_path / "out"))
     found = {point["step"]: Path(point["model"]).name for point in read_points(tmp_path / "out")}
     assert found == {3: "second", 6: "first"}
 
 
-def test_wrong_input_is_refused_and_leaves_nothing(folder, monkeypatch):
+def test_wrong_input_is_refused_and_leaves_nothing(folder):
     output = folder / "none"
     for source, options, message in [
         (folder / "run", ["--steps", "7-9"], "--steps: none of the models"),
@@ -390,7 +388,7 @@ def test_wrong_input_is_refused_and_leaves_nothing(folder, monkeypatch):
         (folder / "run", ["--treebank", folder / "absent.conllu"], "absent.conllu: no such file"),
     ]:
         with pytest.raises(InputError, match=message):
-            call_tool(monkeypatch, command(folder, source, output, *options))
+            call_tool(command(folder, source, output, *options))
         assert not output.exists()
 
 
