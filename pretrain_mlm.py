@@ -10,6 +10,7 @@ import sys
 import time
 
 from megatron_sas.core.streams import keep_printing
+from megatron_sas.launch.arguments import parse_arguments
 from megatron_sas.run.signals import StopRequest, rank_by_launcher
 
 
@@ -40,12 +41,12 @@ def main() -> int:
 
 def train(stop: StopRequest) -> int:
     """`main`, but for what other processes and impatient users do."""
-    from megatron_sas.config import load_config, parse_arguments
+    arguments, overrides = parse_arguments()  # before anything is imported that takes long
+    from megatron_sas.config import load_config
     from megatron_sas.core import distributed
     from megatron_sas.core.cli import InputError
 
     try:
-        arguments, overrides = parse_arguments()
         if arguments.dry_run:
             stop.no_longer_listen()  # there is nothing to save
             from megatron_sas.train.dry_run import preflight

@@ -6,14 +6,13 @@ The YAML owns batch sizes, precision, clipping and the optimizer. A DeepSpeed JS
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from pydantic import ValidationError, create_model
@@ -24,7 +23,8 @@ from megatron_sas.core.yaml_file import Dumper, Loader, read_yaml
 from megatron_sas.data.mixture import DataSection
 from megatron_sas.evaluation.registry import EVALUATIONS
 from megatron_sas.evaluation.section import EvaluationSection
-from megatron_sas.model.config import BertConfig, ModelSection
+from megatron_sas.model.config import BertConfig
+from megatron_sas.model.section import ModelSection
 from megatron_sas.objective.base import Term
 from megatron_sas.objective.terms import TERMS, is_in_run, make_terms
 from megatron_sas.onsets.online import WatchSection
@@ -39,10 +39,23 @@ NULL = ("", "~", "null")
 NEWER = ("schedule", "optimizer")
 """Fields of the section `train` that came later than the format of checkpoints."""
 
+
+class Retired(NamedTuple):
+    """A field of earlier versions: why it is left out, and the one value that it may have; others are refused."""
+
+    reason: str
+    value: Any = None  # None: any
+
+
 RETIRED = {
-    ("evaluation", "max_time_share"): "every evaluation that the configuration names is made, however long it takes",
+    ("evaluation", "max_time_share"): Retired(
+        "every evaluation that the configuration names is made, however long it takes"
+    ),
+    ("model", "norm_placement"): Retired(
+        "LayerNorm comes after each block; a pre-LN BERT has no Hugging Face form, so no export, snapshots or GLUE",
+        "post",
+    ),
 }
-"""Fields of earlier versions that are left out, with the reason."""
 
 
 class _BeforeTerms(Section):
@@ -68,11 +81,8 @@ class Config(create_model("_WithTerms", __base__=_BeforeTerms, **_fields)):
     logging: LoggingSection = LoggingSection()
 
     def faults(self) -> list[str]:
-        """A snapshot is a Hugging Face model, which only post-LN models can be; what is measured needs its data."""
+        """What is measured needs its data."""
         faults, evaluation, watch = [], self.evaluation, self.watch
-        for name, wanted in (("snapshots", self.snapshots.due(0, 0)), ("watch", bool(watch.metrics))):
-            if wanted and self.model.norm_placement != "post":
-                faults.append(f"{name}: a model with norm_placement pre has no Hugging Face form; remove the section")
         often = evaluation.every is not None and evaluation.every <= (watch.delta or evaluation.every)
         for owner in EVALUATIONS.values():
             for key in (metric.key for metric in owner.metrics if metric.key in watch.metrics):
@@ -93,7 +103,6 @@ class Config(create_model("_WithTerms", __base__=_BeforeTerms, **_fields)):
             max_position_embeddings=model.max_position_embeddings,
             hidden_dropout=model.hidden_dropout,
             attention_dropout=model.attention_dropout,
-            norm_placement=model.norm_placement,
             attention_backend=model.attention_backend,
         )
 
@@ -162,9 +171,12 @@ def read_config(
     """
     values = {name: {} if section is None else section for name, section in read_yaml(path).items()}
     faults = _apply_overrides(values, overrides)
-    for (section, field), reason in RETIRED.items():
-        if isinstance(values.get(section), dict) and values[section].pop(field, None) is not None:
-            log(f"{path}: {section}.{field} is ignored: {reason}")
+    for (section, field), retired in RETIRED.items():
+        value = values[section].pop(field, None) if isinstance(values.get(section), dict) else None
+        if value is not None and retired.value not in (None, value):
+            faults.append(f"{section}.{field}: {value!r} is no longer possible: {retired.reason}")
+        elif value is not None:
+            log(f"{path}: {section}.{field} is ignored: {retired.reason}")
     try:
         return Config.model_validate(values), faults, set()
     except ValidationError as error:
@@ -196,7 +208,10 @@ def _leave_out(values: dict[str, Any], detail: dict[str, Any]) -> None:
 
 
 def help_text() -> str:
-    """Every field with its type, default and meaning, for `--help`."""
+    """Every field with its type, default and meaning: what `config_help.txt` holds, which `--help` prints.
+
+    Written by `python -m megatron_sas.config > megatron_sas/config_help.txt` when a section has changed.
+    """
     lines = ["Fields (in the YAML file, or as --section.field value):"]
     for section, info in Config.model_fields.items():
         lines.append(f"\n{section}: {(info.annotation.__doc__ or '').strip().splitlines()[0]}")
@@ -292,23 +307,5 @@ def _type_name(annotation: Any) -> str:
     return "list"
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The command line of `pretrain_mlm.py`: `--config FILE` and overrides.
-
-    `--local_rank` is what the `deepspeed` launcher appends; the environment says the same.
-    """
-    parser = argparse.ArgumentParser(
-        description="Pretrain a BERT masked language model while watching and steering Syntactic Attention Structure. "
-        "Start it with deepspeed, torchrun, srun (one task per device) or plain python.",
-        epilog=help_text(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", required=True, metavar="FILE.yaml", help="configuration; see examples/")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check environment, configuration, data, disk and memory, make one step, write nothing; exit code 2 when "
-        "something is wrong",
-    )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_known_args(arguments)
+if __name__ == "__main__":
+    print(help_text())

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_sas.config import Config, help_text, load_config, parse_arguments
+from megatron_sas.config import Config, help_text, load_config
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.settings import When
 from megatron_sas.kernels import BACKENDS
-from megatron_sas.model.config import ModelSection
+from megatron_sas.launch.arguments import parse_arguments
+from megatron_sas.model.section import ModelSection
 from megatron_sas.optim.schedules import Cosine, Linear, Stage, Stages, Wsd
 from megatron_sas.optim.section import TrainSection
 
@@ -50,7 +51,7 @@ def test_defaults_are_the_papers(tmp_path):
     assert (train.adam_betas, train.adam_eps, train.weight_decay, train.grad_clip) == ((0.9, 0.999), 1e-8, 0.0, 1.0)
     assert (config.data.mask_prob, config.sas.mode, config.sas.schedule) == (0.15, "max", Stages([]))
     bert = config.bert_config(vocab_size=30522, pad_token_id=0)
-    assert (bert.num_layers, bert.hidden_size, bert.hidden_dropout, bert.norm_placement) == (12, 768, 0.1, "post")
+    assert (bert.num_layers, bert.hidden_size, bert.hidden_dropout, bert.attention_dropout) == (12, 768, 0.1, 0.1)
 
 
 def test_all_faults_at_once(tmp_path):
@@ -130,10 +131,7 @@ checkpoint: {dense_every: 5}
             "watch.metrics: uas needs evaluation.treebank, and evaluation.every of at most watch.delta",
         ),
         ("watch: {metrics: [uas], delta: 10}", "watch.metrics: uas needs evaluation.treebank, and"),
-        (
-            "watch: {metrics: [loss], delta: 10}\nmodel: {norm_placement: pre}",
-            "watch: a model with norm_placement pre has no Hugging Face form",
-        ),
+        ("model: {norm_placement: pre}", "model.norm_placement: 'pre' is no longer possible: LayerNorm comes after"),
     ],
 )
 def test_one_fault_is_one_line(tmp_path, section, message):
@@ -348,6 +346,20 @@ def test_help_names_every_field():
         for name, field in info.annotation.model_fields.items():
             assert f"{section}.{name} (" in text
             assert field.description in text
+
+
+def test_retired_fields_are_ignored_with_one_line_each(tmp_path):
+    lines: list[str] = []
+    expected = load(tmp_path, MINIMAL + "model: {size: tiny}")
+    path = tmp_path / "old.yaml"
+    path.write_text(MINIMAL + "model: {norm_placement: post, size: tiny}\nevaluation: {max_time_share: 0.1}")
+    assert load_config(path, [], lines.append) == expected
+    assert [line.split(": ")[1] for line in lines] == [
+        "evaluation.max_time_share is ignored",
+        "model.norm_placement is ignored",
+    ]
+    with pytest.raises(InputError, match=r"norm_placement: 'pre' is no longer possible: .*no Hugging Face form"):
+        load_config(path, ["--model.norm_placement=pre"])
 
 
 def test_command_line():

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import _checkout
 from megatron_sas.core.cli import InputError, run_main
 from megatron_sas.core.files import atomic_directory, refuse_existing
-from megatron_sas.report.analyse import analyse
-from megatron_sas.report.load import read_inputs, sweep_title
-from megatron_sas.report.report import write_analysis
-from megatron_sas.report.run_onsets import default_delta
-from megatron_sas.report.trajectories import group_by_condition
 
 DESCRIPTION = """\
 Find when loss, syntactic attention (UAS) and grammatical ability (BLiMP) break in the course of training, compare
@@ -41,6 +34,12 @@ def main() -> None:
         raise InputError(f"--replicates: {arguments.replicates} is negative; give 0 for no resampling")
     if arguments.seed < 0:
         raise InputError(f"--seed: {arguments.seed} is negative; give 0 or more")
+    from megatron_sas.report.analyse import analyse
+    from megatron_sas.report.load import read_inputs, sweep_title
+    from megatron_sas.report.report import write_analysis
+    from megatron_sas.report.run_onsets import default_delta
+    from megatron_sas.report.trajectories import group_by_condition
+
     runs, notes = read_inputs(arguments.run, arguments.labels)
     group_by_condition(runs)  # reports labels that mix base and regularized runs before any work is done
     delta, title = arguments.delta or default_delta(runs), sweep_title(arguments.run)

@@ -23,27 +23,21 @@ import argparse
 import os
 import shutil
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch
-
-from megatron_sas.config import Config, load_config
-from megatron_sas.core import distributed
-from megatron_sas.core.benchmark import Times, describe_device, median_ratio, time_interleaved
+import _checkout
 from megatron_sas.core.cli import InputError, run_main
 from megatron_sas.core.files import refuse_existing, write_json_atomic
-from megatron_sas.launch.environment import initialize_distributed
-from megatron_sas.objective.pretraining import MaskedLMWithTerms
-from megatron_sas.objective.terms import weights
 from megatron_sas.run.directory import RunDirectory
-from megatron_sas.train.build import build_state, make_saver
-from megatron_sas.train.step import Engine
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_sas.config import Config
+    from megatron_sas.core.benchmark import Times
 
 NO_EVALUATION = ("--evaluation.treebank", "null", "--evaluation.blimp", "null")
 WARMUP = 1
@@ -53,6 +47,10 @@ class Run:
     """A training run without its loop: updates, and saves of several kinds."""
 
     def __init__(self, config: Config, device: torch.device, every: int) -> None:
+        from megatron_sas.objective.pretraining import MaskedLMWithTerms
+        from megatron_sas.train.build import build_state, make_saver
+        from megatron_sas.train.step import Engine
+
         self.config, self.every, self.step = config, every, 0
         self.run = RunDirectory(Path(config.run.output_dir))
         state = build_state(config, lambda _: None)
@@ -63,6 +61,8 @@ class Run:
 
     def updates(self) -> None:
         """`every` updates, the messages of a save under way travelling with them, and the end of that save."""
+        from megatron_sas.objective.terms import weights
+
         for _ in range(self.every):
             weight = weights(self.terms, self.step)
             window = self.dataset.window(self.step)
@@ -80,7 +80,7 @@ class Run:
 
     def save_with_deepspeed(self) -> None:
         """DeepSpeed's own, over the one before, then updates."""
-        self.engine._engine.save_checkpoint(str(self.directory / "deepspeed"), tag="newest", save_latest=False)
+        self.engine._engine.save_checkpoint(str(self.run.path / "deepspeed"), tag="newest", save_latest=False)
         self.updates()
 
 
@@ -98,6 +98,13 @@ def variants(run: Run) -> dict[str, Callable[[], None]]:
 def main() -> None:
     """Measure in turns and print a table."""
     arguments, overrides = parse_arguments()
+    import torch
+
+    from megatron_sas.config import load_config
+    from megatron_sas.core import distributed
+    from megatron_sas.core.benchmark import describe_device, time_interleaved
+    from megatron_sas.launch.environment import initialize_distributed
+
     config = load_config(arguments.config, [*overrides, *NO_EVALUATION, "--checkpoint.keep_last", "1"])
     directory = Path(config.run.output_dir)
     if os.path.lexists(directory):
@@ -140,6 +147,8 @@ def _largest(directory: Path) -> int:
 
 def summary(times: dict[str, Times], every: int) -> dict[str, Any]:
     """Seconds of an update without saves; by how much each way is slower, and how that spreads over the rounds."""
+    from megatron_sas.core.benchmark import median_ratio
+
     base = times["none"]
     slower = {}
     for name, row in times.items():

@@ -4,28 +4,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import _checkout
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.files import sha256_file, write_json_atomic
 from megatron_sas.corpus.readers.registry import READERS_BY_SCHEME
 from megatron_sas.data.unknown import Unknown
 from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, precision
-from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
-from megatron_sas.evaluation.provenance import provenance
-from megatron_sas.evaluation.text import (
-    open_packed_text,
-    pack_file,
-    packed_forwards,
-    packed_text,
-    plain_text,
-    unknown_in,
-)
-from megatron_sas.run.reading import load_model
 
 DESCRIPTION = """\
 Read the vector of [CLS] in the last hidden layer of many sequences of text (nothing is masked) and estimate on how many
@@ -38,13 +24,25 @@ text only.
 sequences of --seq-length, or the prefix of packed data. Beside it stands the Euclidean norm of all weights."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    arguments = parse_arguments(arguments)
+def main() -> None:
+    arguments = parse_arguments()
     device = check_arguments(arguments)
     if arguments.num_texts < 10:
         raise InputError(f"--num-texts: {arguments.num_texts} is below 10; the estimate needs some hundred")
     if arguments.text.startswith(tuple(READERS_BY_SCHEME)):
         raise InputError("--text: is a file or packed data; pack the dataset with tools/preprocess_data.py")
+    from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
+    from megatron_sas.evaluation.provenance import provenance
+    from megatron_sas.evaluation.text import (
+        open_packed_text,
+        pack_file,
+        packed_forwards,
+        packed_text,
+        plain_text,
+        unknown_in,
+    )
+    from megatron_sas.run.reading import load_model
+
     model, tokenizer = load_model(arguments.model, device)
     longest = model.config.max_position_embeddings
     if Path(f"{arguments.text}.json").is_file():
@@ -104,7 +102,7 @@ def lines(result: dict, norm: float, total: int, seq_length: int) -> list[str]:
     ]
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = evaluation_parser(DESCRIPTION, batch_tokens=8192)
     parser.add_argument("--text", required=True, metavar="FILE|PREFIX", help="a text file, or prefix of packed data")
     parser.add_argument("--num-texts", type=int, default=2000, metavar="N", help="the first N sequences (2000)")
@@ -112,7 +110,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--seq-length", type=int, metavar="S", help="tokens a sequence of a text file, with [CLS] and [SEP] (128)"
     )
     parser.add_argument("--text-field", default="text", metavar="NAME", help="of JSON lines (text)")
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import _checkout
 from megatron_sas.core.cli import InputError, run_main
 from megatron_sas.core.files import sha256_file, write_json_atomic
 from megatron_sas.corpus.parsers.registry import check_predicts, describe_parser, make_parser, predictor_usage

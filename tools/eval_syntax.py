@@ -4,21 +4,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import _checkout
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.files import sha256_file, write_json_atomic
 from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.data.tokenizer import tokenizer_identity
 from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, precision
-from megatron_sas.evaluation.provenance import model_source, provenance
-from megatron_sas.evaluation.treebank import load_treebank
-from megatron_sas.evaluation.uas import TreebankTask
-from megatron_sas.run.reading import load_model
+
+if TYPE_CHECKING:
+    from megatron_sas.evaluation.uas import TreebankTask
 
 DESCRIPTION = """\
 For every word, take the other word that it attends to most (dep->head) or that attends to it most (head->dep) as its
@@ -35,8 +32,13 @@ UNTRAINED_NOTE = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    arguments = parse_arguments(arguments)
+def main() -> None:
+    arguments = parse_arguments()
+    from megatron_sas.evaluation.provenance import model_source, provenance
+    from megatron_sas.evaluation.treebank import load_treebank
+    from megatron_sas.evaluation.uas import TreebankTask
+    from megatron_sas.run.reading import load_model
+
     device = check_arguments(arguments)
     sentences = load_treebank(arguments.treebank)
     model, tokenizer = load_model(arguments.model, device)
@@ -111,7 +113,7 @@ def table(result: dict, untrained: dict | None) -> list[str]:
     return lines
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = evaluation_parser(DESCRIPTION, batch_tokens=4096)
     parser.add_argument(
         "--treebank",
@@ -124,7 +126,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--untrained", type=Path, metavar="DIR", help="the same model before training, to print beside it"
     )
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

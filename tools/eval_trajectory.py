@@ -5,23 +5,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pydantic.fields import FieldInfo
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import _checkout
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.device import DEVICE_HELP
 from megatron_sas.data.unknown import Unknown
-from megatron_sas.evaluation.base import TEXT
-from megatron_sas.evaluation.pll import METRICS
-from megatron_sas.evaluation.registry import EVALUATIONS
-from megatron_sas.trajectory.measure import Inputs
-from megatron_sas.trajectory.models import STEP_PATTERN_HELP, list_models
-from megatron_sas.trajectory.points import TRAJECTORY, read_points
-from megatron_sas.trajectory.workers import measure_models
+from megatron_sas.evaluation.blimp_labels import METRICS
+from megatron_sas.trajectory.step_names import STEP_PATTERN_HELP
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from megatron_sas.trajectory.measure import Inputs
 
 DESCRIPTION = """\
 Measure every snapshot and checkpoint of a run (those of the runs that it branched from, up to the branch, included), or
@@ -35,15 +32,22 @@ which the names differ (seed_0-step_20k). Stages (OLMo, Ettin) count on from one
 
 Each model is one directory points/step_N in the output, written as a whole: started again, the command measures what is
 missing. Every edge and pair that was right is in items.npz there. At the end heads.json says which head serves which
-relation and since when, and summary.csv has a line a model. docs/trajectories.md explains the files."""
+relation and since when, and summary.csv has a line a model. docs/trajectories.md explains the files.
+
+Settings of further evaluations, in the section `evaluation` of pretrain_mlm.py --help, are flags here: --NAME VALUE."""
 
 SETTINGS = ("treebank", "treebank_sentences", "blimp", "blimp_pairs_per_set", "blimp_metric")
 """Fields of the section `evaluation` that flags below set."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    arguments = parse_arguments(arguments)
-    inputs = check_inputs(arguments)
+def main() -> None:
+    arguments = parse_arguments()
+    check_numbers(arguments)
+    from megatron_sas.trajectory.models import list_models
+    from megatron_sas.trajectory.points import TRAJECTORY, read_points
+    from megatron_sas.trajectory.workers import measure_models
+
+    inputs = inputs_of(arguments)
     models = list_models(arguments.models, arguments.step_pattern, lambda line: print(line, file=sys.stderr))
     if arguments.steps:
         models = [(step, path) for step, path in models if any(low <= step <= high for low, high in arguments.steps)]
@@ -74,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def unknown_lines(point: dict) -> list[str]:
     """How much of each input the tokenizer does not know: the same in all points, absent from those of old versions."""
+    from megatron_sas.evaluation.registry import EVALUATIONS
+
     found = {
         f"--{evaluation.input}": point.get(evaluation.metrics[0].point[0], {}).get("unknown")
         for evaluation in EVALUATIONS.values()
@@ -83,19 +89,28 @@ def unknown_lines(point: dict) -> list[str]:
     return [Unknown.from_record(record).line(name) for name, record in found.items() if record is not None]
 
 
-def check_inputs(arguments: argparse.Namespace) -> Inputs:
-    """What to measure on; refuses numbers out of range."""
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Refuse numbers out of range."""
     least = {"workers": 1, "batch_tokens": 1, "treebank_sentences": 1, "pairs_per_set": 1, "text_sequences": 10}
     for name, low in least.items():
         value = getattr(arguments, {"pairs_per_set": "blimp_pairs_per_set"}.get(name, name))
         if value is not None and value < low:
             raise InputError(f"--{name.replace('_', '-')}: {value} is below {low}")
+
+
+def inputs_of(arguments: argparse.Namespace) -> Inputs:
+    """What to measure on; refuses to measure on nothing."""
+    from megatron_sas.evaluation.base import TEXT
+    from megatron_sas.evaluation.registry import EVALUATIONS
+    from megatron_sas.trajectory.measure import Inputs
+
     inputs = Inputs.of(
         text=arguments.text,
         text_sequences=arguments.text_sequences,
         precision=arguments.precision,
         batch_tokens=arguments.batch_tokens,
-        **{name: getattr(arguments, name) for name in (*SETTINGS, *further_settings())},
+        **{name: getattr(arguments, name) for name in SETTINGS},
+        **{name: getattr(arguments, name, info.default) for name, info in further_settings().items()},
     )
     if inputs.text is None and not any(e.wanted(inputs.section) for e in EVALUATIONS.values() if e.input != TEXT):
         raise InputError("nothing to measure on; give --treebank, --blimp or --text")
@@ -104,6 +119,8 @@ def check_inputs(arguments: argparse.Namespace) -> Inputs:
 
 def further_settings() -> dict[str, FieldInfo]:
     """Settings of evaluations that no other flag stands for, by name."""
+    from megatron_sas.evaluation.registry import EVALUATIONS
+
     known = {*SETTINGS, "validation_sequences", "complexity_sequences"}
     fields = [item for e in EVALUATIONS.values() for item in e.settings.model_fields.items()]
     return {name: info for name, info in fields if name not in known}
@@ -117,7 +134,14 @@ def steps(text: str) -> tuple[int, int]:
     return int(first), int(last or first)
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
+    """The command line; the evaluations are imported only to look for an unknown argument among their settings."""
+    arguments, unknown = make_parser({}).parse_known_args()
+    return make_parser(further_settings()).parse_args() if unknown else arguments
+
+
+def make_parser(further: dict[str, FieldInfo]) -> argparse.ArgumentParser:
+    """With a flag for each of the `further` settings."""
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -143,7 +167,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--text-sequences", type=int, default=1000, metavar="N", help="only the first N sequences (1000)"
     )
-    for name, info in further_settings().items():
+    for name, info in further.items():
         parser.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", default=info.default, help=info.description)
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (RUN_OR_FOLDER/trajectory)")
     parser.add_argument(
@@ -164,7 +188,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="as for tools/eval_syntax.py (fp32)"
     )
-    return parser.parse_args(arguments)
+    return parser
 
 
 if __name__ == "__main__":

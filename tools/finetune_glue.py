@@ -9,24 +9,24 @@ import fcntl
 import json
 import math
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch
-import transformers
-
-import megatron_sas
+import _checkout
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.device import DEVICE_HELP, choose_device
 from megatron_sas.core.files import write_json_atomic
 from megatron_sas.data.unknown import Unknown
 from megatron_sas.evaluation.command_line import add_model_argument, check_output
 from megatron_sas.glue.data import Columns, Examples, read_file, read_hub, task_files
-from megatron_sas.glue.finetune import FORMAT, Pretrained, Settings, encode, finetune, identity, record
+from megatron_sas.glue.settings import FORMAT, Settings
 from megatron_sas.glue.tasks import NOT_AVERAGED, TASKS, Task
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_sas.glue.finetune import Pretrained
 
 DESCRIPTION = """\
 Data come from --data, a folder like the GLUE download (CoLA/train.tsv, CoLA/dev.tsv, ...), from --train-file and
@@ -40,14 +40,15 @@ result. With one task --output is a file, with several a folder of files TASK.js
 DEFAULTS = Settings()
 
 
-def main(arguments: Sequence[str] | None = None, train: Callable[..., dict] = finetune) -> None:
-    """`arguments` are the command line's by default; `train` fine-tunes one model, as `finetune` does."""
-    arguments = parse_arguments(arguments)
+def main() -> None:
+    arguments = parse_arguments()
     tasks = chosen_tasks(arguments)
     settings = Settings(**{name: getattr(arguments, name) for name in vars(DEFAULTS)})
     if len(set(arguments.seeds)) < len(arguments.seeds):
         raise InputError("--seeds: a seed is given twice; results would count it twice")
     device = choose_device(arguments.device)
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # it would report the new layers, which are meant to be new
     inputs = {task.name: input_files(task, arguments) for task in tasks}  # names what is missing before any work
@@ -55,9 +56,7 @@ def main(arguments: Sequence[str] | None = None, train: Callable[..., dict] = fi
     outputs = {task.name: folder / f"{task.name}.json" if folder else arguments.output for task in tasks}
     for output in outputs.values():
         check_output(output, overwrite=True)  # seeds are added to what is there
-    results = [
-        run_task(task, inputs[task.name], outputs[task.name], settings, arguments, device, train) for task in tasks
-    ]
+    results = [run_task(task, inputs[task.name], outputs[task.name], settings, arguments, device) for task in tasks]
     print("\n".join(table(results)))
 
 
@@ -68,18 +67,19 @@ def run_task(
     settings: Settings,
     arguments: argparse.Namespace,
     device: torch.device,
-    train: Callable[..., dict],
 ) -> dict:
     """Fine-tune with the seeds that are not done yet, write the result, and return it."""
+    from megatron_sas.glue.finetune import Pretrained, encode, finetune, identity
+
     columns = Columns(arguments.text_columns, arguments.label_column)
     if files is None:
-        training, *validation = (read_hub(task, split) for split in ("train", *task.hub_validation))
+        train, *validation = (read_hub(task, split) for split in ("train", *task.hub_validation))
     else:
-        training, *validation = (read_file(task, path, columns) for path in (files[0], *files[1]))
+        train, *validation = (read_file(task, path, columns) for path in (files[0], *files[1]))
     pretrained = Pretrained(arguments.model, task)
     # Finished seeds wait beside the output, so that the output holds all of them or does not exist.
     partial = output.with_name(f".{output.name}.partial")
-    wanted = identity(task, pretrained, training, validation, settings)
+    wanted = identity(task, pretrained, train, validation, settings)
     with alone(output):
         if arguments.overwrite:
             partial.unlink(missing_ok=True)
@@ -87,24 +87,22 @@ def run_task(
     missing = [seed for seed in arguments.seeds if seed not in done]
     if missing:
         max_length = wanted["settings"]["max_length"]
-        encoded = [encode(examples, pretrained, max_length) for examples in (training, *validation)]
+        encoded = [encode(examples, pretrained, max_length) for examples in (train, *validation)]
         unknown = sum((examples.unknown for examples in encoded), Unknown())
         print(unknown.line(f"the texts of {task.name}"))
-        steps = settings.epochs * math.ceil(len(training) / settings.batch_size)
+        steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
         with progress(total=steps * len(missing), unit="step", desc=task.name) as bar:
             for seed in missing:
-                done[seed] = train(
+                done[seed] = finetune(
                     pretrained, task, encoded[0], encoded[1:], settings, seed, device, after_step=bar.update
                 )
                 with alone(output):
                     done |= finished_seeds(partial, wanted)
-                    write_json_atomic(
-                        partial, described(task, pretrained, training, validation, settings, done, device)
-                    )
+                    write_json_atomic(partial, described(task, pretrained, train, validation, settings, done, device))
     with alone(output):
         written = {} if arguments.overwrite else finished_seeds(output, wanted)
         done |= written | finished_seeds(partial, wanted)
-        result = described(task, pretrained, training, validation, settings, done, device)
+        result = described(task, pretrained, train, validation, settings, done, device)
         if done.keys() - written.keys():
             write_json_atomic(output, result)
             print(f"wrote {output}")
@@ -142,6 +140,12 @@ def described(
     device: torch.device,
 ) -> dict:
     """The result with what it was made on."""
+    import torch
+    import transformers
+
+    import megatron_sas
+    from megatron_sas.glue.finetune import record
+
     seeds = [done[seed] for seed in sorted(done)]
     versions = {name: module.__version__ for name, module in
                 (("megatron_sas", megatron_sas), ("torch", torch), ("transformers", transformers))}  # fmt: skip
@@ -225,7 +229,7 @@ def input_files(task: Task, arguments: argparse.Namespace) -> tuple[Path, list[P
     return None if arguments.data is None else task_files(task, arguments.data)
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -255,7 +259,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--precision", choices=("fp32", "bf16"), default=DEFAULTS.precision, help="(fp32)")
     parser.add_argument("--device", help=DEVICE_HELP)
     parser.add_argument("--overwrite", action="store_true", help="replace finished results instead of adding to them")
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

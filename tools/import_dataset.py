@@ -10,11 +10,8 @@ nothing in such a dataset says which it was, so the decoded beginning of the fir
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-
+import _checkout
 from megatron_sas.core.cli import run_main
 from megatron_sas.corpus.import_dataset import COUNTS, ImportSettings, import_dataset
 from megatron_sas.data.packed import PackedData

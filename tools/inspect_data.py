@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 
+import _checkout
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.files import refuse_existing, write_json_atomic, write_text_atomic
 from megatron_sas.corpus.inspect.drawing import as_html, as_text, segments

@@ -7,13 +7,11 @@ import argparse
 import hashlib
 import os
 import re
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+import _checkout
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.files import fsync_directory, fsync_file, refuse_existing, write_json_atomic
 from megatron_sas.corpus.build.packed_writer import temporary_folder

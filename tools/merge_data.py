@@ -11,12 +11,9 @@ of different splits are refused. Training can also take the shards as they are: 
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-
+import _checkout
 from megatron_sas.core.cli import InputError, run_main
 from megatron_sas.corpus.build.merge import merge
 

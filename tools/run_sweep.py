@@ -11,19 +11,20 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
 
+import _checkout
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.directory_lock import DirectoryLock
-from megatron_sas.evaluation.registry import live_metrics
-from megatron_sas.experiments.sweep import PlannedRun, Sweep, plan_sweep
 from megatron_sas.run.directory import RunDirectory
 from megatron_sas.run.records import read_records
 from megatron_sas.run.signals import signals_to_heed
+
+if TYPE_CHECKING:
+    from megatron_sas.experiments.sweep import PlannedRun, Sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,6 +47,8 @@ GRACE_SECONDS = 60.0  # for a run that has trained nothing yet to end by itself;
 
 def main() -> int:
     arguments, overrides = parse_arguments()
+    from megatron_sas.experiments.sweep import plan_sweep
+
     directory: Path = arguments.output
     sweep = plan_sweep(arguments.sweep, directory, overrides)
     if arguments.arguments is not None:
@@ -314,6 +317,8 @@ def submit(sweep: Sweep, arguments: argparse.Namespace, overrides: Sequence[str]
 
 def table(runs: Sequence[PlannedRun]) -> str:
     """The last evaluation of the finished runs: mean and standard error by condition."""
+    from megatron_sas.evaluation.registry import live_metrics
+
     columns = {metric.key: metric.title for metric in live_metrics() if metric.title}
     conditions: dict[str, list[PlannedRun]] = {}
     for run in runs:

@@ -13,20 +13,15 @@ and the command ends with code 2.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-
+import _checkout
 from megatron_sas.core.cli import InputError, run_main
 from megatron_sas.core.files import refuse_existing, write_json_atomic
 from megatron_sas.corpus.inspect.survey import SurveySettings, survey
 from megatron_sas.corpus.readers.base import Reading
 from megatron_sas.corpus.readers.line_breaks import LINE_BREAKS
 from megatron_sas.corpus.readers.registry import find_reader, read_units
-from megatron_sas.evaluation.minimal_pairs import load_blimp
-from megatron_sas.evaluation.treebank import load_treebank
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -58,6 +53,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def evaluation_sentences(blimp: str | None, treebanks: list[str]) -> dict[str, list[str]]:
     """The sentences of each evaluation set."""
+    from megatron_sas.evaluation.minimal_pairs import load_blimp
+    from megatron_sas.evaluation.treebank import load_treebank
+
     sentences = {}
     if blimp is not None:
         pairs = [pair for pair_set in load_blimp(blimp) for pair in pair_set.pairs]

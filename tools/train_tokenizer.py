@@ -11,13 +11,11 @@ other versions of the libraries, and for unigram another kind of processor, may 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import _checkout
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.files import atomic_directory, refuse_existing
 from megatron_sas.corpus.build.skipped import SkipReport

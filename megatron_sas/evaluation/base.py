@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from megatron_sas.core.settings import Section
-from megatron_sas.data.packed import PackedData
-from megatron_sas.data.unknown import Unknown
-from megatron_sas.evaluation.batching import AfterBatch
-from megatron_sas.evaluation.items import Items
-from megatron_sas.model.bert import Bert
-from megatron_sas.objective.base import Term
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from megatron_sas.core.settings import Section
+    from megatron_sas.data.packed import PackedData
+    from megatron_sas.data.unknown import Unknown
+    from megatron_sas.evaluation.batching import AfterBatch
+    from megatron_sas.evaluation.items import Items
+    from megatron_sas.model.bert import Bert
+    from megatron_sas.objective.base import Term
 
 TEXT = "text"  # the input that evaluations share: held-out packed text
 

@@ -19,6 +19,7 @@ TABLES = {"field": "fields", "linguistics_term": "terms"}  # where in a result t
 ALL_SETS = 67
 SETS = {"syntax/semantics": 1, "syntax_semantics": 13, "s-selection": 2, "argument_structure": 7}
 
+METRICS = ("pll", "within_word_l2r")  # how sentences are scored, see `pll.py`; the first is the default
 MANY_TIES = 0.05  # share of pairs that the scores do not decide above which a result comes with a warning
 
 

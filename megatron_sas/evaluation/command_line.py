@@ -6,13 +6,15 @@ import argparse
 import contextlib
 import tempfile
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.device import DEVICE_HELP, choose_device
 from megatron_sas.core.files import refuse_existing
 from megatron_sas.run.directory import newest_of_run
+
+if TYPE_CHECKING:
+    import torch
 
 
 def evaluation_parser(description: str, batch_tokens: int) -> argparse.ArgumentParser:
@@ -86,4 +88,6 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 def precision(arguments: argparse.Namespace, device: torch.device) -> contextlib.AbstractContextManager:
     """The context in which the model computes."""
+    import torch
+
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=arguments.precision == "bf16")

@@ -19,11 +19,10 @@ from megatron_sas.core.distributed import all_reduce_sum_
 from megatron_sas.data.tokenizer import encode_texts, knows_words
 from megatron_sas.data.unknown import Unknown
 from megatron_sas.evaluation.batching import AfterBatch, evaluating, shard_batches
+from megatron_sas.evaluation.blimp_labels import METRICS
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
-
-METRICS = ("pll", "within_word_l2r")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from megatron_sas.run.reading import model_step
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from megatron_sas.model import Bert
+    from megatron_sas.model.bert import Bert
 
 WEIGHT_FILES = (MODEL_WEIGHTS, "model.safetensors.index.json", "pytorch_model.bin")  # in the order of `read_model`
 

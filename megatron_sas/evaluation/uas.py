@@ -74,7 +74,7 @@ class TreebankTask:
             )
         self.numbers = kept
         self.sentences: list[TokenizedSentence] = [tokenized[index] for index in kept]
-        self.heads = [_heads_of_pieces(sentences[index], tokenized[index]) for index in kept]
+        self.heads = [heads_of_pieces(sentences[index], tokenized[index]) for index in kept]
         self.num_skipped = len(sentences) - len(kept)
         self.num_blanked = sentences.num_blanked if isinstance(sentences, Treebank) else 0
         self.pad_token_id: int = tokenizer.pad_token_id
@@ -329,7 +329,7 @@ def _best(correct: np.ndarray) -> tuple[int, dict]:
     return int(correct[direction, layer, head]), place
 
 
-def _heads_of_pieces(sentence: Sentence, tokenized: TokenizedSentence) -> np.ndarray:
+def heads_of_pieces(sentence: Sentence, tokenized: TokenizedSentence) -> np.ndarray:
     """int64 (S,): where the first piece of a word has a head, that word's first piece; elsewhere -1."""
     first = np.array([np.argmax(tokenized.words == word) for word in range(tokenized.num_words)])
     heads = np.full(len(tokenized.ids), -1, np.int64)

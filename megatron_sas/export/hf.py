@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_sas.core.cli import InputError
+from megatron_sas.core.device import DTYPES
 from megatron_sas.core.files import atomic_directory, refuse_existing, write_json_atomic, write_text_atomic
 from megatron_sas.core.manifest import write_manifest
 from megatron_sas.data.tokenizer import save_tokenizer, tokenizer_identity, vocab_size, write_tokenizer
@@ -44,8 +45,6 @@ from megatron_sas.run.reading import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 def to_hf(source: str | Path, output: str | Path, dtype: str = "fp32", overwrite: bool = False) -> Path:
     """Write a `BertForMaskedLM` directory that transformers 4 and 5 load; returns the checkpoint it was made of.
@@ -53,11 +52,11 @@ def to_hf(source: str | Path, output: str | Path, dtype: str = "fp32", overwrite
     Args:
         source: a training checkpoint, or a run directory (the checkpoint published last).
         output: the directory to make: config.json, model.safetensors, the tokenizer's files, README.md.
-        dtype: precision of the written weights, one of `DTYPES`.
+        dtype: precision of the written weights, one of `core.device.DTYPES`.
         overwrite: replace `output`, if it is a Hugging Face model or empty.
 
     Raises:
-        InputError: `source` is no whole checkpoint, or is pre-LN; `output` exists.
+        InputError: `source` is no whole checkpoint; `output` exists.
     """
     refuse_output(output, HF_CONFIG, overwrite)
     checkpoint = newest_of_run(source)
@@ -87,9 +86,9 @@ def write_hf(
     `state` is our state dict; `dtype` is one of `DTYPES`; `step`, if known, goes into config.json, from which
     `model_step` reads it. Raises `InputError` for a model that has no such form.
     """
-    hf_state = {name: tensor.to(DTYPES[dtype]) for name, tensor in to_hf_state(state, config).items()}
+    hf_state = {name: tensor.to(getattr(torch, DTYPES[dtype])) for name, tensor in to_hf_state(state, config).items()}
     write_weights(directory / "model.safetensors", hf_state)
-    hf_config = to_hf_config(config) | {"torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
+    hf_config = to_hf_config(config) | {"torch_dtype": DTYPES[dtype]}
     write_json_atomic(directory / HF_CONFIG, hf_config | ({} if step is None else {HF_STEP: step}))
     save_tokenizer(tokenizer, directory, config.max_position_embeddings)
 

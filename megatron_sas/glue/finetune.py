@@ -18,43 +18,15 @@ from megatron_sas.data.tokenizer import plain_text_tokenizer
 from megatron_sas.data.unknown import Unknown
 from megatron_sas.evaluation.provenance import weights_sha256
 from megatron_sas.glue.data import Examples
+from megatron_sas.glue.settings import FORMAT, Settings
 from megatron_sas.glue.tasks import MISMATCHED, Task
 from megatron_sas.model.huggingface import to_hf_config, to_hf_state
 from megatron_sas.optim.param_groups import decay_groups
 from megatron_sas.run.directory import is_checkpoint, newest_of_run
 from megatron_sas.run.reading import model_step, read_model, read_tokenizer
 
-FORMAT = "megatron_sas glue"
 VERSION = 1
 NEW_LAYERS = ("bert.pooler.", "classifier.")  # what a masked LM lacks; drawn at random, by the seed
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to fine-tune; the defaults are those that transformers' examples use for GLUE, with a warm-up."""
-
-    learning_rate: float = 2e-5
-    batch_size: int = 32
-    epochs: int = 3
-    max_length: int = 128
-    warmup_share: float = 0.1
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    precision: str = "fp32"
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "batch_size", "epochs", "max_length", "grad_clip"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"--{name.replace('_', '-')}: {getattr(self, name)} is not above 0")
-        if not 0 <= self.warmup_share < 1:
-            raise InputError(f"--warmup-share: {self.warmup_share} is not a share from 0 to below 1")
-        if self.weight_decay < 0:
-            raise InputError(f"--weight-decay: {self.weight_decay} is below 0")
-
-    def rate(self, step: int, steps: int) -> float:
-        """The factor of the learning rate for update `step` of `steps`, both from 0: linear warm-up, linear decay."""
-        warmup = math.ceil(self.warmup_share * steps)
-        return step / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
 
 
 class Pretrained:
@@ -74,10 +46,7 @@ class Pretrained:
         self._num_labels = 1 if task.is_regression else len(task.classes)
         self._directory = None if is_checkpoint(self.path) else self.path
         if self._directory is None:
-            try:
-                self._state = {n: t for n, t in to_hf_state(state, config).items() if n.startswith("bert.")}
-            except InputError as error:
-                raise InputError(f"{path}: {error}") from None
+            self._state = {n: t for n, t in to_hf_state(state, config).items() if n.startswith("bert.")}
             self._config = BertConfig(**to_hf_config(config), num_labels=self._num_labels)
         self.type_vocab_size = config.type_vocab_size
 

@@ -1,7 +1,7 @@
 """BERT (Devlin et al. 2019) with a masked-LM head that is evaluated at given positions only.
 
-B sequences, S tokens, C hidden size, H attention heads, V vocabulary, M positions. Post-LN as in the paper; pre-LN as
-an option (then a last LayerNorm closes the encoder). Equal to `transformers.BertForMaskedLM` on the same weights.
+B sequences, S tokens, C hidden size, H attention heads, V vocabulary, M positions. LayerNorm comes after each block, as
+in the paper. Equal to `transformers.BertForMaskedLM` on the same weights.
 """
 
 from __future__ import annotations
@@ -59,11 +59,10 @@ class Embeddings(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer layer, post-LN or pre-LN."""
+    """One transformer layer, post-LN."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.pre_norm = config.norm_placement == "pre"
         self.attention = SelfAttention(config)
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.up = Linear(config.hidden_size, config.intermediate_size)
@@ -79,14 +78,10 @@ class Layer(nn.Module):
         observer: Callable[[Tensor, Tensor], None] | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """`(B, S, C)` to `(B, S, C)`, and the attention's two edge probabilities."""
-        normed = self.attention_norm(x) if self.pre_norm else x
-        attended, to_head, to_dependent = self.attention(normed, heads, seqlens, observer)
-        x = x + self.dropout(attended)
-        if not self.pre_norm:
-            x = self.attention_norm(x)
-        normed = self.mlp_norm(x) if self.pre_norm else x
-        x = x + self.dropout(self.down(F.gelu(self.up(normed))))
-        return x if self.pre_norm else self.mlp_norm(x), to_head, to_dependent
+        attended, to_head, to_dependent = self.attention(x, heads, seqlens, observer)
+        x = self.attention_norm(x + self.dropout(attended))
+        x = self.mlp_norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
+        return x, to_head, to_dependent
 
 
 class LMHead(nn.Module):
@@ -115,11 +110,6 @@ class Bert(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
-        self.final_norm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            if config.norm_placement == "pre"
-            else nn.Identity()
-        )
         self.head = LMHead(config)
         self.apply(self._initialize)
 
@@ -163,7 +153,6 @@ class Bert(nn.Module):
             if layer_to_head is not None:
                 to_head.append(layer_to_head)
                 to_dependent.append(layer_to_dependent)
-        x = self.final_norm(x)
         logits = None
         if masked_positions is not None:
             logits = self.logits(x, masked_positions)

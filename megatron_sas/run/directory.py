@@ -180,6 +180,18 @@ class RunDirectory:
         return parent, step
 
 
+def open_run(path: str | Path) -> RunDirectory:
+    """The run at `path`.
+
+    Raises:
+        InputError: there is none.
+    """
+    run = RunDirectory(Path(path))
+    if not run.config.is_file():
+        raise InputError(f"{path}: is not a run; give a directory that contains {CONFIG}")
+    return run
+
+
 def run_of(checkpoint: Path) -> RunDirectory:
     """The run that a checkpoint or snapshot lies in."""
     return RunDirectory(checkpoint.resolve().parent.parent)

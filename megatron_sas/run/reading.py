@@ -173,9 +173,16 @@ def write_model_config(path: str | Path, config: BertConfig) -> None:
 
 
 def read_model_config(path: str | Path) -> BertConfig:
-    """Read what `write_model_config` wrote."""
+    """Read what `write_model_config` wrote, also in earlier versions, which had pre-LN models besides.
+
+    Raises:
+        InputError: it is no configuration of this program, or that of a pre-LN model.
+    """
+    values = _read_json(Path(path))
+    if values.pop("norm_placement", "post") != "post":
+        raise InputError(f"{path}: is of a pre-LN model, which only earlier versions read")
     try:
-        return BertConfig(**_read_json(Path(path)))
+        return BertConfig(**values)
     except TypeError as error:
         raise InputError(f"{path}: is not a configuration of this program ({error})") from None
 
@@ -201,7 +208,6 @@ def architecture_differences(found: BertConfig, wanted: BertConfig) -> list[str]
         "vocab_size",
         "max_position_embeddings",
         "type_vocab_size",
-        "norm_placement",
         "layer_norm_eps",
         "pad_token_id",
     )

@@ -189,6 +189,32 @@ def iterate_records(path: str | Path) -> Iterator[dict[str, Any]]:
                 raise InputError(f"{path}, line {number}: not a metrics record; repair or delete this line")
 
 
+def curves(path: str | Path, kind: str = "evaluation") -> dict[str, list[float | None]]:
+    """The numbers of a `metrics.jsonl` as a table: `step` and every number by its name, as `pandas.DataFrame` takes it.
+
+    Args:
+        path: the file, `RunDirectory.records`.
+        kind: of the records, one of `KINDS`; each is a row.
+
+    Returns:
+        Columns of one length. Numbers in nested objects are named `outer/inner`; None where a record has none.
+
+    Raises:
+        InputError: as `read_records`.
+    """
+    rows = [dict(_numbers(record)) for record in iterate_records(path) if record["kind"] == kind]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield f"{prefix}{name}", value
+
+
 def last_records(path: str | Path, size: int = 1 << 16) -> list[dict[str, Any]]:
     """The records in the last `size` bytes of a `metrics.jsonl` that may be growing; [] when there is no file."""
     try:

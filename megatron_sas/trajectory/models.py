@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.run.directory import RunDirectory, is_model, steps_in
-from megatron_sas.run.reading import model_step
+from megatron_sas.run.reading import load_model, model_step
 from megatron_sas.trajectory.step_names import REMEDY, last_number, step_by_pattern, steps_of_names
 
-STEP_PATTERN_HELP = (
-    "regular expression whose group is the step in the names of a folder's models, e.g. 'step_([0-9]+k?)'; k, M and B "
-    "stand for thousand, million and billion (default: what the models record, or the number in which names differ)"
-)
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from megatron_sas.model.bert import Bert
 
 
 def list_models(
@@ -48,6 +49,21 @@ def list_models(
     if not models:
         raise InputError(f"{path}: no models in it; give a run with snapshots or checkpoints, or a folder of models")
     return sorted(models.items())
+
+
+def model_at(path: str | Path, step: int, device: str = "cpu") -> tuple[Bert, PreTrainedTokenizerBase]:
+    """The model of a run (or in a folder) after `step` updates, in evaluation mode, and its tokenizer.
+
+    A snapshot or a checkpoint, of the run or, before its branch, of an ancestor: whatever `list_models` lists.
+
+    Raises:
+        InputError: no model of this step is there, or as `list_models` and `load_model`.
+    """
+    models = dict(list_models(path))
+    if step not in models:
+        nearest = ", ".join(map(str, sorted(sorted(models, key=lambda other: abs(other - step))[:4])))
+        raise InputError(f"{path}: has no model of step {step}; the nearest are of {nearest}")
+    return load_model(models[step], device)
 
 
 def _models_of_run(path: Path) -> dict[int, Path]:

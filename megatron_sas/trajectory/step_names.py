@@ -15,6 +15,11 @@ from decimal import Decimal
 
 from megatron_sas.core.cli import InputError
 
+STEP_PATTERN_HELP = (
+    "regular expression whose group is the step in the names of a folder's models, e.g. 'step_([0-9]+k?)'; k, M and B "
+    "stand for thousand, million and billion (default: what the models record, or the number in which names differ)"
+)
+
 REMEDY = "rename them alike, move some elsewhere, or give --step-pattern"
 
 _NUMBER = re.compile(r"(?<!\d)(?<!\d[.,])(\d+(?:[.,]\d+)*)([kKmMbB]?)(?![a-zA-Z0-9]|[.,]\d)")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import runpy
 import shutil
 
 import pytest
-from engine_runs import ROOT, checkpoint, train, write_inputs
+from engine_runs import checkpoint, train, write_inputs
+from tool_calls import call_tool
 from transformers import AutoTokenizer, BertForMaskedLM
 
 from megatron_sas.core.cli import InputError
@@ -60,7 +60,7 @@ def test_syntax_says_which_models(run, tmp_path):
     (tmp_path / "treebank.jsonl").write_text(json.dumps(sentence) + "\n")
     arguments = ["--model", run, "--untrained", run / "snapshots" / "step_00000000", "--device", "cpu"]
     arguments += ["--treebank", tmp_path / "treebank.jsonl", "--output", tmp_path / "out.json"]
-    runpy.run_path(str(ROOT / "tools" / "eval_syntax.py"))["main"]([str(argument) for argument in arguments])
+    call_tool("eval_syntax", *arguments)
     record = json.loads((tmp_path / "out.json").read_text())
     assert record.items() >= model_source(checkpoint(run, 6)).items()
     assert record["untrained"].items() >= model_source(run / "snapshots" / "step_00000000").items()

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from bert_pairs import tiny_hf_bert
+from tool_calls import call_tool
 from transformers import BertTokenizerFast
 
 from megatron_sas.core.cli import InputError
@@ -24,8 +24,8 @@ from megatron_sas.data.unknown import Unknown
 from megatron_sas.glue.data import Columns, Examples, read_file, read_hub, task_files
 from megatron_sas.glue.finetune import Pretrained, Settings, encode, finetune
 from megatron_sas.glue.tasks import TASKS
-from megatron_sas.model import Bert
-from megatron_sas.model import BertConfig as OwnConfig
+from megatron_sas.model.bert import Bert
+from megatron_sas.model.config import BertConfig as OwnConfig
 from megatron_sas.report.load import read_inputs
 from megatron_sas.report.trajectories import GLUE
 from megatron_sas.run.directory import MODEL_CONFIG, MODEL_WEIGHTS, STATE
@@ -65,8 +65,8 @@ EXPECTED = {
 }
 
 
-def run_tool(*arguments, **options):
-    runpy.run_path(TOOL)["main"]([str(argument) for argument in arguments], **options)
+def run_tool(*arguments):
+    call_tool("finetune_glue", *arguments)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -262,40 +262,46 @@ def test_the_report_reads_what_is_written(result, cola_like, tmp_path):
         assert loaded.final(GLUE) == expected and len(notes) == (expected is None)
 
 
-def test_a_killed_call_goes_on(result, tmp_path):
+def test_a_killed_call_goes_on(result, tmp_path, monkeypatch):
     """Stopped in its second seed: no output, but the first seed is kept, and the next call makes only the second."""
+    import megatron_sas.glue.finetune as glue
+
     output, arguments = result
-    made = []
+    made, own = [], glue.finetune
 
     def stop_in_seed_two(*args, **kwargs):
         made.append(args[5])
         if args[5] == 2 and len(made) == 2:
             raise KeyboardInterrupt
-        return finetune(*args, **kwargs)
+        return own(*args, **kwargs)
 
+    monkeypatch.setattr(glue, "finetune", stop_in_seed_two)
     target = tmp_path / "cola.json"
     with pytest.raises(KeyboardInterrupt):
-        run_tool(*arguments[:-1], target, *FAST, "--seeds", 1, 2, train=stop_in_seed_two)
+        run_tool(*arguments[:-1], target, *FAST, "--seeds", 1, 2)
     assert not target.exists()
-    run_tool(*arguments[:-1], target, *FAST, "--seeds", 1, 2, train=stop_in_seed_two)
+    run_tool(*arguments[:-1], target, *FAST, "--seeds", 1, 2)
     assert made == [1, 2, 2]
     assert json.loads(target.read_text()) == json.loads(output.read_text())
 
 
-def test_jobs_with_different_seeds_of_one_output_lose_none(result, tmp_path):
+def test_jobs_with_different_seeds_of_one_output_lose_none(result, tmp_path, monkeypatch, capsys):
     """While one makes its second seed, another makes a third one and ends; then a killed one has left a seed behind."""
+    import megatron_sas.glue.finetune as glue
+
     _, arguments = result
     target = tmp_path / "cola.json"
     first = {"metrics": {"matthews_correlation": 0.5, "accuracy": 0.5}, "best_epoch": 1, "epochs": [], "train_loss": []}
 
     def call(*seeds):
-        run_tool(*arguments[:-1], target, *FAST, "--seeds", *seeds, train=other_job_meanwhile)
+        run_tool(*arguments[:-1], target, *FAST, "--seeds", *seeds)
 
     def other_job_meanwhile(*args, **kwargs):
         if args[5] == 2:
             call(3)
         return {"seed": args[5], **first}
 
+    monkeypatch.setattr(glue, "finetune", other_job_meanwhile)
     call(1, 2)
     assert [seed["seed"] for seed in json.loads(target.read_text())["seeds"]] == [1, 2, 3]
     partial = target.with_name(".cola.json.partial")

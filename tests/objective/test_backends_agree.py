@@ -7,7 +7,8 @@ import functools
 import pytest
 import torch
 
-from megatron_sas.model import Bert, BertConfig
+from megatron_sas.model.bert import Bert
+from megatron_sas.model.config import BertConfig
 from megatron_sas.objective.pretraining import MaskedLMWithTerms
 from megatron_sas.objective.sas import SasSection, SasTerm
 

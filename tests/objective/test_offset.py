@@ -13,7 +13,8 @@ from torch import Tensor
 from megatron_sas.config import load_config
 from megatron_sas.core.cli import InputError
 from megatron_sas.export.hf import to_hf
-from megatron_sas.model import Bert, BertConfig
+from megatron_sas.model.bert import Bert
+from megatron_sas.model.config import BertConfig
 from megatron_sas.objective.base import Batch
 from megatron_sas.objective.offset import OffsetSection, OffsetTerm
 from megatron_sas.objective.pretraining import MaskedLMWithTerms

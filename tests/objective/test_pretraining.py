@@ -12,7 +12,8 @@ from bert_pairs import hf_gradients, hf_twin
 from torch import Tensor
 from transformers import BertForMaskedLM
 
-from megatron_sas.model import Bert, BertConfig
+from megatron_sas.model.bert import Bert
+from megatron_sas.model.config import BertConfig
 from megatron_sas.objective.pretraining import MaskedLMWithTerms, mlm_loss_sum
 from megatron_sas.objective.sas import SasSection, SasTerm
 

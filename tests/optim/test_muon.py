@@ -11,7 +11,8 @@ from transformers import AutoModelForMaskedLM
 from megatron_sas.config import load_config
 from megatron_sas.core.cli import InputError
 from megatron_sas.export.hf import to_hf
-from megatron_sas.model import Bert, BertConfig
+from megatron_sas.model.bert import Bert
+from megatron_sas.model.config import BertConfig
 from megatron_sas.optim.muon import MuonSection, build, unsupported_reason
 from megatron_sas.optim.section import TrainSection
 from megatron_sas.run.memory import count_parameters, optimizer_bytes

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megatron_sas.config import Config
-from megatron_sas.model import Bert, BertConfig
+from megatron_sas.model.bert import Bert
+from megatron_sas.model.config import BertConfig
 from megatron_sas.optim.optimizers import OPTIMIZERS, moments_of
 from megatron_sas.optim.section import TrainSection
 from megatron_sas.run.memory import count_parameters, optimizer_bytes

@@ -16,9 +16,10 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.run import checkpoint as checkpoint_module
 from megatron_sas.run import saver as saving
 from megatron_sas.run.checkpoint import newest_checkpoint
+from megatron_sas.run.directory import RunDirectory
 from megatron_sas.run.reading import load_model
 from megatron_sas.run.records import lines_until
-from megatron_sas.train import trainer
+from megatron_sas.train import build
 from megatron_sas.train.build import build_state
 
 
@@ -227,7 +228,7 @@ def test_what_an_attempt_before_the_last_recorded_proves_nothing(config, whole, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer, "Records", die)
+        patch.setattr(build, "Records", die)
         train(config, run, {"train.steps": 4, "checkpoint.every": 1})
     train(config, run, {"train.steps": 4, "checkpoint.every": 1})
     assert records(run) == records(whole)
@@ -259,7 +260,7 @@ def test_files_of_a_checkpoint_obey_the_umask(whole):
 def test_a_checkpoint_without_another_hosts_shard_is_not_published(run, monkeypatch):
     """As when every host has an output_dir of its own: rank 0 does not see what rank 1 has written."""
     monkeypatch.setattr(checkpoint_module.distributed, "world_size", lambda: 2)
-    partial = checkpoint_module.partial_directory(run, 5, "token")
+    partial = checkpoint_module.partial_directory(RunDirectory(run), 5, "token")
     shutil.copytree(checkpoint(run, 4), partial)
     (partial / FILES[1]).rename(partial / "optimizer-00000-of-00002.safetensors")
     with pytest.raises(OSError, match=r"optimizer-00001-of-00002.safetensors is not there: run.output_dir must be one"):
@@ -269,7 +270,7 @@ def test_a_checkpoint_without_another_hosts_shard_is_not_published(run, monkeypa
 
 @pytest.mark.parametrize("step", [0, 5])
 def test_a_checkpoint_with_a_shard_of_nobody_is_not_published(run, step):
-    partial = checkpoint_module.partial_directory(run, step, "token")
+    partial = checkpoint_module.partial_directory(RunDirectory(run), step, "token")
     shutil.copytree(checkpoint(run, min(step, 4)), partial)
     (partial / "optimizer-00001-of-00002.safetensors").touch()
     with pytest.raises(OSError, match=r"optimizer-00001-of-00002.safetensors is another program's"):

@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers import BertConfig as HFConfig
 from transformers import BertForMaskedLM
 
-from megatron_sas.model import Bert, BertConfig
+from megatron_sas.model.bert import Bert
+from megatron_sas.model.config import BertConfig
 from megatron_sas.model.huggingface import from_hf_state, to_hf_config, to_hf_state
 
 SMALL = BertConfig(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
 import sys
 import time
@@ -15,6 +14,7 @@ import psutil
 import pytest
 import torch
 from engine_runs import train, write_inputs
+from tool_calls import call_tool
 from transformers import BertForMaskedLM
 
 from megatron_sas.core.cli import InputError
@@ -297,19 +297,19 @@ def command(folder, source, output, *options):
     return [sys.executable, *map(str, [ROOT / "tools" / "eval_trajectory.py", source, *arguments])]
 
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}", "OMP_NUM_THREADS": "1"}
 
 
 HELD = """
 import runpy, sys, time
-from megatron_sas.evaluation import measuring
+from megatron_sas.trajectory import workers
 
 def held(task, step, *arguments):
     if step == 6:
         time.sleep(600)
     return measure(task, step, *arguments)
 
-measure, measuring._measure = measuring._measure, held  # in the workers, which import this file, too
+measure, workers._measure = workers._measure, held  # in the workers, which import this file, too
 if __name__ == "__main__":
     sys.argv.pop(0)
     runpy.run_path(sys.argv[0])["main"]()
@@ -340,14 +340,9 @@ def test_killed_with_two_workers_it_leaves_whole_points_and_continues(folder, me
     assert without_clock(output) == without_clock(measured)
 
 
-def call_tool(arguments):
-    """`main` of the command in this process."""
-    runpy.run_path(arguments[1])["main"](arguments[2:])
-
-
-def test_the_command_measures_the_chosen_steps(folder, measured, capsys):
+def test_the_command_measures_the_chosen_steps(folder, measured, monkeypatch, capsys):
     output = folder / "chosen"
-    call_tool(command(folder, folder / "run", output, "--steps", 0, "3-5"))
+    call_tool("eval_trajectory", *command(folder, folder / "run", output, "--steps", 0, "3-5")[2:])
     *unknown, last = capsys.readouterr().out.splitlines()
     assert last == f"{output}: 3 models measured, 0 skipped"
     assert [line.split(" pieces of ")[1] for line in unknown] == [
@@ -358,27 +353,27 @@ def test_the_command_measures_the_chosen_steps(folder, measured, capsys):
     assert points.items() <= without_clock(measured).items()
 
 
-def test_a_pattern_reads_names_and_another_one_needs_another_output(folder, models, tmp_path, capsys):
+def test_a_pattern_reads_names_and_another_one_needs_another_output(folder, models, tmp_path, monkeypatch, capsys):
     shutil.rmtree(models / "seed_3-step_1k")
     (models / "seed_3-step_20k").rename(models / "seed_4-step_20k")
     output = tmp_path / "out"
     with pytest.raises(InputError, match=r"seed_3-step_0k and seed_4-step_20k.*--step-pattern"):
-        call_tool(command(folder, models, output))
-    call_tool(command(folder, models, output, "--step-pattern", r"step_(\d+k)"))
+        call_tool("eval_trajectory", *command(folder, models, output)[2:])
+    call_tool("eval_trajectory", *command(folder, models, output, "--step-pattern", r"step_(\d+k)")[2:])
     assert [point["step"] for point in read_points(output)] == [0, 20_000]
     with pytest.raises(InputError, match=r"seed_3-step_0k as step 0, which is step 3 now; choose another --output"):
-        call_tool(command(folder, models, output, "--step-pattern", r"seed_(\d)"))
+        call_tool("eval_trajectory", *command(folder, models, output, "--step-pattern", r"seed_(\d)")[2:])
 
 
-def test_exports_count_as_the_steps_that_they_record(folder, tmp_path, capsys):
+def test_exports_count_as_the_steps_that_they_record(folder, tmp_path, monkeypatch, capsys):
     for name, step in (("second", 3), ("first", 6)):
         to_hf(folder / "run" / "checkpoints" / f"step_{step:08d}", tmp_path / "models" / name)
-    call_tool(command(folder, tmp_path / "models", tmp_path / "out"))
+    call_tool("eval_trajectory", *command(folder, tmp_path / "models", tmp_path / "out")[2:])
     found = {point["step"]: Path(point["model"]).name for point in read_points(tmp_path / "out")}
     assert found == {3: "second", 6: "first"}
 
 
-def test_wrong_input_is_refused_and_leaves_nothing(folder):
+def test_wrong_input_is_refused_and_leaves_nothing(folder, monkeypatch):
     output = folder / "none"
     for source, options, message in [
         (folder / "run", ["--steps", "7-9"], "--steps: none of the models"),
@@ -388,7 +383,7 @@ def test_wrong_input_is_refused_and_leaves_nothing(folder):
         (folder / "run", ["--treebank", folder / "absent.conllu"], "absent.conllu: no such file"),
     ]:
         with pytest.raises(InputError, match=message):
-            call_tool(command(folder, source, output, *options))
+            call_tool("eval_trajectory", *command(folder, source, output, *options)[2:])
         assert not output.exists()
 
 

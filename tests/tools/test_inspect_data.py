@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 from engine_runs import launch
@@ -63,7 +62,6 @@ def test_terminal_page_and_figures(prefix, tmp_path):
     ],
 )
 def test_refusals(prefix, tmp_path, arguments, message, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "tools"))
     import inspect_data
 
     from megatron_sas.core.cli import InputError

@@ -87,7 +87,6 @@ def test_stream_and_header(prefix, kind, name):
 
 
 def test_block_size_does_not_matter(prefix, tmp_path):
-    sys.path.insert(0, str(TOOL.parent))
     import make_control
 
     packed = PackedData(prefix)
@@ -110,7 +109,6 @@ def test_name_and_overwrite(prefix, tmp_path):
 
 def test_an_error_at_the_very_end_leaves_the_old_stream(prefix, monkeypatch):
     """The disk that is full when the header is written."""
-    monkeypatch.syspath_prepend(str(TOOL.parent))
     import make_control
 
     arguments = ("--data", str(prefix), "--control", "permuted")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 from bert_pairs import tiny_hf_bert
 from browser import open_page, overflow
 from synthetic_runs import write_run
+from tool_calls import call_tool
 from transformers import BertForMaskedLM, BertTokenizerFast
 
 from megatron_sas.core.cli import InputError
@@ -65,12 +64,7 @@ def inputs(tmp_path_factory):
 
 def make_page(inputs, output, *options):
     arguments = ["--model", inputs / "run", "--sentences", inputs / "shown.jsonl", "--output", output, *options]
-    before = sys.argv
-    sys.argv = [TOOL, *map(str, arguments)]
-    try:
-        runpy.run_path(TOOL)["main"]()
-    finally:
-        sys.argv = before
+    call_tool("visualize_attention", *arguments)
     return json.loads(re.search(r'<script type="application/json" id="data">(.*)</script>', output.read_text())[1])
 
 

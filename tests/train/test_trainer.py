@@ -191,8 +191,8 @@ def test_weights_can_come_from_elsewhere(config, whole, tmp_path):
 
 def test_other_architectures_and_vocabularies_are_refused_as_initial_weights(config, whole, tmp_path):
     source = {"model.init_from": str(whole)}
-    message = refusal(config, tmp_path / "a", {**source, "model.num_layers": 3, "model.norm_placement": "pre"})
-    assert message.startswith(f"model.init_from: {whole} has num_layers 2 instead of 3, norm_placement post instead of")
+    message = refusal(config, tmp_path / "a", {**source, "model.num_layers": 3, "model.max_position_embeddings": 64})
+    assert message.startswith(f"model.init_from: {whole} has num_layers 2 instead of 3, max_position_embeddings ")
     assert "no such directory" in refusal(config, tmp_path / "b", {"model.init_from": str(tmp_path / "none")})
     other = other_vocabulary(tmp_path / "other")
     assert "a tokenizer with other entries" in refusal(config, tmp_path / "c", {**source, **other})

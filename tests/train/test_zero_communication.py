@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 
 import pytest
 from engine_runs import ROOT, checkpoint, largest_difference, launch, records, train, weights
-
-sys.path.insert(0, str(ROOT / "tools"))
 from scaling_model import collectives, modules
 
 from megatron_sas.run.memory import count_parameters

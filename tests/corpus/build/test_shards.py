@@ -260,7 +260,10 @@ def test_killed_and_started_again(vocab_file, tmp_path):
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
     output = tmp_path / "out"
     python, *rest = command(output)
-    process = subprocess.Popen([python, tmp_path / "held.py", *rest], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    environment = {**os.environ, "PYTHONPATH": f"{TOOL.parents[1]}:{TOOL.parent}"}
+    process = subprocess.Popen(
+        [python, tmp_path / "held.py", *rest], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     deadline = time.time() + 180
     while not any(path.stat().st_size > 100_000 for path in output.glob(".part-1.*/data.marks.bin")):
         if process.poll() is not None or time.time() > deadline:
