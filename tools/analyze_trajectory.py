@@ -38,10 +38,10 @@ def main() -> None:
     from megatron_sas.report.load import read_inputs, sweep_title
     from megatron_sas.report.report import write_analysis
     from megatron_sas.report.run_onsets import default_delta
-    from megatron_sas.report.trajectories import conditions
+    from megatron_sas.report.trajectories import group_by_condition
 
     runs, notes = read_inputs(arguments.run, arguments.labels)
-    conditions(runs)  # reports labels that mix base and regularized runs before any work is done
+    group_by_condition(runs)  # reports labels that mix base and regularized runs before any work is done
     delta, title = arguments.delta or default_delta(runs), sweep_title(arguments.run)
     analysis = analyse(runs, delta, arguments.replicates, arguments.seed, notes, title)
     with atomic_directory(arguments.output, arguments.overwrite) as directory:

@@ -28,8 +28,8 @@ SWEEP_NAME = "sweep.json"
 MIN_POINTS = 3  # a curve with fewer has no break
 LACKING = 1  # measured snapshots may be so many fewer than live evaluations, in any stretch of a run, to replace them
 REACHES = 0.9  # measured snapshots must cover this share of a run to stand for its curve
-OWNERS = {evaluation.metrics[0].name: evaluation for evaluation in EVALUATIONS.values()}
-"""Evaluations by the name of their first metric: its curve, and what is told about its last point."""
+OWNERS = {e.metrics[0].name: e for e in sorted(EVALUATIONS.values(), key=lambda e: not e.metrics[0].title)}
+"""Evaluations by the name of their first metric, those whose curve has a title first."""
 GLUE_HINTS = (*HINTS, "hub", "split")  # where examples are from; their checksum decides
 
 
