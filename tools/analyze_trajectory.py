@@ -7,7 +7,7 @@ from pathlib import Path
 
 import _checkout
 from megatron_sas.core.cli import InputError, run_main
-from megatron_sas.core.files import atomic_directory, refuse_existing
+from megatron_sas.core.files import atomic_directory, check_absent
 
 DESCRIPTION = """\
 Find when loss, syntactic attention (UAS) and grammatical ability (BLiMP) break in the course of training, compare
@@ -27,7 +27,7 @@ Writes into the output directory (docs/analysis.md explains every rule):
 
 def main() -> None:
     arguments = parse_arguments()
-    refuse_existing(arguments.output, arguments.overwrite)
+    check_absent(arguments.output, arguments.overwrite)
     if arguments.delta is not None and not arguments.delta > 0:
         raise InputError(f"--delta: {arguments.delta:g} is not a positive number of steps")
     if arguments.replicates < 0:

@@ -62,7 +62,7 @@ def read_inputs(paths: Sequence[str | Path], labels: Sequence[str] | None = None
         else:
             plain.append(path)
     runs += load_runs(plain, labels)
-    _refuse_repetition([run.path for run in runs])
+    _check_not_repeated([run.path for run in runs])
     return choose_sources(runs, notes), notes
 
 
@@ -77,7 +77,7 @@ def load_runs(paths: Sequence[str | Path], labels: Sequence[str] | None = None) 
             f"--labels: {len(labels)} label(s) for {len(paths)} run(s); give one per run, in the same order"
         )
     resolved = [Path(path).resolve() for path in paths]
-    _refuse_repetition(resolved)
+    _check_not_repeated(resolved)
     labels = labels or [path.name for path in resolved]
     return [load_run(path, label) for path, label in zip(resolved, labels, strict=True)]
 
@@ -401,7 +401,7 @@ def _has_begun(run: Path) -> bool:
     return evaluated or bool(read_points(run / TRAJECTORY))
 
 
-def _refuse_repetition(paths: Sequence[Path]) -> None:
+def _check_not_repeated(paths: Sequence[Path]) -> None:
     for path in paths:
         if paths.count(path) > 1:
             raise InputError(f"{path}: given more than once; name each run once")
