@@ -64,7 +64,7 @@ def train(stop: StopRequest) -> int:
     except (InputError, OSError) as error:  # such as unreadable data or a full disk, maybe on one rank only
         print(f"error: rank {distributed.rank()}: {error}", file=sys.stderr)
         return 2
-    distributed.leave()
+    distributed.shutdown()
     return 0
 
 

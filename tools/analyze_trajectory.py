@@ -7,7 +7,7 @@ from pathlib import Path
 
 import _checkout
 from megatron_sas.core.cli import InputError, run_main
-from megatron_sas.core.files import atomic_directory, refuse_existing
+from megatron_sas.core.files import atomic_directory, check_absent
 
 DESCRIPTION = """\
 Find when loss, syntactic attention (UAS) and grammatical ability (BLiMP) break in the course of training, compare
@@ -27,7 +27,7 @@ Writes into the output directory (docs/analysis.md explains every rule):
 
 def main() -> None:
     arguments = parse_arguments()
-    refuse_existing(arguments.output, arguments.overwrite)
+    check_absent(arguments.output, arguments.overwrite)
     if arguments.delta is not None and not arguments.delta > 0:
         raise InputError(f"--delta: {arguments.delta:g} is not a positive number of steps")
     if arguments.replicates < 0:
@@ -38,10 +38,10 @@ def main() -> None:
     from megatron_sas.report.load import read_inputs, sweep_title
     from megatron_sas.report.report import write_analysis
     from megatron_sas.report.run_onsets import default_delta
-    from megatron_sas.report.trajectories import conditions
+    from megatron_sas.report.trajectories import group_by_condition
 
     runs, notes = read_inputs(arguments.run, arguments.labels)
-    conditions(runs)  # reports labels that mix base and regularized runs before any work is done
+    group_by_condition(runs)  # reports labels that mix base and regularized runs before any work is done
     delta, title = arguments.delta or default_delta(runs), sweep_title(arguments.run)
     analysis = analyse(runs, delta, arguments.replicates, arguments.seed, notes, title)
     with atomic_directory(arguments.output, arguments.overwrite) as directory:

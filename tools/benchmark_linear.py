@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import _checkout
 from megatron_sas.core.cli import InputError, run_main
-from megatron_sas.core.files import refuse_existing, write_json_atomic
+from megatron_sas.core.files import check_absent, write_json_atomic
 from megatron_sas.model.config import SIZES, BertConfig
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def parse_arguments() -> argparse.Namespace:
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name.replace('_', '-')}: must be at least 1")
     if arguments.output:
-        refuse_existing(arguments.output, arguments.overwrite)
+        check_absent(arguments.output, arguments.overwrite)
     return arguments
 
 

@@ -28,7 +28,7 @@ import _checkout
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from megatron_sas.core.cli import InputError, run_main
-from megatron_sas.core.files import refuse_existing, write_json_atomic
+from megatron_sas.core.files import check_absent, write_json_atomic
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer
 
@@ -104,7 +104,7 @@ def main() -> None:
     """Measure in turns and print a table."""
     arguments = parse_arguments()
     if arguments.output is not None:
-        refuse_existing(arguments.output, arguments.overwrite)
+        check_absent(arguments.output, arguments.overwrite)
     import torch
 
     from megatron_sas.core.benchmark import describe_device, time_interleaved

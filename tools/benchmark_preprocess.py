@@ -28,7 +28,7 @@ from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from megatron_sas.core.cli import InputError, run_main  # noqa: E402
-from megatron_sas.core.files import refuse_existing, write_json_atomic  # noqa: E402
+from megatron_sas.core.files import check_absent, write_json_atomic  # noqa: E402
 from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess  # noqa: E402
 from megatron_sas.corpus.parsers.registry import describe_parser  # noqa: E402
 from megatron_sas.corpus.parsers.spacy import SPACY_BATCH, load_spacy  # noqa: E402
@@ -64,7 +64,7 @@ def main() -> None:
     if not arguments.parser.startswith("spacy:"):
         raise InputError(f"--parser {arguments.parser}: only spacy:MODEL has a bare pipe to compare with")
     if arguments.output:
-        refuse_existing(arguments.output)
+        check_absent(arguments.output)
     version, model = describe_parser(arguments.parser), arguments.parser.removeprefix("spacy:")
     texts: list[str] = []
     words = 0

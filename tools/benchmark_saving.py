@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import _checkout
 from megatron_sas.core.cli import InputError, run_main
-from megatron_sas.core.files import refuse_existing, write_json_atomic
+from megatron_sas.core.files import check_absent, write_json_atomic
 from megatron_sas.run.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def main() -> None:
     if os.path.lexists(directory):
         raise InputError(f"run.output_dir: {directory} exists; name a directory to be made and removed")
     if arguments.output is not None:
-        refuse_existing(arguments.output, arguments.overwrite)
+        check_absent(arguments.output, arguments.overwrite)
     torch.set_num_threads(arguments.threads)
     device = initialize_distributed(config.run.timeout_minutes)
     try:
@@ -137,7 +137,7 @@ def main() -> None:
         if arguments.output is not None:
             write_json_atomic(arguments.output, result)
             print(f"wrote {arguments.output}")
-    distributed.leave()
+    distributed.shutdown()
 
 
 def _largest(directory: Path) -> int:

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 import _checkout
 from megatron_sas.core.cli import InputError, first_line, run_main
 from megatron_sas.core.device import DEVICE_HELP, choose_device
-from megatron_sas.core.files import refuse_existing, write_json_atomic
+from megatron_sas.core.files import check_absent, write_json_atomic
 from megatron_sas.model.config import SIZES, BertConfig
 
 if TYPE_CHECKING:
@@ -386,7 +386,7 @@ def read_arguments() -> argparse.Namespace:
     if not 0.0 <= arguments.dropout < 1.0:
         raise InputError("--dropout: must be at least 0 and less than 1")
     if arguments.output:
-        refuse_existing(arguments.output, arguments.overwrite)
+        check_absent(arguments.output, arguments.overwrite)
     return arguments
 
 

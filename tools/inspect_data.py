@@ -11,7 +11,7 @@ import numpy as np
 
 import _checkout
 from megatron_sas.core.cli import InputError, progress, run_main
-from megatron_sas.core.files import refuse_existing, write_json_atomic, write_text_atomic
+from megatron_sas.core.files import check_absent, write_json_atomic, write_text_atomic
 from megatron_sas.corpus.inspect.drawing import as_html, as_text, segments
 from megatron_sas.corpus.inspect.statistics import MIN_WORDS_OF_DUPLICATES, statistics
 from megatron_sas.data.packed import PackedData
@@ -29,7 +29,7 @@ def main() -> None:
     arguments = parse_arguments()
     for path in (arguments.html, arguments.output):
         if path is not None:
-            refuse_existing(path, arguments.overwrite)
+            check_absent(path, arguments.overwrite)
     packed = PackedData(arguments.data, arguments.heads)
     if arguments.verify:
         packed.verify()

@@ -13,7 +13,7 @@ import numpy as np
 
 import _checkout
 from megatron_sas.core.cli import InputError, progress, run_main
-from megatron_sas.core.files import fsync_directory, fsync_file, refuse_existing, write_json_atomic
+from megatron_sas.core.files import check_absent, fsync_directory, fsync_file, write_json_atomic
 from megatron_sas.corpus.build.packed_writer import temporary_folder
 from megatron_sas.corpus.controls import Control, parse_control
 from megatron_sas.data.checksums import block_checksums
@@ -74,8 +74,8 @@ def main() -> None:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise InputError(f"--name {name!r}: use letters, digits, - and _ only")
     stream, header = Path(f"{args.data}.heads-{name}.bin"), Path(f"{args.data}.heads-{name}.json")
-    refuse_existing(stream, args.overwrite)
-    refuse_existing(header, args.overwrite)
+    check_absent(stream, args.overwrite)
+    check_absent(header, args.overwrite)
     packed = PackedData(args.data)
 
     with temporary_folder(stream) as folder:

@@ -17,7 +17,7 @@ import time
 
 import _checkout
 from megatron_sas.core.cli import InputError, run_main
-from megatron_sas.core.files import refuse_existing, write_json_atomic
+from megatron_sas.core.files import check_absent, write_json_atomic
 from megatron_sas.corpus.inspect.survey import SurveySettings, survey
 from megatron_sas.corpus.readers.base import Reading
 from megatron_sas.corpus.readers.line_breaks import LINE_BREAKS
@@ -72,7 +72,7 @@ def evaluation_sentences(blimp: str | None, treebanks: list[str]) -> dict[str, l
 def main() -> None:
     """Survey and print a summary."""
     given = parse_arguments()
-    refuse_existing(given.output, given.overwrite)
+    check_absent(given.output, given.overwrite)
     settings = SurveySettings(
         inputs=given.input,
         sentences=evaluation_sentences(given.blimp, given.treebank),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import _checkout
 from megatron_sas.core.cli import InputError, progress, run_main
-from megatron_sas.core.files import atomic_directory, refuse_existing
+from megatron_sas.core.files import atomic_directory, check_absent
 from megatron_sas.corpus.build.skipped import SkipReport
 from megatron_sas.corpus.readers.base import Reading
 from megatron_sas.corpus.readers.registry import read_units
@@ -55,7 +55,7 @@ def main() -> None:
     arguments = parse_arguments()
     if not 0 < arguments.share <= 1:
         raise InputError(f"--share {arguments.share}: must be above 0 and at most 1")
-    refuse_existing(arguments.output, arguments.overwrite)
+    check_absent(arguments.output, arguments.overwrite)
     paragraphs = Paragraphs(arguments.input, arguments.text_field, arguments.on_error, arguments.share)
     start = time.perf_counter()
     settings = TokenizerSettings(arguments.type, arguments.vocab_size, arguments.cased)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import _checkout
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.device import DEVICE_HELP, choose_device
-from megatron_sas.core.files import refuse_existing, write_text_atomic
+from megatron_sas.core.files import check_absent, write_text_atomic
 from megatron_sas.corpus.parsers.registry import predictor_usage
 from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.data.tokenizer import tokenizer_identity
@@ -38,7 +38,7 @@ examples:
 
 def main() -> None:
     arguments = parse_arguments()
-    refuse_existing(arguments.output, arguments.overwrite)
+    check_absent(arguments.output, arguments.overwrite)
     for option in ("limit", "max_models", "max_heads", "treebank_sentences", "batch_tokens"):
         if getattr(arguments, option) < 1:
             raise InputError(f"--{option.replace('_', '-')}: {getattr(arguments, option)} is below 1")

@@ -69,7 +69,7 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def leave() -> None:
+def shutdown() -> None:
     """Leave the process group once every rank is here: one that exits while others still use its store aborts them."""
     if is_distributed():
         barrier()

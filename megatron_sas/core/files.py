@@ -76,7 +76,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def refuse_existing(path: str | Path, overwrite: bool = False) -> None:
+def check_absent(path: str | Path, overwrite: bool = False) -> None:
     """Raise `InputError` when `path` exists and `overwrite` is false: outputs are never silently replaced."""
     if not overwrite and os.path.lexists(Path(path)):  # without a "/" at its end, as it will be written
         raise InputError(f"{path}: exists already; choose another output or pass --overwrite")
@@ -86,7 +86,7 @@ def refuse_existing(path: str | Path, overwrite: bool = False) -> None:
 def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary directory that becomes `path` when the block ends, and vanishes when it raises."""
     path = Path(path)
-    refuse_existing(path, overwrite)
+    check_absent(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
@@ -94,7 +94,7 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
         for entry in [*temporary.rglob("*"), temporary]:
             (fsync_directory if entry.is_dir() else fsync_file)(entry)
         os.chmod(temporary, 0o777 & ~_umask())
-        refuse_existing(path, overwrite)  # it may have come into being meanwhile
+        check_absent(path, overwrite)  # it may have come into being meanwhile
         if os.path.lexists(path):
             stale = path.with_name(f".{path.name}.old")
             remove(stale)

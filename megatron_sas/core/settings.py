@@ -24,7 +24,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_truth_values(cls, value: Any, info: ValidationInfo) -> Any:
+    def _check_no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
         """`yes` is no number, though it is one to Python."""
         annotation = cls.model_fields[info.field_name].annotation
         if isinstance(value, bool) and bool not in (annotation, *typing.get_args(annotation)):

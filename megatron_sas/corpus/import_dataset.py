@@ -73,7 +73,7 @@ def import_dataset(settings: ImportSettings) -> dict[str, Any]:
             if row is None:
                 continue
             unknown = Unknown.of(row.tokens, info.unk_id, info.special_ids)
-            counts.update(pieces=unknown.pieces, pieces_unknown=unknown.unknown)
+            counts.update(pieces=unknown.tokens, pieces_unknown=unknown.unknown)
             inner = slice(1, -1)
             if (
                 len(row.tokens) == settings.seq_length

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.device import DEVICE_HELP, choose_device
-from megatron_sas.core.files import refuse_existing
+from megatron_sas.core.files import check_absent
 from megatron_sas.run.directory import newest_of_run
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def check_output(path: Path, overwrite: bool) -> None:
     """
     if path.is_dir():
         raise InputError(f"{path}: is a directory; --output names the file to write")
-    refuse_existing(path, overwrite)
+    check_absent(path, overwrite)
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         tempfile.TemporaryFile(dir=folder).close()

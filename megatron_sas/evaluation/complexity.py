@@ -67,16 +67,16 @@ def intrinsic_dimension(vectors: Tensor, texts: np.ndarray | None = None) -> dic
     return {"twonn": twonn, "standard_error": error, **result}
 
 
-def two_nearest(points: Tensor) -> Tensor:
+def two_nearest(points: Tensor, block_elements: int = BLOCK_ELEMENTS) -> Tensor:
     """Distances of each of N distinct points (N, C) to the two nearest others, ascending: float64 (N, 2).
 
     Neighbours are found from |a|² + |b|² - 2ab in blocks of rows, and their distances computed anew from the
-    differences, which do not cancel.
+    differences, which do not cancel. A block has at most `block_elements` distances and coordinates.
     """
     points = points.double()
     points = points - points.mean(dim=0)
     norms = points.square().sum(dim=1)
-    rows = max(1, BLOCK_ELEMENTS // max(len(points), 2 * points.shape[1]))
+    rows = max(1, block_elements // max(len(points), 2 * points.shape[1]))
     result = points.new_empty(len(points), 2)
     for start in range(0, len(points), rows):
         block = points[start : start + rows]

@@ -109,11 +109,11 @@ class AttentionStatistics:
         tokens = torch.stack([lengths.sum(), torch.xlogy(lengths, lengths).sum()])
         self._tokens = tokens if self._tokens is None else self._tokens + tokens
 
-    def result(self) -> dict[str, Any]:
+    def result(self, threshold: float = COLLAPSED) -> dict[str, Any]:
         """`entropy`, `to_cls` and `to_sep`, each with the `mean` over heads and `per_head` [L][H]; and two numbers.
 
         `uniform_entropy` is that of attention to all tokens alike, the largest possible, and `collapsed_heads` the
-        share of heads with less than `COLLAPSED` of it. A collective: every rank gets the result of all ranks.
+        share of heads with less than `threshold` of it. A collective: every rank gets the result of all ranks.
         """
         sums = torch.stack([self._sums[layer] for layer in sorted(self._sums)], dim=1)  # (3, L, H)
         reduced = all_reduce_sum_(torch.cat([sums.flatten(), self._tokens]))
@@ -123,7 +123,7 @@ class AttentionStatistics:
             name: {"mean": float(per_head.mean()), "per_head": per_head.tolist()}
             for name, per_head in zip(("entropy", "to_cls", "to_sep"), means, strict=True)
         }
-        collapsed = means[0] < COLLAPSED * uniform / tokens
+        collapsed = means[0] < threshold * uniform / tokens
         return {
             **result,
             "uniform_entropy": uniform / tokens,

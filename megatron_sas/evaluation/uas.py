@@ -26,7 +26,7 @@ from megatron_sas.core.settings import Section
 from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.data.unknown import Unknown
 from megatron_sas.evaluation.base import Evaluation, Metric, Resources
-from megatron_sas.evaluation.batching import AfterBatch, deal, evaluating
+from megatron_sas.evaluation.batching import AfterBatch, evaluating, shard_batches
 from megatron_sas.evaluation.items import UasItems
 from megatron_sas.evaluation.observers import AttentionStatistics, MapObserver, SasObserver, share_pass
 from megatron_sas.evaluation.treebank import Sentence, TokenizedSentence, Treebank, load_treebank, tokenize_words
@@ -122,7 +122,7 @@ class TreebankTask:
 
     def num_forwards(self, batch_tokens: int) -> int:
         """Forward passes that `evaluate` makes on every rank."""
-        return len(deal(self.batches(batch_tokens)))
+        return len(shard_batches(self.batches(batch_tokens)))
 
     def attention_statistics(self) -> AttentionStatistics:
         """What measures attention's entropy on these sentences."""
@@ -154,7 +154,7 @@ def evaluate_uas(
     edges that each head got right, nested lists `correct[relation][direction][layer][head]` beside the names on their
     axes. Layers and heads count from 0; of equally good ones the lowest (layer, head) is named, `dep->head` first.
     """
-    correct = count_correct(model, task, deal(task.batches(batch_tokens)), after_batch, statistics)
+    correct = count_correct(model, task, shard_batches(task.batches(batch_tokens)), after_batch, statistics)
     return summarize(task, all_reduce_sum_(correct).cpu().numpy())
 
 
@@ -388,7 +388,7 @@ class UasEvaluation(Evaluation):
         """Also SAS and attention's entropy on these sentences, in the same pass."""
         task = self.task
         statistics, sas, uas = task.attention_statistics(), SasObserver(), UasObserver(task, keep_edges=True)
-        batches = deal(task.batches(self.section.batch_tokens))
+        batches = shard_batches(task.batches(self.section.batch_tokens))
         observe_treebank(model, task, batches, [sas, uas], statistics=statistics)
         values = {UAS.point[0]: summarize(task, uas.counts().cpu().numpy()), **statistics.point(), "sas": sas.result()}
         return values, UasItems(task.edge_list(), uas.edges())

@@ -137,7 +137,7 @@ def plan_sweep(path: Path, directory: Path, overrides: Sequence[str] = ()) -> Sw
             raise InputError(_listed(path, faults))
         runs += planned.values()
     for run in runs:
-        _refuse_other_run(run)
+        _check_same_run(run)
     return Sweep(str(values.get("title") or path.stem), config_path, tuple(runs))
 
 
@@ -172,7 +172,7 @@ def _plan_run(
     return PlannedRun(condition, seed, run_dir, arguments, config, parent and parent.directory)
 
 
-def _refuse_other_run(run: PlannedRun) -> None:
+def _check_same_run(run: PlannedRun) -> None:
     """Refuse a run that has a checkpoint or was finished as something else: the trainer's rule for continuing it.
 
     A finished one would otherwise count as done, and be taken by the analysis for what the sweep file now says it is.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.device import DTYPES
-from megatron_sas.core.files import atomic_directory, refuse_existing, write_json_atomic, write_text_atomic
+from megatron_sas.core.files import atomic_directory, check_absent, write_json_atomic, write_text_atomic
 from megatron_sas.core.manifest import write_manifest
 from megatron_sas.data.tokenizer import save_tokenizer, tokenizer_identity, vocab_size, write_tokenizer
 from megatron_sas.export.model_card import model_card
@@ -58,7 +58,7 @@ def to_hf(source: str | Path, output: str | Path, dtype: str = "fp32", overwrite
     Raises:
         InputError: `source` is no whole checkpoint; `output` exists.
     """
-    refuse_output(output, HF_CONFIG, overwrite)
+    check_output(output, HF_CONFIG, overwrite)
     checkpoint = newest_of_run(source)
     if not is_checkpoint(checkpoint):
         what = "no such directory" if not checkpoint.is_dir() else "neither a training checkpoint nor a run with one"
@@ -99,7 +99,7 @@ def from_hf(source: str | Path, output: str | Path, overwrite: bool = False) -> 
     Raises:
         InputError: `source` is no BERT masked LM with its tokenizer; `output` exists.
     """
-    refuse_output(output, MODEL_CONFIG, overwrite)
+    check_output(output, MODEL_CONFIG, overwrite)
     source = Path(source)
     if is_checkpoint(newest_of_run(source)):
         raise InputError(f"{source}: is a training checkpoint or a run already; give a Hugging Face directory")
@@ -124,9 +124,9 @@ def from_hf(source: str | Path, output: str | Path, overwrite: bool = False) -> 
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def refuse_output(output: str | Path, marker: str, overwrite: bool) -> None:
+def check_output(output: str | Path, marker: str, overwrite: bool) -> None:
     """Raise `InputError` when `output` exists, unless `overwrite` and it is empty or looks converted (has `marker`)."""
-    refuse_existing(output, overwrite)
+    check_absent(output, overwrite)
     output = Path(output)
     if not output.exists():
         return

@@ -80,18 +80,21 @@ def read_file(task: Task, path: str | Path, columns: Columns | None = None) -> E
     return _examples(task, rows, columns, {"path": str(path.resolve())}, str(path))
 
 
-def read_hub(task: Task, split: str) -> Examples:
-    """The examples of a split of the data set `nyu-mll/glue` (from the network, or the local cache of `datasets`)."""
-    where = f"{HUB} {task.name} {split}"
+def read_hub(task: Task, split: str, hub: str = HUB) -> Examples:
+    """The examples of a split of the data set `hub`, which has a configuration for every task.
+
+    They are from the network, or the local cache of `datasets`.
+    """
+    where = f"{hub} {task.name} {split}"
     try:
-        rows = [(f"{where}, row {n}", row) for n, row in enumerate(read_rows(f"hf:{HUB}:{task.name}:{split}"), 1)]
+        rows = [(f"{where}, row {n}", row) for n, row in enumerate(read_rows(f"hf:{hub}:{task.name}:{split}"), 1)]
     except InputError as error:
         reason = str(error).partition("(")[2].rpartition(")")[0] or str(error)
         raise InputError(
-            f"--task {task.name}: {HUB} cannot be read from the hub ({reason[:200]}); without a network give "
+            f"--task {task.name}: {hub} cannot be read from the hub ({reason[:200]}); without a network give "
             "--data, or --train-file and --validation-file"
         ) from error
-    return _examples(task, rows, Columns(), {"hub": HUB, "split": split}, where)
+    return _examples(task, rows, Columns(), {"hub": hub, "split": split}, where)
 
 
 def _tsv_rows(

@@ -157,7 +157,7 @@ def unsupported_reason(
     if q.numel() == 0:
         return "torch's flash kernels cannot take empty tensors"
     if window is not None:
-        return "torch's flash kernels take a window as a mask of S × S numbers at best"
+        return "torch's flash kernels are used without a window"
     return kernel_named(backend, q).unsupported_reason(q, dropout_p, has_seqlens)
 
 

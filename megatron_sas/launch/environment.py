@@ -42,7 +42,7 @@ def initialize_distributed(timeout_minutes: float) -> torch.device:
         _leave_out_shared_memory_op()
     device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
     if cuda:
-        refuse_missing_gpu()
+        check_gpu()
         torch.cuda.set_device(device)
     timeout = collective_timeout(timeout_minutes)
     try:
@@ -65,7 +65,7 @@ def join_processes(timeout_minutes: float, deterministic: bool) -> torch.device:
     return device
 
 
-def refuse_missing_gpu() -> None:
+def check_gpu() -> None:
     """Raise `InputError` if this process, one of several on the host, has no GPU of its own."""
     gpus = torch.cuda.device_count()
     if torch.cuda.is_available() and local_rank() >= gpus:

@@ -29,7 +29,7 @@ class Onset:
     and `reason` says why. `noise` is the standard deviation of a single value: around its neighbours, or for want of
     items, whichever is larger. `spacing` is the widest distance between evaluations within Δ of `step`: it cannot be
     told more precisely. `at_edge`: the bend is strongest where the search had to end, Δ from an end of the curve, so it
-    may lie beyond. `clear` is whether it does not, and exceeds what noise alone would produce as the largest bend of
+    may lie beyond. `detected` is whether it does not, and exceeds what noise alone would produce as the largest bend of
     such a curve.
     """
 
@@ -38,7 +38,7 @@ class Onset:
     noise: float | None = None
     spacing: float | None = None
     at_edge: bool = False
-    clear: bool = False
+    detected: bool = False
     reason: str = ""
 
 
@@ -74,14 +74,14 @@ def break_point(
         return Onset(None, reason=f"only {len(s)} evaluation(s); at least 3 are needed")
     if s[-1] - s[0] < 2 * delta:
         return Onset(None, reason=f"the curve spans {s[-1] - s[0]:g} steps, less than two windows of {delta:g}")
-    grid = _bend_grid(s, delta)
-    bend = np.interp(grid + delta, s, f) - 2 * np.interp(grid, s, f) + np.interp(grid - delta, s, f)
+    grid = _onset_grid(s, delta)
+    strengths = np.interp(grid + delta, s, f) - 2 * np.interp(grid, s, f) + np.interp(grid - delta, s, f)
     noise = max(noise_level(s, f), item_error or 0.0)
-    strength = bend.max()
+    strength = strengths.max()
     tolerance = 1e-9 * np.abs(f).max()
     if strength <= tolerance:
         return Onset(None, noise=noise, reason=f"the curve never bends {'upward' if sign > 0 else 'downward'}")
-    best = int(np.argmax(bend >= strength - tolerance))
+    best = int(np.argmax(strengths >= strength - tolerance))
     # Pure noise bends by σ√6; the largest of n such values grows with √(2 ln n). Of simulated noise 1 to 5 % passes.
     largest_by_chance = noise * np.sqrt(6) * (np.sqrt(2 * np.log(len(s))) + 1)
     step, at_edge = float(grid[best]), best in (0, len(grid) - 1)
@@ -93,25 +93,25 @@ def break_point(
         noise,
         spacing=float(np.diff(s)[near].max()),
         at_edge=at_edge,
-        clear=bool(strength > largest_by_chance) and not at_edge,
+        detected=bool(strength > largest_by_chance) and not at_edge,
         reason=beyond if at_edge else "",
     )
 
 
-def strongest_bends(steps: Sequence[float], curves: np.ndarray, delta: float, sign: int = 1) -> np.ndarray:
+def onset_steps(steps: Sequence[float], curves: np.ndarray, delta: float, sign: int = 1) -> np.ndarray:
     """The `step` of `break_point` for many curves at once, float64 (B,); NaN where there is none.
 
     `steps` (T,) must rise and `curves` (B, T) be finite; the steps are common to all curves.
     """
     s, f = np.asarray(steps, np.float64), sign * np.asarray(curves, np.float64)
-    grid = _bend_grid(s, delta) if len(s) > 2 and s[-1] - s[0] >= 2 * delta else np.zeros(0)
+    grid = _onset_grid(s, delta) if len(s) > 2 and s[-1] - s[0] >= 2 * delta else np.zeros(0)
     if not len(grid):
         return np.full(len(f), np.nan)
     hats = np.eye(len(s))  # interpolation is linear in the values: one matrix serves all curves
     weights = np.array([[1.0, -2.0, 1.0] @ np.interp(grid + np.array([[delta], [0], [-delta]]), s, h) for h in hats])
-    bend = f @ weights
-    strength, tolerance = bend.max(axis=1), 1e-9 * np.abs(f).max(axis=1)
-    first = np.argmax(bend >= (strength - tolerance)[:, None], axis=1)
+    strengths = f @ weights
+    strength, tolerance = strengths.max(axis=1), 1e-9 * np.abs(f).max(axis=1)
+    first = np.argmax(strengths >= (strength - tolerance)[:, None], axis=1)
     return np.where(strength > tolerance, grid[first], np.nan)
 
 
@@ -199,7 +199,7 @@ def _clean(steps: Sequence[float], values: Sequence[float], sign: int) -> tuple[
     return s, sign * f[finite][::-1][last]
 
 
-def _bend_grid(s: np.ndarray, delta: float) -> np.ndarray:
+def _onset_grid(s: np.ndarray, delta: float) -> np.ndarray:
     """Where the bend at scale Δ can be largest: knots, and knots ± Δ, with a window on either side."""
     grid = np.unique(np.concatenate([s, s - delta, s + delta]))
     return grid[(grid >= s[0] + delta) & (grid <= s[-1] - delta)]

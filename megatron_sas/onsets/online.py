@@ -141,7 +141,7 @@ class OnsetDetector:
         if len(middles) < 2:
             return None
         before, middle, after = (np.interp(middles + shift, s, f) for shift in (-self.delta, 0, self.delta))
-        bends = after - 2 * middle + before
+        strengths = after - 2 * middle + before
         by_chance = noise_level(s, f) * math.sqrt(6) * (math.sqrt(2 * math.log(len(s))) + 1)
-        threshold = max(by_chance, TYPICAL_FACTOR * 1.4826 * float(np.median(np.abs(bends[:-1]))))
-        return Detection(float(bends[-1]), threshold) if bends[-1] > threshold else None
+        threshold = max(by_chance, TYPICAL_FACTOR * 1.4826 * float(np.median(np.abs(strengths[:-1]))))
+        return Detection(float(strengths[-1]), threshold) if strengths[-1] > threshold else None

@@ -22,7 +22,7 @@ class Analysis:
     """Everything that was computed. `runs` are in the order of their conditions; `orders` are by condition."""
 
     runs: list[Run]
-    found: list[Condition]
+    conditions: list[Condition]
     delta: float
     replicates: int
     onsets: Onsets
@@ -54,36 +54,36 @@ def analyse(
 
     `title` is the report's; None for one that suits all.
     """
-    found = summarize(runs)
-    ordered = runs_of(found)
+    conditions = summarize(runs)
+    ordered = runs_of(conditions)
     onsets = find_onsets(ordered, delta, replicates, seed)
-    syntax, controls = weight_response(found)
-    to_controls = compare_to_controls(found, ordered)
+    syntax, controls = weight_response(conditions)
+    to_controls = compare_to_controls(conditions, ordered)
     return Analysis(
         runs=ordered,
-        found=found,
+        conditions=conditions,
         delta=delta,
         replicates=replicates,
         onsets=onsets,
-        orders={condition.label: order_of(condition.runs, onsets) for condition in found},
+        orders={condition.label: order_of(condition.runs, onsets) for condition in conditions},
         to_controls=to_controls,
         weights=syntax,
         control_weights=controls,
-        stages=stage_responses(found),
-        claims=answer_claims(found, onsets, delta),
-        findings=narrate(found, onsets, to_controls),
-        notes=[*notes, *caveats(found)],
+        stages=stage_responses(conditions),
+        claims=answer_claims(conditions, onsets, delta),
+        findings=narrate(conditions, onsets, to_controls),
+        notes=[*notes, *caveats(conditions)],
         title=title or TITLE,
     )
 
 
-def answer_claims(found: Sequence[Condition], onsets: Onsets, delta: float) -> list[Claim]:
+def answer_claims(conditions: Sequence[Condition], onsets: Onsets, delta: float) -> list[Claim]:
     """The five claims, in order."""
-    base = [run for run in runs_of(found) if run.is_base]
+    base = [run for run in runs_of(conditions) if run.is_base]
     return [
         structure_onset(base, onsets, delta),
         capabilities_onset(base, onsets, delta),
-        regularized_runs(found),
-        brief_suppression(found, onsets),
+        regularized_runs(conditions),
+        brief_suppression(conditions, onsets),
         complexity_phases(base, onsets, delta),
     ]

@@ -14,7 +14,7 @@ import numpy as np
 from megatron_sas.core.cli import InputError
 from megatron_sas.evaluation.items import Sampler
 from megatron_sas.evaluation.registry import EVALUATIONS
-from megatron_sas.onsets.offline import strongest_bends
+from megatron_sas.onsets.offline import onset_steps
 from megatron_sas.report.trajectories import Run
 from megatron_sas.trajectory.points import point_directory, read_items
 
@@ -64,7 +64,7 @@ def resample_curves(run: Run, replicates: int, seed: int) -> dict[str, ItemCurve
 
 def onset_interval(curves: ItemCurves, delta: float, sign: int = 1, confidence: float = 0.95) -> ItemOnset:
     """The onset of every replicate, and the percentile interval over those that have one (at least half must)."""
-    steps = strongest_bends(curves.steps, curves.replicates, delta, sign)
+    steps = onset_steps(curves.steps, curves.replicates, delta, sign)
     known = steps[np.isfinite(steps)]
     if not len(steps) or len(known) < len(steps) / 2:
         return ItemOnset(steps, None, None)

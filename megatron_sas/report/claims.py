@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 SHOWN, NOT_SHOWN, OPPOSITE, NOT_TESTABLE = "shown", "not shown", "opposite", "not testable with these runs"
 MIN_RUNS = 2  # seeds of a condition, below which nothing is said about the condition
-CLEAR_SHARE = 2 / 3  # of a condition's runs must show a break before it counts as the condition's
+DETECTED_SHARE = 2 / 3  # of a condition's runs must show a break before it counts as the condition's
 
 
 @dataclass(frozen=True)
@@ -57,4 +57,4 @@ class Claim:
 
 def enough(count: int, of: int) -> bool:
     """Whether so many of a condition's runs speak for the condition."""
-    return count >= max(MIN_RUNS, CLEAR_SHARE * of - 1e-9)
+    return count >= max(MIN_RUNS, DETECTED_SHARE * of - 1e-9)

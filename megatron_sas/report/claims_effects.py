@@ -19,7 +19,7 @@ from megatron_sas.report.comparisons import (
     runs_of,
     whole_runs,
 )
-from megatron_sas.report.run_onsets import Onsets, clear_bend, onset_difference, widest
+from megatron_sas.report.run_onsets import Onsets, detected_onset, onset_difference, widest
 from megatron_sas.report.statistics import difference
 
 LOSS_ONSET = Metric("", title="loss onset", name="loss_onset", direction=-1)
@@ -27,21 +27,20 @@ SEEDS = f"{MIN_RUNS} whole runs (seeds) each, not all alike"
 HOLM = "p < 0.05, Holm-corrected over the conditions tested for this"
 
 
-def regularized_runs(found: Sequence[Condition]) -> Claim:
+def regularized_runs(conditions: Sequence[Condition]) -> Claim:
     """Claim 3: suppression costs grammar, promotion costs loss; and whether the former is about syntax."""
     statement = (
         "Suppressing SAS (SAS−, λ > 0) stops grammar from developing; promoting it (SAS+, λ < 0) also costs loss."
     )
-    grammar, affected = _grammar_suffers(found)
-    return Claim(
-        3, "Suppression and promotion", statement, [grammar, _promotion_costs(found), _is_syntax(found, affected)]
-    )
+    grammar, affected = _grammar_suffers(conditions)
+    parts = [grammar, _promotion_costs(conditions), _is_syntax(conditions, affected)]
+    return Claim(3, "Suppression and promotion", statement, parts)
 
 
-def brief_suppression(found: Sequence[Condition], onsets: Onsets) -> Claim:
+def brief_suppression(conditions: Sequence[Condition], onsets: Onsets) -> Claim:
     """Claim 4: letting go of a brief suppression beats never suppressing; late release harms; its early loss break."""
-    release = [c for c in found if c.role == "release"]
-    tests = _family(_to_base(c, found, LOSS) for c in release)
+    release = [c for c in conditions if c.role == "release"]
+    tests = _family(_to_base(c, conditions, LOSS) for c in release)
     signs = {label: test.sign_shown() for label, test in tests.items()}
     statement = (
         "Suppressing SAS briefly and then releasing it gives a better model than never suppressing it; released late, "
@@ -72,7 +71,7 @@ def brief_suppression(found: Sequence[Condition], onsets: Onsets) -> Claim:
         )
     else:
         late = Part(harm, harm_rule, SHOWN if 1 in signs.values() else NOT_SHOWN, evidence, core=False)
-    return Claim(4, "Brief suppression", statement, [better, late, _early_break(found, onsets)])
+    return Claim(4, "Brief suppression", statement, [better, late, _early_break(conditions, onsets)])
 
 
 def describe(comparison: Comparison) -> str:
@@ -93,15 +92,15 @@ def show_p(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
-def _grammar_suffers(found: Sequence[Condition]) -> tuple[Part, list[Condition]]:
+def _grammar_suffers(conditions: Sequence[Condition]) -> tuple[Part, list[Condition]]:
     """The part about BLiMP under suppression, and the conditions that show it."""
     name = "Suppression of SAS lowers BLiMP."
     rule = (
         f"a condition with λ > 0 throughout whose UAS is lower than the base's ({HOLM}) also ends with lower BLiMP "
         "(likewise); higher BLiMP: opposite; without lower UAS nothing was suppressed, and nothing is tested"
     )
-    suppress = [c for c in found if c.role == "suppress"]
-    uas, blimp = (_family(_to_base(c, found, metric) for c in suppress) for metric in (UAS, BLIMP))
+    suppress = [c for c in conditions if c.role == "suppress"]
+    uas, blimp = (_family(_to_base(c, conditions, metric) for c in suppress) for metric in (UAS, BLIMP))
     tested = [c for c in suppress if c.label in uas and c.label in blimp]
     if not tested:
         missing = f"a base and a condition with λ > 0 throughout, with UAS and BLiMP and {SEEDS}"
@@ -116,10 +115,10 @@ def _grammar_suffers(found: Sequence[Condition]) -> tuple[Part, list[Condition]]
     return Part(name, rule, SHOWN if affected else OPPOSITE if higher else NOT_SHOWN, evidence), affected
 
 
-def _promotion_costs(found: Sequence[Condition]) -> Part:
+def _promotion_costs(conditions: Sequence[Condition]) -> Part:
     name = "Promotion of SAS costs loss."
     rule = f"a condition with λ < 0 throughout ends with a higher MLM loss than the base ({HOLM}); lower: opposite"
-    tests = _family(_to_base(c, found, LOSS) for c in found if c.role == "promote")
+    tests = _family(_to_base(c, conditions, LOSS) for c in conditions if c.role == "promote")
     if not tests:
         missing = f"a base and a condition with λ < 0 throughout, with {SEEDS}"
         return Part(name, rule, NOT_TESTABLE, missing=missing)
@@ -128,16 +127,16 @@ def _promotion_costs(found: Sequence[Condition]) -> Part:
     return Part(name, rule, verdict, [describe(test) for test in tests.values()])
 
 
-def _is_syntax(found: Sequence[Condition], affected: Sequence[Condition]) -> Part:
+def _is_syntax(conditions: Sequence[Condition], affected: Sequence[Condition]) -> Part:
     name = "The loss of grammar is specific to syntax."
     rule = (
         "a condition that shows the effect on BLiMP has controls (the same λ on permuted heads, fixed offsets, random "
         "trees), and its BLiMP is lower than that of each of them that can be tested (p < 0.05, Holm-corrected over "
         "these comparisons); higher than one of them: opposite"
     )
-    whole = whole_runs(runs_of(found), BLIMP)
+    whole = whole_runs(runs_of(conditions), BLIMP)
     labels = {c.label for c in affected}
-    pairs = [(c, d) for c, d in control_pairs(found) if c.label in labels]
+    pairs = [(c, d) for c, d in control_pairs(conditions) if c.label in labels]
     compared = [compare(c.label, c.runs, d.label, d.runs, BLIMP, whole) for c, d in pairs]
     tests = correct([test for test in compared if test is not None and test.value.p is not None])
     if not tests:
@@ -148,17 +147,17 @@ def _is_syntax(found: Sequence[Condition], affected: Sequence[Condition]) -> Par
     return Part(name, rule, verdict, [describe(test) for test in tests], core=False)
 
 
-def _early_break(found: Sequence[Condition], onsets: Onsets) -> Part:
+def _early_break(conditions: Sequence[Condition], onsets: Onsets) -> Part:
     name = "The suppressed run has an early loss break of its own."
     rule = (
         "in most runs of a condition with λ > 0 throughout and of the base the loss breaks clearly, in the former "
         f"earlier ({HOLM}), by at least one evaluation interval; later: opposite"
     )
-    tests = _family(_onset_difference(c, found, onsets) for c in found if c.role == "suppress")
+    tests = _family(_onset_difference(c, conditions, onsets) for c in conditions if c.role == "suppress")
     if not tests:
         missing = f"{MIN_RUNS} runs each of the base and of a condition with λ > 0 throughout whose loss breaks clearly"
         return Part(name, rule, NOT_TESTABLE, missing=missing, core=False)
-    resolution = {c.label: _loss_spacing(c, found, onsets) for c in found}
+    resolution = {c.label: _loss_spacing(c, conditions, onsets) for c in conditions}
     signs = [test.sign_shown() if abs(test.value.mean) >= resolution[test.left] else 0 for test in tests.values()]
     verdict = SHOWN if -1 in signs else OPPOSITE if 1 in signs else NOT_SHOWN
     evidence = [
@@ -170,26 +169,26 @@ def _early_break(found: Sequence[Condition], onsets: Onsets) -> Part:
     return Part(name, rule, verdict, evidence, core=False)
 
 
-def _onset_difference(condition: Condition, found: Sequence[Condition], onsets: Onsets) -> Comparison | None:
+def _onset_difference(condition: Condition, conditions: Sequence[Condition], onsets: Onsets) -> Comparison | None:
     """The condition's loss onset minus the base's; None unless most runs of both break clearly."""
     sides = []
-    for group in (condition.runs, [run for run in runs_of(found) if run.is_base]):
-        steps = [(run.seed, bend.step) for run in group if (bend := clear_bend(onsets, run, LOSS)) is not None]
+    for group in (condition.runs, [run for run in runs_of(conditions) if run.is_base]):
+        steps = [(run.seed, onset.step) for run in group if (onset := detected_onset(onsets, run, LOSS)) is not None]
         if not enough(len(steps), len(group)):
             return None
         sides.append(steps)
-    value = onset_difference(difference(*sides), _loss_spacing(condition, found, onsets))
-    return Comparison(condition.label, base_name(runs_of(found)), LOSS_ONSET, value)
+    value = onset_difference(difference(*sides), _loss_spacing(condition, conditions, onsets))
+    return Comparison(condition.label, base_name(runs_of(conditions)), LOSS_ONSET, value)
 
 
-def _loss_spacing(condition: Condition, found: Sequence[Condition], onsets: Onsets) -> float:
+def _loss_spacing(condition: Condition, conditions: Sequence[Condition], onsets: Onsets) -> float:
     """The widest distance of evaluations around the clear onsets of the loss in the condition and the base."""
-    runs = [*condition.runs, *(run for run in runs_of(found) if run.is_base)]
-    return widest([bend for run in runs if (bend := clear_bend(onsets, run, LOSS)) is not None])
+    runs = [*condition.runs, *(run for run in runs_of(conditions) if run.is_base)]
+    return widest([onset for run in runs if (onset := detected_onset(onsets, run, LOSS)) is not None])
 
 
-def _to_base(condition: Condition, found: Sequence[Condition], metric: Metric) -> Comparison | None:
-    runs = runs_of(found)
+def _to_base(condition: Condition, conditions: Sequence[Condition], metric: Metric) -> Comparison | None:
+    runs = runs_of(conditions)
     base = [run for run in runs if run.is_base]
     return compare(condition.label, condition.runs, base_name(runs), base, metric, whole_runs(runs, metric))
 

@@ -22,7 +22,7 @@ from megatron_sas.report.claims import (
     Part,
     enough,
 )
-from megatron_sas.report.run_onsets import Onsets, clear_bend, mean_distance, order_of, widest
+from megatron_sas.report.run_onsets import Onsets, detected_onset, mean_distance, order_of, widest
 from megatron_sas.report.trajectories import Curve, Run
 
 SHORT_WINDOW = 0.2  # of a curve's length
@@ -41,10 +41,10 @@ def structure_onset(base: Sequence[Run], onsets: Onsets, delta: float) -> Claim:
         abrupt = Part("UAS rises abruptly.", rule, NOT_TESTABLE, missing=_missing(UAS.title))
     else:
         shares = [steepest_share(run.metric(UAS)) for run in usable]
-        clear = [clear_bend(onsets, run, UAS) is not None for run in usable]
-        count = sum(c and share >= ABRUPT_SHARE for c, share in zip(clear, shares, strict=True))
+        detected = [detected_onset(onsets, run, UAS) is not None for run in usable]
+        count = sum(c and share >= ABRUPT_SHARE for c, share in zip(detected, shares, strict=True))
         evidence = [
-            f"UAS breaks clearly in {sum(clear)} of {len(usable)} runs.",
+            f"UAS breaks clearly in {sum(detected)} of {len(usable)} runs.",
             f"The steepest {SHORT_WINDOW:.0%} of training holds {_range(shares, percent=True)} of its rise.",
         ]
         abrupt = Part("UAS rises abruptly.", rule, SHOWN if enough(count, len(usable)) else NOT_SHOWN, evidence)
@@ -68,10 +68,10 @@ def capabilities_onset(base: Sequence[Run], onsets: Onsets, delta: float) -> Cla
         missing = _missing("UAS and BLiMP")
         parts = [Part(name, rule, NOT_TESTABLE, missing=missing) for name, rule in zip(names, rules, strict=True)]
     else:
-        clear = sum(clear_bend(onsets, run, BLIMP) is not None for run in usable)
-        evidence = [f"BLiMP breaks clearly in {clear} of {len(usable)} runs."]
-        breaks = Part(names[0], rules[0], SHOWN if enough(clear, len(usable)) else NOT_SHOWN, evidence)
-        parts = [breaks, *_order_parts(usable, onsets, delta, names[1:], rules[1:])]
+        detected = sum(detected_onset(onsets, run, BLIMP) is not None for run in usable)
+        evidence = [f"BLiMP breaks clearly in {detected} of {len(usable)} runs."]
+        upward = Part(names[0], rules[0], SHOWN if enough(detected, len(usable)) else NOT_SHOWN, evidence)
+        parts = [upward, *_order_parts(usable, onsets, delta, names[1:], rules[1:])]
     statement = "Grammatical ability (BLiMP) breaks upward right after structure onset."
     return Claim(2, "Capabilities onset", statement, parts)
 
@@ -114,15 +114,16 @@ def complexity_phases(base: Sequence[Run], onsets: Onsets, delta: float) -> Clai
     if len(usable) < MIN_RUNS:
         missing = _missing("UAS and the intrinsic dimension") + " (tools/eval_trajectory.py with --text)"
         return Claim(5, "Complexity", statement, [Part(name, rule, NOT_TESTABLE, missing=missing)])
-    bends = {str(run.path): first_break(run.curve(TWONN.key), delta) for run in usable}
-    clear = [run for run in usable if bends[str(run.path)][0].clear]
-    upward = sum(bends[str(run.path)][1] > 0 for run in clear)
+    firsts = {str(run.path): first_break(run.curve(TWONN.key), delta) for run in usable}
+    detected = [run for run in usable if firsts[str(run.path)][0].detected]
+    upward = sum(firsts[str(run.path)][1] > 0 for run in detected)
     evidence = [
-        f"TwoNN breaks clearly in {len(clear)} of {len(usable)} runs ({upward} upward, {len(clear) - upward} downward)."
+        f"TwoNN breaks clearly in {len(detected)} of {len(usable)} runs ({upward} upward, {len(detected) - upward} "
+        "downward)."
     ]
     verdicts = []
     for metric, title in ((UAS, "structure"), (BLIMP, "capabilities")):
-        pairs = [(bends[str(r.path)][0], clear_bend(onsets, r, metric)) for r in clear]
+        pairs = [(firsts[str(r.path)][0], detected_onset(onsets, r, metric)) for r in detected]
         pairs = [(found, onset) for found, onset in pairs if onset is not None]
         if not enough(len(pairs), len(usable)):
             evidence.append(f"Both it and {title} break clearly in {len(pairs)} of {len(usable)} runs.")
@@ -152,9 +153,9 @@ def first_break(curve: Curve, delta: float) -> tuple[Onset, int]:
     A curve that moves from one level to another bends twice, as strongly: the first bend is where its phase begins.
     """
     both = [(break_point(curve.steps, curve.values, delta, sign), sign) for sign in (1, -1)]
-    clear = [found for found in both if found[0].clear]
-    if clear:
-        return min(clear, key=lambda found: found[0].step)
+    detected = [found for found in both if found[0].detected]
+    if detected:
+        return min(detected, key=lambda found: found[0].step)
     return max(both, key=lambda found: found[0].strength or 0)
 
 
@@ -167,7 +168,7 @@ def _loss_drop(base: Sequence[Run], onsets: Onsets, delta: float) -> Part:
     usable = [run for run in base if _can_break(run, UAS, delta) and _can_break(run, LOSS, delta)]
     if len(usable) < MIN_RUNS:
         return Part(statement, rule, NOT_TESTABLE, missing=_missing("UAS and loss"))
-    pairs = [(clear_bend(onsets, run, LOSS), clear_bend(onsets, run, UAS)) for run in usable]
+    pairs = [(detected_onset(onsets, run, LOSS), detected_onset(onsets, run, UAS)) for run in usable]
     pairs = [(loss, uas) for loss, uas in pairs if loss is not None and uas is not None]
     evidence = [f"Both break clearly in {len(pairs)} of {len(usable)} runs."]
     if not enough(len(pairs), len(usable)):

@@ -11,7 +11,7 @@ import numpy as np
 from megatron_sas.evaluation.base import Metric
 from megatron_sas.glue.tasks import GLUE
 from megatron_sas.report.statistics import Difference, Estimate, difference, estimate, holm
-from megatron_sas.report.trajectories import TABLE_METRICS, Run, conditions
+from megatron_sas.report.trajectories import TABLE_METRICS, Run, group_by_condition
 
 WHOLE = 0.95  # a run whose curve ends before this share of the longest does not enter comparisons
 
@@ -72,14 +72,14 @@ class Comparison:
 
 def summarize(runs: Sequence[Run]) -> list[Condition]:
     """Final values per condition, base first; differences are to all base runs together, one Holm family."""
-    groups = conditions(runs)
+    groups = group_by_condition(runs)
     base = [run for run in runs if run.is_base]
     whole = {metric.name: whole_runs(runs, metric) for metric in TABLE_METRICS}
     comparisons = []
     for label, group in groups.items():
         if base and not group[0].is_base:
-            found = (compare(label, group, base_name(runs), base, m, whole[m.name]) for m in TABLE_METRICS)
-            comparisons += [comparison for comparison in found if comparison is not None]
+            compared = (compare(label, group, base_name(runs), base, m, whole[m.name]) for m in TABLE_METRICS)
+            comparisons += [comparison for comparison in compared if comparison is not None]
     corrected = {c.key: c for c in correct(comparisons)}
     result = []
     for label, group in groups.items():
@@ -92,9 +92,9 @@ def summarize(runs: Sequence[Run]) -> list[Condition]:
     return result
 
 
-def runs_of(found: Sequence[Condition]) -> list[Run]:
+def runs_of(conditions: Sequence[Condition]) -> list[Run]:
     """All runs of the conditions."""
-    return [run for condition in found for run in condition.runs]
+    return [run for condition in conditions for run in condition.runs]
 
 
 def base_name(runs: Sequence[Run]) -> str:
@@ -132,22 +132,22 @@ def correct(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return [Comparison(c.left, c.right, c.metric, c.value, corrected.get(c.key)) for c in comparisons]
 
 
-def control_pairs(found: Sequence[Condition]) -> list[tuple[Condition, Condition]]:
+def control_pairs(conditions: Sequence[Condition]) -> list[tuple[Condition, Condition]]:
     """(condition, control) wherever a control has exactly the λ over steps of a condition that is no control."""
     pairs = []
-    for control in (c for c in found if c.role == "control"):
+    for control in (c for c in conditions if c.role == "control"):
         schedule = control.runs[0].describe_schedule()
-        twins = [c for c in found if c.role in ("suppress", "promote", "release")]
+        twins = [c for c in conditions if c.role in ("suppress", "promote", "release")]
         pairs += [(twin, control) for twin in twins if twin.runs[0].describe_schedule() == schedule]
     return pairs
 
 
-def compare_to_controls(found: Sequence[Condition], runs: Sequence[Run]) -> list[Comparison]:
+def compare_to_controls(conditions: Sequence[Condition], runs: Sequence[Run]) -> list[Comparison]:
     """Differences of conditions to their controls in every metric that both have, one Holm family."""
     result = []
     for metric in TABLE_METRICS:
         whole = whole_runs(runs, metric)
-        for condition, control in control_pairs(found):
+        for condition, control in control_pairs(conditions):
             comparison = compare(condition.label, condition.runs, control.label, control.runs, metric, whole)
             result += [comparison] if comparison is not None else []
     return correct(result)

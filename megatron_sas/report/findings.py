@@ -25,16 +25,16 @@ class Finding:
     text: str
 
 
-def narrate(found: Sequence[Condition], onsets: Onsets, to_controls: Sequence[Comparison]) -> list[Finding]:
+def narrate(conditions: Sequence[Condition], onsets: Onsets, to_controls: Sequence[Comparison]) -> list[Finding]:
     """Plain sentences about what happened, and what did not, computed from the data alone.
 
     `to_controls` are those of `compare_to_controls`, with the same λ on either side.
     """
     findings = []
-    for condition in found:
+    for condition in conditions:
         sentences = [_onset_sentence(condition, onsets), *_order_sentence(condition, onsets), *_uas_sentence(condition)]
         findings.append(Finding(condition.label, " ".join(sentences)))
-    for condition in found:
+    for condition in conditions:
         if condition.difference:
             differences = list(condition.difference.values())
             findings.append(Finding(condition.label, _difference_sentence("the base (λ = 0)", differences)))
@@ -44,24 +44,24 @@ def narrate(found: Sequence[Condition], onsets: Onsets, to_controls: Sequence[Co
     return findings
 
 
-def caveats(found: Sequence[Condition]) -> list[str]:
+def caveats(conditions: Sequence[Condition]) -> list[str]:
     """What a reader must know before believing the sentences of `narrate`."""
     notes = []
-    if not any(condition.is_base for condition in found):
+    if not any(condition.is_base for condition in conditions):
         notes.append("No run with λ = 0 was given, so nothing is compared with a base.")
-    single = [condition.label for condition in found if len(condition.runs) == 1]
+    single = [condition.label for condition in conditions if len(condition.runs) == 1]
     if single:
-        which = "each condition" if len(single) == len(found) else ", ".join(single)
+        which = "each condition" if len(single) == len(conditions) else ", ".join(single)
         notes.append(
             f"There is a single run of {which}: differences may be chance between seeds, which one run cannot show."
         )
-    runs = runs_of(found)
+    runs = runs_of(conditions)
     unfinished = [run for run in runs if run.planned_steps and run.final_step < run.planned_steps]
     if unfinished:
         names = [f"{run.label}/{run.name} ({run.final_step} of {run.planned_steps})" for run in unfinished]
         notes.append(f"Not finished: {listed(names)}.")
-    notes += _missing_values(found)
-    for condition in found:
+    notes += _missing_values(conditions)
+    for condition in conditions:
         seeds = Counter(run.seed for run in condition.runs if run.seed is not None)
         if alike := [str(seed) for seed, count in seeds.items() if count > 1]:
             notes.append(
@@ -73,9 +73,9 @@ def caveats(found: Sequence[Condition]) -> list[str]:
     return notes
 
 
-def _missing_values(found: Sequence[Condition]) -> list[str]:
+def _missing_values(conditions: Sequence[Condition]) -> list[str]:
     """Which metrics some runs do not have to the end, or at all."""
-    notes, runs = [], runs_of(found)
+    notes, runs = [], runs_of(conditions)
     ending: dict[str, list[str]] = {}  # titles of metrics by the runs where they end early, which are often the same
     for metric in METRICS:
         whole = whole_runs(runs, metric)
@@ -92,7 +92,7 @@ def _missing_values(found: Sequence[Condition]) -> list[str]:
             f"{_join(titles)} end{'s' if len(titles) == 1 else ''} before {WHOLE:.0%} of the longest curve in {named}: "
             "no difference is taken with these runs, and means leave them out where the condition has others."
         )
-    missing = [m.title for m in METRICS if not any(m.name in condition.final for condition in found)]
+    missing = [m.title for m in METRICS if not any(m.name in condition.final for condition in conditions)]
     if missing:
         notes.append(f"Not evaluated in these runs: {', '.join(missing)}.")
     return notes
@@ -111,24 +111,24 @@ def _onset_sentence(condition: Condition, onsets: Onsets) -> str:
 def _describe(metric: Metric, group: Sequence[RunOnset]) -> str:
     """One metric's onset over the runs of a condition, as a clause."""
     way = "upward" if metric.direction > 0 else "downward"
-    clear = [onset.bend for onset in group if onset.bend.clear]
-    steps = mean_step(clear) if clear else None
+    detected = [onset.strongest for onset in group if onset.strongest.detected]
+    steps = mean_step(detected) if detected else None
     if len(group) == 1:
-        bend, items, fit = group[0].bend, group[0].interval, group[0].change_interval
-        if bend.step is None:
-            return f"{metric.title} shows no break: {bend.reason}"
+        strongest, items, fit = group[0].strongest, group[0].interval, group[0].change_interval
+        if strongest.step is None:
+            return f"{metric.title} shows no break: {strongest.reason}"
         if steps:
             over = [f"95 % over items {items[0]:g} to {items[1]:g}"] if items else []
         else:
-            doubt = f": {bend.reason}" if bend.reason else ", could be noise"
-            over = [f"its largest bend, {bend.strength:.3f} at step {bend.step:.0f}{doubt}"]
+            doubt = f": {strongest.reason}" if strongest.reason else ", could be noise"
+            over = [f"its largest bend, {strongest.strength:.3f} at step {strongest.step:.0f}{doubt}"]
         over += [f"a fit of straight pieces breaks between steps {fit[0]:g} and {fit[1]:g}"] if fit else []
         what = f"breaks {way} at step {steps.mean:.0f}" if steps else "shows no clear break"
         return f"{metric.title} {what}" + (f" ({'; '.join(over)})" if over else "")
     if steps is None:
         return f"{metric.title} shows no clear break in any run"
     spread = "" if steps.error is None else f" ± {steps.error:.0f}"
-    share = "" if len(clear) == len(group) else f" in {len(clear)} of {len(group)} runs"
+    share = "" if len(detected) == len(group) else f" in {len(detected)} of {len(group)} runs"
     return f"{metric.title} breaks {way} at step {steps.mean:.0f}{spread}{share}"
 
 
@@ -151,17 +151,17 @@ def _order_sentence(condition: Condition, onsets: Onsets) -> list[str]:
 
 def _order_of_one(order: Order, onsets: Onsets, way: str) -> str:
     """The order in a single run, with what its items or its change points say about it."""
-    (found,) = order.runs
-    if abs(found.lag) < order.spacing:
+    (only,) = order.runs
+    if abs(only.lag) < order.spacing:
         return (
             f"Structure (UAS) and capability (BLiMP) break within one evaluation interval ({order.spacing:g} steps), "
             "so their order cannot be told."
         )
-    text = f"Structure (UAS) breaks {abs(found.lag):.0f} steps {way} capability (BLiMP)"
-    share = found.share(1 if found.lag > 0 else -1)
+    text = f"Structure (UAS) breaks {abs(only.lag):.0f} steps {way} capability (BLiMP)"
+    share = only.share(1 if only.lag > 0 else -1)
     if share is not None:
         return f"{text}; so it does in {share:.0%} of the resamplings of sentences and pairs."
-    uas, blimp = (onsets[str(found.run.path)][metric.name].change_interval for metric in (UAS, BLIMP))
+    uas, blimp = (onsets[str(only.run.path)][metric.name].change_interval for metric in (UAS, BLIMP))
     overlap = uas and blimp and uas[0] < blimp[1] and blimp[0] < uas[1]
     doubt = "; the intervals of their change points overlap, so the order is uncertain" if overlap else ""
     return f"{text}{doubt}."

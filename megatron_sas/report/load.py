@@ -28,8 +28,8 @@ SWEEP_NAME = "sweep.json"
 MIN_POINTS = 3  # a curve with fewer has no break
 LACKING = 1  # measured snapshots may be so many fewer than live evaluations, in any stretch of a run, to replace them
 REACHES = 0.9  # measured snapshots must cover this share of a run to stand for its curve
-OWNERS = {evaluation.metrics[0].name: evaluation for evaluation in EVALUATIONS.values()}
-"""Evaluations by the name of their first metric: its curve, and what is told about its last point."""
+OWNERS = {e.metrics[0].name: e for e in sorted(EVALUATIONS.values(), key=lambda e: not e.metrics[0].title)}
+"""Evaluations by the name of their first metric, those whose curve has a title first."""
 GLUE_HINTS = (*HINTS, "hub", "split")  # where examples are from; their checksum decides
 
 
@@ -62,7 +62,7 @@ def read_inputs(paths: Sequence[str | Path], labels: Sequence[str] | None = None
         else:
             plain.append(path)
     runs += load_runs(plain, labels)
-    _refuse_repetition([run.path for run in runs])
+    _check_not_repeated([run.path for run in runs])
     return choose_sources(runs, notes), notes
 
 
@@ -77,7 +77,7 @@ def load_runs(paths: Sequence[str | Path], labels: Sequence[str] | None = None) 
             f"--labels: {len(labels)} label(s) for {len(paths)} run(s); give one per run, in the same order"
         )
     resolved = [Path(path).resolve() for path in paths]
-    _refuse_repetition(resolved)
+    _check_not_repeated(resolved)
     labels = labels or [path.name for path in resolved]
     return [load_run(path, label) for path, label in zip(resolved, labels, strict=True)]
 
@@ -401,7 +401,7 @@ def _has_begun(run: Path) -> bool:
     return evaluated or bool(read_points(run / TRAJECTORY))
 
 
-def _refuse_repetition(paths: Sequence[Path]) -> None:
+def _check_not_repeated(paths: Sequence[Path]) -> None:
     for path in paths:
         if paths.count(path) > 1:
             raise InputError(f"{path}: given more than once; name each run once")

@@ -63,8 +63,8 @@ def write_analysis(analysis: Analysis, directory: Path, x_scale: str = "linear")
     pictures = write_figures(analysis, directory / "figures", x_scale)
     write_json_atomic(directory / "onsets.json", onsets_json(analysis))
     write_json_atomic(directory / "claims.json", claims_json(analysis))
-    write_text_atomic(directory / "table.csv", table_csv(analysis.found))
-    write_text_atomic(directory / "table.md", table_markdown(analysis.found))
+    write_text_atomic(directory / "table.csv", table_csv(analysis.conditions))
+    write_text_atomic(directory / "table.md", table_markdown(analysis.conditions))
     write_text_atomic(directory / "differences.csv", differences_csv(analysis))
     write_text_atomic(directory / "report.html", report_html(analysis, pictures))
     answers = [f"Claim {c.number}: {c.verdict}. {c.statement}" for c in analysis.claims]
@@ -85,22 +85,28 @@ def write_figures(analysis: Analysis, directory: Path, x_scale: str) -> dict[str
 
 def draw_all(analysis: Analysis, x_scale: str) -> dict[str, tuple[Figure, str]]:
     """Every figure that the runs have data for, with a description, by name."""
-    found = analysis.found
+    conditions = analysis.conditions
     drawn = {
         "trajectories": (
             draw(analysis.runs, analysis.onsets, x_scale),
             "Masked-LM loss, UAS and BLiMP over training steps, one colour per condition, onsets marked",
         ),
-        "relations": (draw_relations(found), "Accuracy of the best head of each relation over steps, by condition"),
+        "relations": (
+            draw_relations(conditions),
+            "Accuracy of the best head of each relation over steps, by condition",
+        ),
         "heads": (draw_heads(analysis.runs), "Accuracy over steps of the heads that end best"),
-        "fields": (draw_final_fields(found), "Final BLiMP accuracy by field and condition, with standard errors"),
-        "fields_over_steps": (draw_fields_over_steps(found, x_scale), "BLiMP accuracy by field over training steps"),
+        "fields": (draw_final_fields(conditions), "Final BLiMP accuracy by field and condition, with standard errors"),
+        "fields_over_steps": (
+            draw_fields_over_steps(conditions, x_scale),
+            "BLiMP accuracy by field over training steps",
+        ),
         "lambda": (
             draw_weight_response(analysis.weights, analysis.control_weights),
             "Final loss, UAS and BLiMP over λ",
         ),
         "complexity": (
-            draw_complexity(found, analysis.onsets, x_scale),
+            draw_complexity(conditions, analysis.onsets, x_scale),
             "Intrinsic dimension, weight norm and attention entropy over training steps",
         ),
     }
@@ -113,7 +119,7 @@ def draw_all(analysis: Analysis, x_scale: str) -> dict[str, tuple[Figure, str]]:
 
 def report_html(analysis: Analysis, pictures: dict[str, Picture]) -> str:
     """The page: no scripts, nothing loaded from elsewhere."""
-    runs, found = analysis.runs, analysis.found
+    runs, conditions = analysis.runs, analysis.conditions
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"show": show, "decimals": _decimals, "percent": _percent, "p": show_p}
     here = files("megatron_sas.report")
@@ -122,10 +128,10 @@ def report_html(analysis: Analysis, pictures: dict[str, Picture]) -> str:
         style=Markup((here / "report.css").read_text(encoding="utf-8")),
         version=__version__,
         analysis=analysis,
-        found=found,
+        conditions=conditions,
         metrics=METRICS,
-        measured=[m for m in METRICS if any(m.name in condition.final for condition in found)],
-        table_metrics=[m for m in TABLE_METRICS if any(m.name in condition.final for condition in found)],
+        measured=[m for m in METRICS if any(m.name in condition.final for condition in conditions)],
+        table_metrics=[m for m in TABLE_METRICS if any(m.name in condition.final for condition in conditions)],
         colours={label: colour for label, (colour, _) in label_styles(runs).items()},
         verdicts={SHOWN: "yes", OPPOSITE: "opposite", NOT_TESTABLE: "open"},
         last_step=max(run.final_step for run in runs),
@@ -133,9 +139,9 @@ def report_html(analysis: Analysis, pictures: dict[str, Picture]) -> str:
         stage_pictures=[picture for name, picture in pictures.items() if name.startswith("stage_length")],
         onset_rows=onset_rows(runs, analysis.onsets),
         order_rows=order_rows(analysis),
-        relation_rows=relation_rows(found),
-        field_rows=breakdown_rows(found, FIELDS.key),
-        set_rows=breakdown_rows(found, SETS.key),
+        relation_rows=relation_rows(conditions),
+        field_rows=breakdown_rows(conditions, FIELDS.key),
+        set_rows=breakdown_rows(conditions, SETS.key),
         run_rows=run_rows(runs),
         uas_baseline=mean([run.uas_baseline for run in runs]),
         training_loss=any(run.training_loss for run in runs),

@@ -36,29 +36,29 @@ class StageResponse:
     levels: dict[str, dict[str, Estimate]]
 
 
-def weight_response(found: Sequence[Condition]) -> tuple[list[ResponsePoint], list[ResponsePoint]]:
+def weight_response(conditions: Sequence[Condition]) -> tuple[list[ResponsePoint], list[ResponsePoint]]:
     """Conditions of constant λ by rising λ: those of syntax, the base among them, and controls."""
-    constant = [c for c in found if c.runs[0].constant_weight is not None and c.role != "other"]
-    whole = _whole(found)
+    constant = [c for c in conditions if c.runs[0].constant_weight is not None and c.role != "other"]
+    whole = _whole(conditions)
     points = [_point(c.runs[0].constant_weight, c, whole) for c in constant]
     points.sort(key=lambda point: point.x)
     return [p for p in points if p.condition.role != "control"], [p for p in points if p.condition.role == "control"]
 
 
-def stage_responses(found: Sequence[Condition]) -> list[StageResponse]:
+def stage_responses(conditions: Sequence[Condition]) -> list[StageResponse]:
     """Effect of stage length, one per λ that some condition releases; all values are of whole runs."""
     released: dict[float, list[ResponsePoint]] = {}
-    whole = _whole(found)
-    for condition in found:
+    whole = _whole(conditions)
+    for condition in conditions:
         run = condition.runs[0]
         if condition.role == "release" and run.release_step is not None:
             weight = run.released[0] if run.released else _first_weight(run)
             released.setdefault(weight, []).append(_point(run.release_step, condition, whole))
-    base = [run for run in runs_of(found) if run.is_base]
+    base = [run for run in runs_of(conditions) if run.is_base]
     responses = []
     for weight, points in sorted(released.items()):
         levels = {base_name(base): base} if base else {}
-        levels |= {c.label: c.runs for c in found if c.role == "suppress" and c.runs[0].constant_weight == weight}
+        levels |= {c.label: c.runs for c in conditions if c.role == "suppress" and c.runs[0].constant_weight == weight}
         finals = {name: _finals(runs, whole)[0] for name, runs in levels.items()}
         responses.append(StageResponse(weight, sorted(points, key=lambda point: point.x), finals))
     return responses
@@ -76,8 +76,8 @@ def _first_weight(run: Run) -> float:
     return run.schedule(min(run.schedule.knots(), default=0))
 
 
-def _whole(found: Sequence[Condition]) -> dict[str, set[str]]:
-    return {metric.name: whole_runs(runs_of(found), metric) for metric in TABLE_METRICS}
+def _whole(conditions: Sequence[Condition]) -> dict[str, set[str]]:
+    return {metric.name: whole_runs(runs_of(conditions), metric) for metric in TABLE_METRICS}
 
 
 def _point(x: float, condition: Condition, whole: dict[str, set[str]]) -> ResponsePoint:

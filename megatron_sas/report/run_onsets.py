@@ -24,7 +24,7 @@ from megatron_sas.report.trajectories import METRICS, Curve, Run
 class RunOnset:
     """When one curve of one run breaks: strongest bend, change-point fit, and the bend's replicates over items."""
 
-    bend: Onset
+    strongest: Onset
     change: ChangePoint
     items: ItemOnset | None = None
 
@@ -110,11 +110,11 @@ def find_onsets(runs: Sequence[Run], delta: float, replicates: int = 0, seed: in
         for metric in METRICS:
             curve = run.metric(metric)
             if len(curve):
-                bend = break_point(curve.steps, curve.values, delta, metric.direction, item_error(run, metric))
-                onsets[metric.name] = RunOnset(bend, change_point(curve.steps, curve.values, metric.direction))
+                onset = break_point(curve.steps, curve.values, delta, metric.direction, item_error(run, metric))
+                onsets[metric.name] = RunOnset(onset, change_point(curve.steps, curve.values, metric.direction))
         if replicates:
             for name, curves in resample_curves(run, replicates, seed).items():
-                if name in onsets and onsets[name].bend.step is not None:
+                if name in onsets and onsets[name].strongest.step is not None:
                     interval = onset_interval(curves, delta, directions[name])
                     onsets[name] = replace(onsets[name], items=interval)
         found[str(run.path)] = onsets
@@ -145,25 +145,25 @@ def _counts(rows: dict[str, Any], key: str) -> list[int]:
     return [count for count in found if isinstance(count, int) and count > 0]
 
 
-def clear_bend(onsets: Onsets, run: Run, metric: Metric) -> Onset | None:
+def detected_onset(onsets: Onsets, run: Run, metric: Metric) -> Onset | None:
     """A run's onset where it is clear, else None."""
     onset = onsets[str(run.path)].get(metric.name)
-    return onset.bend if onset and onset.bend.clear else None
+    return onset.strongest if onset and onset.strongest.detected else None
 
 
-def widest(bends: Sequence[Onset]) -> float:
+def widest(onsets: Sequence[Onset]) -> float:
     """The widest distance of evaluations around these onsets; 0 for none."""
-    return max((bend.spacing or 0.0 for bend in bends), default=0.0)
+    return max((onset.spacing or 0.0 for onset in onsets), default=0.0)
 
 
 def order_of(runs: Sequence[Run], onsets: Onsets) -> Order | None:
     """Which comes first in a condition, structure (UAS) or capabilities (BLiMP); None where no run shows both."""
-    each, bends = [], []
+    each, detected = [], []
     for run in runs:
-        uas, blimp = clear_bend(onsets, run, UAS), clear_bend(onsets, run, BLIMP)
+        uas, blimp = detected_onset(onsets, run, UAS), detected_onset(onsets, run, BLIMP)
         if uas is None or blimp is None:
             continue
-        bends += [uas, blimp]
+        detected += [uas, blimp]
         items = [onsets[str(run.path)][metric.name].items for metric in (UAS, BLIMP)]
         each.append(RunOrder(run, blimp.step - uas.step, items[1].steps - items[0].steps if all(items) else None))
     if not each:
@@ -172,21 +172,21 @@ def order_of(runs: Sequence[Run], onsets: Onsets) -> Order | None:
     return Order(
         runs=tuple(each),
         num_runs=len(runs),
-        lag=mean_distance([e.lag for e in each], widest(bends)),
+        lag=mean_distance([e.lag for e in each], widest(detected)),
         first=first,
         last=last,
         sign_p=float(stats.binomtest(first, first + last).pvalue) if first + last else None,
         items=_interval_over_items([e.replicates for e in each]),
-        spacing=widest(bends),
+        spacing=widest(detected),
     )
 
 
-def mean_step(bends: Sequence[Onset]) -> Estimate:
+def mean_step(onsets: Sequence[Onset]) -> Estimate:
     """Mean step of onsets over seeds, its standard error no smaller than rounding to evaluations leaves (below)."""
-    found = estimate([bend.step for bend in bends])
+    found = estimate([onset.step for onset in onsets])
     if found.error is None:
         return found
-    return replace(found, error=max(found.error, widest(bends) / np.sqrt(12 * found.count)))
+    return replace(found, error=max(found.error, widest(onsets) / np.sqrt(12 * found.count)))
 
 
 def mean_distance(distances: Sequence[float], spacing: float) -> Estimate:

@@ -13,6 +13,7 @@ import yaml
 from megatron_sas import __version__
 from megatron_sas.evaluation.minimal_pairs import BLIMP
 from megatron_sas.evaluation.uas import RELATIONS, UAS
+from megatron_sas.onsets.offline import Onset
 from megatron_sas.report.analyse import Analysis
 from megatron_sas.report.comparisons import Condition
 from megatron_sas.report.run_onsets import Onsets, Order, RunOnset
@@ -29,7 +30,7 @@ def onsets_json(analysis: Analysis) -> dict[str, Any]:
         entry: dict[str, Any] = {"run": str(run.path), "label": run.label, "lambda": run.describe_schedule()}
         entry["seed"] = run.seed
         for name, onset in analysis.onsets[str(run.path)].items():
-            entry[name] = {"break": vars(onset.bend), "change_point": vars(onset.change)}
+            entry[name] = {"break": _break_json(onset.strongest), "change_point": vars(onset.change)}
             if onset.items:
                 entry[name]["bootstrap_over_items"] = {"low": onset.items.low, "high": onset.items.high}
         entries.append(entry)
@@ -57,7 +58,7 @@ def claims_json(analysis: Analysis) -> list[dict[str, Any]]:
     ]
 
 
-def table_csv(found: Sequence[Condition]) -> str:
+def table_csv(conditions: Sequence[Condition]) -> str:
     """One row per condition, full precision; empty where a value is missing."""
     columns = ["condition", "role", "lambda", "runs", "last_step"]
     for metric in TABLE_METRICS:
@@ -65,7 +66,7 @@ def table_csv(found: Sequence[Condition]) -> str:
             f"{metric.name}{end}" for end in ("", "_se", "_runs", "_difference", "_difference_se", "_p", "_holm")
         ]
     rows = []
-    for condition in found:
+    for condition in conditions:
         row: dict[str, Any] = {
             "condition": condition.label,
             "role": condition.role,
@@ -88,7 +89,7 @@ def table_csv(found: Sequence[Condition]) -> str:
 
 def differences_csv(analysis: Analysis) -> str:
     """Every comparison of the report's tables: to the base, and to controls, each group a Holm family."""
-    to_base = [c for condition in analysis.found for c in condition.difference.values()]
+    to_base = [c for condition in analysis.conditions for c in condition.difference.values()]
     rows = [
         {
             "family": family,
@@ -111,13 +112,13 @@ def differences_csv(analysis: Analysis) -> str:
     return _csv([*columns, "p", "p_holm", "test", "runs", "runs_compared_with"], rows)
 
 
-def table_markdown(found: Sequence[Condition]) -> str:
+def table_markdown(conditions: Sequence[Condition]) -> str:
     """The paper's table to read: mean ± standard error over seeds."""
     lines = [
         "| Condition | λ | Runs | Steps | " + " | ".join(metric.title for metric in TABLE_METRICS) + " |",
         "|---|---|--:|--:|" + "--:|" * len(TABLE_METRICS),
     ]
-    for condition in found:
+    for condition in conditions:
         cells = [
             condition.label.replace("|", "\\|"),
             condition.runs[0].describe_schedule(),
@@ -137,20 +138,20 @@ def show(value: Estimate | None, signed: bool = False) -> str:
     return (text if value.error is None else f"{text} ± {value.error:.3f}").replace("-", "−")
 
 
-def relation_rows(found: Sequence[Condition]) -> list[dict[str, Any]]:
+def relation_rows(conditions: Sequence[Condition]) -> list[dict[str, Any]]:
     """Accuracy of the best head per relation: baseline, then untrained and final of each condition, mean over its runs.
 
     Relations that the evaluation left out of its table (too few edges) are left out here too.
     """
     facts: dict[str, dict[str, Any]] = {}
-    for run in (run for condition in found for run in condition.runs):
+    for run in (run for condition in conditions for run in condition.runs):
         for relation, values in run.nested(RELATIONS.key).items():
             if values.get("in_table", True):
                 facts.setdefault(relation, values)
     rows = []
     for relation, values in sorted(facts.items(), key=lambda item: -item[1].get("count", 0)):
         cells = []
-        for condition in found:
+        for condition in conditions:
             pair = [
                 mean(
                     [
@@ -174,9 +175,9 @@ def relation_rows(found: Sequence[Condition]) -> list[dict[str, Any]]:
     return rows
 
 
-def breakdown_rows(found: Sequence[Condition], key: str) -> list[dict[str, Any]]:
+def breakdown_rows(conditions: Sequence[Condition], key: str) -> list[dict[str, Any]]:
     """Final BLiMP by field, term or set, each condition's mean over its runs, with the untrained value beside it."""
-    names = sorted({name for condition in found for run in condition.runs for name in run.nested(key)})
+    names = sorted({name for condition in conditions for run in condition.runs for name in run.nested(key)})
     return [
         {
             "name": name.replace("_", " "),
@@ -185,7 +186,7 @@ def breakdown_rows(found: Sequence[Condition], key: str) -> list[dict[str, Any]]
                     "untrained": mean([_accuracy(run.nested(key, first=True).get(name)) for run in runs]),
                     "final": mean([_accuracy(run.nested(key).get(name)) for run in runs]),
                 }
-                for runs in (condition.ending[BLIMP.name] for condition in found)
+                for runs in (condition.ending[BLIMP.name] for condition in conditions)
             ],
         }
         for name in names
@@ -282,16 +283,21 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 def _onset_cell(onset: RunOnset | None) -> dict[str, Any]:
     if onset is None:
-        return {"step": NOT_MEASURED, "notes": ["not evaluated"], "is_clear": False}
-    bend, change = onset.bend, onset.change
-    doubt = "" if bend.clear else f", {bend.reason or 'within noise'}"
-    notes = [bend.reason if bend.step is None else f"bend {bend.strength:.3f}{doubt}"]
+        return {"step": NOT_MEASURED, "notes": ["not evaluated"], "is_detected": False}
+    strongest, change = onset.strongest, onset.change
+    doubt = "" if strongest.detected else f", {strongest.reason or 'within noise'}"
+    notes = [strongest.reason if strongest.step is None else f"bend {strongest.strength:.3f}{doubt}"]
     if onset.items and onset.items.low is not None:
         notes.append(f"items: {onset.items.low:.0f} to {onset.items.high:.0f}")
     fit = onset.change_interval
     notes.append(f"change point: {fit[0]:g} to {fit[1]:g}" if fit else f"no change point: {change.reason}")
-    step = NOT_MEASURED if bend.step is None else f"{bend.step:.0f}"
-    return {"step": step, "notes": notes, "is_clear": bend.clear}
+    step = NOT_MEASURED if strongest.step is None else f"{strongest.step:.0f}"
+    return {"step": step, "notes": notes, "is_detected": strongest.detected}
+
+
+def _break_json(onset: Onset) -> dict[str, Any]:
+    """Its fields, under the names that the file has."""
+    return {"clear" if name == "detected" else name: value for name, value in vars(onset).items()}
 
 
 def _order_json(order: Order) -> dict[str, Any]:

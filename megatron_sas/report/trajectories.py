@@ -229,7 +229,7 @@ class Run:
         return values.get(field) if isinstance(values, dict) else None
 
 
-def conditions(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def group_by_condition(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs by label, conditions of the base (λ = 0) first, otherwise in the order given."""
     groups: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: not run.is_base):

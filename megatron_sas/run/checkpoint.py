@@ -77,22 +77,22 @@ class TrainingState(Protocol):
 
 
 @dataclass(frozen=True)
-class Share:
+class RankSlice:
     """What one rank writes, in host memory: float32 tensors by name. Empty for a rank that writes nothing."""
 
     weights: dict[str, Tensor]  # rank 0
     moments: dict[str, Tensor] | None  # None before the first update, or for a snapshot
 
 
-def gather_share(engine: TrainingState, step: int, with_moments: bool) -> Share:
+def gather_slice(engine: TrainingState, step: int, with_moments: bool) -> RankSlice:
     """The weights (rank 0) and, if asked for, this rank's share of the moments. A collective."""
     names = [name for name, _ in engine.named_parameters()]
     weights = dict(engine.full_tensors(None, set(names) if distributed.is_main() else set()))
     if step == 0 or not with_moments:  # there are no moments before the first update
-        return Share(weights, None)
+        return RankSlice(weights, None)
     share = set(names[distributed.rank() :: distributed.world_size()])
     moments = {f"{key}.{name}": tensor for key in engine.moments for name, tensor in engine.full_tensors(key, share)}
-    return Share(weights, moments)
+    return RankSlice(weights, moments)
 
 
 def partial_directory(run: RunDirectory, step: int, token: str) -> Path:
@@ -103,29 +103,29 @@ def partial_directory(run: RunDirectory, step: int, token: str) -> Path:
     return run.checkpoints / f".{step_name(step)}.{token}.tmp"
 
 
-def refuse_nonfinite(share: Share) -> None:
+def check_finite(part: RankSlice) -> None:
     """Raise `OSError` if a weight or moment is NaN or infinite: what is saved before is worth more than this.
 
     Updates whose gradient is not finite change nothing, so this takes a learning rate that overflows, or a machine's
     fault.
     """
-    for tensors in (share.weights, share.moments or {}):
+    for tensors in (part.weights, part.moments or {}):
         for name, tensor in tensors.items():
             # Through the extremes NaN spreads and infinities show; a mask of all elements takes longer than hashing.
             if tensor.numel() and not all(extreme.isfinite() for extreme in torch.aminmax(tensor)):
                 raise OSError(f"{name} is not finite; the newest checkpoint is from before")
 
 
-def write_share(directory: Path, share: Share) -> None:
+def write_slice(directory: Path, part: RankSlice) -> None:
     """Write and flush this rank's tensors. Communicates with nobody, so it may run beside training."""
     directory.mkdir(parents=True, exist_ok=True)
     written = []
-    if share.weights:
+    if part.weights:
         written.append(directory / MODEL_WEIGHTS)
-        write_weights(written[-1], share.weights)
-    if share.moments is not None:
+        write_weights(written[-1], part.weights)
+    if part.moments is not None:
         written.append(directory / optimizer_shard(distributed.rank(), distributed.world_size()))
-        write_weights(written[-1], share.moments)
+        write_weights(written[-1], part.moments)
     for path in written:
         fsync_file(path)
 

@@ -24,13 +24,13 @@ from megatron_sas.core.files import atomic_directory, remove
 from megatron_sas.core.settings import When
 from megatron_sas.run.checkpoint import (
     TrainingState,
-    gather_share,
+    check_finite,
+    gather_slice,
     partial_directory,
     publish,
-    refuse_nonfinite,
     remove_leftovers,
     remove_old_checkpoints,
-    write_share,
+    write_slice,
 )
 from megatron_sas.run.directory import RunDirectory, step_name
 
@@ -114,17 +114,17 @@ class Saver:
             OSError: on every rank, when the save before this one failed on any.
         """
         self.finish()
-        share = gather_share(self.engine, step, with_moments=checkpoint)
-        jobs: list[Callable[[], None]] = [partial(refuse_nonfinite, share)]
+        part = gather_slice(self.engine, step, with_moments=checkpoint)
+        jobs: list[Callable[[], None]] = [partial(check_finite, part)]
         if snapshot is not None:
             self._where = snapshot / step_name(step)
             if distributed.is_main():
-                jobs.append(partial(self._write_snapshot, self._where, step, share.weights))
+                jobs.append(partial(self._write_snapshot, self._where, step, part.weights))
         if checkpoint:
             directory = self._partial(step)
             self._where = self.run.checkpoint(step)
             self.step = self._unpublished = step
-            jobs.append(partial(write_share, directory, share))
+            jobs.append(partial(write_slice, directory, part))
             if distributed.is_main():
                 jobs.append(partial(self._describe, directory, step, state))
         self._writing = self._executor.submit(_run_all, jobs)

@@ -86,7 +86,7 @@ def find_branch(config: Config, say: Callable[[str], None]) -> Branch:
             "there (model.init_from takes weights alone, from anywhere)"
         )
     old, step = load_config(checkpoint / CONFIG), read_state(checkpoint)["step"]
-    _refuse_another_past(old, config, step, checkpoint)
+    _check_same_past(old, config, step, checkpoint)
     run_dir = Path(config.run.output_dir).resolve()
     lineage = {
         "format": LINEAGE_FORMAT,
@@ -112,7 +112,7 @@ def begin_branch(run: RunDirectory, branch: Branch) -> None:
     write_bytes_atomic(run.records, lines_until(run_of(branch.checkpoint).records, branch.step))
 
 
-def _refuse_another_past(old: Config, new: Config, step: int, checkpoint: Path) -> None:
+def _check_same_past(old: Config, new: Config, step: int, checkpoint: Path) -> None:
     """The new configuration must hold for the updates that the parent has made."""
     where = f"run.branch_from: {checkpoint}"
     refused = [name for name in _changes(old, new) if not _may_change(name)]

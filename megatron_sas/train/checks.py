@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_sas.core import distributed
 from megatron_sas.core.cli import CommonError, InputError
-from megatron_sas.launch.environment import refuse_missing_gpu
+from megatron_sas.launch.environment import check_gpu
 from megatron_sas.run.directory import CONFIG
 
 OLDEST_TORCH = (2, 11)
@@ -35,7 +35,7 @@ def check_torch() -> str:
     if found < OLDEST_TORCH:
         raise InputError(f"torch {torch.__version__} is too old; pip install -r requirements.txt")
     if torch.cuda.is_available():
-        refuse_missing_gpu()
+        check_gpu()
         return f"{torch.__version__}, {torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
     if GPU_DEVICE.exists():
         if torch.version.cuda is None:

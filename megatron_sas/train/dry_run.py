@@ -26,10 +26,10 @@ from megatron_sas.evaluation.live import shortages
 from megatron_sas.evaluation.minimal_pairs import PairSet, load_blimp
 from megatron_sas.evaluation.treebank import Treebank, load_treebank
 from megatron_sas.launch.environment import (
+    check_gpu,
     collective_timeout,
     initialize_distributed,
     number_of_processes,
-    refuse_missing_gpu,
     share_cores,
 )
 from megatron_sas.model.config import BertConfig
@@ -65,7 +65,7 @@ def preflight(path: str, overrides: Sequence[str]) -> int:
         ready = report.agree()
     if not ready:
         return report.fail()
-    distributed.leave()
+    distributed.shutdown()
     if report.rank == 0:
         print("ready: nothing was written", flush=True)
     report.leave()
@@ -233,7 +233,7 @@ def check_disk_space(config: Config, parameters: int, branch: Branch | None = No
 def check_memory(estimate: MemoryEstimate) -> str:
     """Whether the estimate fits in what is free now, on the GPU or in this process's share of the host."""
     if torch.cuda.is_available():
-        refuse_missing_gpu()
+        check_gpu()
         free, place = torch.cuda.mem_get_info(distributed.local_rank())[0], "the GPU"
     else:
         free = psutil.virtual_memory().available // distributed.local_world_size()

@@ -58,7 +58,7 @@ def writing(directory: str | Path, settings: dict[str, Any]) -> Iterator[None]:
     with contextlib.closing(DirectoryLock(directory, "wait for it or choose another --output")) as lock:
         lock.take()
         if path.is_file():
-            _refuse_other_settings(path, read_settings(directory), settings)
+            _check_same_settings(path, read_settings(directory), settings)
         else:
             write_json_atomic(path, settings)
         for leftover in (directory / POINTS).glob(".step_*"):
@@ -144,7 +144,7 @@ def _is_foreign(path: Path) -> bool:
     return path.name not in (POINTS, LOCK) and not path.name.startswith(f".{SETTINGS}.")
 
 
-def _refuse_other_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _check_same_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Compare as JSON values, without hints."""
     found, wanted = _without_hints(found), _without_hints(json.loads(json.dumps(wanted)))
     different = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))

@@ -70,7 +70,7 @@ def measure_models(
         report(note)
     settings = {"source": os.path.relpath(source.resolve(), output.resolve()), **task.settings()}
     with writing(output, settings):
-        _refuse_moved(models, output)
+        _check_not_moved(models, output)
         waiting = []
         for step, path in models:
             if step in bad or _is_measured(output, step, path):
@@ -124,7 +124,7 @@ def _measure(task: TrajectoryTask, step: int, path: Path, output: Path, device: 
     return None
 
 
-def _refuse_moved(models: Sequence[Model], output: Path) -> None:
+def _check_not_moved(models: Sequence[Model], output: Path) -> None:
     """Refuse models that have points at other steps: their names were read in another way, or others follow now.
 
     Raises:

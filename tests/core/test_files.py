@@ -17,7 +17,7 @@ from megatron_sas.core import cli, files
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.files import (
     atomic_directory,
-    refuse_existing,
+    check_absent,
     sha256_file,
     write_bytes_atomic,
     write_json_atomic,
@@ -100,20 +100,20 @@ def test_a_killed_write_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old"
 
 
-def test_refuse_existing(tmp_path):
-    refuse_existing(tmp_path / "absent")
-    refuse_existing(tmp_path, overwrite=True)
+def test_outputs_that_exist_are_refused_unless_they_may_be_overwritten(tmp_path):
+    check_absent(tmp_path / "absent")
+    check_absent(tmp_path, overwrite=True)
     with pytest.raises(InputError, match="exists already; choose another output or pass --overwrite"):
-        refuse_existing(tmp_path)
+        check_absent(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match="exists already"):
-        refuse_existing(tmp_path / "link")
+        check_absent(tmp_path / "link")
 
 
 def test_a_slash_at_the_end_hides_no_file(tmp_path):
     (tmp_path / "a.json").touch()
     with pytest.raises(InputError, match="exists already"):
-        refuse_existing(f"{tmp_path}/a.json/")
+        check_absent(f"{tmp_path}/a.json/")
 
 
 def test_atomic_directory(tmp_path):

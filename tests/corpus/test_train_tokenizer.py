@@ -68,7 +68,7 @@ def test_training_again_gives_the_same(kind, trained):
 OTHER_PROCESS = """
 import os, sys
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-from data.test_tokenizer_training import KINDS, TokenizerSettings, paragraphs, tokenizer_hash, train_tokenizer
+from tests.corpus.test_train_tokenizer import KINDS, TokenizerSettings, paragraphs, tokenizer_hash, train_tokenizer
 for kind in KINDS:
     print(kind, tokenizer_hash(train_tokenizer(list(paragraphs()), TokenizerSettings(kind, 90))))
 """

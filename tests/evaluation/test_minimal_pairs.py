@@ -13,7 +13,7 @@ import torch
 from tokenizers import pre_tokenizers
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.evaluation.batching import deal
+from megatron_sas.evaluation.batching import shard_batches
 from megatron_sas.evaluation.blimp_labels import renew_record
 from megatron_sas.evaluation.minimal_pairs import BlimpTask, PairSet, load_blimp
 from megatron_sas.evaluation.pll import METRICS, PllTask
@@ -105,9 +105,9 @@ def test_our_model_gives_the_scores_of_hugging_face(adapter, model_directory):
 
 def test_ranks_share_the_work_and_give_the_same_sums(adapter, tokenizer):
     task = PllTask(SENTENCES, tokenizer)
-    whole = task.log_probs(adapter, deal(task.batches(60), 0, 1))
+    whole = task.log_probs(adapter, shard_batches(task.batches(60), 0, 1))
     for ranks in (2, 5):
-        parts = [task.log_probs(adapter, deal(task.batches(60), rank, ranks)) for rank in range(ranks)]
+        parts = [task.log_probs(adapter, shard_batches(task.batches(60), rank, ranks)) for rank in range(ranks)]
         torch.testing.assert_close(sum(parts), whole, atol=0, rtol=0)  # same batches: bit for bit
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.evaluation.batching import deal
+from megatron_sas.evaluation.batching import shard_batches
 from megatron_sas.evaluation.treebank import Sentence, load_treebank
 from megatron_sas.evaluation.uas import DIRECTIONS, OFFSETS, TreebankTask, count_correct, evaluate_uas, word_attention
 
@@ -117,9 +117,11 @@ def test_our_model_gives_the_counts_of_hugging_face(adapter, model_directory, to
 
 def test_neither_batches_nor_ranks_change_the_counts(adapter, tokenizer, ewt):
     task = TreebankTask(ewt[:60], tokenizer, 160)
-    whole = count_correct(adapter, task, deal(task.batches(2000), 0, 1))
+    whole = count_correct(adapter, task, shard_batches(task.batches(2000), 0, 1))
     for batch_tokens, ranks in ((1, 1), (300, 1), (2000, 3), (10**6, 2)):
-        parts = [count_correct(adapter, task, deal(task.batches(batch_tokens), r, ranks)) for r in range(ranks)]
+        parts = [
+            count_correct(adapter, task, shard_batches(task.batches(batch_tokens), r, ranks)) for r in range(ranks)
+        ]
         assert (sum(parts) - whole).abs().sum() <= 5, (batch_tokens, ranks)
 
 

@@ -87,7 +87,7 @@ sys.meta_path.insert(0, HeldImport())
 def test_a_signal_while_the_program_starts_is_not_lost(fork_server, config, tmp_path):
     """Nothing is done yet, so nothing is saved, and the requeued run is as good as new."""
     run, go = tmp_path / "run", tmp_path / "go"
-    hold = {"before": "megatron_sas.train.trainer:initialize_distributed", "until": str(go)}
+    hold = {"before": "megatron_sas.launch.environment:initialize_distributed", "until": str(go)}
     job = fork_server.start(config, run, {"train.steps": 4}, fault={"hold": hold})
     wait_until(Path(f"{go}-reached").exists, "the start")
     job.send(signal.SIGTERM)

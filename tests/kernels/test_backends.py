@@ -15,8 +15,8 @@ from megatron_sas.model.config import BertConfig
 
 NO_WINDOW = {
     "triton": "our Triton kernels have no window",
-    "sdpa": "torch's flash kernels take a window as a mask of S × S numbers at best",
-    "cudnn": "torch's flash kernels take a window as a mask of S × S numbers at best",
+    "sdpa": "torch's flash kernels are used without a window",
+    "cudnn": "torch's flash kernels are used without a window",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import GRADIENT_KINDS, HEAD_KINDS, backward, make_case
+from attention_cases import GRADIENT_KINDS, HEAD_KINDS, backward, make_case, make_heads
 from attention_errors import check_against_float64
 
 from megatron_sas.kernels import choose_backend, dependency_attention, dropout
@@ -71,6 +71,16 @@ def test_gradient_of_the_regularizer_alone(backend, dtype, subset):
     _, found = case.run(backend, dtype, "cuda")
     for a, b in zip(found[:2], exact[:2], strict=True):
         assert float((a.double() - b).norm() / b.norm()) < 0.02
+
+
+@pytest.mark.parametrize(("backend", "dtype"), TYPES)
+def test_several_sets_of_edges(backend, dtype):
+    case = make_case(9, batch=2, num_heads=3, seq=200, dim=64, dtype=dtype)
+    case.heads = torch.stack([make_heads(kind, 2, 200) for kind in ("near", "random", "one")], 1)
+    case.gradients = (case.gradients[0], *torch.randn(2, 2, 3, 3, 200).double())
+    exact, found = case.run("reference", torch.float64), case.run(backend, dtype, "cuda")
+    for a, b in zip((*found[0], *found[1]), (*exact[0], *exact[1]), strict=True):
+        assert float((a.double() - b).detach().norm() / b.detach().norm()) < (1e-4 if dtype == torch.float32 else 0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

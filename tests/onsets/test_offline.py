@@ -49,7 +49,7 @@ def test_a_kink_is_found_exactly(delta):
     values = np.maximum(0, steps - 400) / 1000
     onset = break_point(steps, values, delta)
     assert (onset.step, onset.strength) == (400, pytest.approx(delta / 1000))
-    assert onset.clear and onset.noise == pytest.approx(0, abs=1e-12)
+    assert onset.detected and onset.noise == pytest.approx(0, abs=1e-12)
     mirrored = break_point(steps, -values, delta, sign=-1)
     assert (mirrored.step, mirrored.strength) == (onset.step, onset.strength)
 
@@ -69,7 +69,7 @@ def test_a_loss_breaks_after_its_first_fall():
     steps = np.arange(0, 1001, 25)
     loss = 4.6 + 4 * np.exp(-steps / 40) - 1.3 * np.clip((steps - 500) / 150, 0, 1)
     onset = break_point(steps, loss, 100, sign=-1)
-    assert onset.step == 500 and onset.clear
+    assert onset.step == 500 and onset.detected
     found = change_point(steps, loss, sign=-1)
     assert found.low <= 500 <= found.high
 
@@ -81,7 +81,7 @@ def test_noisy_onsets_are_found(seed):
     truth = rng.uniform(250, 450)
     values = plateau_and_rise(steps, truth) + rng.normal(0, 0.01, len(steps))
     onset = break_point(steps, values, 100)
-    assert onset.clear
+    assert onset.detected
     assert abs(onset.step - truth) < 40
     assert 0.003 < onset.noise < 0.03
     found = change_point(steps, values)
@@ -93,11 +93,11 @@ def test_a_drift_on_few_items_is_no_onset():
     """The same pairs at every step: little scatter between neighbours, but a wide wandering."""
     steps = np.arange(0, 1001, 50)
     chance = np.interp(steps, [0, 500, 1000], [0.558, 0.448, 0.5])
-    assert break_point(steps, chance, 100).clear
+    assert break_point(steps, chance, 100).detected
     few = break_point(steps, chance, 100, item_error=np.sqrt(0.25 / 165))
-    assert not few.clear and few.step == 500 and few.noise == pytest.approx(0.0389, abs=1e-4)
+    assert not few.detected and few.step == 500 and few.noise == pytest.approx(0.0389, abs=1e-4)
     rise = plateau_and_rise(steps, 500, start=0.5)
-    assert break_point(steps, rise, 100, item_error=np.sqrt(0.25 / 67_000)).clear
+    assert break_point(steps, rise, 100, item_error=np.sqrt(0.25 / 67_000)).detected
     noisy = rise + np.random.default_rng(0).normal(0, 0.01, len(steps))
     assert break_point(steps, noisy, 100, item_error=1e-9) == break_point(steps, noisy, 100)
 
@@ -105,17 +105,17 @@ def test_a_drift_on_few_items_is_no_onset():
 def test_the_interval_covers_and_noise_is_not_an_onset():
     rng = np.random.default_rng(0)
     steps = np.linspace(0, 800, 24)
-    repetitions, covered, clear_in_noise, found_in_noise = 40, 0, 0, 0
+    repetitions, covered, detected_in_noise, found_in_noise = 40, 0, 0, 0
     for _ in range(repetitions):
         truth = rng.uniform(300, 450)
         found = change_point(steps, plateau_and_rise(steps, truth) + rng.normal(0, 0.01, len(steps)))
         covered += found.low <= truth <= found.high
         found_in_noise += change_point(steps, rng.normal(0, 0.01, len(steps))).step is not None
     for _ in range(10 * repetitions):
-        clear_in_noise += break_point(steps, rng.normal(0, 0.01, len(steps)), 100).clear
+        detected_in_noise += break_point(steps, rng.normal(0, 0.01, len(steps)), 100).detected
     assert covered >= 0.85 * repetitions
     assert found_in_noise <= 0.1 * repetitions
-    assert clear_in_noise <= 0.06 * 10 * repetitions
+    assert detected_in_noise <= 0.06 * 10 * repetitions
 
 
 def test_one_break_equals_exhaustive_least_squares():
@@ -190,7 +190,7 @@ def test_order_duplicates_and_missing_values_do_not_matter():
 )
 def test_no_break_has_a_reason(values, reason):
     onset = break_point(range(0, 10 * len(values), 10), values, 30)
-    assert (onset.step, onset.strength, onset.clear) == (None, None, False)
+    assert (onset.step, onset.strength, onset.detected) == (None, None, False)
     assert reason in onset.reason
 
 
@@ -222,9 +222,9 @@ def test_the_distance_of_evaluations_is_that_around_the_onset():
     """As in the paper's schedule: dense at first, then ten times coarser, where the onset lies."""
     steps = np.concatenate([np.arange(0, 10_000, 500), np.arange(10_000, 100_001, 5_000)])
     onset = break_point(steps, np.clip((steps - 22_000) / 5_000, 0, 1), 10_000)
-    assert onset.clear and onset.spacing == 5_000
+    assert onset.detected and onset.spacing == 5_000
     early = break_point(steps, np.clip((steps - 4_000) / 1_000, 0, 1), 2_000)
-    assert early.clear and early.spacing == 500
+    assert early.detected and early.spacing == 500
 
 
 @pytest.mark.parametrize(("start", "side"), [(50, "before"), (950, "after")])
@@ -232,7 +232,7 @@ def test_a_bend_where_the_search_ends_is_not_clear(start, side):
     """A rise that has begun at the second evaluation, or one that has only begun: the break may lie beyond."""
     steps = np.arange(0, 1001, 50)
     onset = break_point(steps, np.clip((steps - start) / 200, 0, 1), 100)
-    assert onset.at_edge and not onset.clear and side in onset.reason
+    assert onset.at_edge and not onset.detected and side in onset.reason
     assert onset.step == (100 if side == "before" else 900)
     inside = break_point(steps, np.clip((steps - 400) / 200, 0, 1), 100)
-    assert inside.clear and not inside.at_edge and inside.reason == ""
+    assert inside.detected and not inside.at_edge and inside.reason == ""

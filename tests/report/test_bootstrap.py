@@ -8,7 +8,7 @@ import pytest
 from trajectory_files import Items, write_items
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.onsets.offline import break_point, strongest_bends
+from megatron_sas.onsets.offline import break_point, onset_steps
 from megatron_sas.report.bootstrap import ItemCurves, onset_interval, resample_curves
 
 SHAPE = (2, 3, 5)
@@ -72,7 +72,7 @@ def test_onset_of_every_replicate_is_its_break_point():
     curves = np.clip((steps - 400) / 200, 0, 1) + rng.normal(0, 0.05, (40, 25))
     for sign in (1, -1):
         expected = [break_point(steps, curve, 90, sign).step for curve in sign * curves]
-        np.testing.assert_allclose(strongest_bends(steps, sign * curves, 90, sign), expected)
+        np.testing.assert_allclose(onset_steps(steps, sign * curves, 90, sign), expected)
     found = onset_interval(ItemCurves(steps, curves), 90)
     known = [break_point(steps, curve, 90).step for curve in curves]
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(known, [0.025, 0.975])))
@@ -80,9 +80,9 @@ def test_onset_of_every_replicate_is_its_break_point():
 
 def test_curves_without_a_bend_have_no_onset():
     steps = np.arange(10.0)
-    assert np.isnan(strongest_bends(steps, np.tile(steps, (3, 1)), 2)).all()
-    assert np.isnan(strongest_bends(steps[:2], np.ones((3, 2)), 2)).all()
-    assert np.isnan(strongest_bends(steps, np.ones((3, 10)), 6)).all()  # shorter than two windows
+    assert np.isnan(onset_steps(steps, np.tile(steps, (3, 1)), 2)).all()
+    assert np.isnan(onset_steps(steps[:2], np.ones((3, 2)), 2)).all()
+    assert np.isnan(onset_steps(steps, np.ones((3, 10)), 6)).all()  # shorter than two windows
     assert onset_interval(ItemCurves(steps, np.tile(steps, (3, 1))), 2).low is None
 
 

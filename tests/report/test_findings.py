@@ -30,12 +30,12 @@ def test_single_runs(paths):
     runs = load_runs([paths / "base-1", paths / "minus-1"])
     onsets, found, sentences = analyse(runs)
     base = onsets[str(runs[0].path)]
-    assert abs(base["uas"].bend.step - 400) <= 25 and base["uas"].bend.clear
-    assert abs(base["loss"].bend.step - 400) <= 25 and base["loss"].bend.clear
-    assert abs(base["blimp"].bend.step - 460) <= 25 and base["blimp"].bend.clear
-    assert not onsets[str(runs[1].path)]["uas"].bend.clear
+    assert abs(base["uas"].strongest.step - 400) <= 25 and base["uas"].strongest.detected
+    assert abs(base["loss"].strongest.step - 400) <= 25 and base["loss"].strongest.detected
+    assert abs(base["blimp"].strongest.step - 460) <= 25 and base["blimp"].strongest.detected
+    assert not onsets[str(runs[1].path)]["uas"].strongest.detected
     first, second, difference = sentences
-    assert f"UAS breaks upward at step {base['uas'].bend.step:.0f} (a fit of straight pieces breaks" in first
+    assert f"UAS breaks upward at step {base['uas'].strongest.step:.0f} (a fit of straight pieces breaks" in first
     assert "Structure (UAS) breaks" in first and "before capability" in first
     assert "0.35" in first and "untrained" in first
     assert "In minus-1" in second and "UAS shows no clear break" in second and "Structure" not in second

@@ -73,7 +73,7 @@ def test_values_that_are_not_finite_change_nothing_but_the_number_of_points_and_
     (without,), notes = read_inputs([tmp_path / "without"])
     assert notes == []
     found = [find_onsets([run], 90)[str(run.path)]["uas"] for run in (broken, without)]
-    assert found[0] == found[1] and found[0].bend.step is not None and found[0].change.step is not None
+    assert found[0] == found[1] and found[0].strongest.step is not None and found[0].change.step is not None
     assert len(broken.metric(UAS)) == len(broken.metric(BLIMP)) - 2
 
 
@@ -287,7 +287,7 @@ def test_onset_intervals_hold_the_truth_and_order_is_told(sweep):
         onsets = analysis.onsets[str(run.path)]
         low, high = onsets["uas"].interval
         assert low - 25 <= 400 + 20 * seed <= high + 25 and high - low <= 150  # evaluations are 50 steps apart
-        assert low <= onsets["uas"].bend.step <= high
+        assert low <= onsets["uas"].strongest.step <= high
         low, high = onsets["blimp"].interval
         assert low - 25 <= 500 + 20 * seed <= high + 25
         assert onsets["loss"].interval is None  # it has no items; its change point is another estimate

@@ -82,7 +82,7 @@ def test_onsets_json(runs, output):
         assert entry["lambda"] == run.describe_schedule()
         for metric in METRICS:
             onset = onsets[str(run.path)][metric.name]
-            assert entry[metric.name]["break"]["step"] == onset.bend.step
+            assert entry[metric.name]["break"]["step"] == onset.strongest.step
             assert entry[metric.name]["change_point"]["low"] == onset.change.low
 
 
@@ -154,7 +154,7 @@ def test_figure_panels_and_marks(runs):
     figure = draw(runs, onsets)
     weight, loss, uas, blimp = figure.axes
     assert [axis.get_ylabel() for axis in figure.axes] == ["λ", "MLM loss", "UAS", "BLiMP"]
-    base_steps = [onsets[str(run.path)]["uas"].bend.step for run in runs[:2]]
+    base_steps = [onsets[str(run.path)]["uas"].strongest.step for run in runs[:2]]
     dashed = [line for line in uas.lines if len(line.get_xdata()) == 2 and line.get_xdata()[0] == line.get_xdata()[1]]
     assert [line.get_xdata()[0] for line in dashed] == [sum(base_steps) / 2]  # the suppressed run has no clear break
     drawn = [list(line.get_xdata()) for line in uas.lines]

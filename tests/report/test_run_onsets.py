@@ -34,16 +34,16 @@ def run_with(blimp, *, sets=33, pairs_per_set=None, counts=None):
     return Run(Path("/run"), "base", {}, [], evaluations, [])
 
 
-def clear(run):
-    return find_onsets([run], 100)["/run"]["blimp"].bend.clear
+def detected(run):
+    return find_onsets([run], 100)["/run"]["blimp"].strongest.detected
 
 
 def test_blimp_at_chance_on_few_pairs_does_not_break_and_a_rise_on_many_does():
     chance = np.interp(STEPS, [0, 500, 1000], [0.558, 0.448, 0.5])
-    assert clear(run_with(chance))  # nothing is known of the pairs
-    assert not clear(run_with(chance, pairs_per_set=5))
+    assert detected(run_with(chance))  # nothing is known of the pairs
+    assert not detected(run_with(chance, pairs_per_set=5))
     rise = 0.5 + 0.3 * np.clip((STEPS - 500) / 150, 0, 1)
-    assert clear(run_with(rise, sets=67, pairs_per_set=100))
+    assert detected(run_with(rise, sets=67, pairs_per_set=100))
 
 
 def test_the_standard_error_of_a_value():

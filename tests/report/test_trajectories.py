@@ -11,7 +11,7 @@ from synthetic_runs import write_run
 from megatron_sas.core.cli import InputError
 from megatron_sas.report.figures.trajectories import draw
 from megatron_sas.report.load import load_runs
-from megatron_sas.report.trajectories import METRICS, conditions
+from megatron_sas.report.trajectories import METRICS, group_by_condition
 
 LOSS, UAS, BLIMP = METRICS
 
@@ -122,9 +122,9 @@ def test_schedules_in_words(tmp_path, runs, stages, text, is_base):
 
 def test_base_comes_first(runs):
     loaded = load_runs([runs / "minus", runs / "base", runs / "released"])
-    assert list(conditions(loaded)) == ["base", "minus", "released"]
+    assert list(group_by_condition(loaded)) == ["base", "minus", "released"]
     loaded = load_runs([runs / "minus", runs / "base", runs / "released"], ["a", "b", "a"])
-    assert {label: len(group) for label, group in conditions(loaded).items()} == {"b": 1, "a": 2}
+    assert {label: len(group) for label, group in group_by_condition(loaded).items()} == {"b": 1, "a": 2}
 
 
 def test_baseline_is_weighted_by_edges(runs):
@@ -137,7 +137,7 @@ def test_baseline_is_weighted_by_edges(runs):
 def test_faults_are_one_line(tmp_path, runs):
     def fault(paths, labels=None):
         with pytest.raises(InputError) as caught:
-            conditions(load_runs(paths, labels))
+            group_by_condition(load_runs(paths, labels))
         assert "\n" not in str(caught.value)
         return str(caught.value)
 

@@ -279,7 +279,7 @@ def test_a_checkpoint_with_a_shard_of_nobody_is_not_published(run, step):
 
 def test_an_orphan_of_an_earlier_start_cannot_spoil_a_checkpoint(config, tmp_path, monkeypatch):
     """Rank 1 of a job of two whose rank 0 was killed: its thread still writes, where it was told to."""
-    run, write, begun, stale = tmp_path / "run", saving.write_share, {}, {}
+    run, write, begun, stale = tmp_path / "run", saving.write_slice, {}, {}
 
     def write_and_note(directory, share):
         write(directory, share)
@@ -288,7 +288,7 @@ def test_an_orphan_of_an_earlier_start_cannot_spoil_a_checkpoint(config, tmp_pat
             orphaned.mkdir(exist_ok=True)
             (orphaned / "optimizer-00001-of-00002.safetensors").write_bytes(b"of another start")
 
-    monkeypatch.setattr(saving, "write_share", write_and_note)
+    monkeypatch.setattr(saving, "write_slice", write_and_note)
     train(config, run, {"train.steps": 4, "checkpoint.every": 2})
     shutil.rmtree(checkpoint(run, 4))
     stale.update(begun)
@@ -320,8 +320,8 @@ def test_what_is_not_finite_is_not_published(config, tmp_path, monkeypatch, part
             next(iter(getattr(share, part).values())).view(-1)[5] = float(value)
         return share
 
-    gather = saving.gather_share
-    monkeypatch.setattr(saving, "gather_share", damage)
+    gather = saving.gather_slice
+    monkeypatch.setattr(saving, "gather_slice", damage)
     run = tmp_path / "run"
     with pytest.raises(OSError, match=r"step_00000003: could not be written \(rank 0: .* is not finite; the newest"):
         train(config, run, {"checkpoint.every": 1, "checkpoint.keep_last": 1})

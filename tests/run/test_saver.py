@@ -101,7 +101,7 @@ def test_leftovers_are_removed_and_named_when_a_run_starts(config, tmp_path, cap
 
 def test_training_goes_on_while_a_checkpoint_is_written(config, tmp_path, monkeypatch):
     """The thread that writes step 2 waits for an update that comes after it."""
-    updated, write = threading.Event(), saving.write_share
+    updated, write = threading.Event(), saving.write_slice
     steps, threads = [], set()
 
     def write_when_training_has_gone_on(directory, share):
@@ -120,7 +120,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(config, tmp_path, monkey
             updated.set()
         return update(self, window, *arguments)
 
-    monkeypatch.setattr(saving, "write_share", write_when_training_has_gone_on)
+    monkeypatch.setattr(saving, "write_slice", write_when_training_has_gone_on)
     monkeypatch.setattr(Engine, "update", note)
     train(config, tmp_path / "run", {"checkpoint.every": 2})
     assert steps == [0, 1, 2, 3, 4, 5]
@@ -137,8 +137,8 @@ def test_an_error_of_the_thread_ends_the_run_soon(config, tmp_path, monkeypatch)
             raise OSError(28, "No space left on device")
         write(directory, share)
 
-    write = saving.write_share
-    monkeypatch.setattr(saving, "write_share", fail)
+    write = saving.write_slice
+    monkeypatch.setattr(saving, "write_slice", fail)
     run = tmp_path / "run"
     with pytest.raises(OSError, match=r"step_00000002: could not be written \(rank 0: .*No space left"):
         train(config, run, {"train.steps": 90, "checkpoint.at": [2]})  # no later checkpoint would find out
@@ -190,7 +190,7 @@ def test_a_resumed_run_writes_its_snapshots_again(config, tmp_path):
 def test_waiting_for_the_disk_is_not_counted_as_training(config, tmp_path, monkeypatch):
     """By a clock that stands still but while training waits for the save before this one."""
     now, waiting = [0.0], threading.Event()
-    write, finish = saving.write_share, saving.Saver.finish
+    write, finish = saving.write_slice, saving.Saver.finish
 
     def slow(directory, share):
         assert waiting.wait(60)
@@ -203,7 +203,7 @@ def test_waiting_for_the_disk_is_not_counted_as_training(config, tmp_path, monke
             waiting.set()
         finish(saver)
 
-    monkeypatch.setattr(saving, "write_share", slow)
+    monkeypatch.setattr(saving, "write_slice", slow)
     monkeypatch.setattr(saving.Saver, "finish", wait)
     trainer = train(config, tmp_path / "run", {"checkpoint.every": 1, "train.steps": 4}, clock=lambda: now[0])
     assert (now[0], trainer.built.throughput.seconds) == (5.0, 0.0)

@@ -45,7 +45,7 @@ def main() -> None:
                 Trainer(load_config(job["config"], [*overrides, f"--run.output_dir={directory}"])).run()
         except (InputError, OSError) as error:
             (Path(job["directory"]) / f"{run['name']}-error-{distributed.rank()}.txt").write_text(str(error))
-    distributed.leave()
+    distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def main() -> None:
             trainer.run()
         if distributed.is_main():
             directory.with_name(f"{run['name']}-collectives.json").write_text(json.dumps(last))
-    distributed.leave()
+    distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def complexity(folder, output, *options):
     return json.loads(output.read_text())
 
 
-def test_a_text_file_is_packed_and_measured(folder, tmp_path, monkeypatch, capsys):
+def test_a_text_file_is_packed_and_measured(folder, tmp_path, capsys):
     text = folder / "text.jsonl"
     options = ("--text", text, "--text-field", "body", "--seq-length", 16, "--num-texts", 50)
     record = complexity(folder, tmp_path / "out.json", *options)
@@ -54,14 +54,14 @@ def test_a_text_file_is_packed_and_measured(folder, tmp_path, monkeypatch, capsy
     assert f"intrinsic dimension  {record['intrinsic_dimension']['twonn']:.3f} ±" in capsys.readouterr().out
 
 
-def test_packed_data_is_measured(folder, tmp_path, monkeypatch):
+def test_packed_data_is_measured(folder, tmp_path):
     record = complexity(folder, tmp_path / "out.json", "--text", folder / "data0", "--num-texts", 30)
     assert (record["text"]["sequences"], record["text"]["seq_length"]) == (30, 32)
     counts = record["intrinsic_dimension"]
     assert counts["num_points"] + counts["duplicates"] == 30
 
 
-def test_wrong_input_is_refused(folder, tmp_path, monkeypatch):
+def test_wrong_input_is_refused(folder, tmp_path):
     for options, message in [
         (["--text", folder / "text.jsonl"], "no field 'text'"),
         (["--text", folder / "absent.txt"], "absent.txt: no such file"),

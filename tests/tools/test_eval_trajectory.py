@@ -340,7 +340,7 @@ def test_killed_with_two_workers_it_leaves_whole_points_and_continues(folder, me
     assert without_clock(output) == without_clock(measured)
 
 
-def test_the_command_measures_the_chosen_steps(folder, measured, monkeypatch, capsys):
+def test_the_command_measures_the_chosen_steps(folder, measured, capsys):
     output = folder / "chosen"
     call_tool("eval_trajectory", *command(folder, folder / "run", output, "--steps", 0, "3-5")[2:])
     *unknown, last = capsys.readouterr().out.splitlines()
@@ -353,7 +353,7 @@ def test_the_command_measures_the_chosen_steps(folder, measured, monkeypatch, ca
     assert points.items() <= without_clock(measured).items()
 
 
-def test_a_pattern_reads_names_and_another_one_needs_another_output(folder, models, tmp_path, monkeypatch, capsys):
+def test_a_pattern_reads_names_and_another_one_needs_another_output(folder, models, tmp_path, capsys):
     shutil.rmtree(models / "seed_3-step_1k")
     (models / "seed_3-step_20k").rename(models / "seed_4-step_20k")
     output = tmp_path / "out"
@@ -365,7 +365,7 @@ def test_a_pattern_reads_names_and_another_one_needs_another_output(folder, mode
         call_tool("eval_trajectory", *command(folder, models, output, "--step-pattern", r"seed_(\d)")[2:])
 
 
-def test_exports_count_as_the_steps_that_they_record(folder, tmp_path, monkeypatch, capsys):
+def test_exports_count_as_the_steps_that_they_record(folder, tmp_path, capsys):
     for name, step in (("second", 3), ("first", 6)):
         to_hf(folder / "run" / "checkpoints" / f"step_{step:08d}", tmp_path / "models" / name)
     call_tool("eval_trajectory", *command(folder, tmp_path / "models", tmp_path / "out")[2:])
@@ -373,7 +373,7 @@ def test_exports_count_as_the_steps_that_they_record(folder, tmp_path, monkeypat
     assert found == {3: "second", 6: "first"}
 
 
-def test_wrong_input_is_refused_and_leaves_nothing(folder, monkeypatch):
+def test_wrong_input_is_refused_and_leaves_nothing(folder):
     output = folder / "none"
     for source, options, message in [
         (folder / "run", ["--steps", "7-9"], "--steps: none of the models"),

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.core.files import fsync_directory, fsync_file, refuse_existing, write_json_atomic
+from megatron_sas.core.files import check_absent, fsync_directory, fsync_file, write_json_atomic
 from megatron_sas.corpus.parsers.base import RelationNames
 from megatron_sas.corpus.readers.text_lines import check_file_name
 from megatron_sas.data.checksums import describe_file
@@ -50,7 +50,7 @@ class PackedWriter:
         for path in (prefix, tokenizer.path):
             check_file_name(path)
         for name in (*FILES, "json"):
-            refuse_existing(f"{self.prefix}.{name}", overwrite)  # not `prefix`, which may end in "/"
+            check_absent(f"{self.prefix}.{name}", overwrite)  # not `prefix`, which may end in "/"
         self.num_sequences = 0
         self._stack = contextlib.ExitStack()
 

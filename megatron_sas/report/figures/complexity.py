@@ -23,25 +23,27 @@ from megatron_sas.report.figures.style import (
     new_figure,
     scale_steps,
 )
-from megatron_sas.report.run_onsets import Onsets, clear_bend
+from megatron_sas.report.run_onsets import Onsets, detected_onset
 
 
-def draw_complexity(found: Sequence[Condition], onsets: Onsets, x_scale: str = "linear") -> Figure | None:
+def draw_complexity(conditions: Sequence[Condition], onsets: Onsets, x_scale: str = "linear") -> Figure | None:
     """A panel per measure that any run has; grey lines are the base's mean onsets of structure and capabilities."""
-    runs = runs_of(found)
+    runs = runs_of(conditions)
     panels = [m for m in snapshot_metrics() if m.axis and any(len(run.curve(m.key)) > 1 for run in runs)]
     if not panels:
         return None
     styles = label_styles(runs)
     marks = []
     for metric, dash, name in ((UAS, "--", "structure onset (base)"), (BLIMP, ":", "capabilities onset (base)")):
-        steps = [bend.step for run in runs if run.is_base and (bend := clear_bend(onsets, run, metric)) is not None]
+        steps = [
+            onset.step for run in runs if run.is_base and (onset := detected_onset(onsets, run, metric)) is not None
+        ]
         marks += [(float(np.mean(steps)), dash, name)] if steps else []
     with mpl.rc_context(STYLE):
         figure = new_figure(9.5, 1.7 * len(panels) + 1.0)
         axes = np.atleast_1d(figure.subplots(len(panels), 1, sharex=True))
         for axis, metric in zip(axes, panels, strict=True):
-            for condition in found:
+            for condition in conditions:
                 curves = [curve for run in condition.runs if len(curve := run.curve(metric.key)) > 1]
                 if curves:
                     draw_curves(axis, curves, *styles[condition.label])

@@ -30,9 +30,9 @@ from megatron_sas.report.trajectories import Curve, Run
 MAX_FIELDS = 12
 
 
-def draw_fields_over_steps(found: Sequence[Condition], x_scale: str = "linear") -> Figure | None:
+def draw_fields_over_steps(conditions: Sequence[Condition], x_scale: str = "linear") -> Figure | None:
     """A panel per field, a curve per condition."""
-    runs = runs_of(found)
+    runs = runs_of(conditions)
     names, styles = field_names(runs), label_styles(runs)
     if not names or not any(len(field_curve(run, names[0])) > 1 for run in runs):
         return None
@@ -42,7 +42,7 @@ def draw_fields_over_steps(found: Sequence[Condition], x_scale: str = "linear") 
         figure = new_figure(9.5, 2.3 * rows + 0.6)
         axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axis, name in zip(axes.flat, names, strict=False):
-            for condition in found:
+            for condition in conditions:
                 curves = [curve for run in condition.runs if len(curve := field_curve(run, name))]
                 if curves:
                     draw_curves(axis, curves, *styles[condition.label])
@@ -56,18 +56,18 @@ def draw_fields_over_steps(found: Sequence[Condition], x_scale: str = "linear") 
     return figure
 
 
-def draw_final_fields(found: Sequence[Condition]) -> Figure | None:
+def draw_final_fields(conditions: Sequence[Condition]) -> Figure | None:
     """Final accuracy per field and condition, mean and standard error over runs, single runs as small dots."""
-    runs = runs_of(found)
+    runs = runs_of(conditions)
     names, styles = field_names(runs), label_styles(runs)
     if not names:
         return None
     with mpl.rc_context(STYLE):
-        figure = new_figure(max(5.0, min(9.5, 1.5 + len(names) * (0.6 + 0.16 * len(found)))), 3.6)
+        figure = new_figure(max(5.0, min(9.5, 1.5 + len(names) * (0.6 + 0.16 * len(conditions)))), 3.6)
         axis = figure.subplots()
-        for rank, condition in enumerate(found):
+        for rank, condition in enumerate(conditions):
             colour, dash = styles[condition.label]
-            shift = 0.7 * ((rank + 0.5) / len(found) - 0.5)
+            shift = 0.7 * ((rank + 0.5) / len(conditions) - 0.5)
             for place, name in enumerate(names):
                 curves = [field_curve(run, name) for run in condition.ending[BLIMP.name]]
                 finals = [curve.values[-1] for curve in curves if len(curve)]

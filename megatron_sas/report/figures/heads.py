@@ -20,10 +20,10 @@ MAP = "viridis"
 DIRECTIONS = ("dep→head", "head→dep")
 
 
-def draw_relations(found: Sequence[Condition]) -> Figure | None:
+def draw_relations(conditions: Sequence[Condition]) -> Figure | None:
     """Accuracy of the best head per relation over steps, a panel per condition, mean over its runs."""
-    names = frequent_relations([run for condition in found for run in condition.runs])
-    panels = [(c.label, [_mean_relation(c.runs, name) for name in names]) for c in found]
+    names = frequent_relations([run for condition in conditions for run in condition.runs])
+    panels = [(c.label, [_mean_relation(c.runs, name) for name in names]) for c in conditions]
     panels = [(label, curves) for label, curves in panels if any(len(curve) > 1 for curve in curves)]
     if not panels:
         return None

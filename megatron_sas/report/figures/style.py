@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import ScalarFormatter
 
-from megatron_sas.report.trajectories import Curve, Run, conditions
+from megatron_sas.report.trajectories import Curve, Run, group_by_condition
 
 # Okabe and Ito's palette, which people with any of the common colour-vision deficiencies can tell apart.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -66,10 +66,10 @@ def draw_legend(figure: Figure, handles: Sequence[Artist]) -> None:
 
 
 def label_styles(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
-    """Colour and line of each condition, in the order of `conditions`."""
+    """Colour and line of each condition, in the order of `group_by_condition`."""
     return {
         label: (PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)])
-        for i, label in enumerate(conditions(runs))
+        for i, label in enumerate(group_by_condition(runs))
     }
 
 

@@ -26,7 +26,7 @@ from megatron_sas.report.figures.style import (
     scale_steps,
 )
 from megatron_sas.report.run_onsets import Onsets, RunOnset
-from megatron_sas.report.trajectories import METRICS, Run, conditions
+from megatron_sas.report.trajectories import METRICS, Run, group_by_condition
 
 
 def draw(runs: Sequence[Run], onsets: Onsets, x_scale: str = "linear") -> Figure:
@@ -56,7 +56,7 @@ def draw(runs: Sequence[Run], onsets: Onsets, x_scale: str = "linear") -> Figure
 def _draw_metric(
     axis: Axes, metric: Metric, runs: Sequence[Run], onsets: Onsets, styles: dict[str, tuple[str, str]]
 ) -> None:
-    groups = conditions(runs)
+    groups = group_by_condition(runs)
     for rank, (label, group) in enumerate(groups.items()):
         colour, dash = styles[label]
         curves = [curve for run in group if len(curve := run.metric(metric))]
@@ -94,21 +94,21 @@ def _reference_line(axis: Axes, value: float, text: str, right: bool = False) ->
 
 def _mark_onsets(axis: Axes, group: Sequence[RunOnset | None], colour: str, dash: str, height: float) -> None:
     """The mean of a condition's clear onsets as a line, each run's as a dot at its foot (`height` 0 to 1)."""
-    clear = [onset for onset in group if onset is not None and onset.bend.clear]
-    if not clear:
+    detected = [onset for onset in group if onset is not None and onset.strongest.detected]
+    if not detected:
         return
-    mean = np.mean([onset.bend.step for onset in clear])
+    mean = np.mean([onset.strongest.step for onset in detected])
     axis.axvline(mean, color=colour, linestyle=dash, linewidth=1.1, alpha=0.7, zorder=2)
     across = axis.get_xaxis_transform()  # steps along x, share of the panel along y
-    for rank, onset in enumerate(clear):
-        y = 0.015 + 0.16 * (height + 0.1 * rank / len(clear))
+    for rank, onset in enumerate(detected):
+        y = 0.015 + 0.16 * (height + 0.1 * rank / len(detected))
         if onset.interval:
             axis.plot(onset.interval, [y, y], color=colour, linewidth=1.6, alpha=0.7, transform=across, zorder=5)
-        axis.plot(onset.bend.step, y, marker_of(dash), color=colour, markersize=3.2, transform=across, zorder=6)
+        axis.plot(onset.strongest.step, y, marker_of(dash), color=colour, markersize=3.2, transform=across, zorder=6)
 
 
 def _draw_weight(axis: Axes, term: str, runs: Sequence[Run], styles: dict[str, tuple[str, str]]) -> None:
-    for label, group in conditions(runs).items():
+    for label, group in group_by_condition(runs).items():
         colour, dash = styles[label]
         weight = group[0].weight(term)
         axis.step(weight.steps, weight.values, where="post", color=colour, linestyle=dash, linewidth=1.6)
@@ -120,10 +120,10 @@ def _draw_weight(axis: Axes, term: str, runs: Sequence[Run], styles: dict[str, t
 
 def _legend(figure: Figure, styles: dict[str, tuple[str, str]], onsets: Onsets) -> None:
     handles = condition_lines(styles)
-    clear = [onset for by_metric in onsets.values() for onset in by_metric.values() if onset.bend.clear]
-    if clear:
+    detected = [onset for by_metric in onsets.values() for onset in by_metric.values() if onset.strongest.detected]
+    if detected:
         handles.append(Line2D([], [], color=GREY, marker="|", markersize=11, linestyle="", label="onset, mean"))
-        over = ", 95 % over items" if any(onset.interval for onset in clear) else ""
+        over = ", 95 % over items" if any(onset.interval for onset in detected) else ""
         dot = {"color": GREY, "marker": "o", "markersize": 3.2, "linestyle": "-" if over else ""}
         handles.append(Line2D([], [], label=f"onset of a run{over}", **dot))
     handles.append(Line2D([], [], color=GREY, alpha=0.35, linewidth=0.9, label="training loss"))

@@ -50,7 +50,7 @@ def test_split_by_hash(tmp_path):
     assert not set(train) & set(validation)  # equal texts are on one side
     assert counts["other_split"] == len(validation) and other["other_split"] == len(train)
     assert 0.15 < len({*validation}) / len({*whole}) < 0.25
-    more, _ = selected([path], split="validation", validation_share=0.3)
+    more, _ = selected([path], split="validation", validation_share=0.3, key_characters=30)
     assert set(validation) < set(more)
     assert selected([path], split="validation", validation_share=0.0)[0] == []
     assert selected([path], split="validation", validation_share=1.0)[0] == whole
