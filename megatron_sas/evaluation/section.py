@@ -12,4 +12,3 @@ class EvaluationSection(*(evaluation.settings for evaluation in reversed(own_inp
     """When and on what the model is evaluated while it trains."""
 
     batch_tokens: int = Field(16_384, description="tokens per evaluation forward", ge=1)
-    max_time_share: float = Field(0.25, description="evaluations are thinned out beyond this share of time", gt=0, lt=1)
