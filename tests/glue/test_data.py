@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from glue_files import LAYOUTS
+from glue_layouts import LAYOUTS
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.glue.data import Columns, read_file, read_hub, task_files

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from bert_pairs import tiny_hf_bert
-from glue_files import LAYOUTS
+from glue_layouts import LAYOUTS
 from tool_calls import call_tool
 from transformers import BertTokenizerFast
 

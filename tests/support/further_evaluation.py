@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
+from tool_calls import call_tool
 
 from megatron_sas.core.settings import Section
 from megatron_sas.evaluation.base import Evaluation, Metric
@@ -51,24 +52,13 @@ def main(config: Path, directory: Path, text: str) -> None:
 
     assert "megatron_sas.evaluation.section" not in sys.modules  # so that this is what a line there would be
     EVALUATIONS["norm"] = NormEvaluation
-    run = directory / "run"
+    run, report = directory / "run", directory / "report"
     overrides = ("--evaluation.norm_sequences", "5", "--logging.tensorboard", "true", "--snapshots.every", "2")
-    call("pretrain_mlm.py", "--config", config, "--run.output_dir", run, *overrides)
-    call("tools/eval_trajectory.py", run, "--text", text, "--text-sequences", "10", "--norm-sequences", "5")
-    call("tools/analyze_trajectory.py", run, "--output", directory / "report")
-
-
-def call(script: str, *arguments: object) -> None:
-    """Run a program of the repository in this process."""
-    sys.argv = [script, *map(str, arguments)]
-    if script != "pretrain_mlm.py":
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as end:
-            assert end.code == 0, end.code
-        return
-    module = runpy.run_path(str(ROOT / script))
-    assert module["main"]() == 0  # without the exit that follows it, which ends the process
+    sys.argv = ["pretrain_mlm.py", "--config", str(config), "--run.output_dir", str(run), *overrides]
+    assert runpy.run_path(str(ROOT / "pretrain_mlm.py"))["main"]() == 0  # without the exit, which ends the process
+    sys.path.insert(0, str(ROOT / "tools"))  # as where a tool is started
+    call_tool("eval_trajectory", run, "--text", text, "--text-sequences", "10", "--norm-sequences", "5")
+    call_tool("analyze_trajectory", run, "--output", report)
 
 
 ROOT = Path(__file__).resolve().parents[2]

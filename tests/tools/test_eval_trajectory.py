@@ -267,8 +267,9 @@ def test_a_model_that_cannot_be_read_is_refused_or_skipped(models, inputs, tmp_p
         measure(models, inputs, output)
     assert [is_whole(output, step) for step in (0, 1000, 20_000)] == [True, False, False]
     assert measure(models, inputs, output, on_error="skip", report=lines.append) == 1
-    assert len(lines) == 1
-    assert lines[0].startswith("skipped step 1000: ")
+    about_the_treebank, skipped = lines
+    assert about_the_treebank.endswith("1 sentences left out, whose words are blanked (_)")
+    assert skipped.startswith("skipped step 1000: ")
     assert [point["step"] for point in read_points(output)] == [0, 20_000]
     assert not point_directory(output, 1000).exists()
     assert read_settings(output)["source"] == "../models"
@@ -286,8 +287,9 @@ def test_a_broken_first_model_or_another_architecture_is_skipped_too(models, inp
     (impossible / "config.json").write_text(json.dumps({**config, "hidden_size": "64"}))
     lines = []
     assert measure(models, inputs, tmp_path / "out", on_error="skip", report=lines.append) == 3
-    assert [line.partition(":")[0] for line in lines] == ["skipped step 0", "skipped step 30000", "skipped step 40000"]
-    assert "differs from the other models in num_heads" in lines[1]
+    skipped = [line for line in lines if line.startswith("skipped")]
+    assert [line.partition(":")[0] for line in skipped] == [f"skipped step {step}" for step in (0, 30_000, 40_000)]
+    assert "differs from the other models in num_heads" in skipped[1] and len(lines) == 4  # with one on the treebank
     assert [point["step"] for point in read_points(tmp_path / "out")] == [20_000]
 
 

@@ -1,7 +1,6 @@
-"""First lines of each file of a GLUE task, as GLUE distributes it."""
+"""What the files of the GLUE download look like."""
 
-from __future__ import annotations
-
+# First lines of each file as GLUE distributes it.
 LAYOUTS = {
     "cola": ["gj04\t1\t\tOur friends won't buy \"this.", "gj04\t0\t*\tThe box fell"],
     "sst2": ["sentence\tlabel", "hide new secretions \t0", "a gorgeous film \t1"],
