@@ -148,7 +148,7 @@ class _WritePoints:
 
     def _torn_write(self, write: Callable) -> Callable:
         def faulty(descriptor: int, content: bytes) -> int:
-            if not content.startswith(b'{"kind"'):
+            if bytes(content[:7]) != b'{"kind"':  # maybe a memory view
                 return write(descriptor, content)
             self.point("before a record")
             if self.active and self.kill_at in (self.number + 1, "in a record"):
