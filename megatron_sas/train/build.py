@@ -87,12 +87,11 @@ class RunState:
             load_moments(engine, self.checkpoint, self.start_step - skipped)
 
 
-class BuiltRun(RunState):
+class BuiltRun:
     """A run with its engine: all that the training loop moves."""
 
     def __init__(self, config: Config, state: RunState, device: torch.device, clock: Callable[[], float]) -> None:
-        vars(self).update(vars(state))
-        self.config, self.directory = config, RunDirectory(Path(config.run.output_dir))
+        self.config, self.state, self.directory = config, state, RunDirectory(Path(config.run.output_dir))
         self.threads = threads_of_processes()
         module, options = MaskedLMWithTerms(state.bert, state.terms), config.optimizer_options()
         self.engine = Engine(module, config.train, config.run.seed, device, options)
@@ -103,33 +102,33 @@ class BuiltRun(RunState):
     @property
     def tokens_per_update(self) -> int:
         """Tokens of a global batch."""
-        return self.config.train.global_batch_size * self.dataset.packed.seq_length
+        return self.config.train.global_batch_size * self.state.dataset.packed.seq_length
 
     def samples_of(self, step: int) -> list[int]:
         """Ids of the samples of the update that makes `step`."""
         size, seed = self.config.train.global_batch_size, self.config.run.seed
-        return stream_samples(self.dataset.packed, step - 1, size, seed)[0].tolist()
+        return stream_samples(self.state.dataset.packed, step - 1, size, seed)[0].tolist()
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint keeps of what the run is made of."""
         return {
             "versions": VERSIONS,
             "threads": self.threads,
-            "tokenizer": asdict(self.identity),
-            "data": data_facts(self.dataset.packed, self.evaluation.validation),
-            "lineage": self.counters.get("lineage", []),
+            "tokenizer": asdict(self.state.identity),
+            "data": data_facts(self.state.dataset.packed, self.state.evaluation.validation),
+            "lineage": self.state.counters.get("lineage", []),
         }
 
     def announce(self, journal: Journal) -> None:
         """Record and print what the run is made of."""
-        if self.branch is not None:
-            journal.event(self.start_step, event="branched", parent=self.branch.lineage["parent_run"])
-        facts, line = run_summary(self.config, self, self.engine)
-        journal.event(self.start_step, event="start", versions=VERSIONS, threads=self.threads, **facts)
+        if self.state.branch is not None:
+            journal.event(self.state.start_step, event="branched", parent=self.state.branch.lineage["parent_run"])
+        facts, line = run_summary(self.config, self.state, self.engine)
+        journal.event(self.state.start_step, event="start", versions=VERSIONS, threads=self.threads, **facts)
         journal.log(line)
-        for shortage in shortages(self.evaluation.section, self.evaluation.validation):
+        for shortage in shortages(self.state.evaluation.section, self.state.evaluation.validation):
             journal.log(f"warning: {shortage}")
-        for name, unknown in self.evaluation.unknown().items():
+        for name, unknown in self.state.evaluation.unknown().items():
             if unknown.is_high:
                 journal.log(unknown.line(name))
 
@@ -167,13 +166,13 @@ def open_records(config: Config, built: BuiltRun, journal: Journal) -> OnsetSnap
     """Open rank 0's records, and the watch over them if the configuration has one."""
     if not distributed.is_main():
         return None
-    resume_step = built.start_step if built.checkpoint is not None else -1
+    resume_step = built.state.start_step if built.state.checkpoint is not None else -1
     journal.records = Records(built.directory.path, resume_step, config.logging.tensorboard)
-    if built.branch is not None:
+    if built.state.branch is not None:
         journal.records.show_past()
     if not config.watch.metrics:
         return None
-    own_step = built.start_step if built.checkpoint is not None and built.branch is None else -1
+    own_step = built.state.start_step if built.state.checkpoint is not None and built.state.branch is None else -1
     watch = OnsetSnapshots(
         config.watch, config.snapshots, config.train.steps, own_step, journal.records, built.saver, journal.log
     )

@@ -66,11 +66,11 @@ class Trainer:
         skipped = SkippedUpdates(config.train.max_nonfinite_updates, self.journal, built.samples_of, built.saver.finish)
         self.vote = StopVote(request, directory, device)
         self.log = StepLog(
-            config.logging, config.train, built.terms, self.journal, built.throughput, skipped, device, observer
+            config.logging, config.train, built.state.terms, self.journal, built.throughput, skipped, device, observer
         )
         self.evaluations = Evaluations(
-            built.evaluation, self.engine, built.terms, self.journal, self.vote, self.watchdog, built.throughput,
-            self.last_step, self.log.flush, clock,
+            built.state.evaluation, self.engine, built.state.terms, self.journal, self.vote, self.watchdog,
+            built.throughput, self.last_step, self.log.flush, clock,
         )  # fmt: skip
         sections = (config.checkpoint, config.snapshots, config.watch)
         self.saves = Saves(
@@ -78,7 +78,7 @@ class Trainer:
         )
         self.collaborators: list[Collaborator] = [self.vote, skipped, self.log, self.evaluations, self.saves]
         for collaborator in self.collaborators:
-            collaborator.load_state_dict(built.counters)
+            collaborator.load_state_dict(built.state.counters)
 
     def run(self) -> None:
         """Train to the last step, or until asked to stop.
@@ -87,17 +87,17 @@ class Trainer:
             InputError: too many updates in a row were not finite; on every rank.
             OSError: a checkpoint could not be written, on every rank; or data could not be read, maybe on one.
         """
-        step = self.built.start_step
+        step = self.built.state.start_step
         self.built.announce(self.journal)
         with contextlib.closing(self.lock), self.watchdog:
             if (
                 step == self.last_step or not self.vote.decide()
             ):  # a request may have come while the run was being built
                 for collaborator in self.collaborators:
-                    collaborator.begin(step, resumed=self.built.checkpoint is not None)
+                    collaborator.begin(step, resumed=self.built.state.checkpoint is not None)
             pinned = self.engine.device.type == "cuda"
             with (
-                PrefetchLoader(self.built.dataset, step, self.last_step, pin_memory=pinned) as loader,
+                PrefetchLoader(self.built.state.dataset, step, self.last_step, pin_memory=pinned) as loader,
                 self.journal.progress(step, self.last_step),
             ):
                 while step < self.last_step and not self.vote.stopping:
@@ -111,7 +111,7 @@ class Trainer:
         """One update; returns how many are done now."""
         step = window.step + 1
         self.watchdog.beat(f"update {step}")
-        weight, rate = weights(self.built.terms, window.step), self.config.train.schedule(window.step)
+        weight, rate = weights(self.built.state.terms, window.step), self.config.train.schedule(window.step)
         self.engine.set_learning_rate(rate)
         flags = [collaborator.flags() for collaborator in self.collaborators]
         # With λ = 0 a term costs a little and changes nothing, so it is measured only where the line is written.
@@ -131,7 +131,7 @@ class Trainer:
             line = f"finished after {step} updates; the run is in {self.built.directory.path}"
         else:
             reason = self.vote.reason()
-            if step != self.built.start_step:
+            if step != self.built.state.start_step:
                 self.saves.save_last(step)
             self.built.saver.finish()
             self.journal.event(step, event="stopped", reason=reason)
