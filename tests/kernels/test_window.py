@@ -96,7 +96,7 @@ def test_a_window_of_the_whole_sequence_is_none():
     exact = dependency_attention(q, q, q, None, backend="sdpa")[0]
     for window in (38, (19, 19), (100, 19)):
         assert torch.equal(dependency_attention(q, q, q, None, window=window, backend="sdpa")[0], exact)
-    with pytest.raises(ValueError, match=r"^dependency_attention: backend 'sdpa': .* window .*; choose 'auto'$"):
+    with pytest.raises(ValueError, match=r"^dependency_attention: backend 'sdpa': .* window; choose 'auto'$"):
         dependency_attention(q, q, q, None, window=37, backend="sdpa")
 
 

@@ -81,7 +81,7 @@ def train(config: Path, output_dir: Path, overrides: dict | None = None, **optio
     """Run `Trainer` (with its `options`) in this process on one thread and return it; the environment stays."""
     from megatron_sas.train.trainer import Trainer
 
-    threads = torch.get_num_threads()
+    threads, linear = torch.get_num_threads(), torch.nn.functional.linear
     clean = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     with mock.patch.dict(os.environ, clean | {"OMP_NUM_THREADS": "1"}, clear=True):
         torch.set_num_threads(1)
@@ -91,6 +91,7 @@ def train(config: Path, output_dir: Path, overrides: dict | None = None, **optio
             trainer.run()
         finally:
             torch.set_num_threads(threads)
+            torch.nn.functional.linear = linear  # ZeRO-3 puts another one there, indefinitely
     return trainer
 
 

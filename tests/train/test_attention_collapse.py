@@ -53,7 +53,7 @@ def test_live_statistics_are_those_of_the_maps(config, tmp_path):
 
 
 def test_collapse_is_warned_of_once_also_over_a_resume(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(observers, "COLLAPSED", 2.0)  # every head counts as collapsed
+    monkeypatch.setattr(observers.AttentionStatistics.result, "__defaults__", (2.0,))  # every head counts as collapsed
     run, every = tmp_path / "run", {"evaluation.every": 1}
     train(config, run, {**every, "train.steps": 3})
     out = capsys.readouterr().out
@@ -68,7 +68,7 @@ def test_collapse_is_warned_of_once_also_over_a_resume(config, tmp_path, monkeyp
 
 
 def test_without_a_regularizer_nothing_is_warned_of(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(observers, "COLLAPSED", 2.0)
+    monkeypatch.setattr(observers.AttentionStatistics.result, "__defaults__", (2.0,))
     train(config, tmp_path / "run", {"evaluation.every": 1, "train.steps": 2, "sas.schedule": []})
     assert "collapsed" not in capsys.readouterr().out
 
