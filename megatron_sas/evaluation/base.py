@@ -6,6 +6,7 @@ metrics. Training records, prints and plots them by what is written here; so do 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -73,7 +74,7 @@ class Resources:
     text_gives_attention: bool = False  # nothing else measures attention's entropy on snapshots
 
 
-class Evaluation:
+class Evaluation(ABC):
     """Something measured on a model, prepared once and run many times.
 
     `input` names what it is measured on, in a trajectory's settings: `TEXT`, or an input of its own, which `source`
@@ -89,9 +90,9 @@ class Evaluation:
     unknown: Unknown | None = None  # how much of an input of its own the tokenizer does not know
 
     @classmethod
+    @abstractmethod
     def wanted(cls, section: Any) -> bool:
         """Whether a section with these settings asks for it, given that there is `TEXT` where it needs that."""
-        raise NotImplementedError
 
     @classmethod
     def shortages(cls, section: Any, text: PackedData) -> list[str]:
@@ -115,12 +116,12 @@ class Evaluation:
         """
         self.section, self.resources = section, resources
 
+    @abstractmethod
     def run(self, model: Bert, after_batch: AfterBatch | None = None) -> dict[str, Any]:
         """What a training run records. A collective: every rank makes the same number of forwards.
 
         `after_batch` is called after each forward; an exception that it raises ends the evaluation.
         """
-        raise NotImplementedError
 
     def measure(self, model: Bert) -> tuple[dict[str, Any], Items | None]:
         """What the point.json of a snapshot gets, and the single items behind it."""
