@@ -40,7 +40,7 @@ GPU_PYTHON ?= $(BIN)/python
 GPU_PROCESSES ?= -n 8 --dist worksteal
 GPU_RESULTS ?= benchmarks/gpu
 GPU_DROPOUTS ?= 0.1 0.0
-GPU_TESTS := tests/kernels tests/objective tests/metrics/test_nvml.py tests/engine/test_gpu_training.py
+GPU_TESTS := tests/kernels tests/objective tests/run/test_nvml.py tests/train/test_gpu_training.py
 gpu:  ## on a machine with an NVIDIA GPU: gpu-tests, then (even if some fail) gpu-bench
 	$(MAKE) --keep-going --jobs=1 gpu-tests gpu-bench
 

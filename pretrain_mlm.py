@@ -9,8 +9,9 @@ import os
 import sys
 import time
 
-from megatron_sas.engine.signals import StopRequest, rank_by_launcher
-from megatron_sas.streams import keep_printing
+from megatron_sas.core.streams import keep_printing
+from megatron_sas.launch.arguments import parse_arguments
+from megatron_sas.run.signals import StopRequest, rank_by_launcher
 
 
 def main() -> int:
@@ -25,8 +26,8 @@ def main() -> int:
         print(f"error: rank {rank_by_launcher()}: {what}", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        from megatron_sas import distributed
-        from megatron_sas.cli import first_line
+        from megatron_sas.core import distributed
+        from megatron_sas.core.cli import first_line
 
         if not distributed.lost_contact(error):
             raise
@@ -40,19 +41,19 @@ def main() -> int:
 
 def train(stop: StopRequest) -> int:
     """`main`, but for what other processes and impatient users do."""
-    from megatron_sas import distributed
-    from megatron_sas.cli import InputError
-    from megatron_sas.config import load_config, parse_arguments
+    arguments, overrides = parse_arguments()  # before anything is imported that takes long
+    from megatron_sas.config import load_config
+    from megatron_sas.core import distributed
+    from megatron_sas.core.cli import InputError
 
     try:
-        arguments, overrides = parse_arguments()
         if arguments.dry_run:
             stop.no_longer_listen()  # there is nothing to save
-            from megatron_sas.engine.preflight import preflight
+            from megatron_sas.train.dry_run import preflight
 
             return preflight(arguments.config, overrides)
-        config = load_config(arguments.config, overrides)
-        from megatron_sas.engine.trainer import Trainer  # deepspeed: not needed for --help and bad configurations
+        config = load_config(arguments.config, overrides, print if rank_by_launcher() == 0 else lambda line: None)
+        from megatron_sas.train.trainer import Trainer  # deepspeed: not needed for --help and bad configurations
 
         trainer = Trainer(config, stop)
     except (InputError, OSError) as error:  # on every rank, or on some
@@ -63,7 +64,7 @@ def train(stop: StopRequest) -> int:
     except (InputError, OSError) as error:  # such as unreadable data or a full disk, maybe on one rank only
         print(f"error: rank {distributed.rank()}: {error}", file=sys.stderr)
         return 2
-    distributed.leave()
+    distributed.shutdown()
     return 0
 
 
@@ -73,7 +74,7 @@ def say_what_is_wrong(error: Exception, stop: StopRequest) -> None:
     if rank == 0:
         print(f"error: {error}", file=sys.stderr)
         return
-    from megatron_sas.cli import CommonError
+    from megatron_sas.core.cli import CommonError
 
     asked = stop.reason
     time.sleep(2)  # a launcher that sees a process end stops the others: let rank 0 speak first

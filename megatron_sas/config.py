@@ -1,53 +1,78 @@
 """The configuration of a run: one YAML file and `--section.field value` overrides, typed and checked as a whole.
 
 The YAML owns batch sizes, precision, clipping and the optimizer. A DeepSpeed JSON may tune DeepSpeed's own machinery
-(see `engine/deepspeed_config.py`), and nothing is said in two places.
+(see `train/deepspeed_config.py`), and nothing is said in two places.
 """
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import types
 import typing
-from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ValidationError, create_model
 
-from megatron_sas.cli import InputError
-from megatron_sas.config_sections import (
-    FAULT_SEPARATOR,
-    CheckpointSection,
-    DataSection,
-    EvaluationSection,
-    LoggingSection,
-    ModelSection,
-    RunSection,
-    SasSection,
-    Section,
-    SnapshotSection,
-    TrainSection,
-    WatchSection,
-)
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.settings import FAULT_SEPARATOR, PARTLY, Section
+from megatron_sas.core.yaml_file import Dumper, Loader, read_yaml
+from megatron_sas.data.mixture import DataSection
+from megatron_sas.evaluation.registry import EVALUATIONS
+from megatron_sas.evaluation.section import EvaluationSection
 from megatron_sas.model.config import BertConfig
-from megatron_sas.objective.pretraining import SasObjective
-from megatron_sas.objective.schedule import Stage
-from megatron_sas.yaml_file import Dumper, Loader, read_yaml
+from megatron_sas.model.section import ModelSection
+from megatron_sas.objective.base import Term
+from megatron_sas.objective.terms import TERMS, is_in_run, make_terms
+from megatron_sas.onsets.online import WatchSection
+from megatron_sas.optim.optimizers import OPTIMIZERS
+from megatron_sas.optim.schedules import SCHEDULES, Stage
+from megatron_sas.optim.section import TrainSection
+from megatron_sas.run.directory import RunSection
+from megatron_sas.run.records import LoggingSection
+from megatron_sas.run.saver import CheckpointSection, SnapshotSection
 
 NULL = ("", "~", "null")
+NEWER = ("schedule", "optimizer")
+"""Fields of the section `train` that came later than the format of checkpoints."""
 
 
-class Config(Section):
-    """Everything that defines a run."""
+class Retired(NamedTuple):
+    """A field of earlier versions: why it is left out, and the one value that it may have; others are refused."""
 
+    reason: str
+    value: Any = None  # None: any
+
+
+RETIRED = {
+    ("evaluation", "max_time_share"): Retired(
+        "every evaluation that the configuration names is made, however long it takes"
+    ),
+    ("model", "norm_placement"): Retired(
+        "LayerNorm comes after each block; a pre-LN BERT has no Hugging Face form, so no export, snapshots or GLUE",
+        "post",
+    ),
+}
+
+
+class _BeforeTerms(Section):
     run: RunSection
     model: ModelSection = ModelSection()
     data: DataSection
-    sas: SasSection = SasSection()
+
+
+_owned = {name: term.section_class for name, term in TERMS.items()}
+_owned |= {name: optimizer.OPTIONS for name, optimizer in OPTIMIZERS.items() if optimizer.OPTIONS is not None}
+_fields = {name: (section, section()) for name, section in _owned.items()}
+
+
+class Config(create_model("_WithTerms", __base__=_BeforeTerms, **_fields)):
+    """Everything that defines a run. A term of the objective, and an optimizer with options, have sections of their
+    names."""
+
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
     snapshots: SnapshotSection = SnapshotSection()
@@ -56,16 +81,16 @@ class Config(Section):
     logging: LoggingSection = LoggingSection()
 
     def faults(self) -> list[str]:
-        """A snapshot is a Hugging Face model, which only post-LN models can be; what is measured needs its data."""
+        """What is measured needs its data."""
         faults, evaluation, watch = [], self.evaluation, self.watch
-        for name, wanted in (("snapshots", self.snapshots.due(0, 0)), ("watch", bool(watch.metrics))):
-            if wanted and self.model.norm_placement != "post":
-                faults.append(f"{name}: a model with norm_placement pre has no Hugging Face form; remove the section")
-        often = evaluation.treebank is not None and (evaluation.every or watch.delta or 0) <= (watch.delta or 0)
-        if "uas" in watch.metrics and (not often or evaluation.every is None):
-            faults.append("watch.metrics: uas needs evaluation.treebank, and evaluation.every of at most watch.delta")
-        if evaluation.complexity_sequences is not None and self.data.validation is None:
-            faults.append("evaluation.complexity_sequences: needs data.validation, which is not given")
+        often = evaluation.every is not None and evaluation.every <= (watch.delta or evaluation.every)
+        for owner in EVALUATIONS.values():
+            for key in (metric.key for metric in owner.metrics if metric.key in watch.metrics):
+                if not owner.wanted(evaluation) or not often:
+                    needs = f"evaluation.{owner.input}, and evaluation.every of at most watch.delta"
+                    faults.append(f"watch.metrics: {key} needs {needs}")
+        for owner in EVALUATIONS.values():
+            faults += [f"evaluation.{fault}" for fault in owner.faults(evaluation, self.data.validation is not None)]
         return faults
 
     def bert_config(self, vocab_size: int, pad_token_id: int) -> BertConfig:
@@ -78,43 +103,115 @@ class Config(Section):
             max_position_embeddings=model.max_position_embeddings,
             hidden_dropout=model.hidden_dropout,
             attention_dropout=model.attention_dropout,
-            norm_placement=model.norm_placement,
             attention_backend=model.attention_backend,
         )
 
-    def sas_objective(self) -> SasObjective:
-        """The settings of the SAS term."""
-        return SasObjective(self.sas.mode, self.sas.p, self.sas.directions, self.sas.reduction)
+    def terms(self, special_ids: Sequence[int] = ()) -> dict[str, Term]:
+        """The terms of the run by name; `special_ids` are the tokenizer's."""
+        return make_terms({name: getattr(self, name) for name in TERMS}, special_ids)
+
+    def optimizer_options(self) -> Section | None:
+        """The section of the optimizer, if it has one."""
+        return getattr(self, self.train.optimizer, None)
+
+    def used(self) -> dict[str, dict[str, Any]]:
+        """The sections that this run reads, as YAML has them: none of terms and optimizers that it does not have."""
+        unused = {name for name in TERMS if not is_in_run(name, getattr(self, name))}
+        unused |= set(OPTIMIZERS) - {self.train.optimizer}
+        return {name: values for name, values in self.model_dump(mode="json").items() if name not in unused}
+
+    def differences(self, other: Config) -> dict[str, list[Any]]:
+        """`section.field` to both values, of what is used and differs; None for the one that lacks the section."""
+        before, after = self.used(), other.used()
+        both = {
+            f"{section}.{field}": [before.get(section, {}).get(field), after.get(section, {}).get(field)]
+            for section in Config.model_fields
+            for field in before.get(section) or after.get(section) or {}
+        }
+        return {name: values for name, values in both.items() if values[0] != values[1]}
 
     def to_yaml(self) -> str:
-        """YAML that `load_config` reads back to an equal configuration."""
-        values = self.model_dump(mode="json")
-        values["sas"]["schedule"] = [
-            {name: value for name, value in asdict(stage).items() if value is not None} for stage in self.sas.schedule
-        ]
+        """YAML that `load_config` reads back to an equal configuration.
+
+        Newer fields are left out at their defaults, so that versions without them can read it.
+        """
+        values = self.used()
+        for field in NEWER:
+            if values["train"][field] == TrainSection.model_fields[field].default:
+                del values["train"][field]
         return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), log: Callable[[str], None] = lambda line: None
+) -> Config:
     """Read a YAML file, apply overrides (`--section.field value` or `--section.field=value`), and check everything.
+
+    `log` gets a line for every field of an earlier version that is left out.
 
     Raises:
         InputError: with every fault found, one per line.
     """
-    values = {name: {} if section is None else section for name, section in read_yaml(path).items()}
-    faults = _apply_overrides(values, overrides)
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        faults += [fault for detail in error.errors() for fault in _describe(detail)]
-        raise InputError(_message(path, faults)) from None
+    config, faults, _ = read_config(path, overrides, log)
     if faults:
         raise InputError(_message(path, faults))
     return config
 
 
+def read_config(
+    path: str | Path, overrides: Sequence[str] = (), log: Callable[[str], None] = lambda line: None
+) -> tuple[Config | None, list[str], set[str]]:
+    """As `load_config`, but whatever is wrong: the configuration, its faults, and the fields that they are in.
+
+    Such a field (`section.field`) has its default in the configuration, which is None if a field is missing that has
+    none. So the dry run can look at the rest.
+
+    Raises:
+        InputError: the file is not YAML.
+    """
+    values = {name: {} if section is None else section for name, section in read_yaml(path).items()}
+    faults = _apply_overrides(values, overrides)
+    for (section, field), retired in RETIRED.items():
+        value = values[section].pop(field, None) if isinstance(values.get(section), dict) else None
+        if value is not None and retired.value not in (None, value):
+            faults.append(f"{section}.{field}: {value!r} is no longer possible: {retired.reason}")
+        elif value is not None:
+            log(f"{path}: {section}.{field} is ignored: {retired.reason}")
+    try:
+        return Config.model_validate(values), faults, set()
+    except ValidationError as error:
+        details = error.errors()
+    described = [fault for detail in details for fault in _describe(detail)]
+    for detail in details:
+        _leave_out(values, detail)
+    try:
+        config = Config.model_validate(values, context=PARTLY)
+    except ValidationError:
+        config = None
+    return config, faults + described, {fault.partition(":")[0] for fault in described}
+
+
+def _leave_out(values: dict[str, Any], detail: dict[str, Any]) -> None:
+    """Give the field in which a fault of validation is its default, or some value if it has none."""
+    section, *rest = detail["loc"] or (None,)
+    if section not in Config.model_fields:
+        values.pop(section, None)
+        return
+    if not isinstance(values.get(section), dict):
+        values[section] = {}
+    fields = Config.model_fields[section].annotation.model_fields
+    for name in rest[:1]:
+        values[section].pop(name, None)
+    for name, field in fields.items():
+        if field.is_required() and name not in values[section]:
+            values[section][name] = 1 if field.annotation is int else "?"
+
+
 def help_text() -> str:
-    """Every field with its type, default and meaning, for `--help`."""
+    """Every field with its type, default and meaning: what `config_help.txt` holds, which `--help` prints.
+
+    Written by `python -m megatron_sas.config > megatron_sas/config_help.txt` when a section has changed.
+    """
     lines = ["Fields (in the YAML file, or as --section.field value):"]
     for section, info in Config.model_fields.items():
         lines.append(f"\n{section}: {(info.annotation.__doc__ or '').strip().splitlines()[0]}")
@@ -170,6 +267,7 @@ def _may_be_list(section: str, field: str) -> bool:
 def _describe(detail: dict[str, Any]) -> list[str]:
     """One pydantic fault as phrases: where, what, and for typos what was probably meant."""
     location = [str(part) for part in detail["loc"]]
+    kind = next((location.pop(i + 1) for i, name in enumerate(location[:-1]) if name == "schedule"), None)
     where = ".".join(location)
     if detail["type"] == "value_error":  # from `Section.faults`
         return [".".join([*location, fault]) for fault in str(detail["ctx"]["error"]).split(FAULT_SEPARATOR)]
@@ -178,7 +276,7 @@ def _describe(detail: dict[str, Any]) -> list[str]:
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = list(Config.model_fields)
         if detail["type"] == "unexpected_keyword_argument":
-            known = [field.name for field in fields(Stage)]
+            known = [field.name for field in fields(Stage if kind == "stages" else SCHEDULES[kind])]
         elif len(location) > 1:
             known = list(Config.model_fields[location[0]].annotation.model_fields)
         close = difflib.get_close_matches(location[-1], known, n=1)
@@ -209,23 +307,5 @@ def _type_name(annotation: Any) -> str:
     return "list"
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The command line of `pretrain_mlm.py`: `--config FILE` and overrides.
-
-    `--local_rank` is what the `deepspeed` launcher appends; the environment says the same.
-    """
-    parser = argparse.ArgumentParser(
-        description="Pretrain a BERT masked language model while watching and steering Syntactic Attention Structure. "
-        "Start it with deepspeed, torchrun, srun (one task per device) or plain python.",
-        epilog=help_text(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", required=True, metavar="FILE.yaml", help="configuration; see examples/")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check environment, configuration, data, disk and memory, make one step, write nothing; exit code 2 when "
-        "something is wrong",
-    )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_known_args(arguments)
+if __name__ == "__main__":
+    print(help_text())

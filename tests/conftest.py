@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from browser import browser  # noqa: F401 (a fixture)
 from interpreter import interpret_kernels
+from small_data import make_packed, vocab_file, wordless_tokenizer  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,6 +23,14 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"real data not found at {path}; set MEGATRON_SAS_DATA")
     return path
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A YAML file for tiny runs of 6 updates, half of whose sequences have no parse."""
+    from engine_runs import write_inputs  # which imports more than most tests need
+
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

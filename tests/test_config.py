@@ -6,12 +6,16 @@ import typing
 from pathlib import Path
 
 import pytest
+import yaml
 
-from megatron_sas.cli import InputError
-from megatron_sas.config import Config, help_text, load_config, parse_arguments
-from megatron_sas.config_sections import ModelSection, TrainSection, When
+from megatron_sas.config import Config, help_text, load_config
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.settings import When
 from megatron_sas.kernels import BACKENDS
-from megatron_sas.objective.schedule import Stage, sas_weight
+from megatron_sas.launch.arguments import parse_arguments
+from megatron_sas.model.section import ModelSection
+from megatron_sas.optim.schedules import Cosine, Linear, Stage, Stages, Wsd
+from megatron_sas.optim.section import TrainSection
 
 MINIMAL = """
 run: {output_dir: runs/a}
@@ -45,9 +49,9 @@ def test_defaults_are_the_papers(tmp_path):
         1_000_000,
     )
     assert (train.adam_betas, train.adam_eps, train.weight_decay, train.grad_clip) == ((0.9, 0.999), 1e-8, 0.0, 1.0)
-    assert (config.data.mask_prob, config.sas.mode, config.sas.schedule) == (0.15, "max", ())
+    assert (config.data.mask_prob, config.sas.mode, config.sas.schedule) == (0.15, "max", Stages([]))
     bert = config.bert_config(vocab_size=30522, pad_token_id=0)
-    assert (bert.num_layers, bert.hidden_size, bert.hidden_dropout, bert.norm_placement) == (12, 768, 0.1, "post")
+    assert (bert.num_layers, bert.hidden_size, bert.hidden_dropout, bert.attention_dropout) == (12, 768, 0.1, 0.1)
 
 
 def test_all_faults_at_once(tmp_path):
@@ -100,6 +104,22 @@ checkpoint: {dense_every: 5}
             "sas: {schedule: [{start: 0, value: 1, end: 5}, {start: 3, value: 2}]}",
             "sas.schedule: stages 0 and 1 overlap: stage 0 lasts until 5, stage 1 starts at 3",
         ),
+        (
+            "sas: {schedule: {kind: cosin, value: 1}}",
+            "sas.schedule: should be a list of stages or a kind: linear, cosine, wsd, not {'kind': 'cosin', ",
+        ),
+        (
+            "sas: {schedule: {kind: wsd, value: 1, decay_horizon: 9, decay_step: 3}}",
+            "sas.schedule.decay_step: unknown field; did you mean decay_steps?",
+        ),
+        (
+            "sas: {schedule: {kind: cosine, value: 1, decay_horizon: 0}}",
+            "sas.schedule.decay_horizon: input should be greater than or equal to 1, not 0",
+        ),
+        (
+            "sas: {schedule: {kind: cosine, value: 1, decay_horizon: 9, warmup_steps: 9}}",
+            "sas.schedule.warmup_steps: 9 is not before decay_horizon 9",
+        ),
         ("evaluation: {complexity_sequences: 50}", "evaluation.complexity_sequences: needs data.validation"),
         ("watch: {metrics: [loss]}", "watch.delta: is required when metrics are watched"),
         (
@@ -111,10 +131,7 @@ checkpoint: {dense_every: 5}
             "watch.metrics: uas needs evaluation.treebank, and evaluation.every of at most watch.delta",
         ),
         ("watch: {metrics: [uas], delta: 10}", "watch.metrics: uas needs evaluation.treebank, and"),
-        (
-            "watch: {metrics: [loss], delta: 10}\nmodel: {norm_placement: pre}",
-            "watch: a model with norm_placement pre has no Hugging Face form",
-        ),
+        ("model: {norm_placement: pre}", "model.norm_placement: 'pre' is no longer possible: LayerNorm comes after"),
     ],
 )
 def test_one_fault_is_one_line(tmp_path, section, message):
@@ -123,7 +140,7 @@ def test_one_fault_is_one_line(tmp_path, section, message):
 
 def test_backends_are_the_kernels():
     annotation = ModelSection.model_fields["attention_backend"].annotation
-    assert typing.get_args(annotation) == BACKENDS
+    assert typing.get_args(annotation) == ("auto", *BACKENDS)
 
 
 def test_zero_3_is_not_compiled(tmp_path):
@@ -141,6 +158,31 @@ def test_zero_3_is_not_compiled(tmp_path):
         (["--train.learning_rate", "-1e-4"], "train.learning_rate: input should be greater than 0, not -0.0001"),
         (["--train.steps", "1.5"], "train.steps: input should be a valid integer"),
         (["--train.adam_betas", "[0.9, 1]"], "train.adam_betas: [0.9, 1.0] must be at least 0 and less than 1"),
+        (
+            ["--train.schedule", "cosin"],
+            "train.schedule: should be a list of stages or a kind: linear, cosine, wsd",
+        ),
+        (
+            ["--train.schedule", "{kind: cosine, warmup_steps: 3}"],
+            "train.schedule: should leave warmup_steps to train.warmup_steps",
+        ),
+        (
+            ["--train.schedule", "{kind: wsd, decay_steps: 0}"],
+            "train.schedule.decay_steps: input should be greater than",
+        ),
+        (
+            ["--train.schedule", "{kind: wsd, steps: 1}"],
+            "train.schedule.steps: unknown field; did you mean decay_steps?",
+        ),
+        (
+            ["--train.schedule", "{kind: wsd, decay_steps: 999000}"],
+            "train.warmup_steps: 10000 is after the decay begins, at step 1000",
+        ),
+        (
+            ["--train.schedule", "[{start: 0, end: 50, value: 1e-4}]"],
+            "train.steps: 100 is beyond the end of schedule's stages 50, where lr reaches 0",
+        ),
+        (["--train.schedule", "-1e-4"], "train.schedule: a learning rate must not be negative"),
         (["--train.steps"], "--train.steps: has no value"),
         (["--train.steps", "--run.seed", "3"], "--train.steps: has no value"),
         (["--steps", "3"], "2 faults:\n  --steps: not an override; write --section.field value"),
@@ -188,7 +230,7 @@ def test_overrides(tmp_path):
     )
     assert config.train.learning_rate == 1e-3  # the last one counts
     assert config.train.grad_clip == 0
-    assert config.sas.schedule == (Stage(0, -0.01),)
+    assert config.sas.schedule == Stages([Stage(0, -0.01)])
     assert config.logging.every == 3
     assert config.evaluation.at == (3, 5)
     assert config.data.train == "other/a.b"
@@ -219,6 +261,8 @@ def test_numbers_as_people_write_them(tmp_path, number):
         "-0.001",
         "[{start: 0, end: 3000, value: 1e-3}]",
         "[{start: 5, value: 0.1}, {start: 0, end: 5, value: 0, end_value: 0.1}]",
+        "{kind: cosine, value: -0.1, decay_horizon: 9, warmup_steps: 2}",
+        "{kind: wsd, value: 0.1, decay_horizon: 9, decay_steps: 3}",
     ],
 )
 def test_yaml_round_trip(tmp_path, schedule):
@@ -230,9 +274,25 @@ def test_yaml_round_trip(tmp_path, schedule):
     )
     again = load(tmp_path, config.to_yaml())
     assert again == config
-    assert [sas_weight(again.sas.schedule, s) for s in range(10)] == [
-        sas_weight(config.sas.schedule, s) for s in range(10)
-    ]
+    assert [again.sas.schedule(s) for s in range(10)] == [config.sas.schedule(s) for s in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("written", "schedule"),
+    [
+        ("linear", Linear(1e-4, 1_000_000, 10_000)),
+        ("cosine", Cosine(1e-4, 1_000_000, 10_000)),
+        ("{kind: wsd, decay_steps: 200000}", Wsd(1e-4, 1_000_000, 10_000, 200_000)),
+        ("[{start: 0, end: 400, value: 1e-3}]", Stages([Stage(0, 1e-3, 400)])),
+    ],
+)
+def test_schedules_of_the_learning_rate(tmp_path, written, schedule):
+    """They take peak, warm-up and horizon from fields of their own, also where those are overridden later."""
+    config = load(tmp_path, MINIMAL, "--train.schedule", written)
+    assert config.train.schedule == schedule
+    again = load(tmp_path, config.to_yaml(), "--train.learning_rate", "2e-4")
+    assert again.train.schedule(10_000) == (2e-4 if written[0] != "[" else 0.0)
+    assert load(tmp_path, config.to_yaml()) == config
 
 
 @pytest.mark.parametrize(
@@ -241,6 +301,16 @@ def test_yaml_round_trip(tmp_path, schedule):
 def test_examples_are_sound(example):
     config = load_config(example)
     assert config == load_config(example, ["--train.steps", str(config.train.steps)])
+
+
+def test_what_earlier_versions_lack_is_written_only_where_it_is_used(tmp_path):
+    """They refuse fields that they do not know, and can continue a run without them."""
+    plain = yaml.safe_load(load(tmp_path, MINIMAL).to_yaml())
+    assert not {"schedule", "optimizer"} & set(plain["train"])
+    assert list(plain) == [
+        *("run", "model", "data", "sas", "train", "checkpoint", "snapshots", "watch", "evaluation", "logging")
+    ]
+    assert yaml.safe_load(load(tmp_path, MINIMAL, "--train.schedule", "wsd").to_yaml())["train"]["schedule"] == "wsd"
 
 
 def test_when():
@@ -276,6 +346,20 @@ def test_help_names_every_field():
         for name, field in info.annotation.model_fields.items():
             assert f"{section}.{name} (" in text
             assert field.description in text
+
+
+def test_retired_fields_are_ignored_with_one_line_each(tmp_path):
+    lines: list[str] = []
+    expected = load(tmp_path, MINIMAL + "model: {size: tiny}")
+    path = tmp_path / "old.yaml"
+    path.write_text(MINIMAL + "model: {norm_placement: post, size: tiny}\nevaluation: {max_time_share: 0.1}")
+    assert load_config(path, [], lines.append) == expected
+    assert [line.split(": ")[1] for line in lines] == [
+        "evaluation.max_time_share is ignored",
+        "model.norm_placement is ignored",
+    ]
+    with pytest.raises(InputError, match=r"norm_placement: 'pre' is no longer possible: .*no Hugging Face form"):
+        load_config(path, ["--model.norm_placement=pre"])
 
 
 def test_command_line():

@@ -13,7 +13,7 @@ import pytest
 from blanked_treebank import BLANKED
 from engine_runs import free_port
 
-from megatron_sas.metrics.records import read_records
+from megatron_sas.run.records import read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = Path(sys.executable).parent / "deepspeed"
@@ -111,7 +111,7 @@ def test_snapshots_of_a_watched_run_bracket_the_jump(tmp_path):
         *(sys.executable, "pretrain_mlm.py", "--config", "examples/toy.yaml", "--run.output_dir", directory),
         *("--data.train", data / "train", "--data.validation", data / "validation", "--train.steps", 950),
         *("--evaluation.treebank", corpus / "treebank.conllu", "--evaluation.treebank_sentences", 100),
-        *("--evaluation.blimp=", "--evaluation.every", 20, "--evaluation.max_time_share", 0.9),
+        *("--evaluation.blimp=", "--evaluation.every", 20),
         *("--checkpoint.every", 950, "--watch.metrics", "[uas, loss]", "--watch.delta", 100, "--watch.start", 100),
         *("--watch.every", 20, "--watch.keep", 15),
     )

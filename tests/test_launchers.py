@@ -10,8 +10,8 @@ import pytest
 from engine_runs import ROOT, free_port, launch, records, train, write_inputs
 
 import pretrain_mlm
-from megatron_sas.cli import CommonError, InputError
-from megatron_sas.engine.signals import StopRequest
+from megatron_sas.core.cli import CommonError, InputError
+from megatron_sas.run.signals import StopRequest
 
 SCRIPT = ROOT / "pretrain_mlm.py"
 NO_COMPILER = {"CXX": "/nowhere/g++", "TORCH_EXTENSIONS_DIR": "/nowhere"}

@@ -16,7 +16,7 @@ import pytest
 from engine_runs import LAUNCHER_VARIABLES, ROOT, largest_difference, records, train, weights, write_inputs
 from synthetic_data import write_vocabulary
 
-from megatron_sas.metrics.records import read_records
+from megatron_sas.run.records import read_records
 
 STAND_INS = ROOT / "tests" / "slurm" / "bin"
 SCRIPTS = ROOT / "examples" / "slurm"

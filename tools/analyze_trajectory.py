@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from megatron_sas.analysis.analyse import analyse
-from megatron_sas.analysis.loading import read_inputs, sweep_title
-from megatron_sas.analysis.report import write_analysis
-from megatron_sas.analysis.run_onsets import default_delta
-from megatron_sas.analysis.trajectories import conditions
-from megatron_sas.cli import InputError, run_main
-from megatron_sas.files import atomic_directory, refuse_existing
+import _checkout
+from megatron_sas.core.cli import InputError, run_main
+from megatron_sas.core.files import atomic_directory, check_absent
 
 DESCRIPTION = """\
 Find when loss, syntactic attention (UAS) and grammatical ability (BLiMP) break in the course of training, compare
@@ -34,15 +27,21 @@ Writes into the output directory (docs/analysis.md explains every rule):
 
 def main() -> None:
     arguments = parse_arguments()
-    refuse_existing(arguments.output, arguments.overwrite)
+    check_absent(arguments.output, arguments.overwrite)
     if arguments.delta is not None and not arguments.delta > 0:
         raise InputError(f"--delta: {arguments.delta:g} is not a positive number of steps")
     if arguments.replicates < 0:
         raise InputError(f"--replicates: {arguments.replicates} is negative; give 0 for no resampling")
     if arguments.seed < 0:
         raise InputError(f"--seed: {arguments.seed} is negative; give 0 or more")
+    from megatron_sas.report.analyse import analyse
+    from megatron_sas.report.load import read_inputs, sweep_title
+    from megatron_sas.report.report import write_analysis
+    from megatron_sas.report.run_onsets import default_delta
+    from megatron_sas.report.trajectories import group_by_condition
+
     runs, notes = read_inputs(arguments.run, arguments.labels)
-    conditions(runs)  # reports labels that mix base and regularized runs before any work is done
+    group_by_condition(runs)  # reports labels that mix base and regularized runs before any work is done
     delta, title = arguments.delta or default_delta(runs), sweep_title(arguments.run)
     analysis = analyse(runs, delta, arguments.replicates, arguments.seed, notes, title)
     with atomic_directory(arguments.output, arguments.overwrite) as directory:

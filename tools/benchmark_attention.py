@@ -20,39 +20,34 @@ largest of dq, dk, dv; with dropout, whose masks differ, it is not measured.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import _checkout
+from megatron_sas.core.cli import InputError, first_line, run_main
+from megatron_sas.core.device import DEVICE_HELP, DTYPES, choose_device
+from megatron_sas.core.files import check_absent, write_json_atomic
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch._functorch import config as functorch_config
-from torch.nn.attention import SDPBackend, sdpa_kernel
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-from megatron_sas.cli import InputError, first_line, run_main
-from megatron_sas.device import DEVICE_HELP, choose_device
-from megatron_sas.files import refuse_existing, write_json_atomic
-from megatron_sas.kernels import BACKENDS, dependency_attention
-from megatron_sas.metrics.benchmark import Times, describe_device, time_interleaved
+    from megatron_sas.core.benchmark import Times
 
 PEERS = {
-    "cpu": {"torch sdpa": SDPBackend.FLASH_ATTENTION},
+    "cpu": {"torch sdpa": "FLASH_ATTENTION"},
     "cuda": {
-        "torch flash (FA2)": SDPBackend.FLASH_ATTENTION,
-        "torch cudnn": SDPBackend.CUDNN_ATTENTION,
-        "torch efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "torch flash (FA2)": "FLASH_ATTENTION",
+        "torch cudnn": "CUDNN_ATTENTION",
+        "torch efficient": "EFFICIENT_ATTENTION",
     },
 }
-"""torch's own kernels by kind of device."""
+"""torch's own kernels by kind of device, by their names in `SDPBackend`."""
 EXACT_SEQUENCES = 2  # whole maps in float64 are large; sequences do not depend on each other
 QUEUE_SECONDS = 0.02  # on a GPU
 GRADIENTS = ("none", "max", "uniform")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {**DTYPES, "fp16": "float16"}
 
 
 class Variant:
@@ -70,11 +65,15 @@ class Variant:
 
     def backward(self) -> tuple[Tensor, ...]:
         """Gradients of q, k and v; can be repeated."""
+        import torch
+
         return torch.autograd.grad(self.outputs, self.qkv, self.gradients, retain_graph=True)
 
 
 def short_heads(batch: int, seq: int, device: torch.device) -> Tensor:
     """int64 `(B, S)`: three tokens in four have a head, most of them one to three tokens away."""
+    import torch
+
     distance = torch.empty(batch, seq, device=device).geometric_(0.35).long()
     heads = (
         torch.arange(seq, device=device) + torch.where(torch.rand(batch, seq, device=device) < 0.5, -1, 1) * distance
@@ -84,16 +83,26 @@ def short_heads(batch: int, seq: int, device: torch.device) -> Tensor:
 
 
 def build_variants(
-    arguments: argparse.Namespace, batch: int, seq: int, dim: int, device: torch.device, left_out: dict[str, str]
+    arguments: argparse.Namespace,
+    batch: int,
+    seq: int,
+    dim: int,
+    device: torch.device,
+    left_out: dict[str, str],
 ) -> list[tuple]:
     """(backend, gradient, variant, the same in float64) for every backend that takes such inputs, and the peers.
 
     `left_out` gets the others, with the reason.
     """
+    import torch
+    from torch._functorch import config as functorch_config
+
+    from megatron_sas.kernels import BACKENDS
+
     torch._dynamo.reset()  # or FlexAttention would not be compiled for more than eight sizes
     functorch_config.donated_buffer = False  # or what is compiled refuses to repeat a backward
     torch.manual_seed(arguments.seed)
-    num_heads, dtype = arguments.num_heads, DTYPES[arguments.precision]
+    num_heads, dtype = arguments.num_heads, getattr(torch, PRECISIONS[arguments.precision])
     q, k, v = torch.randn(batch, seq, 3, num_heads, dim, device=device).to(dtype).permute(2, 0, 3, 1, 4)
     grad_out = torch.randn(batch, seq, num_heads, dim, device=device).to(dtype).transpose(1, 2)
     heads = short_heads(batch, seq, device)
@@ -113,7 +122,7 @@ def build_variants(
                 [x[:EXACT_SEQUENCES].double() for x in (q, k, v)],
                 [g[:EXACT_SEQUENCES].double() for g in gradients],
             )
-        candidates = {name: _ours(name, used, arguments.dropout) for name in BACKENDS if name != "auto"}
+        candidates = {name: _ours(name, used, arguments.dropout) for name in BACKENDS}
         if gradient == "none":
             candidates |= {name: _peer(kind, arguments.dropout) for name, kind in PEERS[device.type].items()}
         for name, attend in candidates.items():
@@ -127,6 +136,8 @@ def build_variants(
 
 
 def _ours(backend: str, heads: Tensor | None, dropout_p: float) -> Callable[..., tuple]:
+    from megatron_sas.kernels import dependency_attention
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple:
         used = None if heads is None else heads[: len(q)]
         return dependency_attention(q, k, v, used, dropout_p=dropout_p, backend=backend)
@@ -134,10 +145,13 @@ def _ours(backend: str, heads: Tensor | None, dropout_p: float) -> Callable[...,
     return attend
 
 
-def _peer(kind: SDPBackend, dropout_p: float) -> Callable[..., tuple]:
+def _peer(kind: str, dropout_p: float) -> Callable[..., tuple]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple:
-        with sdpa_kernel(kind):
-            return (F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p),)
+        with sdpa_kernel(getattr(SDPBackend, kind)):
+            return (scaled_dot_product_attention(q, k, v, dropout_p=dropout_p),)
 
     return attend
 
@@ -152,6 +166,8 @@ def measure(
     arguments: argparse.Namespace, seq: int, dim: int, device: torch.device, left_out: dict[str, str]
 ) -> list[dict[str, Any]]:
     """One record for each backend and gradient at this size; `left_out` gets what has none, with the reason."""
+    from megatron_sas.core.benchmark import time_interleaved
+
     batch = arguments.batch if arguments.tokens is None else max(1, arguments.tokens // seq)
     rows = build_variants(arguments, batch, seq, dim, device, left_out)
     actions = {f"{row[2].name} {part}": getattr(row[2], part) for row in rows for part in ("forward", "backward")}
@@ -184,6 +200,8 @@ def measure(
 
 def peak_memory(variant: Variant, device: torch.device) -> int | None:
     """Bytes that a forward and backward hold at most, inputs aside; None where torch does not count them."""
+    import torch
+
     if device.type != "cuda":
         return None
     variant.outputs = []
@@ -229,7 +247,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0, help="of attention probabilities (0)")
     parser.add_argument("--rounds", type=int, default=10, help="rounds in which every variant runs once (10)")
     parser.add_argument("--device", help=DEVICE_HELP)
-    parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32", help="of q, k and v (fp32)")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help="of q, k and v (fp32)")
     parser.add_argument("--threads", type=int, help="CPU threads (torch's default)")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (0)")
     parser.add_argument("--output", metavar="FILE.json", help="write the records here")
@@ -242,7 +260,11 @@ def main() -> None:
     if not 0.0 <= arguments.dropout < 1.0:
         raise InputError("--dropout: must be at least 0 and less than 1")
     if arguments.output:
-        refuse_existing(arguments.output, arguments.overwrite)
+        check_absent(arguments.output, arguments.overwrite)
+    import torch
+
+    from megatron_sas.core.benchmark import describe_device
+
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = choose_device(arguments.device)

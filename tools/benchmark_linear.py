@@ -11,25 +11,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _checkout
+from megatron_sas.core.cli import InputError, run_main
+from megatron_sas.core.files import check_absent, write_json_atomic
+from megatron_sas.model.config import SIZES, BertConfig
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from megatron_sas.cli import InputError, run_main
-from megatron_sas.files import refuse_existing, write_json_atomic
-from megatron_sas.kernels.linear import linear
-from megatron_sas.metrics.benchmark import describe_device, median_ratio, time_interleaved
-from megatron_sas.model import SIZES, BertConfig
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MASK_PROB = 0.15
-FUNCTIONS = {"ours": linear, "torch": F.linear}
 
 
 def matrices(config: BertConfig, tokens: int) -> dict[str, tuple[int, int, int]]:
@@ -48,6 +41,8 @@ def matrices(config: BertConfig, tokens: int) -> dict[str, tuple[int, int, int]]
 
 def product(function: Callable[..., Tensor], rows: int, inputs: int, outputs: int) -> dict[str, Callable[[], Any]]:
     """Closures that take a product forward, and backward after it."""
+    import torch
+
     x, weight, bias = (torch.randn(s, requires_grad=True) for s in ((rows, inputs), (outputs, inputs), (outputs,)))
     grad = torch.randn(rows, outputs)
     output = function(x, weight, bias)
@@ -64,15 +59,21 @@ def product(function: Callable[..., Tensor], rows: int, inputs: int, outputs: in
 
 def measure(config: BertConfig, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each matrix."""
+    import torch
+
+    from megatron_sas.core.benchmark import median_ratio, time_interleaved
+    from megatron_sas.kernels.cpu_linear import linear
+
+    functions = {"ours": linear, "torch": torch.nn.functional.linear}
     rows = []
     for name, shape in matrices(config, arguments.batch * arguments.seq_length).items():
         flops = 2.0 * shape[0] * shape[1] * shape[2]
         row: dict[str, Any] = {"matrix": name, "rows": shape[0], "inputs": shape[1], "outputs": shape[2]}
-        actions = {who: product(function, *shape) for who, function in FUNCTIONS.items()}
+        actions = {who: product(function, *shape) for who, function in functions.items()}
         for direction, factor in (("forward", 1.0), ("backward", 2.0)):
-            variants = {who: actions[who][direction] for who in FUNCTIONS}
+            variants = {who: actions[who][direction] for who in functions}
             times = time_interleaved(variants, arguments.rounds, torch.device("cpu"))
-            row[direction] = {who: factor * flops / statistics.median(times[who].wall) / 1e9 for who in FUNCTIONS}
+            row[direction] = {who: factor * flops / statistics.median(times[who].wall) / 1e9 for who in functions}
             row[direction]["ratio"] = median_ratio(times["torch"].wall, times["ours"].wall)
         rows.append(row)
     return rows
@@ -112,13 +113,17 @@ def parse_arguments() -> argparse.Namespace:
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name.replace('_', '-')}: must be at least 1")
     if arguments.output:
-        refuse_existing(arguments.output, arguments.overwrite)
+        check_absent(arguments.output, arguments.overwrite)
     return arguments
 
 
 def main() -> None:
     """Measure, print a table, write the JSON."""
     arguments = parse_arguments()
+    import torch
+
+    from megatron_sas.core.benchmark import describe_device
+
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

@@ -16,26 +16,26 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _checkout
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import numpy as np
-import torch
-
-from megatron_sas.cli import InputError, run_main
-from megatron_sas.data.mlm_dataset import MLMDataset, PrefetchLoader
+from megatron_sas.core.cli import InputError, run_main
+from megatron_sas.core.files import check_absent, write_json_atomic
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer
-from megatron_sas.files import refuse_existing, write_json_atomic
-from megatron_sas.metrics.benchmark import Times, describe_device, median_ratio, time_interleaved
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_sas.core.benchmark import Times
 
 MASK_PROB = 0.15
 PEERS = ("hf", "hf, torch", "hf, heads")
@@ -43,6 +43,9 @@ PEERS = ("hf", "hf, torch", "hf, heads")
 
 def our_batches(packed: PackedData, batch: int, prefetch: bool) -> Callable[[int], Iterator[torch.Tensor]]:
     """A function that gives the masked ids of the batches of a number of steps."""
+    from megatron_sas.data.loader import PrefetchLoader
+    from megatron_sas.data.mlm_dataset import MLMDataset
+
     data = MLMDataset(
         packed, seed=1, mask_prob=MASK_PROB, global_batch_size=batch, micro_batch_size=batch, rank=0, world_size=1
     )
@@ -64,6 +67,8 @@ def hf_batches(
 ) -> Callable[[int], Iterator[torch.Tensor]]:
     """The same for a `datasets.Dataset` on disk, DataLoader and DataCollatorForLanguageModeling."""
     import datasets
+    import numpy as np
+    import torch
     from torch.utils.data import DataLoader
     from transformers import DataCollatorForLanguageModeling
 
@@ -99,7 +104,11 @@ def main() -> None:
     """Measure in turns and print a table."""
     arguments = parse_arguments()
     if arguments.output is not None:
-        refuse_existing(arguments.output, arguments.overwrite)
+        check_absent(arguments.output, arguments.overwrite)
+    import torch
+
+    from megatron_sas.core.benchmark import describe_device, time_interleaved
+
     packed = PackedData(arguments.data)
     if packed.num_sequences < arguments.batch:
         raise InputError(f"--batch {arguments.batch}: {arguments.data} has only {packed.num_sequences} sequences")
@@ -143,6 +152,8 @@ def consume(loader: Callable[[int], Iterator[torch.Tensor]], steps: int) -> None
 
 def summary(times: dict[str, Times], tokens: dict[str, int]) -> dict[str, Any]:
     """Tokens per second (medians), and ours / theirs."""
+    from megatron_sas.core.benchmark import median_ratio
+
     clocks = ("wall", "cpu")
     speeds = {
         name: {clock: tokens[name] / statistics.median(getattr(row, clock)) for clock in clocks}

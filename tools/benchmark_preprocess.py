@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import _checkout
 
 # As in tools/preprocess_data.py: before numpy is imported.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "RAYON_NUM_THREADS"):
@@ -28,11 +27,13 @@ import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from megatron_sas.cli import InputError, run_main  # noqa: E402
-from megatron_sas.data.parses import SPACY_BATCH, describe_parser, load_spacy  # noqa: E402
-from megatron_sas.data.preprocess import PreprocessSettings, preprocess  # noqa: E402
-from megatron_sas.data.sources import Reading, read_units  # noqa: E402
-from megatron_sas.files import refuse_existing, write_json_atomic  # noqa: E402
+from megatron_sas.core.cli import InputError, run_main  # noqa: E402
+from megatron_sas.core.files import check_absent, write_json_atomic  # noqa: E402
+from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess  # noqa: E402
+from megatron_sas.corpus.parsers.registry import describe_parser  # noqa: E402
+from megatron_sas.corpus.parsers.spacy import SPACY_BATCH, load_spacy  # noqa: E402
+from megatron_sas.corpus.readers.base import Reading  # noqa: E402
+from megatron_sas.corpus.readers.registry import read_units  # noqa: E402
 
 
 def bare_pipe(texts: list[str], model: str, workers: int) -> int:
@@ -63,7 +64,7 @@ def main() -> None:
     if not arguments.parser.startswith("spacy:"):
         raise InputError(f"--parser {arguments.parser}: only spacy:MODEL has a bare pipe to compare with")
     if arguments.output:
-        refuse_existing(arguments.output)
+        check_absent(arguments.output)
     version, model = describe_parser(arguments.parser), arguments.parser.removeprefix("spacy:")
     texts: list[str] = []
     words = 0

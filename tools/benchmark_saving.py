@@ -23,29 +23,21 @@ import argparse
 import os
 import shutil
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _checkout
+from megatron_sas.core.cli import InputError, run_main
+from megatron_sas.core.files import check_absent, write_json_atomic
+from megatron_sas.run.directory import RunDirectory
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from megatron_sas import distributed
-from megatron_sas.cli import InputError, run_main
-from megatron_sas.config import Config, load_config
-from megatron_sas.engine.engine import Engine
-from megatron_sas.engine.environment import initialize_distributed
-from megatron_sas.engine.saving import Saver
-from megatron_sas.engine.setup import Parts, build_parts
-from megatron_sas.files import refuse_existing, write_json_atomic
-from megatron_sas.metrics.benchmark import Times, describe_device, median_ratio, time_interleaved
-from megatron_sas.model.pretrained import checkpoints_directory
-from megatron_sas.model.trajectory import SNAPSHOTS
-from megatron_sas.objective.pretraining import MaskedLMWithSas
-from megatron_sas.objective.schedule import sas_weight
+    from megatron_sas.config import Config
+    from megatron_sas.core.benchmark import Times
 
 NO_EVALUATION = ("--evaluation.treebank", "null", "--evaluation.blimp", "null")
 WARMUP = 1
@@ -55,33 +47,40 @@ class Run:
     """A training run without its loop: updates, and saves of several kinds."""
 
     def __init__(self, config: Config, device: torch.device, every: int) -> None:
+        from megatron_sas.objective.pretraining import MaskedLMWithTerms
+        from megatron_sas.train.build import build_state, make_saver
+        from megatron_sas.train.step import Engine
+
         self.config, self.every, self.step = config, every, 0
-        self.directory = Path(config.run.output_dir)
-        parts: Parts = build_parts(config, lambda _: None)
-        self.dataset = parts.dataset
-        self.engine = Engine(MaskedLMWithSas(parts.bert, config.sas_objective()), config.train, config.run.seed, device)
-        self.saver = Saver(config, self.engine, parts.bert.config, parts.tokenizer)
+        self.run = RunDirectory(Path(config.run.output_dir))
+        state = build_state(config, lambda _: None)
+        self.dataset, self.terms = state.dataset, state.terms
+        module = MaskedLMWithTerms(state.bert, self.terms)
+        self.engine = Engine(module, config.train, config.run.seed, device, config.optimizer_options())
+        self.saver = make_saver(config, self.engine, state)
 
     def updates(self) -> None:
         """`every` updates, the messages of a save under way travelling with them, and the end of that save."""
+        from megatron_sas.objective.terms import weights
+
         for _ in range(self.every):
-            weight = sas_weight(self.config.sas.schedule, self.step)
+            weight = weights(self.terms, self.step)
             window = self.dataset.window(self.step)
-            result = self.engine.update(window, weight, measure_sas=False, flags=self.saver.flags())
+            result = self.engine.update(window, weight, measure=False, flags=self.saver.flags())
             self.saver.react(*result.flags)
             self.step += 1
         self.saver.finish()
 
     def save(self, *, checkpoint: bool, snapshot: bool, wait: bool) -> None:
         """Begin a save, maybe wait for it, then make updates."""
-        self.saver.begin(self.step, {}, checkpoint=checkpoint, snapshot=SNAPSHOTS if snapshot else None)
+        self.saver.begin(self.step, {}, checkpoint=checkpoint, snapshot=self.run.snapshots if snapshot else None)
         if wait:
             self.saver.finish()
         self.updates()
 
     def save_with_deepspeed(self) -> None:
         """DeepSpeed's own, over the one before, then updates."""
-        self.engine._engine.save_checkpoint(str(self.directory / "deepspeed"), tag="newest", save_latest=False)
+        self.engine._engine.save_checkpoint(str(self.run.path / "deepspeed"), tag="newest", save_latest=False)
         self.updates()
 
 
@@ -99,18 +98,26 @@ def variants(run: Run) -> dict[str, Callable[[], None]]:
 def main() -> None:
     """Measure in turns and print a table."""
     arguments, overrides = parse_arguments()
+    import torch
+
+    from megatron_sas.config import load_config
+    from megatron_sas.core import distributed
+    from megatron_sas.core.benchmark import describe_device, time_interleaved
+    from megatron_sas.launch.environment import initialize_distributed
+
     config = load_config(arguments.config, [*overrides, *NO_EVALUATION, "--checkpoint.keep_last", "1"])
     directory = Path(config.run.output_dir)
     if os.path.lexists(directory):
         raise InputError(f"run.output_dir: {directory} exists; name a directory to be made and removed")
     if arguments.output is not None:
-        refuse_existing(arguments.output, arguments.overwrite)
+        check_absent(arguments.output, arguments.overwrite)
     torch.set_num_threads(arguments.threads)
     device = initialize_distributed(config.run.timeout_minutes)
     try:
         run = Run(config, device, arguments.every)
         times = time_interleaved(variants(run), arguments.rounds, device, warmup=WARMUP)
-        sizes = {"checkpoint": _largest(checkpoints_directory(directory)), "snapshot": _largest(directory / SNAPSHOTS)}
+        written = RunDirectory(directory)
+        sizes = {"checkpoint": _largest(written.checkpoints), "snapshot": _largest(written.snapshots)}
     finally:
         distributed.barrier()
         if distributed.is_main():
@@ -130,7 +137,7 @@ def main() -> None:
         if arguments.output is not None:
             write_json_atomic(arguments.output, result)
             print(f"wrote {arguments.output}")
-    distributed.leave()
+    distributed.shutdown()
 
 
 def _largest(directory: Path) -> int:
@@ -140,6 +147,8 @@ def _largest(directory: Path) -> int:
 
 def summary(times: dict[str, Times], every: int) -> dict[str, Any]:
     """Seconds of an update without saves; by how much each way is slower, and how that spreads over the rounds."""
+    from megatron_sas.core.benchmark import median_ratio
+
     base = times["none"]
     slower = {}
     for name, row in times.items():

@@ -26,34 +26,24 @@ left out, and the result says so. MFU counts the arithmetic of encoder, attentio
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import _checkout
+from megatron_sas.core.cli import InputError, first_line, run_main
+from megatron_sas.core.device import DEVICE_HELP, choose_device
+from megatron_sas.core.files import check_absent, write_json_atomic
+from megatron_sas.model.config import SIZES, BertConfig
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
-from megatron_sas.cli import InputError, first_line, run_main
-from megatron_sas.device import DEVICE_HELP, choose_device
-from megatron_sas.files import refuse_existing, write_json_atomic
-from megatron_sas.kernels import choose_backend
-from megatron_sas.metrics.benchmark import (
-    Times,
-    describe_device,
-    median_ratio,
-    release_memory,
-    time_interleaved,
-)
-from megatron_sas.metrics.throughput import flops_per_token, peak_flops
-from megatron_sas.model import SIZES, Bert, BertConfig
-from megatron_sas.model.huggingface import to_hf_config, to_hf_state
-from megatron_sas.objective.pretraining import MaskedLMWithSas, SasObjective
+    from megatron_sas.model.bert import Bert
 
 SAS_WEIGHT = 0.001
 VARIANTS = ("ours_max", "ours_uniform", "ours_mlm", "ours_deepspeed", "ours_flex", "paper", "hf_sdpa")
@@ -84,6 +74,8 @@ class Batch:
 
 def random_batch(batch: int, arguments: argparse.Namespace, device: torch.device) -> Batch:
     """Random tokens, 15 % masked; three tokens in four have a head, most of them one to three tokens away."""
+    import torch
+
     seq, vocab_size = arguments.seq_length, arguments.vocab_size
     generator = torch.Generator().manual_seed(arguments.seed)
     tokens = torch.randint(5, vocab_size, (batch, seq), generator=generator)
@@ -104,6 +96,8 @@ def random_batch(batch: int, arguments: argparse.Namespace, device: torch.device
 
 def paper_sas_term(attentions: tuple[Tensor, ...], heads: Tensor) -> Tensor:
     """R summed over the batch from all attention maps `(B, H, S, S)` per layer, kept and stacked."""
+    import torch
+
     maps = torch.stack(attentions)  # (L, B, H, S, S)
     sequence, dependent = torch.nonzero(heads >= 0, as_tuple=True)
     head = heads[sequence, dependent]
@@ -124,6 +118,8 @@ class Setting:
 
     def bert(self, **changes: Any) -> Bert:
         """A model with the shared weights."""
+        from megatron_sas.model.bert import Bert
+
         bert = Bert(replace(self.config, **changes))
         bert.load_state_dict(self.initial)
         return bert
@@ -133,17 +129,25 @@ def build_variant(name: str, setting: Setting, batch: Batch) -> Callable[[], Non
     """A closure that takes a whole training step."""
     if name == "ours_deepspeed":
         return _deepspeed_step(setting, batch)
+    return _training_step(*module_and_loss(name, setting, batch, SAS_WEIGHT), setting)
+
+
+def module_and_loss(
+    name: str, setting: Setting, batch: Batch, sas_weight: float
+) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """What a variant trains, and a closure that computes its loss."""
     if name in ("paper", "hf_sdpa"):
-        module, loss = _transformers_bert(setting, batch, with_maps=name == "paper")
-    else:
-        module, loss = _ours(name, setting, batch)
-    return _training_step(module, loss, setting)
+        return _transformers_bert(setting, batch, sas_weight if name == "paper" else None)
+    return _ours(name, setting, batch, 0.0 if name == "ours_mlm" else sas_weight)
 
 
-def _ours(name: str, setting: Setting, batch: Batch) -> tuple[nn.Module, Callable[[], Tensor]]:
-    weight = 0.0 if name == "ours_mlm" else SAS_WEIGHT
+def _ours(name: str, setting: Setting, batch: Batch, weight: float) -> tuple[nn.Module, Callable[[], Tensor]]:
+    from megatron_sas.objective.pretraining import MaskedLMWithTerms
+    from megatron_sas.objective.sas import SasSection, SasTerm
+
     bert = setting.bert(attention_backend="flex" if name == "ours_flex" else "auto")
-    module = MaskedLMWithSas(bert, SasObjective(mode="uniform" if name == "ours_uniform" else "max"))
+    section = SasSection(mode="uniform" if name == "ours_uniform" else "max")
+    module = MaskedLMWithTerms(bert, {"sas": SasTerm(section)})
     if setting.compiled:
         module.compile_parts()
     count, sequences = int((batch.labels >= 0).sum()), batch.input_ids.shape[0]
@@ -153,18 +157,24 @@ def _ours(name: str, setting: Setting, batch: Batch) -> tuple[nn.Module, Callabl
             batch.input_ids,
             batch.masked_positions,
             batch.labels,
-            batch.heads if weight else None,
+            batch.heads,
             mlm_scale=1.0 / count,
-            sas_scale=weight / sequences,
+            term_scales={"sas": weight / sequences} if weight else {},
         ).loss
 
     return module, loss
 
 
-def _transformers_bert(setting: Setting, batch: Batch, with_maps: bool) -> tuple[nn.Module, Callable[[], Tensor]]:
+def _transformers_bert(
+    setting: Setting, batch: Batch, sas_weight: float | None
+) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """With all maps and the regularizer computed from them, or (None) without."""
     from transformers import BertConfig as HFConfig
     from transformers import BertForMaskedLM
 
+    from megatron_sas.model.huggingface import to_hf_config, to_hf_state
+
+    with_maps = sas_weight is not None
     implementation = "eager" if with_maps else "sdpa"
     module = BertForMaskedLM(HFConfig(**to_hf_config(setting.config), attn_implementation=implementation))
     module.load_state_dict(to_hf_state(setting.initial, setting.config), strict=False)
@@ -173,12 +183,14 @@ def _transformers_bert(setting: Setting, batch: Batch, with_maps: bool) -> tuple
         output = module(batch.input_ids, labels=batch.full_labels, output_attentions=with_maps)
         if not with_maps:
             return output.loss
-        return output.loss + SAS_WEIGHT / len(batch.input_ids) * paper_sas_term(output.attentions, batch.heads)
+        return output.loss + sas_weight / len(batch.input_ids) * paper_sas_term(output.attentions, batch.heads)
 
     return module, loss
 
 
 def _training_step(module: nn.Module, loss: Callable[[], Tensor], setting: Setting) -> Callable[[], None]:
+    import torch
+
     module.to(setting.device).train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
 
@@ -186,7 +198,7 @@ def _training_step(module: nn.Module, loss: Callable[[], Tensor], setting: Setti
         with torch.autocast(setting.device.type, dtype=torch.bfloat16, enabled=setting.precision == "bf16"):
             value = loss()
         value.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), GRAD_CLIP)
+        torch.nn.utils.clip_grad_norm_(module.parameters(), GRAD_CLIP)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -194,10 +206,14 @@ def _training_step(module: nn.Module, loss: Callable[[], Tensor], setting: Setti
 
 
 def _deepspeed_step(setting: Setting, batch: Batch) -> Callable[[], None]:
-    from megatron_sas.config_sections import TrainSection
+    import torch
+
     from megatron_sas.data.mlm_dataset import MicroBatch, Window
-    from megatron_sas.engine.engine import Engine
-    from megatron_sas.engine.environment import initialize_distributed
+    from megatron_sas.launch.environment import initialize_distributed
+    from megatron_sas.objective.pretraining import MaskedLMWithTerms
+    from megatron_sas.objective.sas import SasSection, SasTerm
+    from megatron_sas.optim.section import TrainSection
+    from megatron_sas.train.step import Engine
 
     initialize_distributed(timeout_minutes=30)
     sequences = len(batch.input_ids)
@@ -209,12 +225,13 @@ def _deepspeed_step(setting: Setting, batch: Batch) -> Callable[[], None]:
         compile=setting.compiled,
         grad_clip=GRAD_CLIP,
     )
-    engine = Engine(MaskedLMWithSas(setting.bert(), SasObjective()), section, 0, setting.device)
+    module = MaskedLMWithTerms(setting.bert(), {"sas": SasTerm(SasSection())})
+    engine = Engine(module, section, 0, setting.device)
     names = ("input_ids", "masked_positions", "labels", "heads")
     tensors = {name: getattr(batch, name) for name in names}
     micro_batch = MicroBatch(index=0, sample_ids=torch.arange(sequences), **tensors)
     window = Window(0, [micro_batch], int((batch.labels >= 0).sum()))
-    return lambda: engine.update(window, SAS_WEIGHT, measure_sas=False)
+    return lambda: engine.update(window, {"sas": SAS_WEIGHT}, measure=False)
 
 
 def largest_that_fits(fits: Callable[[int], bool]) -> int:
@@ -230,6 +247,8 @@ def largest_that_fits(fits: Callable[[int], bool]) -> int:
 
 def paper_fits(size: int, setting: Setting, arguments: argparse.Namespace) -> bool:
     """Whether a step of so many sequences in the paper's way finds memory beside what is there."""
+    from megatron_sas.core.benchmark import release_memory
+
     step = None
     try:
         step = build_variant("paper", setting, random_batch(size, arguments, setting.device))
@@ -256,6 +275,10 @@ class Built:
 
 def build_variants(names: list[str], setting: Setting, arguments: argparse.Namespace) -> Built:
     """All variants; `paper` last, because on a GPU it takes as many sequences as fit beside the others' states."""
+    import torch
+
+    from megatron_sas.core.benchmark import release_memory
+
     cuda = setting.device.type == "cuda"
     built = Built({}, {}, {}, {})
     for name in sorted(names, key=lambda name: name == "paper"):
@@ -287,6 +310,10 @@ def peak_memory(step: Callable[[], None], device: torch.device) -> int | None:
 
     None where torch does not count them, or where the step finds no memory.
     """
+    import torch
+
+    from megatron_sas.core.benchmark import release_memory
+
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -359,12 +386,19 @@ def read_arguments() -> argparse.Namespace:
     if not 0.0 <= arguments.dropout < 1.0:
         raise InputError("--dropout: must be at least 0 and less than 1")
     if arguments.output:
-        refuse_existing(arguments.output, arguments.overwrite)
+        check_absent(arguments.output, arguments.overwrite)
     return arguments
 
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Every variant's figures and the ratios between them."""
+    import torch
+
+    from megatron_sas.core.benchmark import Times, describe_device, median_ratio, time_interleaved
+    from megatron_sas.kernels import choose_backend
+    from megatron_sas.model.bert import Bert
+    from megatron_sas.run.throughput import flops_per_token, peak_flops
+
     cuda = device.type == "cuda"
     config = BertConfig(
         **SIZES[arguments.model],
@@ -428,6 +462,8 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
 def main() -> None:
     """Measure, print a table, write the JSON."""
     arguments = read_arguments()
+    import torch
+
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = choose_device(arguments.device)

@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from megatron_sas.cli import run_main
-from megatron_sas.model.conversion import DTYPES, from_hf, to_hf
+import _checkout
+from megatron_sas.core.cli import run_main
+from megatron_sas.core.device import DTYPES
 
 DESCRIPTION = """\
 to-hf    a training checkpoint becomes a BertForMaskedLM directory that transformers (4 and 5) and minicons load as it
@@ -27,6 +25,8 @@ to-hf and then from-hf give back the same weights exactly (with --dtype fp32).""
 
 def main() -> None:
     arguments = parse_arguments()
+    from megatron_sas.export.hf import from_hf, to_hf
+
     if arguments.direction == "to-hf":
         checkpoint = to_hf(arguments.checkpoint, arguments.output, arguments.dtype, arguments.overwrite)
         print(f"wrote {arguments.output} from {checkpoint}")

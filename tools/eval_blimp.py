@@ -4,19 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from megatron_sas.cli import progress, run_main
-from megatron_sas.data.blimp_labels import MANY_TIES
-from megatron_sas.evaluation.blimp import BlimpTask, load_blimp, sha256_folder
+import _checkout
+from megatron_sas.core.cli import progress, run_main
+from megatron_sas.core.files import write_json_atomic
+from megatron_sas.evaluation.blimp_labels import MANY_TIES, METRICS
 from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, precision
-from megatron_sas.evaluation.pll import METRICS
-from megatron_sas.evaluation.provenance import provenance
-from megatron_sas.files import write_json_atomic
-from megatron_sas.model import load_model
 
 DESCRIPTION = """\
 Score both sentences of every minimal pair and count how often the good one scores strictly higher (chance is 0.5);
@@ -28,6 +22,10 @@ A sentence's score is the sum over its tokens of log p(token | all others), one 
 
 def main() -> None:
     arguments = parse_arguments()
+    from megatron_sas.evaluation.minimal_pairs import BlimpTask, load_blimp, sha256_folder
+    from megatron_sas.evaluation.provenance import provenance
+    from megatron_sas.run.reading import load_model
+
     device = check_arguments(arguments)
     data = load_blimp(arguments.blimp)
     model, tokenizer = load_model(arguments.model, device)

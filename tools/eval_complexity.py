@@ -4,26 +4,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from megatron_sas.cli import InputError, progress, run_main
+import _checkout
+from megatron_sas.core.cli import InputError, progress, run_main
+from megatron_sas.core.files import sha256_file, write_json_atomic
+from megatron_sas.corpus.readers.registry import READERS_BY_SCHEME
 from megatron_sas.data.unknown import Unknown
 from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, precision
-from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
-from megatron_sas.evaluation.provenance import provenance
-from megatron_sas.evaluation.text import (
-    open_packed_text,
-    pack_file,
-    packed_forwards,
-    packed_text,
-    plain_text,
-    unknown_in,
-)
-from megatron_sas.files import sha256_file, write_json_atomic
-from megatron_sas.model import load_model
 
 DESCRIPTION = """\
 Read the vector of [CLS] in the last hidden layer of many sequences of text (nothing is masked) and estimate on how many
@@ -41,8 +29,20 @@ def main() -> None:
     device = check_arguments(arguments)
     if arguments.num_texts < 10:
         raise InputError(f"--num-texts: {arguments.num_texts} is below 10; the estimate needs some hundred")
-    if arguments.text.startswith("hf:"):
+    if arguments.text.startswith(tuple(READERS_BY_SCHEME)):
         raise InputError("--text: is a file or packed data; pack the dataset with tools/preprocess_data.py")
+    from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
+    from megatron_sas.evaluation.provenance import provenance
+    from megatron_sas.evaluation.text import (
+        open_packed_text,
+        pack_file,
+        packed_forwards,
+        packed_text,
+        plain_text,
+        unknown_in,
+    )
+    from megatron_sas.run.reading import load_model
+
     model, tokenizer = load_model(arguments.model, device)
     longest = model.config.max_position_embeddings
     if Path(f"{arguments.text}.json").is_file():

@@ -4,19 +4,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from megatron_sas.cli import InputError, run_main
-from megatron_sas.data.conllu import read_conllu
-from megatron_sas.data.parses import describe_parser, make_parser
-from megatron_sas.data.trees import blanked_note
+import _checkout
+from megatron_sas.core.cli import InputError, run_main
+from megatron_sas.core.files import sha256_file, write_json_atomic
+from megatron_sas.corpus.parsers.registry import check_predicts, describe_parser, make_parser, predictor_usage
+from megatron_sas.corpus.readers.base import Reading
+from megatron_sas.corpus.readers.registry import find_reader, read_units
+from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.evaluation.command_line import check_output
 from megatron_sas.evaluation.parser_quality import evaluate_parser, gold_units
-from megatron_sas.files import sha256_file, write_json_atomic
 
 DESCRIPTION = """\
 The parser reads the treebank's text, as tools/preprocess_data.py would give it, and its words are brought onto the gold
@@ -34,25 +33,24 @@ def main() -> None:
     """Parse, score, print and write."""
     arguments = parse_arguments()
     check_output(arguments.output, arguments.overwrite)
-    if arguments.parser in ("none", "conllu"):
-        raise InputError(f"--parser {arguments.parser}: makes no parses of its own; give spacy:MODEL")
+    check_predicts(arguments.parser)
     description = describe_parser(arguments.parser)
-    if not arguments.treebank.name.endswith((".conllu", ".conllu.gz", ".conllu.xz", ".conllu.zst")):
+    reader, reading = find_reader(str(arguments.treebank)), Reading()
+    if reader is None or not reader.gold:
         raise InputError(f"{arguments.treebank}: is not CoNLL-U; the parser needs text, which other treebanks lack")
-    blanked: list[str] = []
-    sentences = list(read_conllu(arguments.treebank, blanked=blanked.append))
+    sentences = [unit.content for unit in read_units([str(arguments.treebank)], reading)]
     parser, results = make_parser(arguments.parser), {}
     for kind in ("sentence", "paragraph"):
         units = gold_units(sentences, paragraphs=kind == "paragraph")
         start = time.perf_counter()
         results[kind] = {"units": len(units), **evaluate_parser(units, parser)}
         results[kind]["words_per_second"] = results[kind]["words"] / (time.perf_counter() - start)
-    print("\n".join([*table(results), *filter(None, [blanked_note(len(blanked))])]))
+    print("\n".join([*table(results), *filter(None, [blanked_note(reading.sentences_blanked)])]))
     record = {
         "parser": description,
         "treebank": {"path": str(arguments.treebank), "sha256": sha256_file(arguments.treebank)},
         "sentences": len(sentences),
-        "sentences_blanked": len(blanked),
+        "sentences_blanked": reading.sentences_blanked,
         **results,
     }
     write_json_atomic(arguments.output, record)
@@ -87,7 +85,12 @@ def table(results: dict) -> list[str]:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parser", required=True, metavar="spacy:MODEL", help="as for tools/preprocess_data.py")
+    parser.add_argument(
+        "--parser",
+        required=True,
+        metavar="KIND:NAME",
+        help=f"{predictor_usage()}, as for tools/preprocess_data.py",
+    )
     parser.add_argument("--treebank", required=True, type=Path, metavar="FILE", help="CoNLL-U with gold heads")
     parser.add_argument(
         "--output", required=True, type=Path, metavar="FILE.json", help="the figures, with all relations"

@@ -4,20 +4,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from megatron_sas.cli import InputError, progress, run_main
+import _checkout
+from megatron_sas.core.cli import InputError, progress, run_main
+from megatron_sas.core.files import sha256_file, write_json_atomic
+from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.data.tokenizer import tokenizer_identity
-from megatron_sas.data.trees import blanked_note
 from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, precision
-from megatron_sas.evaluation.provenance import model_source, provenance
-from megatron_sas.evaluation.treebank import load_treebank
-from megatron_sas.evaluation.uas import TreebankTask
-from megatron_sas.files import sha256_file, write_json_atomic
-from megatron_sas.model import load_model
+
+if TYPE_CHECKING:
+    from megatron_sas.evaluation.uas import TreebankTask
 
 DESCRIPTION = """\
 For every word, take the other word that it attends to most (dep->head) or that attends to it most (head->dep) as its
@@ -36,6 +34,11 @@ UNTRAINED_NOTE = (
 
 def main() -> None:
     arguments = parse_arguments()
+    from megatron_sas.evaluation.provenance import model_source, provenance
+    from megatron_sas.evaluation.treebank import load_treebank
+    from megatron_sas.evaluation.uas import TreebankTask
+    from megatron_sas.run.reading import load_model
+
     device = check_arguments(arguments)
     sentences = load_treebank(arguments.treebank)
     model, tokenizer = load_model(arguments.model, device)

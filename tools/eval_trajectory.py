@@ -6,17 +6,19 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from megatron_sas.cli import InputError, progress, run_main
+import _checkout
+from megatron_sas.core.cli import InputError, progress, run_main
+from megatron_sas.core.device import DEVICE_HELP
 from megatron_sas.data.unknown import Unknown
-from megatron_sas.device import DEVICE_HELP
-from megatron_sas.evaluation.measuring import measure_models
-from megatron_sas.evaluation.pll import METRICS
-from megatron_sas.evaluation.points import TRAJECTORY, read_points
-from megatron_sas.evaluation.trajectory import Inputs
-from megatron_sas.model.trajectory import STEP_PATTERN_HELP, list_models
+from megatron_sas.evaluation.blimp_labels import METRICS
+from megatron_sas.trajectory.step_names import STEP_PATTERN_HELP
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from megatron_sas.trajectory.measure import Inputs
 
 DESCRIPTION = """\
 Measure every snapshot and checkpoint of a run (those of the runs that it branched from, up to the branch, included), or
@@ -30,12 +32,22 @@ which the names differ (seed_0-step_20k). Stages (OLMo, Ettin) count on from one
 
 Each model is one directory points/step_N in the output, written as a whole: started again, the command measures what is
 missing. Every edge and pair that was right is in items.npz there. At the end heads.json says which head serves which
-relation and since when, and summary.csv has a line a model. docs/trajectories.md explains the files."""
+relation and since when, and summary.csv has a line a model. docs/trajectories.md explains the files.
+
+Settings of further evaluations, in the section `evaluation` of pretrain_mlm.py --help, are flags here: --NAME VALUE."""
+
+SETTINGS = ("treebank", "treebank_sentences", "blimp", "blimp_pairs_per_set", "blimp_metric")
+"""Fields of the section `evaluation` that flags below set."""
 
 
 def main() -> None:
     arguments = parse_arguments()
-    inputs = check_inputs(arguments)
+    check_numbers(arguments)
+    from megatron_sas.trajectory.models import list_models
+    from megatron_sas.trajectory.points import TRAJECTORY, read_points
+    from megatron_sas.trajectory.workers import measure_models
+
+    inputs = inputs_of(arguments)
     models = list_models(arguments.models, arguments.step_pattern, lambda line: print(line, file=sys.stderr))
     if arguments.steps:
         models = [(step, path) for step, path in models if any(low <= step <= high for low, high in arguments.steps)]
@@ -66,34 +78,52 @@ def main() -> None:
 
 def unknown_lines(point: dict) -> list[str]:
     """How much of each input the tokenizer does not know: the same in all points, absent from those of old versions."""
+    from megatron_sas.evaluation.registry import EVALUATIONS
+
     found = {
-        "--treebank": point.get("uas", {}).get("unknown"),
-        "--blimp": point.get("blimp", {}).get("unknown"),
-        "--text": point.get("text_unknown"),
+        f"--{evaluation.input}": point.get(evaluation.metrics[0].point[0], {}).get("unknown")
+        for evaluation in EVALUATIONS.values()
+        if evaluation.items is not None
     }
+    found["--text"] = point.get("text_unknown")
     return [Unknown.from_record(record).line(name) for name, record in found.items() if record is not None]
 
 
-def check_inputs(arguments: argparse.Namespace) -> Inputs:
-    """What to measure on; refuses numbers out of range."""
-    if arguments.treebank is None and arguments.blimp is None and arguments.text is None:
-        raise InputError("nothing to measure on; give --treebank, --blimp or --text")
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Refuse numbers out of range."""
     least = {"workers": 1, "batch_tokens": 1, "treebank_sentences": 1, "pairs_per_set": 1, "text_sequences": 10}
     for name, low in least.items():
-        value = getattr(arguments, name)
+        value = getattr(arguments, {"pairs_per_set": "blimp_pairs_per_set"}.get(name, name))
         if value is not None and value < low:
             raise InputError(f"--{name.replace('_', '-')}: {value} is below {low}")
-    return Inputs(
-        treebank=arguments.treebank,
-        treebank_sentences=arguments.treebank_sentences,
-        blimp=arguments.blimp,
-        blimp_metric=arguments.metric,
-        pairs_per_set=arguments.pairs_per_set,
+
+
+def inputs_of(arguments: argparse.Namespace) -> Inputs:
+    """What to measure on; refuses to measure on nothing."""
+    from megatron_sas.evaluation.base import TEXT
+    from megatron_sas.evaluation.registry import EVALUATIONS
+    from megatron_sas.trajectory.measure import Inputs
+
+    inputs = Inputs.of(
         text=arguments.text,
         text_sequences=arguments.text_sequences,
         precision=arguments.precision,
         batch_tokens=arguments.batch_tokens,
+        **{name: getattr(arguments, name) for name in SETTINGS},
+        **{name: getattr(arguments, name, info.default) for name, info in further_settings().items()},
     )
+    if inputs.text is None and not any(e.wanted(inputs.section) for e in EVALUATIONS.values() if e.input != TEXT):
+        raise InputError("nothing to measure on; give --treebank, --blimp or --text")
+    return inputs
+
+
+def further_settings() -> dict[str, FieldInfo]:
+    """Settings of evaluations that no other flag stands for, by name."""
+    from megatron_sas.evaluation.registry import EVALUATIONS
+
+    known = {*SETTINGS, "validation_sequences", "complexity_sequences"}
+    fields = [item for e in EVALUATIONS.values() for item in e.settings.model_fields.items()]
+    return {name: info for name, info in fields if name not in known}
 
 
 def steps(text: str) -> tuple[int, int]:
@@ -105,19 +135,40 @@ def steps(text: str) -> tuple[int, int]:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line; the evaluations are imported only to look for an unknown argument among their settings."""
+    arguments, unknown = make_parser({}).parse_known_args()
+    return make_parser(further_settings()).parse_args() if unknown else arguments
+
+
+def make_parser(further: dict[str, FieldInfo]) -> argparse.ArgumentParser:
+    """With a flag for each of the `further` settings."""
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("models", type=Path, metavar="RUN_OR_FOLDER", help="a run, or a folder of model directories")
-    parser.add_argument("--treebank", type=Path, metavar="FILE", help="as for tools/eval_syntax.py")
+    parser.add_argument("--treebank", metavar="FILE", help="as for tools/eval_syntax.py")
     parser.add_argument("--treebank-sentences", type=int, metavar="N", help="only the first N sentences (all)")
-    parser.add_argument("--blimp", type=Path, metavar="DIR", help="as for tools/eval_blimp.py")
-    parser.add_argument("--pairs-per-set", type=int, metavar="N", help="only the first N pairs of each set (all)")
-    parser.add_argument("--metric", choices=METRICS, default=METRICS[0], help="as for tools/eval_blimp.py (pll)")
+    parser.add_argument("--blimp", metavar="DIR", help="as for tools/eval_blimp.py")
+    parser.add_argument(
+        "--pairs-per-set",
+        dest="blimp_pairs_per_set",
+        type=int,
+        metavar="N",
+        help="only the first N pairs of each set (all)",
+    )
+    parser.add_argument(
+        "--metric",
+        dest="blimp_metric",
+        choices=METRICS,
+        default=METRICS[0],
+        help="as for tools/eval_blimp.py (pll)",
+    )
     parser.add_argument("--text", metavar="PREFIX", help="packed data, made with the models' tokenizer")
     parser.add_argument(
         "--text-sequences", type=int, default=1000, metavar="N", help="only the first N sequences (1000)"
     )
+    for name, info in further.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", default=info.default, help=info.description)
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (RUN_OR_FOLDER/trajectory)")
     parser.add_argument(
         "--steps", nargs="+", type=steps, metavar="N|FIRST-LAST", help="only models of these steps (all)"
@@ -137,7 +188,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="as for tools/eval_syntax.py (fp32)"
     )
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":

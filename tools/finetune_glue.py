@@ -9,24 +9,24 @@ import fcntl
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch
-import transformers
-
-import megatron_sas
-from megatron_sas.cli import InputError, progress, run_main
+import _checkout
+from megatron_sas.core.cli import InputError, progress, run_main
+from megatron_sas.core.device import DEVICE_HELP, choose_device
+from megatron_sas.core.files import write_json_atomic
 from megatron_sas.data.unknown import Unknown
-from megatron_sas.device import DEVICE_HELP, choose_device
 from megatron_sas.evaluation.command_line import add_model_argument, check_output
-from megatron_sas.evaluation.glue import FORMAT, Pretrained, Settings, encode, finetune, identity, record
-from megatron_sas.evaluation.glue_data import Columns, Examples, read_file, read_hub, task_files
-from megatron_sas.evaluation.glue_tasks import NOT_AVERAGED, TASKS, Task
-from megatron_sas.files import write_json_atomic
+from megatron_sas.glue.data import Columns, Examples, read_file, read_hub, task_files
+from megatron_sas.glue.settings import FORMAT, Settings
+from megatron_sas.glue.tasks import NOT_AVERAGED, TASKS, Task
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_sas.glue.finetune import Pretrained
 
 DESCRIPTION = """\
 Data come from --data, a folder like the GLUE download (CoLA/train.tsv, CoLA/dev.tsv, ...), from --train-file and
@@ -47,6 +47,8 @@ def main() -> None:
     if len(set(arguments.seeds)) < len(arguments.seeds):
         raise InputError("--seeds: a seed is given twice; results would count it twice")
     device = choose_device(arguments.device)
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # it would report the new layers, which are meant to be new
     inputs = {task.name: input_files(task, arguments) for task in tasks}  # names what is missing before any work
@@ -67,6 +69,8 @@ def run_task(
     device: torch.device,
 ) -> dict:
     """Fine-tune with the seeds that are not done yet, write the result, and return it."""
+    from megatron_sas.glue.finetune import Pretrained, encode, finetune, identity
+
     columns = Columns(arguments.text_columns, arguments.label_column)
     if files is None:
         train, *validation = (read_hub(task, split) for split in ("train", *task.hub_validation))
@@ -136,6 +140,12 @@ def described(
     device: torch.device,
 ) -> dict:
     """The result with what it was made on."""
+    import torch
+    import transformers
+
+    import megatron_sas
+    from megatron_sas.glue.finetune import record
+
     seeds = [done[seed] for seed in sorted(done)]
     versions = {name: module.__version__ for name, module in
                 (("megatron_sas", megatron_sas), ("torch", torch), ("transformers", transformers))}  # fmt: skip

@@ -10,13 +10,10 @@ nothing in such a dataset says which it was, so the decoded beginning of the fir
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-
-from megatron_sas.cli import run_main
-from megatron_sas.data.import_dataset import COUNTS, ImportSettings, import_dataset
+import _checkout
+from megatron_sas.core.cli import run_main
+from megatron_sas.corpus.import_dataset import COUNTS, ImportSettings, import_dataset
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer
 from megatron_sas.data.unknown import Unknown

@@ -4,21 +4,19 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 
-from megatron_sas.cli import InputError, progress, run_main
-from megatron_sas.data.drawing import as_html, as_text, segments
+import _checkout
+from megatron_sas.core.cli import InputError, progress, run_main
+from megatron_sas.core.files import check_absent, write_json_atomic, write_text_atomic
+from megatron_sas.corpus.inspect.drawing import as_html, as_text, segments
+from megatron_sas.corpus.inspect.statistics import MIN_WORDS_OF_DUPLICATES, statistics
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.sampler import permute
-from megatron_sas.data.statistics import MIN_WORDS_OF_DUPLICATES, statistics
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_identity
-from megatron_sas.files import refuse_existing, write_json_atomic, write_text_atomic
 
 EPILOG = """\
 Coverage is the share of words with an edge (a root has none, nor a word whose head lies beyond the sequence's end).
@@ -31,7 +29,7 @@ def main() -> None:
     arguments = parse_arguments()
     for path in (arguments.html, arguments.output):
         if path is not None:
-            refuse_existing(path, arguments.overwrite)
+            check_absent(path, arguments.overwrite)
     packed = PackedData(arguments.data, arguments.heads)
     if arguments.verify:
         packed.verify()

@@ -7,35 +7,35 @@ import argparse
 import hashlib
 import os
 import re
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from megatron_sas.cli import InputError, progress, run_main
+import _checkout
+from megatron_sas.core.cli import InputError, progress, run_main
+from megatron_sas.core.files import check_absent, fsync_directory, fsync_file, write_json_atomic
+from megatron_sas.corpus.build.packed_writer import temporary_folder
+from megatron_sas.corpus.controls import Control, parse_control
 from megatron_sas.data.checksums import block_checksums
-from megatron_sas.data.controls import Control, parse_control
 from megatron_sas.data.packed import PackedData
-from megatron_sas.data.packed_writer import temporary_folder
-from megatron_sas.files import fsync_directory, fsync_file, refuse_existing, write_json_atomic
 
 BLOCK_TOKENS = 1 << 19  # tokens held in memory at a time
 
 
-def write_heads(packed: PackedData, control: Control, seed: int, path: Path) -> dict[str, int | str]:
+def write_heads(
+    packed: PackedData, control: Control, seed: int, path: Path, block_tokens: int = BLOCK_TOKENS
+) -> dict[str, int | str]:
     """Write the control's (N, S) int16 heads to `path`, block by block; returns SHA-256 and counts of edges."""
     digest = hashlib.sha256()
     total = packed.num_sequences
-    rows = max(1, BLOCK_TOKENS // packed.seq_length)
+    rows = max(1, block_tokens // packed.seq_length)
     counts = {"edges": 0, "base_edges": 0, "equal_edges": 0}
     with path.open("wb") as file, progress(total=total, unit="sequence", desc=path.name) as bar:
         for start in range(0, total, rows):
             stop = min(start + rows, total)
             base = np.asarray(packed.heads[start:stop])
             try:
-                heads = control(base, np.asarray(packed.marks[start:stop]), seed, np.arange(start, stop))
+                heads = control(base, np.asarray(packed.boundaries[start:stop]), seed, np.arange(start, stop))
             except ValueError as error:
                 raise InputError(
                     f"{packed.prefix}.heads.bin: in the block from sequence {start}: {error}; preprocess the text again"
@@ -74,8 +74,8 @@ def main() -> None:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise InputError(f"--name {name!r}: use letters, digits, - and _ only")
     stream, header = Path(f"{args.data}.heads-{name}.bin"), Path(f"{args.data}.heads-{name}.json")
-    refuse_existing(stream, args.overwrite)
-    refuse_existing(header, args.overwrite)
+    check_absent(stream, args.overwrite)
+    check_absent(header, args.overwrite)
     packed = PackedData(args.data)
 
     with temporary_folder(stream) as folder:

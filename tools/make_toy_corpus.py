@@ -6,20 +6,18 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import sys
 from collections.abc import Container, Iterator
 from contextlib import nullcontext
 from functools import partial
 from itertools import count
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from megatron_sas.cli import InputError, progress, run_main
-from megatron_sas.data.toy_language import SENTENCES_PER_DOCUMENT, document, to_conllu
-from megatron_sas.data.toy_lexicon import lexicon
-from megatron_sas.data.toy_minimal_pairs import SETS, minimal_pairs
-from megatron_sas.files import atomic_directory, write_json_atomic, write_text_atomic
+import _checkout
+from megatron_sas.core.cli import InputError, progress, run_main
+from megatron_sas.core.files import atomic_directory, write_json_atomic, write_text_atomic
+from megatron_sas.toy.language import SENTENCES_PER_DOCUMENT, document, to_conllu
+from megatron_sas.toy.lexicon import lexicon
+from megatron_sas.toy.minimal_pairs import SETS, minimal_pairs
 
 
 def document_block(seed: int, split: str, number: int) -> list[tuple[str, str]]:

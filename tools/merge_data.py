@@ -11,14 +11,11 @@ of different splits are refused. Training can also take the shards as they are: 
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-
-from megatron_sas.cli import InputError, run_main
-from megatron_sas.data.merge import merge
+import _checkout
+from megatron_sas.core.cli import InputError, run_main
+from megatron_sas.corpus.build.merge import merge
 
 
 def main() -> None:

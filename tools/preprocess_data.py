@@ -17,19 +17,20 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import _checkout
 
 # Processes are the parallelism here. Set before numpy is imported, and inherited by the workers.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "RAYON_NUM_THREADS"):
     os.environ[_name] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from megatron_sas.cli import InputError, run_main  # noqa: E402
-from megatron_sas.data.line_breaks import LINE_BREAKS  # noqa: E402
-from megatron_sas.data.preprocess import PreprocessSettings, preprocess, remarks  # noqa: E402
-from megatron_sas.data.shards import parse_shard, preprocess_shards  # noqa: E402
+from megatron_sas.core.cli import InputError, run_main  # noqa: E402
+from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess, remarks  # noqa: E402
+from megatron_sas.corpus.build.shards import parse_shard, preprocess_shards  # noqa: E402
+from megatron_sas.corpus.parsers.registry import parser_usage  # noqa: E402
+from megatron_sas.corpus.readers.line_breaks import LINE_BREAKS  # noqa: E402
+from megatron_sas.corpus.readers.registry import input_usage  # noqa: E402
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[PreprocessSettings, tuple[int, int] | None]:
@@ -40,9 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[PreprocessSetti
         nargs="+",
         required=True,
         metavar="FILE",
-        help=".txt (a paragraph a line, documents separated by blank lines), .jsonl (a document a line, its paragraphs "
-        "separated by newlines; of both see --line-breaks), .conllu; each also .gz, .xz, .zst; or "
-        "hf:NAME[@REVISION][:CONFIG]:SPLIT[@k/n], a Hugging Face dataset, streamed (part k of n of it)",
+        help=input_usage(),
     )
     parser.add_argument(
         "--tokenizer",
@@ -53,8 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[PreprocessSetti
     parser.add_argument(
         "--parser",
         required=True,
-        help="spacy:MODEL (an installed model or its folder), stanza:LANGUAGE, conllu (gold heads of .conllu "
-        "inputs) or none (no heads; a line is a sentence)",
+        help=parser_usage(remarks=True),
     )
     output = parser.add_mutually_exclusive_group(required=True)
     output.add_argument("--output", metavar="PREFIX", help="prefix of the files to write")
@@ -89,7 +87,8 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[PreprocessSetti
         "stop at the first (refuse, the default), or leave it out, show and count it (skip)",
     )
     parser.add_argument(
-        "--max-loss",
+        "--max-skipped",
+        "--max-loss",  # its former name
         type=float,
         default=0.05,
         help="fail when more than this share of an input is left out as broken, by --on-error skip, or by "
@@ -98,7 +97,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[PreprocessSetti
     parser.add_argument(
         "--drop-foreign",
         action="store_true",
-        help="leave out paragraphs in a language that is not the tokenizer's, up to --max-loss; they are counted in "
+        help="leave out paragraphs in a language that is not the tokenizer's, up to --max-skipped; they are counted in "
         "any case",
     )
     parser.add_argument(

@@ -11,17 +11,20 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
 
-from megatron_sas.cli import InputError, progress, run_main
-from megatron_sas.directory_lock import DirectoryLock
-from megatron_sas.engine.signals import STOP, signals_to_heed
-from megatron_sas.metrics.records import FILE_NAME, read_records
-from megatron_sas.sweep import PlannedRun, Sweep, plan_sweep
+import _checkout
+from megatron_sas.core.cli import InputError, progress, run_main
+from megatron_sas.core.directory_lock import DirectoryLock
+from megatron_sas.run.directory import RunDirectory
+from megatron_sas.run.records import read_records
+from megatron_sas.run.signals import signals_to_heed
+
+if TYPE_CHECKING:
+    from megatron_sas.experiments.sweep import PlannedRun, Sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,13 +41,14 @@ submits the unfinished runs as one array, and those that branch from one of them
 The batch script is started with SWEEP.yaml, DIR, the names of its array's runs (joined by commas) and the fields that
 hold for all runs; it asks for the arguments of a run with --arguments NAME."""
 
-COLUMNS = {"validation_mlm_loss": "MLM loss", "uas": "UAS", "blimp": "BLiMP"}
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 60.0  # for a run that has trained nothing yet to end by itself; torchrun gives its workers 30
 
 
 def main() -> int:
     arguments, overrides = parse_arguments()
+    from megatron_sas.experiments.sweep import plan_sweep
+
     directory: Path = arguments.output
     sweep = plan_sweep(arguments.sweep, directory, overrides)
     if arguments.arguments is not None:
@@ -243,8 +247,8 @@ class Stopping:
         workers, and when that has not helped for `grace` seconds, SIGKILL to all. The workers are in sessions of their
         own, so a signal to the launcher's process group does not reach them.
         """
-        if (run_dir / FILE_NAME).exists():
-            (run_dir / STOP).touch()
+        if RunDirectory(run_dir).records.exists():
+            RunDirectory(run_dir).stop.touch()
             return
         with contextlib.suppress(psutil.NoSuchProcess):
             children = psutil.Process(process.pid).children(recursive=True)
@@ -313,16 +317,19 @@ def submit(sweep: Sweep, arguments: argparse.Namespace, overrides: Sequence[str]
 
 def table(runs: Sequence[PlannedRun]) -> str:
     """The last evaluation of the finished runs: mean and standard error by condition."""
+    from megatron_sas.evaluation.registry import live_metrics
+
+    columns = {metric.key: metric.title for metric in live_metrics() if metric.title}
     conditions: dict[str, list[PlannedRun]] = {}
     for run in runs:
         conditions.setdefault(run.condition, []).append(run)
     width = max(len("condition"), *map(len, conditions))
-    lines = [f"{'condition':{width}}  runs  " + "  ".join(f"{title:>16}" for title in COLUMNS.values())]
+    lines = [f"{'condition':{width}}  runs  " + "  ".join(f"{title:>16}" for title in columns.values())]
     for condition, group in conditions.items():
-        finished = [read_records(run.directory / FILE_NAME) for run in group if run.finished]
+        finished = [read_records(RunDirectory(run.directory).records) for run in group if run.finished]
         last = [[r for r in records if r["kind"] == "evaluation"][-1:] for records in finished]
         cells = []
-        for key in COLUMNS:
+        for key in columns:
             values = [r[key] for records in last for r in records if r.get(key) is not None]
             error = f" ± {np.std(values, ddof=1) / np.sqrt(len(values)):.3f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.3f}{error}" if values else "-")

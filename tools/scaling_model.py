@@ -14,21 +14,13 @@ import argparse
 import dataclasses
 import math
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch
-
-from megatron_sas.cli import InputError, run_main
-from megatron_sas.config import load_config
-from megatron_sas.engine.memory import count_parameters, estimate_memory
-from megatron_sas.engine.preflight import CHECKPOINT_BYTES
-from megatron_sas.files import write_text_atomic
-from megatron_sas.metrics.throughput import flops_per_token, peak_flops
+import _checkout
+from megatron_sas.core.cli import InputError, run_main
+from megatron_sas.core.files import write_text_atomic
 from megatron_sas.model.config import SIZES, BertConfig
 
 GPUS = (1, 2, 8, 16, 64, 256, 1024)
@@ -56,7 +48,7 @@ def _input(default: float, help_: str) -> float:
 class Cluster:
     """The assumptions."""
 
-    gpu: str = field(default="NVIDIA H100 80GB HBM3", metadata={"help": "peak from metrics/throughput.py (data sheet)"})
+    gpu: str = field(default="NVIDIA H100 80GB HBM3", metadata={"help": "peak from run/throughput.py (data sheet)"})
     gpu_memory_gb: float = _input(80, "GB of memory per GPU (data sheet)")
     mfu: float = _input(0.4, "share of the bf16 peak that one GPU alone reaches: a target, measure your own")
     memory_tb_s: float = _input(3.35, "TB/s of GPU memory (data sheet); bounds the optimizer's time")
@@ -83,11 +75,22 @@ class Model:
     @property
     def parameters(self) -> int:
         """Their number, with the padded vocabulary."""
+        from megatron_sas.run.memory import count_parameters
+
         return count_parameters(self.shape)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of a complete state."""
+        from megatron_sas.train.dry_run import CHECKPOINT_BYTES
+
+        return self.parameters * CHECKPOINT_BYTES
 
     @property
     def flops(self) -> float:
         """Per token, forward and backward."""
+        from megatron_sas.run.throughput import flops_per_token
+
         shape = self.shape
         return flops_per_token(
             num_layers=shape.num_layers,
@@ -176,6 +179,10 @@ def bandwidth(cluster: Cluster, gpus: int) -> float:
 
 def step_time(cluster: Cluster, model: Model, stage: int, gpus: int, micro_batch: int, accumulation: int) -> Step:
     """Seconds of an update of `gpus` × `micro_batch` × `accumulation` sequences."""
+    import torch
+
+    from megatron_sas.run.throughput import peak_flops
+
     tokens = micro_batch * accumulation * SEQ_LENGTH
     peak = peak_flops(cluster.gpu, torch.bfloat16)
     if peak is None:
@@ -217,7 +224,7 @@ def assumptions(cluster: Cluster) -> str:
 def models(_: Cluster) -> str:
     """Sizes of the three models."""
     rows = [
-        (m.name, f"{m.parameters / 1e6:,.0f} M", f"{m.flops / 1e9:.2f}", f"{m.parameters * CHECKPOINT_BYTES / 1e9:.2f}")
+        (m.name, f"{m.parameters / 1e6:,.0f} M", f"{m.flops / 1e9:.2f}", f"{m.checkpoint_bytes / 1e9:.2f}")
         for m in MODELS
     ]
     return table(("Model", "Parameters", "GFLOP per token", "Checkpoint, GB"), rows)
@@ -282,6 +289,8 @@ def strong_scaling(cluster: Cluster) -> str:
 
 def memory(cluster: Cluster) -> str:
     """Peak memory per GPU by stage."""
+    from megatron_sas.run.memory import estimate_memory
+
     zero = {"reduce_bucket_size": BUCKET, "stage3_max_live_parameters": 1e8, "stage3_prefetch_bucket_size": 2e7}
     offload = {**zero, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     rows = []
@@ -312,7 +321,7 @@ def failures(cluster: Cluster) -> str:
     for model in MODELS:
         for gpus in (8, 64, 256, 1024):
             mtbf = cluster.mtbf_gpu_hours * 3600 / gpus
-            cost = model.parameters * CHECKPOINT_BYTES / (cluster.storage_gb_s * 1e9)
+            cost = model.checkpoint_bytes / (cluster.storage_gb_s * 1e9)
             young, daly = math.sqrt(2 * cost * mtbf), checkpoint_interval(cost, mtbf)
             lost = cost / (daly + cost) + (daly / 2 + cluster.restart_minutes * 60) / mtbf
             step = step_time(cluster, model, 1, gpus, model.micro_batch, 1).total
@@ -333,6 +342,8 @@ def failures(cluster: Cluster) -> str:
 
 def disk(_: Cluster) -> str:
     """Packed data, checkpoints and snapshots."""
+    from megatron_sas.config import load_config
+
     config = load_config(Path(__file__).resolve().parents[1] / "examples" / "paper-base.yaml")
     last = config.train.steps
     checkpoints, snapshots = (
@@ -348,7 +359,7 @@ def disk(_: Cluster) -> str:
         rows.append(
             (
                 f"{model.name}, on the schedules of examples/paper-base.yaml",
-                f"{checkpoints * n * CHECKPOINT_BYTES / 1e9:,.0f} GB for {checkpoints} checkpoints, "
+                f"{checkpoints * model.checkpoint_bytes / 1e9:,.0f} GB for {checkpoints} checkpoints, "
                 f"{snapshots * n * 4 / 1e9:,.0f} GB for {snapshots} snapshots in float32, "
                 f"{snapshots * n * 2 / 1e9:,.0f} GB in bf16",
             )

@@ -13,19 +13,15 @@ and the command ends with code 2.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-
-from megatron_sas.cli import InputError, run_main
-from megatron_sas.data.conllu import read_conllu
-from megatron_sas.data.line_breaks import LINE_BREAKS
-from megatron_sas.data.survey import SurveySettings, survey
-from megatron_sas.evaluation.blimp import load_blimp
-from megatron_sas.evaluation.treebank import load_treebank
-from megatron_sas.files import refuse_existing, write_json_atomic
+import _checkout
+from megatron_sas.core.cli import InputError, run_main
+from megatron_sas.core.files import check_absent, write_json_atomic
+from megatron_sas.corpus.inspect.survey import SurveySettings, survey
+from megatron_sas.corpus.readers.base import Reading
+from megatron_sas.corpus.readers.line_breaks import LINE_BREAKS
+from megatron_sas.corpus.readers.registry import find_reader, read_units
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -49,7 +45,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows-per-document", type=int, metavar="N", help="as there, and with the same N")
     parser.add_argument("--line-breaks", choices=LINE_BREAKS, default="auto", help="as there (auto)")
     parser.add_argument("--on-error", choices=("refuse", "skip"), default="refuse", help="as there")
-    parser.add_argument("--max-loss", type=float, default=0.05, help="as there (0.05)")
+    parser.add_argument("--max-skipped", "--max-loss", type=float, default=0.05, help="as there (0.05)")
     parser.add_argument("--workers", type=int, default=1, help="processes; each takes whole inputs (1)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing report")
     return parser.parse_args(arguments)
@@ -57,13 +53,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def evaluation_sentences(blimp: str | None, treebanks: list[str]) -> dict[str, list[str]]:
     """The sentences of each evaluation set."""
+    from megatron_sas.evaluation.minimal_pairs import load_blimp
+    from megatron_sas.evaluation.treebank import load_treebank
+
     sentences = {}
     if blimp is not None:
         pairs = [pair for pair_set in load_blimp(blimp) for pair in pair_set.pairs]
         sentences["blimp"] = list(dict.fromkeys(sentence for pair in pairs for sentence in pair))
     for path in treebanks:
-        if path.endswith(".conllu"):
-            sentences[path] = [sentence.text for sentence in read_conllu(path)]
+        reader = find_reader(path)
+        if reader is not None and reader.gold:  # such readers know the text as it was written
+            sentences[path] = [unit.content.text for unit in read_units([path], Reading())]
         else:
             sentences[path] = [" ".join(sentence.words) for sentence in load_treebank(path)]
     return sentences
@@ -72,7 +72,7 @@ def evaluation_sentences(blimp: str | None, treebanks: list[str]) -> dict[str, l
 def main() -> None:
     """Survey and print a summary."""
     given = parse_arguments()
-    refuse_existing(given.output, given.overwrite)
+    check_absent(given.output, given.overwrite)
     settings = SurveySettings(
         inputs=given.input,
         sentences=evaluation_sentences(given.blimp, given.treebank),
@@ -80,7 +80,7 @@ def main() -> None:
         exclude=tuple(given.exclude),
         text_field=given.text_field,
         on_error=given.on_error,
-        max_loss=given.max_loss,
+        max_skipped=given.max_skipped,
         workers=given.workers,
         rows_per_document=given.rows_per_document,
         line_breaks=given.line_breaks,

@@ -11,36 +11,35 @@ other versions of the libraries, and for unigram another kind of processor, may 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from megatron_sas.cli import InputError, progress, run_main
-from megatron_sas.data.losses import Losses
+import _checkout
+from megatron_sas.core.cli import InputError, progress, run_main
+from megatron_sas.core.files import atomic_directory, check_absent
+from megatron_sas.corpus.build.skipped import SkipReport
+from megatron_sas.corpus.readers.base import Reading
+from megatron_sas.corpus.readers.registry import read_units
+from megatron_sas.corpus.readers.text_lines import OnError
+from megatron_sas.corpus.train_tokenizer import KINDS, TokenizerSettings, train_tokenizer
 from megatron_sas.data.masking import bernoulli, hash_u64
-from megatron_sas.data.sources import Reading, read_units
-from megatron_sas.data.text_lines import OnError
 from megatron_sas.data.tokenizer import save_tokenizer, vocab_size
-from megatron_sas.data.tokenizer_training import KINDS, TokenizerSettings, train_tokenizer
-from megatron_sas.files import atomic_directory, refuse_existing
 
 
 class Paragraphs:
     """The paragraphs of the inputs, each with probability `share` by a hash of its number.
 
-    `used` counts what the last pass has yielded; `losses` says what broken input it met.
+    `used` counts what the last pass has yielded; `skipped` says what broken input it met.
     """
 
     def __init__(self, inputs: list[str], text_field: str, on_error: OnError, share: float) -> None:
         self.inputs, self.text_field, self.on_error, self.share = inputs, text_field, on_error, share
-        self.used, self.losses = 0, Losses()
+        self.used, self.skipped = 0, SkipReport()
 
     def __iter__(self) -> Iterator[str]:
-        self.used, self.losses = 0, Losses()
-        reading = Reading(self.text_field, self.on_error, self.losses)
+        self.used, self.skipped = 0, SkipReport()
+        reading = Reading(self.text_field, self.on_error, self.skipped)
         with progress(unit=" paragraphs", unit_scale=True, desc="reading") as bar:
             for number, unit in enumerate(read_units(self.inputs, reading)):
                 content = unit.content
@@ -56,7 +55,7 @@ def main() -> None:
     arguments = parse_arguments()
     if not 0 < arguments.share <= 1:
         raise InputError(f"--share {arguments.share}: must be above 0 and at most 1")
-    refuse_existing(arguments.output, arguments.overwrite)
+    check_absent(arguments.output, arguments.overwrite)
     paragraphs = Paragraphs(arguments.input, arguments.text_field, arguments.on_error, arguments.share)
     start = time.perf_counter()
     settings = TokenizerSettings(arguments.type, arguments.vocab_size, arguments.cased)
@@ -70,7 +69,7 @@ def main() -> None:
     )
     if size < arguments.vocab_size:
         print(f"note: fewer than the {arguments.vocab_size:,} asked for; the text has no more parts that occur twice")
-    for reason, entry in paragraphs.losses.report().items():
+    for reason, entry in paragraphs.skipped.report().items():
         print(f"skipped: {reason}: {entry['count']:,}, the first at {entry['examples'][0]['where']}")
 
 

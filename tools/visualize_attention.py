@@ -4,26 +4,23 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import numpy as np
-import torch
-
-from megatron_sas.cli import InputError, progress, run_main
+import _checkout
+from megatron_sas.core.cli import InputError, progress, run_main
+from megatron_sas.core.device import DEVICE_HELP, choose_device
+from megatron_sas.core.files import check_absent, write_text_atomic
+from megatron_sas.corpus.parsers.registry import predictor_usage
+from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.data.tokenizer import tokenizer_identity
-from megatron_sas.data.trees import blanked_note
-from megatron_sas.device import DEVICE_HELP, choose_device
-from megatron_sas.evaluation.treebank import Sentence, load_treebank
-from megatron_sas.evaluation.uas import TreebankTask
-from megatron_sas.files import refuse_existing, write_text_atomic
-from megatron_sas.model import load_model
-from megatron_sas.model.trajectory import STEP_PATTERN_HELP, list_models
-from megatron_sas.visualization.attention import ModelView, Place, check_size, choose_sentences, view
-from megatron_sas.visualization.page import find_run, page_data, render
-from megatron_sas.visualization.sentences import load_sentences
+from megatron_sas.trajectory.step_names import STEP_PATTERN_HELP
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_sas.evaluation.treebank import Sentence
+    from megatron_sas.visualization.attention import ModelView, Place
 
 DESCRIPTION = """\
 Writes one page that needs no network. Above each sentence stand the arcs of its tree; below it what the best attention
@@ -41,12 +38,18 @@ examples:
 
 def main() -> None:
     arguments = parse_arguments()
-    refuse_existing(arguments.output, arguments.overwrite)
+    check_absent(arguments.output, arguments.overwrite)
     for option in ("limit", "max_models", "max_heads", "treebank_sentences", "batch_tokens"):
         if getattr(arguments, option) < 1:
             raise InputError(f"--{option.replace('_', '-')}: {getattr(arguments, option)} is below 1")
     if arguments.max_models < 2:
         raise InputError("--max-models: 1 leaves no course to look at; give one model with --model instead")
+    import numpy as np
+
+    from megatron_sas.trajectory.models import list_models
+    from megatron_sas.visualization.page import find_run, page_data, render
+    from megatron_sas.visualization.sentences import load_sentences
+
     device = choose_device(arguments.device)
     models = list_models(arguments.model, arguments.step_pattern, print)
     total_models = len(models)
@@ -94,6 +97,11 @@ def look(
 
     Returns the sentences to show, the description of the treebank, and what `view` returns.
     """
+    from megatron_sas.evaluation.treebank import load_treebank
+    from megatron_sas.evaluation.uas import TreebankTask
+    from megatron_sas.run.reading import load_model
+    from megatron_sas.visualization.attention import check_size, choose_sentences, view
+
     first, tokenizer = load_model(models[-1][1], device)
     identity = tokenizer_identity(tokenizer)
     length = first.config.max_position_embeddings
@@ -157,7 +165,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="what to show: .conllu, .jsonl or .json with trees, or .txt with --parser",
     )
-    parser.add_argument("--parser", metavar="NAME", help="spacy:MODEL or stanza:LANGUAGE, for .txt")
+    parser.add_argument("--parser", metavar="NAME", help=f"{predictor_usage()}, for .txt")
     parser.add_argument("--limit", type=int, default=12, metavar="N", help="show the first N sentences that fit (12)")
     parser.add_argument(
         "--treebank", type=Path, metavar="FILE", help="choose best heads on this treebank (default: on --sentences)"

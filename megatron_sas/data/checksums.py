@@ -17,24 +17,24 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sas.cli import InputError
-from megatron_sas.files import sha256_file
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.files import sha256_file
 
 BLOCK = 1 << 18  # bytes
 
 
-def describe_file(path: str | Path) -> dict[str, Any]:
+def describe_file(path: str | Path, block_size: int = BLOCK) -> dict[str, Any]:
     """What a header records of a file: `size`, `sha256`, and `block_checksums`."""
-    return {"size": Path(path).stat().st_size, "sha256": sha256_file(path), **block_checksums(path)}
+    return {"size": Path(path).stat().st_size, "sha256": sha256_file(path), **block_checksums(path, block_size)}
 
 
-def block_checksums(path: str | Path) -> dict[str, Any]:
+def block_checksums(path: str | Path, block_size: int = BLOCK) -> dict[str, Any]:
     """`block_size` in bytes and `crc32`, eight hexadecimal digits a block."""
     sums = []
     with open(path, "rb") as file:
-        while block := file.read(BLOCK):
+        while block := file.read(block_size):
             sums.append(f"{zlib.crc32(block):08x}")
-    return {"block_size": BLOCK, "crc32": "".join(sums)}
+    return {"block_size": block_size, "crc32": "".join(sums)}
 
 
 class CheckedMap(np.memmap):

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sas.cli import InputError
-from megatron_sas.files import fsync_file, obey_umask
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.files import fsync_file, obey_umask
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -53,8 +53,8 @@ class IndexedDatasetWriter:
     Used as a context manager it finishes on success and removes its temporary files when the block raises.
     """
 
-    def __init__(self, path_prefix: str | Path, dtype: np.dtype | type) -> None:
-        self.prefix = Path(path_prefix)
+    def __init__(self, path_prefix: str | Path, dtype: np.dtype | type, *, block: int = _BLOCK) -> None:
+        self.prefix, self._block = Path(path_prefix), block
         self.dtype = np.dtype(dtype)
         if self.dtype not in _CODE_OF_DTYPE:
             raise ValueError(f"IndexedDataset has no code for dtype {self.dtype}")
@@ -101,16 +101,16 @@ class IndexedDatasetWriter:
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
         count = len(lengths)
         file.write(_HEADER.pack(MAGIC, VERSION, _CODE_OF_DTYPE[self.dtype], count, count + 1))
-        for start in range(0, count, _BLOCK):
-            file.write(lengths[start : start + _BLOCK].astype("<i4"))
+        for start in range(0, count, self._block):
+            file.write(lengths[start : start + self._block].astype("<i4"))
         offset = 0
-        for start in range(0, count, _BLOCK):
-            sizes = lengths[start : start + _BLOCK].astype(np.int64) * self.dtype.itemsize
+        for start in range(0, count, self._block):
+            sizes = lengths[start : start + self._block].astype(np.int64) * self.dtype.itemsize
             ends = offset + np.cumsum(sizes)
             file.write((ends - sizes).astype("<i8"))
             offset = int(ends[-1])
-        for start in range(0, count + 1, _BLOCK):
-            file.write(np.arange(start, min(start + _BLOCK, count + 1), dtype="<i8"))
+        for start in range(0, count + 1, self._block):
+            file.write(np.arange(start, min(start + self._block, count + 1), dtype="<i8"))
 
     def __enter__(self) -> IndexedDatasetWriter:
         return self

@@ -13,12 +13,63 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from pydantic import Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.settings import Section
 from megatron_sas.data.packed import OPEN_FILES, PackedData, packed_header
 from megatron_sas.data.sampler import block_shares, global_samples, mixture_samples
 
 _OTHER_FILES = 256  # that a training process may need besides: libraries, sockets between processes, checkpoints
+
+
+class TrainingPart(Section):
+    """One of several sources of training data."""
+
+    prefix: str = Field(description="prefix of packed data")
+    weight: float | None = Field(None, description="share of the stream, relative to the others'", gt=0)
+
+
+class DataSection(Section):
+    """Packed data, as written by tools/preprocess_data.py."""
+
+    train: str | tuple[TrainingPart, ...] = Field(
+        description="prefix of the training data, or a list of prefixes (shuffled together) or of {prefix, weight}"
+    )
+    validation: str | None = Field(None, description="prefix of the validation data")
+    tokenizer: str | None = Field(None, description="vocabulary or directory; default: the one named by the data")
+    mask_prob: float = Field(0.15, description="probability with which a token is masked", gt=0, lt=1)
+    heads: str | None = Field(None, description="name of a control made by tools/make_control.py instead of the parses")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _list_of_parts(cls, value: Any) -> Any:
+        """A list's faults are told here: pydantic would tell them once as a text and once as a list."""
+        if isinstance(value, str):
+            return value
+        try:
+            if not isinstance(value, list | tuple):
+                raise TypeError
+            parts = [{"prefix": part} if isinstance(part, str) else part for part in value]
+            return tuple(TrainingPart.model_validate(part) for part in parts)
+        except (TypeError, ValidationError):
+            raise PydanticCustomError(
+                "training_data", "should be a prefix, a list of prefixes, or a list of {prefix, weight}, weight > 0"
+            ) from None
+
+    def parts(self) -> list[tuple[str, float | None]]:
+        """Prefix and weight of every part of the training data."""
+        return [(self.train, None)] if isinstance(self.train, str) else [(p.prefix, p.weight) for p in self.train]
+
+    def faults(self) -> list[str]:
+        """A mixture needs parts, all with weights or all without."""
+        weights = [weight for _, weight in self.parts()]
+        if not weights:
+            return ["train: is an empty list"]
+        if None in weights and any(weights):
+            return ["train: some parts have a weight and some have none; give all of them one, or none"]
+        return []
 
 
 class MixedData:

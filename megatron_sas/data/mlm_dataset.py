@@ -1,4 +1,4 @@
-"""Packed data → accumulation windows of masked micro-batches, and their prefetching.
+"""Packed data → accumulation windows of masked micro-batches.
 
 B (or m) sequences in a micro-batch, S tokens a sequence, M masked tokens in a micro-batch.
 """
@@ -6,15 +6,13 @@ B (or m) sequences in a micro-batch, S tokens a sequence, M masked tokens in a m
 from __future__ import annotations
 
 import math
-import queue
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 from megatron_sas.data.masking import mask_tokens
 from megatron_sas.data.mixture import MixedData, stream_samples
 from megatron_sas.data.packed import PackedData
@@ -192,68 +190,3 @@ def validation_batches(
         index = number * world_size + rank
         samples = np.arange(index * micro_batch_size, (index + 1) * micro_batch_size, dtype=np.int64)
         yield _batch(packed, index, np.where(samples < total, samples, -1), 0, seed, mask_prob)
-
-
-class PrefetchLoader:
-    """Iterate over the windows of steps [start_step, end_step), prepared ahead by a background thread.
-
-    At most `depth` windows wait in the queue. An exception in the thread is raised in the consumer, after the windows
-    before it. `close()` (also on leaving a `with` block, and at exhaustion) stops the thread and waits for it.
-    """
-
-    def __init__(
-        self, dataset: MLMDataset, start_step: int, end_step: int, *, depth: int = 2, pin_memory: bool = False
-    ) -> None:
-        self._queue: queue.Queue[Window | BaseException | None] = queue.Queue(maxsize=depth)
-        self._stop = threading.Event()
-        self._done = False
-        self._thread = threading.Thread(
-            target=self._produce, args=(dataset, start_step, end_step, pin_memory), name="prefetch", daemon=True
-        )
-        self._thread.start()
-
-    def _produce(self, dataset: MLMDataset, start_step: int, end_step: int, pin_memory: bool) -> None:
-        try:
-            for step in range(start_step, end_step):
-                window = dataset.window(step)
-                if not self._put(window.pin_memory() if pin_memory else window):
-                    return
-            self._put(None)
-        except BaseException as error:  # handed to the consumer, which would otherwise wait for ever
-            self._put(error)
-
-    def _put(self, item: Window | BaseException | None) -> bool:
-        """Wait for a free place; False when the loader was closed meanwhile."""
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __iter__(self) -> PrefetchLoader:
-        return self
-
-    def __next__(self) -> Window:
-        if self._done:
-            raise StopIteration
-        item = self._queue.get()
-        if isinstance(item, Window):
-            return item
-        self.close()
-        if item is None:
-            raise StopIteration
-        raise item
-
-    def close(self) -> None:
-        """Stop the thread; safe to call more than once."""
-        self._done = True
-        self._stop.set()
-        self._thread.join()
-
-    def __enter__(self) -> PrefetchLoader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

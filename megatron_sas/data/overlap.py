@@ -6,14 +6,16 @@ Equal texts in different inputs are not known here (tools/survey_corpus.py finds
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 
 if TYPE_CHECKING:
     from megatron_sas.data.packed import PackedData
 
+_DATASET = re.compile(r"[a-z]{2,}:")  # begins the name of one, as "hf:"
 _NEXT_TO_NOTHING = 64  # bytes: an archive of nothing has some 30, and so the same content as any other
 
 
@@ -37,7 +39,7 @@ class Documents:
         return f"the same documents of {same}"
 
 
-def refuse_repeated(field: str, parts: Sequence[Documents]) -> None:
+def check_repeated(field: str, parts: Sequence[Documents]) -> None:
     """Refuse (`InputError` with the name of the field) data sets of which two share documents."""
     holders: dict[str, list[Documents]] = {}
     for part in parts:
@@ -51,11 +53,11 @@ def refuse_repeated(field: str, parts: Sequence[Documents]) -> None:
             holders[key].append(part)
 
 
-def refuse_overlap(training: Sequence[PackedData], validation: PackedData | None) -> None:
+def check_overlap(training: Sequence[PackedData], validation: PackedData | None) -> None:
     """Refuse (`InputError`) to train on the same documents twice in an epoch, on those of validation, or on both sides
     of a split."""
     parts = [Documents(part.prefix, part.header) for part in training]
-    refuse_repeated("data.train", parts)
+    check_repeated("data.train", parts)
     sides = {split: part.prefix for part in parts for split in part.splits}
     if len(sides) > 1:
         raise InputError(
@@ -91,7 +93,7 @@ def _inputs(header: dict[str, Any]) -> list[tuple[str, str]]:
 def _identity(record: dict[str, Any]) -> str:
     """A file is known by its content; of a dataset the name says which split and part."""
     content = record.get("revision") or record["sha256"]
-    return f"{record['name']} {content}" if record["name"].startswith("hf:") else content
+    return f"{record['name']} {content}" if _DATASET.match(record["name"]) else content
 
 
 def _settings(header: dict[str, Any]) -> list[dict[str, Any]]:

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.files import sha256_file
 from megatron_sas.data.checksums import CheckedMap
 from megatron_sas.data.indexed_dataset import IndexedDataset
-from megatron_sas.files import sha256_file
 
 FORMAT = "megatron_sas packed sequences"
 FORMAT_VERSION = 1
 FILES = ("bin", "idx", "heads.bin", "marks.bin", "relns.bin")
 OPEN_FILES = 2  # that `PackedData` keeps open for training
 
-WORD_START = 1  # bits of the marks stream
+WORD_START = 1  # bits of the boundaries, PREFIX.marks.bin
 SENTENCE_START = 2
 
 
@@ -63,9 +63,9 @@ class TokenizerInfo:
 
 
 class PackedData:
-    """Packed sequences through memory maps: `tokens` (N, S) uint16 or int32, `heads` (N, S) int16, `marks` and `relns`
-    (N, S) uint8. Indexing rows of them compares these with checksums (`CheckedMap`). Every map keeps a file open: those
-    of `tokens` and `heads` from the beginning (`OPEN_FILES`), the others from their first use on.
+    """Packed sequences through memory maps: `tokens` (N, S) uint16 or int32, `heads` (N, S) int16, `boundaries` and
+    `deprels` (N, S) uint8. Indexing rows of them compares these with checksums (`CheckedMap`). Every map keeps a file
+    open: those of `tokens` and `heads` from the beginning (`OPEN_FILES`), the others from their first use on.
 
     Attributes: `header` (the parsed PREFIX.json), `seq_length` S, `num_sequences` N, `relations` (index 0 is ""),
     `tokenizer` (`TokenizerInfo`), `fingerprint` (SHA-256 of PREFIX.bin), `heads_path`, `heads_fingerprint` (SHA-256 of
@@ -100,12 +100,12 @@ class PackedData:
         self.heads = CheckedMap(heads_path, "<i2", shape, heads_record)
 
     @cached_property
-    def marks(self) -> CheckedMap:
+    def boundaries(self) -> CheckedMap:
         """Word and sentence starts, `WORD_START` and `SENTENCE_START`."""
         return self._bytes("marks.bin")
 
     @cached_property
-    def relns(self) -> CheckedMap:
+    def deprels(self) -> CheckedMap:
         """Numbers into `relations`."""
         return self._bytes("relns.bin")
 

@@ -17,9 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sas.cli import InputError, first_line
+from megatron_sas.core.cli import InputError, first_line
+from megatron_sas.core.files import write_json_atomic
 from megatron_sas.data.packed import TokenizerIdentity, TokenizerInfo
-from megatron_sas.files import write_json_atomic
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -75,6 +75,14 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
             f"{path}: no word is among the tokenizer's {len(tokenizer)} entries; put the model's tokenizer.json or "
             "vocab.txt there"
         )
+    if _drops_unknown_characters(tokenizer):
+        raise InputError(
+            f"{path}: its BPE has no unknown token, so it drops characters that it lacks; name one of its entries as "
+            "model.unk_token in tokenizer.json"
+        )
+    # Settings of the last call of whoever saved it, which transformers writes too and other programs obey.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
@@ -229,6 +237,15 @@ def _knows_a_word(tokenizer: PreTrainedTokenizerFast) -> bool:
     return any(entry not in added and any(map(str.isalnum, entry)) for entry in tokenizer.get_vocab())
 
 
+def _drops_unknown_characters(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether characters that the vocabulary lacks vanish from texts: a BPE without unknown token and without bytes."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = parts["model"]
+    if model.get("type") != "BPE" or model.get("unk_token") is not None or model.get("byte_fallback"):
+        return False
+    return '"ByteLevel"' not in json.dumps([parts["normalizer"], parts["pre_tokenizer"]])
+
+
 def _behaviour(parts: dict[str, Any], entries: list[str]) -> list[list[int]]:
     """The ids that a serialised tokenizer gives to the texts of the probe and to variants of some of its entries.
 
@@ -273,7 +290,7 @@ def plain_text_tokenizer(serialised: str) -> Tokenizer:
     """
     from tokenizers import Tokenizer
 
-    parts = _without_special_pieces(json.loads(serialised))
+    parts = _without_special_tokens(json.loads(serialised))
     tokenizer = Tokenizer.from_str(json.dumps(parts, ensure_ascii=False))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -281,7 +298,7 @@ def plain_text_tokenizer(serialised: str) -> Tokenizer:
     return tokenizer
 
 
-def _without_special_pieces(parts: dict[str, Any]) -> dict[str, Any]:
+def _without_special_tokens(parts: dict[str, Any]) -> dict[str, Any]:
     """A serialised tokenizer whose model cannot use its special tokens as pieces of a text.
 
     `encode_special_tokens` alone keeps the text in front of the model whole, but "[SEP]" is among the model's own

@@ -15,7 +15,7 @@ MAX_SHARE = 0.05  # BERT's vocabulary has 0.1 % in Wikipedia; more than this is 
 class Unknown:
     """Of `pieces` of text, special tokens aside, `unknown` are [UNK]."""
 
-    pieces: int = 0
+    tokens: int = 0
     unknown: int = 0
 
     @staticmethod
@@ -24,12 +24,12 @@ class Unknown:
         return Unknown(int(ids.size - np.isin(ids, special_ids).sum()), int((ids == unk_id).sum()))
 
     def __add__(self, other: Unknown) -> Unknown:
-        return Unknown(self.pieces + other.pieces, self.unknown + other.unknown)
+        return Unknown(self.tokens + other.tokens, self.unknown + other.unknown)
 
     @property
     def share(self) -> float:
         """From 0 to 1."""
-        return self.unknown / max(self.pieces, 1)
+        return self.unknown / max(self.tokens, 1)
 
     @property
     def is_high(self) -> bool:
@@ -38,7 +38,7 @@ class Unknown:
 
     def record(self) -> dict[str, Any]:
         """For result files."""
-        return {"num_pieces": self.pieces, "num_unknown": self.unknown, "share": self.share}
+        return {"num_pieces": self.tokens, "num_unknown": self.unknown, "share": self.share}
 
     @staticmethod
     def from_record(record: dict[str, Any]) -> Unknown:
@@ -47,7 +47,7 @@ class Unknown:
 
     def line(self, what: str) -> str:
         """The count for people, with a warning when it is too high; `what` names the text."""
-        counted = f"{self.unknown:,} of {self.pieces:,} pieces of {what} are [UNK] ({self.share:.2%})"
+        counted = f"{self.unknown:,} of {self.tokens:,} pieces of {what} are [UNK] ({self.share:.2%})"
         if not self.is_high:
             return counted
         return f"warning: {counted}, which the model cannot tell apart; is this the tokenizer for this text?"

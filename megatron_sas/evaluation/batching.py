@@ -8,13 +8,15 @@ from typing import TypeVar
 
 import torch
 
-from megatron_sas.distributed import rank, world_size
+from megatron_sas.core.distributed import rank, world_size
 
 Batch = TypeVar("Batch")
 AfterBatch = Callable[[], None]  # called once after each forward pass, equally often on every rank
 
 
-def deal(batches: Sequence[Batch], this_rank: int | None = None, ranks: int | None = None) -> list[tuple[Batch, bool]]:
+def shard_batches(
+    batches: Sequence[Batch], this_rank: int | None = None, ranks: int | None = None
+) -> list[tuple[Batch, bool]]:
     """The batches of one rank as (batch, counts) pairs, equally many on every rank.
 
     Batches are dealt in turn, so that ranks get batches of similar size from a sorted list. A rank for which none is

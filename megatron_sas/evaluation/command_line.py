@@ -6,13 +6,15 @@ import argparse
 import contextlib
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.device import DEVICE_HELP, choose_device
+from megatron_sas.core.files import check_absent
+from megatron_sas.run.directory import newest_of_run
 
-from megatron_sas.cli import InputError
-from megatron_sas.device import DEVICE_HELP, choose_device
-from megatron_sas.files import refuse_existing
-from megatron_sas.model.pretrained import resolve_run
+if TYPE_CHECKING:
+    import torch
 
 
 def evaluation_parser(description: str, batch_tokens: int) -> argparse.ArgumentParser:
@@ -64,7 +66,7 @@ def check_arguments(arguments: argparse.Namespace) -> torch.device:
         raise InputError(f"--batch-tokens: {arguments.batch_tokens} is below 1")
     for name in ("model", "untrained"):
         if getattr(arguments, name, None) is not None:
-            setattr(arguments, name, resolve_run(getattr(arguments, name)))
+            setattr(arguments, name, newest_of_run(getattr(arguments, name)))
     return choose_device(arguments.device)
 
 
@@ -76,7 +78,7 @@ def check_output(path: Path, overwrite: bool) -> None:
     """
     if path.is_dir():
         raise InputError(f"{path}: is a directory; --output names the file to write")
-    refuse_existing(path, overwrite)
+    check_absent(path, overwrite)
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         tempfile.TemporaryFile(dir=folder).close()
@@ -86,4 +88,6 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 def precision(arguments: argparse.Namespace, device: torch.device) -> contextlib.AbstractContextManager:
     """The context in which the model computes."""
+    import torch
+
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=arguments.precision == "bf16")

@@ -12,17 +12,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from megatron_sas import distributed
+from megatron_sas.core import distributed
+from megatron_sas.core.settings import Section
+from megatron_sas.data.packed import PackedData
+from megatron_sas.evaluation.base import Evaluation, Metric, Resources
 from megatron_sas.evaluation.batching import AfterBatch, evaluating
-from megatron_sas.evaluation.text import TextBatch
+from megatron_sas.evaluation.observers import AttentionStatistics, SasObserver, share_pass
+from megatron_sas.evaluation.text import TextBatch, packed_text, unknown_in
 from megatron_sas.model.bert import Bert, BertOutput
 
 DISCARDED = 0.1  # share of the points, those with the largest μ, left out of the fit (Facco et al.)
 MIN_POINTS = 10
 BLOCK_ELEMENTS = 2**24  # distances in memory at once, and as many coordinates: 128 MiB each
 RESAMPLES = 200
+
+TWONN = Metric(
+    "twonn",
+    "intrinsic dimension of the [CLS] vectors (TwoNN)",
+    axis="intrinsic\ndimension",
+    point=("intrinsic_dimension", "twonn"),
+)
+WEIGHT_NORM = Metric("weight_norm", "norm of the weights", axis="weight norm")
 
 
 def intrinsic_dimension(vectors: Tensor, texts: np.ndarray | None = None) -> dict[str, Any]:
@@ -54,16 +67,16 @@ def intrinsic_dimension(vectors: Tensor, texts: np.ndarray | None = None) -> dic
     return {"twonn": twonn, "standard_error": error, **result}
 
 
-def two_nearest(points: Tensor) -> Tensor:
+def two_nearest(points: Tensor, block_elements: int = BLOCK_ELEMENTS) -> Tensor:
     """Distances of each of N distinct points (N, C) to the two nearest others, ascending: float64 (N, 2).
 
     Neighbours are found from |a|² + |b|² - 2ab in blocks of rows, and their distances computed anew from the
-    differences, which do not cancel.
+    differences, which do not cancel. A block has at most `block_elements` distances and coordinates.
     """
     points = points.double()
     points = points - points.mean(dim=0)
     norms = points.square().sum(dim=1)
-    rows = max(1, BLOCK_ELEMENTS // max(len(points), 2 * points.shape[1]))
+    rows = max(1, block_elements // max(len(points), 2 * points.shape[1]))
     result = points.new_empty(len(points), 2)
     for start in range(0, len(points), rows):
         block = points[start : start + rows]
@@ -116,3 +129,82 @@ def _slope(log_mu: np.ndarray) -> float:
     x = log_mu[: _num_fitted(count)]
     y = -np.log1p(-np.arange(1, len(x) + 1) / count)
     return float(x @ y / (x @ x))
+
+
+ENOUGH_POINTS = 100
+"""Below this the standard error of TwoNN is a tenth of its value or more."""
+
+
+class ComplexitySettings(Section):
+    """Of the intrinsic dimension."""
+
+    complexity_sequences: int | None = Field(
+        None, description="sequences of data.validation for TwoNN intrinsic dimension; none: not measured", ge=10
+    )
+
+
+class ComplexityEvaluation(Evaluation):
+    """TwoNN of the [CLS] vectors of unmasked text."""
+
+    settings = ComplexitySettings
+    metrics = (
+        TWONN,
+        Metric("twonn_standard_error", point=("intrinsic_dimension", "standard_error")),
+        Metric("twonn_duplicates"),
+    )
+
+    @classmethod
+    def wanted(cls, section: ComplexitySettings) -> bool:
+        """Where a number of sequences is given."""
+        return section.complexity_sequences is not None
+
+    @classmethod
+    def shortages(cls, section: ComplexitySettings, text: PackedData) -> list[str]:
+        """Fewer sequences than were asked for, or too few for an estimate."""
+        there, wanted, found = text.num_sequences, section.complexity_sequences, []
+        if there < wanted:
+            found.append(f"complexity_sequences: {wanted} are wanted, but {text.prefix} has {there}")
+        if (points := min(there, wanted)) < ENOUGH_POINTS:
+            found.append(f"complexity_sequences: TwoNN of {points} points says little; give it {ENOUGH_POINTS} or more")
+        return found
+
+    @classmethod
+    def faults(cls, section: ComplexitySettings, has_text: bool) -> list[str]:
+        """See `Evaluation`."""
+        lacks_text = cls.wanted(section) and not has_text
+        return ["complexity_sequences: needs data.validation, which is not given"] if lacks_text else []
+
+    def __init__(self, section: Any, resources: Resources) -> None:
+        super().__init__(section, resources)
+        self.text = resources.text
+        self.num_texts = min(section.complexity_sequences, self.text.num_sequences)
+
+    def run(self, model: Bert, after_batch: AfterBatch | None = None) -> dict[str, Any]:
+        """See `Evaluation`."""
+        result = self._dimension(model, after_batch=after_batch)
+        values = (result["twonn"], result["standard_error"], result["duplicates"])
+        return {metric.key: value for metric, value in zip(self.metrics, values, strict=True)}
+
+    def measure(self, model: Bert) -> tuple[dict[str, Any], None]:
+        """Also SAS on the data's own edges, and attention's entropy if nothing else gives it, in the same pass."""
+        sas, statistics, info = SasObserver(), None, self.text.tokenizer
+        if self.resources.text_gives_attention:
+            statistics = AttentionStatistics(info.cls_id, info.sep_id)
+
+        def run(model: Bert, batch: TextBatch) -> BertOutput:
+            output = share_pass(model, batch, statistics=statistics, heads=batch.heads)
+            sas.add_output(batch.heads, output.to_head, output.to_dependent)
+            return output
+
+        values: dict[str, Any] = {"intrinsic_dimension": self._dimension(model, run=run)}
+        values["text_unknown"] = unknown_in(self.text, self.num_texts).record()
+        if statistics is not None:
+            values |= statistics.point()
+        if (along := sas.result()) is not None:
+            values["text_sas"] = along
+        return values, None
+
+    def _dimension(self, model: Bert, **options: Any) -> dict[str, Any]:
+        batches = packed_text(self.text, num_sequences=self.num_texts, batch_tokens=self.section.batch_tokens)
+        vectors = cls_vectors(model, batches, self.num_texts, **options)
+        return intrinsic_dimension(vectors, self.text.tokens[: self.num_texts])

@@ -1,114 +1,85 @@
-"""Everything that is evaluated while a model trains, prepared once; and how often there is time for it."""
+"""Everything that is evaluated while a model trains, prepared once."""
 
 from __future__ import annotations
 
-import math
-import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-from megatron_sas.config import Config
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.unknown import Unknown
+from megatron_sas.evaluation.base import TEXT, Evaluation, Resources
 from megatron_sas.evaluation.batching import AfterBatch
-from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
-from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension
-from megatron_sas.evaluation.observers import AttentionStatistics
-from megatron_sas.evaluation.text import packed_text
-from megatron_sas.evaluation.treebank import load_treebank
-from megatron_sas.evaluation.uas import TreebankTask
-from megatron_sas.evaluation.validation import evaluate_validation
+from megatron_sas.evaluation.registry import EVALUATIONS, live_metrics
+from megatron_sas.evaluation.section import EvaluationSection
 from megatron_sas.model.bert import Bert
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-GRACE_SECONDS = 30.0
 MOST_HEADS = 0.75
 
 
-class LiveEvaluation:
-    """The evaluations that a configuration asks for; each part that is not configured is left out.
+def prepare(section: EvaluationSection, resources: Resources) -> dict[str, Evaluation]:
+    """The evaluations that a section asks for and that there is an input for, in the order of `EVALUATIONS`.
 
     Raises:
-        InputError: a treebank or minimal-pair file is wrong.
+        InputError: an input is wrong.
+    """
+    return {
+        name: evaluation(section, resources)
+        for name, evaluation in EVALUATIONS.items()
+        if evaluation.wanted(section) and (evaluation.input != TEXT or resources.text is not None)
+    }
+
+
+def shortages(section: EvaluationSection, text: PackedData | None) -> list[str]:
+    """What a section asks for and the held-out text cannot give, a phrase each."""
+    return [
+        f"evaluation.{phrase}"
+        for evaluation in EVALUATIONS.values()
+        if text is not None and evaluation.wanted(section)
+        for phrase in evaluation.shortages(section, text)
+    ]
+
+
+class LiveEvaluation:
+    """The evaluations that a configuration asks for; each that is not configured is left out.
+
+    Raises:
+        InputError: an input is wrong.
     """
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, validation: PackedData | None) -> None:
-        section = config.evaluation
-        max_length = config.model.max_position_embeddings
-        self.section, self.validation = section, validation
-        self.sas, self.mask_prob = config.sas_objective(), config.data.mask_prob
-        self.treebank: TreebankTask | None = None
-        if section.treebank is not None:
-            sentences = load_treebank(section.treebank, section.treebank_sentences)
-            self.treebank = TreebankTask(sentences, tokenizer, max_length)
-        self.blimp: BlimpTask | None = None
-        if section.blimp is not None:
-            self.blimp = BlimpTask(
-                load_blimp(section.blimp), tokenizer, section.blimp_metric, section.blimp_pairs_per_set, max_length
-            )
+    def __init__(self, section: EvaluationSection, resources: Resources) -> None:
+        self.section, self.validation = section, resources.text
+        self.evaluations = prepare(section, resources)
 
     def unknown(self) -> dict[str, Unknown]:
         """How much of each input the tokenizer does not know, by the field that names the input."""
-        found = {}
-        if self.treebank is not None:
-            found["evaluation.treebank"] = self.treebank.unknown
-        if self.blimp is not None:
-            found["evaluation.blimp"] = self.blimp.pll.unknown
-        return found
+        known = {evaluation.input: evaluation.unknown for evaluation in self.evaluations.values()}
+        return {f"evaluation.{name}": unknown for name, unknown in known.items() if unknown is not None}
+
+    def facts(self) -> dict[str, Any]:
+        """What the record of a run's start says about the inputs."""
+        return {name: value for evaluation in self.evaluations.values() for name, value in evaluation.facts().items()}
+
+    def notes(self) -> list[str]:
+        """Lines for the user about the inputs."""
+        return [f"evaluation.{e.input}: {note}" for e in self.evaluations.values() for note in e.notes()]
 
     def evaluate(self, model: Bert, after_batch: AfterBatch | None = None) -> dict[str, Any]:
         """All metrics of one evaluation. A collective: every rank makes the same number of forwards.
 
         `after_batch` is called after each forward; an exception that it raises ends the evaluation.
         """
-        started = time.perf_counter()
         values: dict[str, Any] = {}
-        batch_tokens = self.section.batch_tokens
-        if self.validation is not None:
-            info = self.validation.tokenizer
-            statistics = AttentionStatistics(info.cls_id, info.sep_id)
-            values |= evaluate_validation(
-                model,
-                self.validation,
-                self.sas,
-                num_sequences=self.section.validation_sequences,
-                batch_tokens=batch_tokens,
-                mask_prob=self.mask_prob,
-                after_batch=after_batch,
-                statistics=statistics,
-            )
-            values["validation_attention"] = statistics.result()
-            if self.section.complexity_sequences is not None:
-                total = min(self.section.complexity_sequences, self.validation.num_sequences)
-                batches = packed_text(self.validation, num_sequences=total, batch_tokens=batch_tokens)
-                vectors = cls_vectors(model, batches, total, after_batch=after_batch)
-                dimension = intrinsic_dimension(vectors, self.validation.tokens[:total])
-                values |= {"twonn": dimension["twonn"], "twonn_standard_error": dimension["standard_error"]}
-                values["twonn_duplicates"] = dimension["duplicates"]
-        if self.treebank is not None:
-            statistics = self.treebank.attention_statistics()
-            result = self.treebank.evaluate(
-                model, batch_tokens=batch_tokens, after_batch=after_batch, statistics=statistics
-            )
-            values |= {name: result[name] for name in ("uas", "uas_baseline", "uas_single_head")}
-            values["uas_relations"] = result["relations"]
-            values["treebank_attention"] = statistics.result()
-        if self.blimp is not None:
-            result = self.blimp.evaluate(model, batch_tokens=batch_tokens, after_batch=after_batch)
-            values |= {
-                "blimp": result["blimp"],
-                "blimp_ties": result["num_ties"],
-                "blimp_fields": result["fields"],
-                "blimp_terms": result["terms"],
-                "blimp_sets": {
-                    uid: {name: entry[name] for name in ("accuracy", "num_pairs", "ties")}
-                    for uid, entry in result["sets"].items()
-                },
-            }
-        values["seconds"] = time.perf_counter() - started
+        for evaluation in self.evaluations.values():
+            values |= evaluation.run(model, after_batch)
         return values
+
+
+def evaluation_line(values: Mapping[str, Any]) -> str:
+    """An evaluation record in a line for the user; "" where nothing in it is printed."""
+    printed = [metric for metric in live_metrics() if metric.printed and values.get(metric.key) is not None]
+    line = "  ".join(f"{metric.printed} {values[metric.key]:{metric.format}}" for metric in printed)
+    warnings = [text for evaluation in EVALUATIONS.values() if (text := evaluation.warning(values))]
+    return line + "".join(f" (warning: {text})" for text in warnings)
 
 
 def collapsed_attention(values: dict[str, Any]) -> dict[str, Any] | None:
@@ -118,16 +89,3 @@ def collapsed_attention(values: dict[str, Any]) -> dict[str, Any] | None:
     """
     attention = values.get("validation_attention", values.get("treebank_attention"))
     return attention if attention is not None and attention["collapsed_heads"] >= MOST_HEADS else None
-
-
-def evaluation_stride(
-    evaluations_left: int, seconds_each: float, training_seconds_left: float, max_time_share: float
-) -> int:
-    """Make every how many-th of the remaining evaluations, so that they take at most `max_time_share` of all time.
-
-    With n evaluations of e seconds beside T seconds of training, n·e ≤ share·(n·e + T). `GRACE_SECONDS` are free, so
-    that short runs keep all their points.
-    """
-    allowed = max_time_share / (1.0 - max_time_share) * training_seconds_left + GRACE_SECONDS
-    wanted = evaluations_left * seconds_each
-    return 1 if wanted <= allowed else math.ceil(wanted / allowed)

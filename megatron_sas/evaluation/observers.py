@@ -12,11 +12,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_sas.distributed import all_reduce_sum_
+from megatron_sas.core.distributed import all_reduce_sum_
+from megatron_sas.evaluation.base import Metric
 from megatron_sas.kernels import attention_statistics
 
 COLLAPSED = 0.25
 """A head with less than this share of the largest possible entropy gives almost all of its attention to few tokens."""
+
+OBSERVED = (
+    Metric("attention_entropy", axis="attention\nentropy (nats)", point=("attention_entropy", "mean")),
+    Metric("attention_to_cls", point=("attention_to_cls", "mean")),
+    Metric("attention_to_sep", point=("attention_to_sep", "mean")),
+    Metric("sas_to_head", axis="α to head,\nbest head", point=("sas", "to_head")),
+    Metric("sas_to_dependent", point=("sas", "to_dependent")),
+    Metric("sas_uniform_to_head", point=("sas", "uniform_to_head")),
+    Metric("sas_uniform_to_dependent", point=("sas", "uniform_to_dependent")),
+    Metric("text_sas_to_head", point=("text_sas", "to_head")),
+    Metric("text_sas_to_dependent", point=("text_sas", "to_dependent")),
+)
+"""What observers give of a snapshot, on whatever input is there."""
 
 
 class TokenBatch(Protocol):
@@ -95,11 +109,11 @@ class AttentionStatistics:
         tokens = torch.stack([lengths.sum(), torch.xlogy(lengths, lengths).sum()])
         self._tokens = tokens if self._tokens is None else self._tokens + tokens
 
-    def result(self) -> dict[str, Any]:
+    def result(self, threshold: float = COLLAPSED) -> dict[str, Any]:
         """`entropy`, `to_cls` and `to_sep`, each with the `mean` over heads and `per_head` [L][H]; and two numbers.
 
         `uniform_entropy` is that of attention to all tokens alike, the largest possible, and `collapsed_heads` the
-        share of heads with less than `COLLAPSED` of it. A collective: every rank gets the result of all ranks.
+        share of heads with less than `threshold` of it. A collective: every rank gets the result of all ranks.
         """
         sums = torch.stack([self._sums[layer] for layer in sorted(self._sums)], dim=1)  # (3, L, H)
         reduced = all_reduce_sum_(torch.cat([sums.flatten(), self._tokens]))
@@ -109,12 +123,16 @@ class AttentionStatistics:
             name: {"mean": float(per_head.mean()), "per_head": per_head.tolist()}
             for name, per_head in zip(("entropy", "to_cls", "to_sep"), means, strict=True)
         }
-        collapsed = means[0] < COLLAPSED * uniform / tokens
+        collapsed = means[0] < threshold * uniform / tokens
         return {
             **result,
             "uniform_entropy": uniform / tokens,
             "collapsed_heads": float(collapsed.double().mean()),
         }
+
+    def point(self) -> dict[str, Any]:
+        """`result` under the names of a point.json."""
+        return {f"attention_{name}": value for name, value in self.result().items()}
 
 
 def _rows_that_count(batch: TokenBatch) -> Tensor:

@@ -1,7 +1,7 @@
 """How good a parser's edges are: its parse of a treebank's text, brought onto the gold words by character.
 
-The same alignment that gives pieces their edges (`data/alignment.py`) takes gold words as its pieces here. A gold word
-that is not the first in a parser's word, or has no characters of its own, has no predicted head and counts as wrong.
+The same alignment that gives pieces their edges (`corpus/build/align.py`) takes gold words as its pieces here. A gold
+word that is not the first in a parser's word, or has no characters of its own, has no predicted head: that is wrong.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sas.cli import InputError
-from megatron_sas.data.alignment import Parse, align
-from megatron_sas.data.conllu import ConlluSentence
+from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.build.align import align
+from megatron_sas.corpus.parsers.base import Parse, Parser, RelationNames
+from megatron_sas.corpus.readers.conllu import ConlluSentence
 from megatron_sas.data.packed import WORD_START
-from megatron_sas.data.parses import Parser, RelationNames
 
 ROOT, NONE = -1, -2  # predicted heads: the parser calls the word a root; the word has no prediction
 
@@ -77,7 +77,7 @@ def _unit(sentences: list[ConlluSentence]) -> GoldUnit:
         parses.append(parse.shifted(characters, words))
         characters += len(sentence.text) + 1
         words += count
-    relations = [name.split(":")[0] for sentence in sentences for name in sentence.relns]
+    relations = [name.split(":")[0] for sentence in sentences for name in sentence.deprels]
     return GoldUnit(" ".join(sentence.text for sentence in sentences), Parse.concatenate(parses), relations)
 
 
@@ -87,7 +87,7 @@ def predicted_heads(gold: Parse, parse: Parse, text: str) -> tuple[np.ndarray, n
     relations = np.zeros(len(heads), dtype=np.int64)
     visible = np.flatnonzero(gold.ends > gold.starts)
     aligned = align(gold.starts[visible], gold.ends[visible], parse, text)
-    first = np.flatnonzero(aligned.marks & WORD_START)
+    first = np.flatnonzero(aligned.boundaries & WORD_START)
     head = np.where(parse.heads[aligned.words[first]] < 0, ROOT, NONE)
     offset = aligned.offsets[first]
     heads[visible[first]] = np.where(offset != 0, visible[first + offset], head)

@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.distributed import all_reduce_sum_
 from megatron_sas.data.tokenizer import encode_texts, knows_words
 from megatron_sas.data.unknown import Unknown
-from megatron_sas.distributed import all_reduce_sum_
-from megatron_sas.evaluation.batching import AfterBatch, deal, evaluating
+from megatron_sas.evaluation.batching import AfterBatch, evaluating, shard_batches
+from megatron_sas.evaluation.blimp_labels import METRICS
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
-
-METRICS = ("pll", "within_word_l2r")
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ class PllTask:
 
     def num_forwards(self, batch_tokens: int) -> int:
         """Forward passes that `score` makes on every rank."""
-        return len(deal(self.batches(batch_tokens)))
+        return len(shard_batches(self.batches(batch_tokens)))
 
     def score(
         self, model: torch.nn.Module, *, batch_tokens: int = 8192, after_batch: AfterBatch | None = None
@@ -129,7 +128,9 @@ class PllTask:
         """
         if not self._groups:
             return np.zeros(0)
-        log_probs = all_reduce_sum_(self.log_probs(model, deal(self.batches(batch_tokens)), after_batch)).cpu().numpy()
+        log_probs = (
+            all_reduce_sum_(self.log_probs(model, shard_batches(self.batches(batch_tokens)), after_batch)).cpu().numpy()
+        )
         sentences = np.concatenate([np.repeat(g.members, g.num_copies // len(g.members)) for g in self._groups])
         scores = np.bincount(sentences, weights=log_probs.astype(np.float64), minlength=self.num_sentences)
         return scores[self.first_equal]

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import megatron_sas
+from megatron_sas.core.files import sha256_file
 from megatron_sas.data.tokenizer import tokenizer_identity
-from megatron_sas.files import sha256_file
-from megatron_sas.model.pretrained import MODEL_WEIGHTS, model_step
+from megatron_sas.run.directory import MODEL_WEIGHTS
+from megatron_sas.run.reading import model_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from megatron_sas.model import Bert
+    from megatron_sas.model.bert import Bert
 
 WEIGHT_FILES = (MODEL_WEIGHTS, "model.safetensors.index.json", "pytorch_model.bin")  # in the order of `read_model`
 
@@ -27,7 +28,7 @@ WEIGHT_FILES = (MODEL_WEIGHTS, "model.safetensors.index.json", "pytorch_model.bi
 def model_source(path: Path) -> dict[str, Any]:
     """Which model an evaluation is of: `model` (its directory), `model_step` (None if unknown) and `model_sha256`.
 
-    `path` is a model's own directory, not a run's, whose newest checkpoint may change meanwhile (`resolve_run`).
+    `path` is a model's own directory, not a run's, whose newest checkpoint may change meanwhile (`newest_of_run`).
     """
     return {"model": str(path.resolve()), "model_step": model_step(path), "model_sha256": weights_sha256(path)}
 

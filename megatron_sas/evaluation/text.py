@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_sas import distributed
-from megatron_sas.cli import InputError
+from megatron_sas.core import distributed
+from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.build.pack import Packer
+from megatron_sas.corpus.readers.base import Reading
+from megatron_sas.corpus.readers.registry import read_units
 from megatron_sas.data.mlm_dataset import validation_batches
 from megatron_sas.data.packed import PackedData
-from megatron_sas.data.packing import Packer
-from megatron_sas.data.sources import Reading, read_units
 from megatron_sas.data.tokenizer import plain_text_tokenizer, tokenizer_identity
 from megatron_sas.data.unknown import Unknown
 

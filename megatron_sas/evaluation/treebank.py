@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_sas.cli import InputError
-from megatron_sas.data.conllu import read_conllu
-from megatron_sas.data.text_lines import is_encodable, parse_json
+from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.readers.conllu import read_conllu
+from megatron_sas.corpus.readers.text_lines import is_encodable, parse_json
+from megatron_sas.corpus.readers.trees import check_blanked, is_blanked, tree_fault
 from megatron_sas.data.tokenizer import encode_texts
-from megatron_sas.data.trees import is_blanked, refuse_blanked, tree_fault
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """One parsed sentence. `heads` are 0-based word indices, -1 for a root; `relns` name the relation to the head."""
+    """One parsed sentence. `heads` are 0-based word indices, -1 for a root; `deprels` name the relation to the head."""
 
     words: Sequence[str]
     heads: Sequence[int]
-    relns: Sequence[str]
+    deprels: Sequence[str]
 
 
 class Treebank(list[Sentence]):
@@ -54,20 +54,15 @@ def load_treebank(path: str | Path, limit: int | None = None) -> Treebank:
     no tree, and for a treebank without words or sentences.
     """
     path = Path(path)
+    *others, last = TREEBANK_READERS
+    suffixes = f"{', '.join(others)} or {last}"
     if not path.is_file():
-        raise InputError(f"{path}: no such file; a treebank is a .conllu, .jsonl or .json file")
-    if path.suffix == ".conllu":
-        blanked: list[str] = []
-        sentences = [Sentence(s.words, s.heads, s.relns) for s in read_conllu(path, blanked=blanked.append)]
-        num_blanked = len(blanked)
-    elif path.suffix in (".jsonl", ".json"):
-        every = [_check_sentence(value, where) for value, where in _read_json(path)]
-        sentences = [sentence for sentence in every if not is_blanked(sentence.words)]
-        num_blanked = len(every) - len(sentences)
-    else:
-        raise InputError(f"{path}: unknown kind of treebank {path.suffix!r}; name it .conllu, .jsonl or .json")
+        raise InputError(f"{path}: no such file; a treebank is a {suffixes} file")
+    if path.suffix not in TREEBANK_READERS:
+        raise InputError(f"{path}: unknown kind of treebank {path.suffix!r}; name it {suffixes}")
+    sentences, num_blanked = TREEBANK_READERS[path.suffix](path)
     if not sentences:
-        refuse_blanked(path, num_blanked)
+        check_blanked(path, num_blanked)
         raise InputError(f"{path}: no sentences in it; give a treebank with at least one")
     treebank = Treebank(sentences[:limit])
     treebank.num_blanked = num_blanked
@@ -96,7 +91,28 @@ def _join(sentence: Sentence, pieces: dict[str, list[int]], tokenizer: Any) -> T
     return TokenizedSentence(np.array(ids, np.int64), np.array(words, np.int64), len(sentence.words))
 
 
-def _read_json(path: Path) -> Iterator[tuple[Any, str]]:
+def _read_conllu(path: Path) -> tuple[list[Sentence], int]:
+    """The sentences that have their words, and how many do not."""
+    blanked: list[str] = []
+    sentences = [Sentence(s.words, s.heads, s.deprels) for s in read_conllu(path, blanked=blanked.append)]
+    return sentences, len(blanked)
+
+
+def _read_json(path: Path) -> tuple[list[Sentence], int]:
+    """The same."""
+    every = [_check_sentence(value, where) for value, where in _json_values(path)]
+    sentences = [sentence for sentence in every if not is_blanked(sentence.words)]
+    return sentences, len(every) - len(sentences)
+
+
+TREEBANK_READERS: dict[str, Callable[[Path], tuple[list[Sentence], int]]] = {
+    ".conllu": _read_conllu,
+    ".jsonl": _read_json,
+    ".json": _read_json,
+}
+
+
+def _json_values(path: Path) -> Iterator[tuple[Any, str]]:
     """Yield (value, where) for each line, or for each element when the file is one JSON array."""
     try:
         text = path.read_text("utf-8-sig")
@@ -120,11 +136,11 @@ def _check_sentence(value: Any, where: str) -> Sentence:
             raise InputError(f"{where}: field {field!r} must be a list of {name}")
         if kind is str and not all(map(is_encodable, items)):
             raise InputError(f"{where}: half of a surrogate pair in field {field!r}; correct or remove it")
-    words, heads, relns = value["words"], value["heads"], value["relns"]
-    if not words or not len(words) == len(heads) == len(relns):
-        sizes = f"{len(words)}, {len(heads)} and {len(relns)}"
+    words, heads, deprels = value["words"], value["heads"], value["relns"]
+    if not words or not len(words) == len(heads) == len(deprels):
+        sizes = f"{len(words)}, {len(heads)} and {len(deprels)}"
         raise InputError(f"{where}: words, heads and relns must be of one length, at least 1; found {sizes}")
-    sentence = Sentence(words, [head - 1 for head in heads], relns)
+    sentence = Sentence(words, [head - 1 for head in heads], deprels)
     if fault := tree_fault(sentence.heads):
         word, reason = fault
         raise InputError(f"{where}: field 'heads': word {word + 1} ({words[word]!r}) {reason}; 0 marks a root")

@@ -12,22 +12,43 @@ treated like any other relation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.distributed import all_reduce_sum_
+from megatron_sas.core.files import sha256_file
+from megatron_sas.core.settings import Section
+from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.data.unknown import Unknown
-from megatron_sas.distributed import all_reduce_sum_
-from megatron_sas.evaluation.batching import AfterBatch, deal, evaluating
-from megatron_sas.evaluation.observers import AttentionStatistics, MapObserver, share_pass
-from megatron_sas.evaluation.treebank import Sentence, TokenizedSentence, Treebank, tokenize_words
+from megatron_sas.evaluation.base import Evaluation, Metric, Resources
+from megatron_sas.evaluation.batching import AfterBatch, evaluating, shard_batches
+from megatron_sas.evaluation.items import UasItems
+from megatron_sas.evaluation.observers import AttentionStatistics, MapObserver, SasObserver, share_pass
+from megatron_sas.evaluation.treebank import Sentence, TokenizedSentence, Treebank, load_treebank, tokenize_words
+from megatron_sas.model.bert import Bert
 
 DIRECTIONS = ("dep->head", "head->dep")
 OFFSETS = (-1, 1, -2, 2, -3, 3)  # nearest first: of equally good baselines the shortest is reported
 UNCOUNTED_RELATIONS = frozenset({"root", "punct"})
 MIN_EDGES_IN_TABLE = 100
+
+UAS = Metric(
+    "uas",
+    "UAS, each relation's best head",
+    direction=1,
+    title="UAS",
+    printed="uas",
+    point=("uas", "uas"),
+    watched=True,
+)
+BASELINE = Metric("uas_baseline", "UAS of the best fixed offsets", point=("uas", "uas_baseline"))
+SINGLE_HEAD = Metric("uas_single_head", "UAS of the best single head", point=("uas", "uas_single_head"))
+RELATIONS = Metric("uas_relations", point=("uas", "relations"))
 
 
 class TreebankTask:
@@ -53,7 +74,7 @@ class TreebankTask:
             )
         self.numbers = kept
         self.sentences: list[TokenizedSentence] = [tokenized[index] for index in kept]
-        self.heads = [_heads_of_pieces(sentences[index], tokenized[index]) for index in kept]
+        self.heads = [heads_of_pieces(sentences[index], tokenized[index]) for index in kept]
         self.num_skipped = len(sentences) - len(kept)
         self.num_blanked = sentences.num_blanked if isinstance(sentences, Treebank) else 0
         self.pad_token_id: int = tokenizer.pad_token_id
@@ -101,22 +122,15 @@ class TreebankTask:
 
     def num_forwards(self, batch_tokens: int) -> int:
         """Forward passes that `evaluate` makes on every rank."""
-        return len(deal(self.batches(batch_tokens)))
+        return len(shard_batches(self.batches(batch_tokens)))
 
     def attention_statistics(self) -> AttentionStatistics:
         """What measures attention's entropy on these sentences."""
         return AttentionStatistics(self.cls_token_id, self.sep_token_id)
 
-    def evaluate(
-        self,
-        model: torch.nn.Module,
-        *,
-        batch_tokens: int = 4096,
-        after_batch: AfterBatch | None = None,
-        statistics: AttentionStatistics | None = None,
-    ) -> dict:
+    def evaluate(self, model: torch.nn.Module, **options: Any) -> dict:
         """`evaluate_uas` of this treebank."""
-        return evaluate_uas(model, self, batch_tokens=batch_tokens, after_batch=after_batch, statistics=statistics)
+        return evaluate_uas(model, self, **options)
 
 
 def evaluate_uas(
@@ -140,7 +154,7 @@ def evaluate_uas(
     edges that each head got right, nested lists `correct[relation][direction][layer][head]` beside the names on their
     axes. Layers and heads count from 0; of equally good ones the lowest (layer, head) is named, `dep->head` first.
     """
-    correct = count_correct(model, task, deal(task.batches(batch_tokens)), after_batch, statistics)
+    correct = count_correct(model, task, shard_batches(task.batches(batch_tokens)), after_batch, statistics)
     return summarize(task, all_reduce_sum_(correct).cpu().numpy())
 
 
@@ -294,9 +308,9 @@ def summarize(task: TreebankTask, correct: np.ndarray) -> dict:
     num_edges = int(task.edge_counts.sum())
     single_hits, single_head = _best(correct.sum(axis=0))
     return {
-        "uas": best_correct / num_edges,
-        "uas_baseline": int(task.baseline_counts.max(axis=1).sum()) / num_edges,
-        "uas_single_head": single_hits / num_edges,
+        UAS.key: best_correct / num_edges,
+        BASELINE.key: int(task.baseline_counts.max(axis=1).sum()) / num_edges,
+        SINGLE_HEAD.key: single_hits / num_edges,
         "single_head": single_head,
         "num_sentences": len(task.sentences),
         "num_skipped": task.num_skipped,
@@ -315,7 +329,7 @@ def _best(correct: np.ndarray) -> tuple[int, dict]:
     return int(correct[direction, layer, head]), place
 
 
-def _heads_of_pieces(sentence: Sentence, tokenized: TokenizedSentence) -> np.ndarray:
+def heads_of_pieces(sentence: Sentence, tokenized: TokenizedSentence) -> np.ndarray:
     """int64 (S,): where the first piece of a word has a head, that word's first piece; elsewhere -1."""
     first = np.array([np.argmax(tokenized.words == word) for word in range(tokenized.num_words)])
     heads = np.full(len(tokenized.ids), -1, np.int64)
@@ -328,8 +342,68 @@ def _heads_of_pieces(sentence: Sentence, tokenized: TokenizedSentence) -> np.nda
 def _counted_edges(sentence: Sentence) -> list[tuple[int, int, str]]:
     """(dependent, head, relation without subtype) of every word whose relation counts."""
     edges = []
-    for dependent, (head, full_relation) in enumerate(zip(sentence.heads, sentence.relns, strict=True)):
+    for dependent, (head, full_relation) in enumerate(zip(sentence.heads, sentence.deprels, strict=True)):
         relation = full_relation.split(":")[0]
         if head >= 0 and relation.lower() not in UNCOUNTED_RELATIONS:
             edges.append((dependent, head, relation))
     return edges
+
+
+class UasSettings(Section):
+    """Of the treebank."""
+
+    treebank: str | None = Field(None, description="CoNLL-U or JSON lines for UAS")
+    treebank_sentences: int | None = Field(None, description="use the first so many sentences", ge=1)
+
+
+class UasEvaluation(Evaluation):
+    """UAS on a treebank, and attention on its sentences."""
+
+    settings = UasSettings
+    metrics = (UAS, BASELINE, SINGLE_HEAD, RELATIONS)
+    input = "treebank"
+    items = UasItems
+    item_counts = (RELATIONS.key, "count")
+
+    @classmethod
+    def wanted(cls, section: UasSettings) -> bool:
+        """Where a treebank is given."""
+        return section.treebank is not None
+
+    def __init__(self, section: Any, resources: Resources) -> None:
+        super().__init__(section, resources)
+        sentences = load_treebank(section.treebank, section.treebank_sentences)
+        self.task = TreebankTask(sentences, resources.tokenizer, resources.max_length)
+        self.unknown = self.task.unknown
+
+    def run(self, model: Bert, after_batch: AfterBatch | None = None) -> dict[str, Any]:
+        """See `Evaluation`; with `treebank_attention`, as `AttentionStatistics` gives it."""
+        statistics = self.task.attention_statistics()
+        options = {"batch_tokens": self.section.batch_tokens, "after_batch": after_batch, "statistics": statistics}
+        result = self.task.evaluate(model, **options)
+        values = {metric.key: result[metric.point[-1]] for metric in self.metrics}
+        return {**values, "treebank_attention": statistics.result()}
+
+    def measure(self, model: Bert) -> tuple[dict[str, Any], UasItems]:
+        """Also SAS and attention's entropy on these sentences, in the same pass."""
+        task = self.task
+        statistics, sas, uas = task.attention_statistics(), SasObserver(), UasObserver(task, keep_edges=True)
+        batches = shard_batches(task.batches(self.section.batch_tokens))
+        observe_treebank(model, task, batches, [sas, uas], statistics=statistics)
+        values = {UAS.point[0]: summarize(task, uas.counts().cpu().numpy()), **statistics.point(), "sas": sas.result()}
+        return values, UasItems(task.edge_list(), uas.edges())
+
+    def source(self) -> dict[str, Any]:
+        """See `Evaluation`."""
+        path = Path(self.section.treebank)
+        sentences = len(self.task.sentences) + self.task.num_skipped
+        return {"path": str(path.resolve()), "sha256": sha256_file(path), "sentences": sentences}
+
+    def facts(self) -> dict[str, Any]:
+        """See `Evaluation`."""
+        blanked = self.task.num_blanked
+        return {"treebank_sentences_blanked": blanked} if blanked else {}
+
+    def notes(self) -> list[str]:
+        """See `Evaluation`."""
+        return [blanked_note(self.task.num_blanked)] if self.task.num_blanked else []

@@ -1,22 +1,38 @@
-"""Masked-LM loss and SAS term on held-out packed data, with the same masks at every evaluation."""
+"""Masked-LM loss and terms on held-out packed data, with the same masks at every evaluation."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from megatron_sas import distributed
+from megatron_sas.core import distributed
+from megatron_sas.core.settings import Section
 from megatron_sas.data.mlm_dataset import validation_batches
 from megatron_sas.data.packed import PackedData
+from megatron_sas.evaluation.base import Evaluation, Metric
 from megatron_sas.evaluation.batching import AfterBatch, evaluating
 from megatron_sas.evaluation.observers import AttentionStatistics, share_pass
 from megatron_sas.model.bert import Bert
-from megatron_sas.objective.pretraining import SasObjective, mlm_loss_sum
-from megatron_sas.objective.sas import sas_term
+from megatron_sas.objective.base import Batch, Term
+from megatron_sas.objective.pretraining import mlm_loss_sum
+from megatron_sas.objective.terms import TERMS, EdgeSets
 
 VALIDATION_SEED = 0x76616C  # not the run's seed: runs with different seeds are validated on the same masks
+
+LOSS = Metric(
+    "validation_mlm_loss",
+    "masked-LM loss on held-out text",
+    direction=-1,
+    title="MLM loss",
+    name="loss",
+    printed="validation mlm",
+    point=("mlm_loss",),
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +48,7 @@ class _MaskedText:
 def evaluate_validation(
     model: Bert,
     packed: PackedData,
-    sas: SasObjective,
+    terms: Mapping[str, Term],
     *,
     num_sequences: int,
     batch_tokens: int,
@@ -40,7 +56,7 @@ def evaluate_validation(
     after_batch: AfterBatch | None = None,
     statistics: AttentionStatistics | None = None,
 ) -> dict[str, float]:
-    """`validation_mlm_loss` (mean over masked tokens) and `validation_sas` (R, mean over sequences).
+    """`LOSS` (mean over masked tokens) and for every term `validation_NAME` (R, mean over sequences).
 
     The first `num_sequences` sequences are shared among the ranks, which all make the same number of forwards and all
     return the same values. `after_batch` is called after each forward, which also feeds `statistics`.
@@ -54,19 +70,83 @@ def evaluate_validation(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
+    names = list(terms)
     with evaluating(model) as device:
-        sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, masked tokens, R, sequences
+        sums = torch.zeros(3 + len(names), dtype=torch.float64, device=device)  # loss, masked tokens, sequences, each R
         for batch in batches:
-            counts = batch.sample_ids >= 0
-            text = _MaskedText(*(x.to(device) for x in (batch.input_ids, batch.heads, counts)))
-            positions = batch.masked_positions.to(device)
-            output = share_pass(model, text, statistics=statistics, heads=text.heads, masked_positions=positions)
-            sums[0] += mlm_loss_sum(output.logits, batch.labels.to(device))
+            inputs = (batch.input_ids, batch.masked_positions, batch.labels, batch.heads)
+            seen = Batch(*(tensor.to(device) for tensor in inputs))
+            sets = EdgeSets(terms, seen)
+            real = (batch.sample_ids >= 0).to(device)  # (B,)
+            text = _MaskedText(seen.input_ids, seen.heads, real)
+            output = share_pass(
+                model, text, statistics=statistics, heads=sets.heads, masked_positions=seen.masked_positions
+            )
+            sums[0] += mlm_loss_sum(output.logits, seen.labels)
             sums[1] += len(batch.labels)
-            term = sas_term(output.to_head, output.to_dependent, mode=sas.mode, p=sas.p, directions=sas.directions)
-            sums[2] += term.sum()
-            sums[3] += int(counts.sum())
+            sums[2] += real.sum()
+            for place, name in enumerate(names, start=3):
+                sums[place] += (terms[name](sets.output_for(name, output), seen) * real).sum()
             if after_batch is not None:
                 after_batch()
-    loss, tokens, term, sequences = distributed.all_reduce_sum_(sums).tolist()
-    return {"validation_mlm_loss": loss / max(tokens, 1.0), "validation_sas": term / max(sequences, 1.0)}
+    loss, tokens, sequences, *totals = distributed.all_reduce_sum_(sums).tolist()
+    values = {f"validation_{name}": total / max(sequences, 1.0) for name, total in zip(names, totals, strict=True)}
+    return {LOSS.key: loss / max(tokens, 1.0), **values}
+
+
+class ValidationSettings(Section):
+    """Of the loss on held-out text."""
+
+    validation_sequences: int = Field(256, description="sequences of data.validation for the MLM loss", ge=1)
+
+
+class ValidationEvaluation(Evaluation):
+    """Loss, terms and attention on masked text."""
+
+    settings = ValidationSettings
+    metrics = (
+        LOSS,
+        *(Metric(f"validation_{name}", f"{term.title} on held-out text, per sequence") for name, term in TERMS.items()),
+    )
+
+    @classmethod
+    def wanted(cls, section: ValidationSettings) -> bool:
+        """Wherever there is a text."""
+        return True
+
+    @classmethod
+    def shortages(cls, section: ValidationSettings, text: PackedData) -> list[str]:
+        """Fewer sequences than were asked for; the default is no wish."""
+        wanted = section.validation_sequences
+        if text.num_sequences >= wanted or "validation_sequences" not in section.model_fields_set:
+            return []
+        return [f"validation_sequences: {wanted} are wanted, but {text.prefix} has {text.num_sequences}"]
+
+    def run(self, model: Bert, after_batch: AfterBatch | None = None) -> dict[str, Any]:
+        """See `evaluate_validation`; with `validation_attention`, as `AttentionStatistics` gives it."""
+        info = self.resources.text.tokenizer
+        statistics = AttentionStatistics(info.cls_id, info.sep_id)
+        values = self._evaluate(model, self.resources.terms, after_batch, statistics)
+        return {**values, "validation_attention": statistics.result()}
+
+    def measure(self, model: Bert) -> tuple[dict[str, Any], None]:
+        """The loss alone."""
+        return {LOSS.column: self._evaluate(model, {})[LOSS.key]}, None
+
+    def _evaluate(
+        self,
+        model: Bert,
+        terms: Mapping[str, Term],
+        after_batch: AfterBatch | None = None,
+        statistics: AttentionStatistics | None = None,
+    ) -> dict[str, float]:
+        return evaluate_validation(
+            model,
+            self.resources.text,
+            terms,
+            num_sequences=self.section.validation_sequences,
+            batch_tokens=self.section.batch_tokens,
+            mask_prob=self.resources.mask_prob,
+            after_batch=after_batch,
+            statistics=statistics,
+        )

@@ -1,6 +1,7 @@
 """Attention that also returns the two probabilities per token that the SAS regularizer reads."""
 
-from megatron_sas.kernels.dependency_attention import BACKENDS, backend_refusal, choose_backend, dependency_attention
+from megatron_sas.kernels.backends import BACKENDS, choose_backend, unsupported_reason
+from megatron_sas.kernels.dependency_attention import dependency_attention
 from megatron_sas.kernels.entropy import attention_statistics
 
-__all__ = ["BACKENDS", "attention_statistics", "backend_refusal", "choose_backend", "dependency_attention"]
+__all__ = ["BACKENDS", "attention_statistics", "choose_backend", "dependency_attention", "unsupported_reason"]

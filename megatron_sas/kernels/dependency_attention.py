@@ -8,64 +8,15 @@ has the forward and backward of these entries; the backends differ in how they c
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from megatron_sas.kernels.chunked import chunked_attention
-from megatron_sas.kernels.edges import HAS_TRITON
-from megatron_sas.kernels.lse_attention import lse_attention, lse_refusal
-from megatron_sas.kernels.reference import reference_attention
-from megatron_sas.kernels.sdpa import sdpa_attention, sdpa_refusal
-
-BACKENDS = ("auto", "triton", "sdpa", "cudnn", "flex", "fa4", "chunked", "reference")
-"""By name: our kernels; torch's flash kernel of the device; cuDNN's; FlexAttention; FlashAttention-4; plain tensor
-operations in bounded memory; plain tensor operations on whole maps."""
+from megatron_sas.kernels.backends import BACKENDS, choose_backend, unsupported_reason
+from megatron_sas.kernels.reference import Window
 
 INTEGER_TYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
-
-
-AUTO = {"cuda": ("triton", "cudnn", "sdpa", "chunked"), "cpu": ("sdpa", "chunked")}
-"""What `auto` tries, in this order, by kind of device. On CPU this is the order of speed (`benchmarks/cpu`)."""
-
-
-def choose_backend(q: Tensor, dropout_p: float, *, has_seqlens: bool = False) -> str:
-    """The backend that `auto` takes for inputs like `q`: the first of `AUTO` that can."""
-    return next(
-        name
-        for name in AUTO.get(q.device.type, ("chunked",))
-        if backend_refusal(name, q, has_seqlens, dropout_p) is None
-    )
-
-
-def backend_refusal(backend: str, q: Tensor, has_seqlens: bool, dropout_p: float) -> str | None:
-    """Why a backend cannot take such inputs, or None when it can."""
-    if backend == "triton":
-        if not HAS_TRITON:
-            return "Triton is not installed (CUDA builds of torch bring it)"
-        from megatron_sas.kernels.triton_attention import triton_refusal
-
-        return triton_refusal(q)
-    if backend in ("sdpa", "cudnn"):
-        return sdpa_refusal(backend, q, has_seqlens, dropout_p)
-    if backend in ("flex", "fa4"):
-        return lse_refusal(backend, q, has_seqlens, dropout_p)
-    return None
-
-
-def _implementation(backend: str) -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
-    if backend == "triton":
-        from megatron_sas.kernels.triton_attention import triton_attention
-
-        return triton_attention
-    if backend in ("sdpa", "cudnn"):
-        return functools.partial(sdpa_attention, backend=backend)
-    if backend in ("flex", "fa4"):
-        return functools.partial(lse_attention, backend=backend)
-    return {"chunked": chunked_attention, "reference": reference_attention}[backend]
 
 
 def dependency_attention(
@@ -78,43 +29,62 @@ def dependency_attention(
     dropout_p: float = 0.0,
     scale: float | None = None,
     backend: str = "auto",
+    window: int | tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Scaled dot-product attention that also returns the attention probabilities along dependency edges.
 
     Args:
         q, k, v: `(batch, heads, seq, head_dim)`, one floating dtype and device.
         heads: integer `(batch, seq)`; `heads[b, i] = j` means that token i depends on token j, and any value outside
-            `[0, seqlens[b])` that there is no edge. None: plain attention, and None for both probabilities.
+            `[0, seqlens[b])` that there is no edge. Or `(batch, sets, seq)`, several such sets of edges over the same
+            attention. None: plain attention, and None for both probabilities.
         seqlens: integer `(batch,)`, valid tokens per sequence; later key columns get no attention, edges from or to
             later tokens do not count, and later rows of `out` are finite but unspecified. None: all valid.
         dropout_p: probability with which attention probabilities are dropped (inverted dropout); drawn from torch's
             default generator, the same in forward and backward.
         scale: factor on the scores; 1/sqrt(head_dim) by default.
-        backend: one of `BACKENDS`.
+        backend: "auto", the first that can of those for the device, or one of `BACKENDS`.
+        window: attention is local: a query at i sees the keys at j with |i - j| <= window // 2, as in a ModernBERT of
+            transformers whose `local_attention` this is. Or (before, after): i - before <= j <= i + after. None: all.
+            An edge's probability in a direction that the window hides is 0 without gradient.
 
     Returns:
         `out` like q; `to_head[b, h, i]` = α[i, heads[i]] and `to_dependent[b, h, i]` = α[heads[i], i], both float32
-        (float64 for float64 inputs) `(batch, heads, seq)`, before dropout, 0 without gradient where there is no edge.
-        All three are differentiable in q, k and v.
+        (float64 for float64 inputs) `(batch, heads, seq)`, before dropout, 0 without gradient where there is no edge;
+        `(batch, sets, heads, seq)` for several sets. All three are differentiable in q, k and v.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the backend cannot take such inputs.
     """
     _check(q, k, v, heads, seqlens, dropout_p, backend)
+    sets = heads.shape[1] if heads is not None and heads.dim() == 3 else 1
+    asked = {"has_seqlens": seqlens is not None, "sets": sets, "window": _bounds(window, q.shape[2])}
     if backend == "auto":
-        backend = choose_backend(q, dropout_p, has_seqlens=seqlens is not None)
-    elif (reason := backend_refusal(backend, q, seqlens is not None, dropout_p)) is not None:
+        backend = choose_backend(q, dropout_p, **asked)
+    elif (reason := unsupported_reason(backend, q, dropout_p, **asked)) is not None:
         raise ValueError(f"dependency_attention: backend {backend!r}: {reason}; choose 'auto'")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     with torch.autocast(q.device.type, enabled=False):  # it would round float32 scores to bfloat16
-        return _implementation(backend)(q, k, v, heads, seqlens, dropout_p, scale)
+        return BACKENDS[backend].run(q, k, v, heads, seqlens, dropout_p, scale, asked["window"])
+
+
+def _bounds(window: int | tuple[int, int] | None, seq: int) -> Window:
+    """How many keys before and after it a query sees; None when these are all of the sequence."""
+    if window is None:
+        return None
+    before, after = (window // 2, window // 2) if isinstance(window, int) else window
+    if min(before, after) < 0:
+        raise ValueError(f"dependency_attention: window must be a number or two of at least 0, not {window}")
+    return None if min(before, after) >= seq - 1 else (before, after)
 
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, heads: Tensor | None, seqlens: Tensor | None, dropout_p: float, backend: str
 ) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"dependency_attention: unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(
+            f"dependency_attention: unknown backend {backend!r}; choose one of {', '.join(('auto', *BACKENDS))}"
+        )
     if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(
@@ -125,9 +95,10 @@ def _check(
             f"dependency_attention: q, k, v must share one floating dtype, not {q.dtype}, {k.dtype}, {v.dtype}"
         )
     batch, _, seq, _ = q.shape
-    if heads is not None and (tuple(heads.shape) != (batch, seq) or heads.dtype not in INTEGER_TYPES):
+    if heads is not None and (not _fit(tuple(heads.shape), batch, seq) or heads.dtype not in INTEGER_TYPES):
         raise ValueError(
-            f"dependency_attention: heads must be integer {(batch, seq)}, not {heads.dtype} {tuple(heads.shape)}"
+            f"dependency_attention: heads must be integer {(batch, seq)} or ({batch}, sets, {seq}), "
+            f"not {heads.dtype} {tuple(heads.shape)}"
         )
     if seqlens is not None and (tuple(seqlens.shape) != (batch,) or seqlens.dtype not in INTEGER_TYPES):
         raise ValueError(
@@ -135,3 +106,8 @@ def _check(
         )
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dependency_attention: dropout_p must be in [0, 1), not {dropout_p}")
+
+
+def _fit(heads: tuple[int, ...], batch: int, seq: int) -> bool:
+    """Whether heads of this shape are one set of edges or several."""
+    return heads == (batch, seq) or (len(heads) == 3 and (heads[0], heads[2]) == (batch, seq) and heads[1] > 0)

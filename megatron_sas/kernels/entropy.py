@@ -64,7 +64,7 @@ def attention_statistics(
 def _output_and_lse(backend: str, q: Tensor, k: Tensor, seqlens: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """A = attention(q, k, k) `(B, H, S, D)` and LSE `(B, H, S)` in nats."""
     if backend == "triton":
-        from megatron_sas.kernels.triton_attention import triton_output_and_lse
+        from megatron_sas.kernels.triton.attention import triton_output_and_lse
 
         return triton_output_and_lse(q, k, k, seqlens, scale)
     if backend in ("sdpa", "cudnn"):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_sas.kernels.edges import add_entry_gradients_, edge_probs, row_sums
-from megatron_sas.kernels.reference import accumulation_dtype, key_mask, valid_heads
+from megatron_sas.kernels.reference import Window, accumulation_dtype, key_mask, valid_heads
 
 FILLER = {torch.float32: 2.0**-50, torch.bfloat16: 2.0**-50, torch.float64: 2.0**-200}
 """By dtype: far below any gradient's rounding, while 1 / FILLER, to which O' may grow, is far from overflow."""
@@ -33,8 +33,8 @@ class CpuFlash:
     """torch's flash kernel for the CPU: any floating dtype, key masks, no dropout."""
 
     @staticmethod
-    def refusal(q: Tensor, has_seqlens: bool, dropout_p: float) -> str | None:
-        """Why this kernel cannot take such inputs."""
+    def unsupported_reason(q: Tensor, dropout_p: float, has_seqlens: bool) -> str | None:
+        """Return why this kernel cannot take such inputs, or None when it can."""
         if q.device.type != "cpu":
             return f"torch's CPU flash kernel cannot take tensors on {q.device.type}"
         if dropout_p > 0.0:
@@ -64,9 +64,9 @@ class CudaFlash:
     """FlashAttention-2 as torch brings it: bfloat16 (float16 is refused below), dropout, no masks."""
 
     @staticmethod
-    def refusal(q: Tensor, has_seqlens: bool, dropout_p: float) -> str | None:
-        """Why this kernel cannot take such inputs."""
-        return _cuda_refusal("FlashAttention-2", q, has_seqlens, 256)
+    def unsupported_reason(q: Tensor, dropout_p: float, has_seqlens: bool) -> str | None:
+        """Return why this kernel cannot take such inputs, or None when it can."""
+        return _unsupported_on_cuda("FlashAttention-2", q, has_seqlens, 256)
 
     @staticmethod
     def forward(
@@ -94,12 +94,14 @@ class CudnnFlash:
     """cuDNN's flash kernels: bfloat16 (float16 is refused below), dropout, no masks."""
 
     @staticmethod
-    def refusal(q: Tensor, has_seqlens: bool, dropout_p: float) -> str | None:
-        """Why this kernel cannot take such inputs."""
-        if q.device.type == "cuda" and not torch.backends.cudnn.is_available():
+    def unsupported_reason(q: Tensor, dropout_p: float, has_seqlens: bool) -> str | None:
+        """Return why this kernel cannot take such inputs, or None when it can."""
+        reason = _unsupported_on_cuda("cuDNN's flash kernel", q, has_seqlens, 128)
+        if reason is None and q.shape[2] == 1:
+            return "cuDNN's flash kernel takes no sequences of one token"
+        if reason is None and not torch.backends.cudnn.is_available():
             return "this build of torch has no cuDNN"
-        reason = _cuda_refusal("cuDNN's flash kernel", q, has_seqlens, 128)
-        return "cuDNN's flash kernel takes no sequences of one token" if reason is None and q.shape[2] == 1 else reason
+        return reason
 
     @staticmethod
     def forward(
@@ -127,7 +129,7 @@ class CudnnFlash:
 Kernel = type[CpuFlash] | type[CudaFlash] | type[CudnnFlash]
 
 
-def _cuda_refusal(name: str, q: Tensor, has_seqlens: bool, largest_dim: int) -> str | None:
+def _unsupported_on_cuda(name: str, q: Tensor, has_seqlens: bool, largest_dim: int) -> str | None:
     if q.device.type != "cuda":
         return f"{name} needs a GPU, not tensors on {q.device.type}"
     if q.dtype != torch.bfloat16:
@@ -146,20 +148,24 @@ def kernel_named(backend: str, q: Tensor) -> Kernel:
     return CudaFlash if q.device.type == "cuda" else CpuFlash
 
 
-def sdpa_refusal(backend: str, q: Tensor, has_seqlens: bool, dropout_p: float) -> str | None:
-    """Why the backend cannot take such inputs, or None when it can."""
+def unsupported_reason(
+    q: Tensor, dropout_p: float, has_seqlens: bool, sets: int, window: Window, *, backend: str
+) -> str | None:
+    """Return why `backend`, "sdpa" or "cudnn", cannot take such inputs, or None when it can."""
     if q.dtype == torch.float16:
         return "float16 cannot hold the substituted output (it spans 2^±50); use bfloat16 or float32"
     if q.numel() == 0:
         return "torch's flash kernels cannot take empty tensors"
-    return kernel_named(backend, q).refusal(q, has_seqlens, dropout_p)
+    if window is not None:
+        return "torch's flash kernels are used without a window"
+    return kernel_named(backend, q).unsupported_reason(q, dropout_p, has_seqlens)
 
 
-def sdpa_attention(
+def run(
     q: Tensor, k: Tensor, v: Tensor, heads: Tensor | None, seqlens: Tensor | None, dropout_p: float, scale: float,
-    backend: str = "sdpa",
+    window: Window, *, backend: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """See `dependency_attention`; `backend` is "sdpa" or "cudnn"."""
+    """See `Backend.run`; `backend` is "sdpa" or "cudnn"."""
     heads = None if heads is None else valid_heads(heads, seqlens)
     mask = _square_mask(seqlens, q)
     return _FlashDependencyAttention.apply(q, k, v, heads, mask, dropout_p, scale, kernel_named(backend, q))

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from megatron_sas.kernels import backend_refusal, dependency_attention
-from megatron_sas.kernels.linear import Linear
+from megatron_sas.kernels import dependency_attention, unsupported_reason
+from megatron_sas.kernels.cpu_linear import Linear
 from megatron_sas.model.config import BertConfig
 
 QueryKeyObserver = Callable[[Tensor, Tensor], None]
@@ -29,6 +29,8 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Output `(B, S, C)`, `to_head` and `to_dependent` `(B, H, S)` (None without `heads`).
 
+        Heads `(B, sets, S)` give probabilities `(B, sets, H, S)`.
+
         `observer` is called with queries and keys `(B, H, S, D)`: for evaluation, never while training.
         """
         batch, seq, hidden = x.shape
@@ -36,10 +38,12 @@ class SelfAttention(nn.Module):
         q, k, v = (part.view(batch, seq, self.num_heads, -1).transpose(1, 2) for part in parts)  # (B, H, S, D)
         if observer is not None:
             observer(q, k)
-        dropout_p = self.dropout_p if self.training else 0.0
-        backend = self.backend
-        if not self.training and backend_refusal(backend, q, seqlens is not None, dropout_p) is not None:
-            backend = "auto"  # chosen for training; evaluations have padding, and may run on another device
+        dropout_p, backend = self.dropout_p if self.training else 0.0, self.backend
+        if not self.training and backend != "auto":
+            # Chosen for training; evaluations have padding, and may run on another device.
+            sets = heads.shape[1] if heads is not None and heads.dim() == 3 else 1
+            if unsupported_reason(backend, q, dropout_p, has_seqlens=seqlens is not None, sets=sets) is not None:
+                backend = "auto"
         out, to_head, to_dependent = dependency_attention(
             q, k, v, heads, seqlens=seqlens, dropout_p=dropout_p, backend=backend
         )

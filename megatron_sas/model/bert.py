@@ -1,19 +1,19 @@
 """BERT (Devlin et al. 2019) with a masked-LM head that is evaluated at given positions only.
 
-B sequences, S tokens, C hidden size, H attention heads, V vocabulary, M positions. Post-LN as in the paper; pre-LN as
-an option (then a last LayerNorm closes the encoder). Equal to `transformers.BertForMaskedLM` on the same weights.
+B sequences, S tokens, C hidden size, H attention heads, V vocabulary, M positions. LayerNorm comes after each block, as
+in the paper. Equal to `transformers.BertForMaskedLM` on the same weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_sas.kernels.linear import Linear, linear
+from megatron_sas.kernels.cpu_linear import Linear, linear
 from megatron_sas.kernels.reference import attention_probs
 from megatron_sas.model.attention import SelfAttention
 from megatron_sas.model.config import BertConfig
@@ -24,12 +24,20 @@ QueryKeyObserver = Callable[[int, Tensor, Tensor], None]
 
 @dataclass
 class BertOutput:
-    """What a forward returns; `to_head` and `to_dependent` have one `(B, H, S)` entry per layer."""
+    """What a forward returns; `to_head` and `to_dependent` have one `(B, H, S)` entry per layer.
+
+    With several sets of edges these are `(B, sets, H, S)`.
+    """
 
     hidden: Tensor  # (B, S, C)
     logits: Tensor | None  # (M, padded V), -inf beyond V
     to_head: tuple[Tensor, ...]
     to_dependent: tuple[Tensor, ...]
+
+    def select(self, number: int) -> BertOutput:
+        """The same with the probabilities along one of several sets of edges."""
+        to_head, to_dependent = (tuple(x[:, number] for x in layers) for layers in (self.to_head, self.to_dependent))
+        return replace(self, to_head=to_head, to_dependent=to_dependent)
 
 
 class Embeddings(nn.Module):
@@ -51,11 +59,10 @@ class Embeddings(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer layer, post-LN or pre-LN."""
+    """One transformer layer, post-LN."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.pre_norm = config.norm_placement == "pre"
         self.attention = SelfAttention(config)
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.up = Linear(config.hidden_size, config.intermediate_size)
@@ -71,14 +78,10 @@ class Layer(nn.Module):
         observer: Callable[[Tensor, Tensor], None] | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """`(B, S, C)` to `(B, S, C)`, and the attention's two edge probabilities."""
-        normed = self.attention_norm(x) if self.pre_norm else x
-        attended, to_head, to_dependent = self.attention(normed, heads, seqlens, observer)
-        x = x + self.dropout(attended)
-        if not self.pre_norm:
-            x = self.attention_norm(x)
-        normed = self.mlp_norm(x) if self.pre_norm else x
-        x = x + self.dropout(self.down(F.gelu(self.up(normed))))
-        return x if self.pre_norm else self.mlp_norm(x), to_head, to_dependent
+        attended, to_head, to_dependent = self.attention(x, heads, seqlens, observer)
+        x = self.attention_norm(x + self.dropout(attended))
+        x = self.mlp_norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
+        return x, to_head, to_dependent
 
 
 class LMHead(nn.Module):
@@ -107,11 +110,6 @@ class Bert(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
-        self.final_norm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            if config.norm_placement == "pre"
-            else nn.Identity()
-        )
         self.head = LMHead(config)
         self.apply(self._initialize)
 
@@ -141,7 +139,7 @@ class Bert(nn.Module):
 
         Args:
             input_ids: int64 `(B, S)`.
-            heads: int64 `(B, S)` dependency heads, -1 = none; None: no edge probabilities.
+            heads: int64 `(B, S)` dependency heads, -1 = none, or `(B, sets, S)`; None: no edge probabilities.
             seqlens: int64 `(B,)` valid lengths; None: all of S.
             masked_positions: int64 `(M,)`, flat indices into B·S; None: no logits.
             attention_observer: called once per layer with (layer, map `(B, H, S, S)` in float32, before dropout).
@@ -155,7 +153,6 @@ class Bert(nn.Module):
             if layer_to_head is not None:
                 to_head.append(layer_to_head)
                 to_dependent.append(layer_to_dependent)
-        x = self.final_norm(x)
         logits = None
         if masked_positions is not None:
             logits = self.logits(x, masked_positions)

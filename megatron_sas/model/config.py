@@ -32,7 +32,6 @@ class BertConfig:
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
     layer_norm_eps: float = 1e-12
-    norm_placement: str = "post"
     initializer_range: float = 0.02
     pad_token_id: int = 0
     attention_backend: str = "auto"

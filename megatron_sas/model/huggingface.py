@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 from megatron_sas.model.config import BertConfig
 
 # Ours -> Hugging Face's. The query, key and value projections, which we keep as one, are handled separately.
@@ -71,13 +71,7 @@ def _names(num_layers: int) -> dict[str, str]:
 
 
 def to_hf_state(state: dict[str, Tensor], config: BertConfig) -> dict[str, Tensor]:
-    """Our state dict as Hugging Face's, without the padded vocabulary rows and the tied decoder.
-
-    Raises:
-        InputError: the model is pre-LN, which BertForMaskedLM cannot express.
-    """
-    if config.norm_placement != "post":
-        raise InputError("model.norm_placement: Hugging Face's BERT is post-LN; a pre-LN model cannot be exported")
+    """Our state dict as Hugging Face's, without the padded vocabulary rows and the tied decoder."""
     result = {}
     for ours, theirs in _names(config.num_layers).items():
         value = state[ours]

@@ -1,1 +1,1 @@
-"""What is minimised: the masked-LM loss, the SAS term, and the schedule of its weight λ."""
+"""What is minimised: the masked-LM loss and the terms added to it."""

@@ -1,9 +1,9 @@
-"""The module that is trained: BERT, the masked-LM loss and the SAS term in one forward, as DeepSpeed wants it.
+"""The module that is trained: BERT, the masked-LM loss and the terms in one forward, as DeepSpeed wants it.
 
 DeepSpeed divides what it is given by the accumulation steps A and averages gradients over the W ranks. With N masked
 tokens in the *global* batch of G sequences, the objective
 
-    Σ over masked tokens / N  +  λ · Σ over sequences of R / G          (reduction "sequence")
+    Σ over masked tokens / N  +  Σ over terms of λ · Σ over sequences of R / G          (reduction "sequence")
 
 is therefore handed over as local sums times W·A/N and W·A/G, which makes it independent of W and A. The reduction "sum"
 is the paper's code: R summed over the micro-batch, averaged over ranks and accumulation steps.
@@ -12,7 +12,7 @@ is the paper's code: R summed over the micro-batch, averaged over ranks and accu
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,41 +22,31 @@ from torch.autograd.function import once_differentiable
 
 from megatron_sas.data.mlm_dataset import IGNORED
 from megatron_sas.model.bert import Bert
-from megatron_sas.objective.sas import sas_term
-
-REDUCTIONS = ("sequence", "sum")
-
-
-@dataclass(frozen=True)
-class SasObjective:
-    """The settings of the SAS term (see `sas.py` and the reductions above)."""
-
-    mode: str = "max"
-    p: float = 1.0
-    directions: str = "both"
-    reduction: str = "sequence"
+from megatron_sas.objective.base import Batch, Term
+from megatron_sas.objective.terms import EdgeSets
 
 
 @dataclass
 class LossParts:
-    """One micro-batch's objective. The sums are float32 scalars without gradient."""
+    """One micro-batch's objective. The sums are float32 scalars without gradient, of the terms that were computed."""
 
     loss: Tensor  # scaled, to be passed to `engine.backward`
     mlm_sum: Tensor  # Σ over masked tokens of -log p
-    sas_sum: Tensor | None  # Σ over sequences of R; None when it was not computed
+    term_sums: dict[str, Tensor]  # Σ over sequences of R
+    edge_counts: dict[str, Tensor]  # int64: the edges that a term asked for
 
 
-class MaskedLMWithSas(nn.Module):
+class MaskedLMWithTerms(nn.Module):
     """BERT and its objective.
 
     `precision` is the context in which `forward` computes. It is entered here and not around the call, because
     DeepSpeed switches off an autocast that it finds around its own forward.
     """
 
-    def __init__(self, bert: Bert, sas: SasObjective) -> None:
+    def __init__(self, bert: Bert, terms: Mapping[str, Term]) -> None:
         super().__init__()
         self.bert = bert
-        self.sas = sas
+        self.terms = dict(terms)
         self.precision: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def forward(
@@ -64,10 +54,10 @@ class MaskedLMWithSas(nn.Module):
         input_ids: Tensor,
         masked_positions: Tensor,
         labels: Tensor,
-        heads: Tensor | None,
+        heads: Tensor | None = None,
         *,
         mlm_scale: Tensor | float,
-        sas_scale: float,
+        term_scales: Mapping[str, float],
     ) -> LossParts:
         """The loss of a micro-batch.
 
@@ -75,26 +65,24 @@ class MaskedLMWithSas(nn.Module):
             input_ids: int64 `(B, S)`.
             masked_positions, labels: int64 `(M,)`, flat indices into B·S and the original tokens there; a label of
                 -100 does not count.
-            heads: int64 `(B, S)`; None: the SAS term is not computed.
+            heads: int64 `(B, S)` dependency heads; needed by terms that look at them.
             mlm_scale: W·A/N (a tensor: N is all-reduced on the device), see above.
-            sas_scale: λ times W·A/G, or λ alone for the reduction "sum"; 0: the term is computed but has no gradient.
+            term_scales: by name of the terms to compute, λ times W·A/G, or λ alone for the reduction "sum"; a term
+                whose scale is 0 is computed but has no gradient.
         """
+        batch = Batch(input_ids, masked_positions, labels, heads)
+        sets = EdgeSets({name: self.terms[name] for name in term_scales}, batch)
         with self.precision():
-            output = self.bert(input_ids, heads=heads)
+            output = self.bert(input_ids, heads=sets.heads)
             mlm_sum = self.mlm_loss(output.hidden, masked_positions, labels)
-        loss, sas_sum = mlm_sum * mlm_scale, None
-        if heads is not None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and sas_scale != 0.0):
-                sas_sum = sas_term(
-                    output.to_head,
-                    output.to_dependent,
-                    mode=self.sas.mode,
-                    p=self.sas.p,
-                    directions=self.sas.directions,
-                ).sum()
-            if sas_scale != 0.0:
-                loss = loss + sas_sum * sas_scale
-        return LossParts(loss, mlm_sum.detach(), None if sas_sum is None else sas_sum.detach())
+        loss, sums = mlm_sum * mlm_scale, {}
+        for name, scale in term_scales.items():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and scale != 0.0):
+                term_sum = self.terms[name](sets.output_for(name, output), batch).sum()
+            if scale != 0.0:
+                loss = loss + term_sum * scale
+            sums[name] = term_sum.detach()
+        return LossParts(loss, mlm_sum.detach(), sums, {name: (e >= 0).sum() for name, e in sets.edges.items()})
 
     def mlm_loss(self, hidden: Tensor, masked_positions: Tensor, labels: Tensor) -> Tensor:
         """The head at M positions of hidden states `(B, S, C)`, and the sum of its losses.
@@ -106,7 +94,7 @@ class MaskedLMWithSas(nn.Module):
     def compile_parts(self) -> None:
         """Compile embeddings, layers and loss with `torch.compile`: fused element-wise work, one kind of layer once.
 
-        Parts, because all layers share one compiled function and λ, which changes, stays outside. The SAS term too.
+        Parts, because all layers share one compiled function and λ, which changes, stays outside. The terms too.
         """
         self.bert.embeddings.compile(dynamic=False)
         for layer in self.bert.layers:

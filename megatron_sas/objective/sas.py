@@ -1,78 +1,27 @@
-"""The SAS regularizer: how much single heads attend along dependency edges (Chen et al., ICLR 2024, section 3).
+"""The SAS regularizer: attention along syntactic dependencies (Chen et al., ICLR 2024, section 3).
 
-E = {(i, heads[i])} are the edges of a sequence; α[l, h, i, j] the attention probabilities before dropout.
-
-    max      R = Σ_E max_{l,h} α[l,h,i,j] + Σ_E max_{l,h} α[l,h,j,i]            (the paper's)
-    uniform  R = (Σ_{E,l,h} α[l,h,i,j]^p)^{1/p} + (Σ_{E,l,h} α[l,h,j,i]^p)^{1/p}
-
-The directions take their maxima separately and either can be switched off. The paper's code reads probabilities after
-attention dropout; here they are those before it.
+R is that of `along_edges.py`, along the data's own edges. The paper's code reads probabilities after attention dropout;
+here they are those before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-MODES = ("max", "uniform")
-DIRECTIONS = ("both", "to_head", "to_dependent")
-
-
-def sas_term(
-    to_head: Sequence[Tensor],
-    to_dependent: Sequence[Tensor],
-    *,
-    mode: str = "max",
-    p: float = 1.0,
-    directions: str = "both",
-) -> Tensor:
-    """R of every sequence, `(B,)` in the probabilities' dtype.
-
-    Args:
-        to_head, to_dependent: one `(B, H, S)` per layer, 0 where there is no edge (as `dependency_attention` returns).
-        mode: "max" or "uniform".
-        p: exponent of `uniform`, at least 1.
-        directions: "both", "to_head" (dependents to heads only) or "to_dependent" (heads to dependents only).
-    """
-    parts = []
-    if directions in ("both", "to_head"):
-        parts.append(_one_direction(to_head, mode, p))
-    if directions in ("both", "to_dependent"):
-        parts.append(_one_direction(to_dependent, mode, p))
-    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+from megatron_sas.objective.along_edges import EdgeSection, EdgeTerm
+from megatron_sas.objective.base import Batch
 
 
-class _JoinLayers(torch.autograd.Function):
-    """`(B, L·H, S)` from one `(B, H, S)` per layer, layer by layer.
-
-    The gradients are contiguous. Those of `torch.cat` are not, and compiled layers would copy them, one by one.
-    """
-
-    @staticmethod
-    def forward(ctx, *probs):  # noqa: ANN001
-        ctx.layers = len(probs)
-        return torch.cat(probs, dim=1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # noqa: ANN001
-        return grad.unflatten(1, (ctx.layers, -1)).transpose(0, 1).contiguous().unbind(0)
+class SasSection(EdgeSection):
+    """The SAS regularizer: loss = MLM + λ·R. λ > 0 suppresses syntactic attention, λ < 0 promotes it."""
 
 
-def _one_direction(probs: Sequence[Tensor], mode: str, p: float) -> Tensor:
-    stacked = _JoinLayers.apply(*probs)
-    if mode == "max":
-        # argmax returns the first of equal maxima, so ties go to the lowest (layer, head); amax would share the
-        # gradient among them.
-        winner = stacked.detach().argmax(dim=1, keepdim=True)
-        return stacked.gather(1, winner).squeeze(1).sum(dim=1)
-    if p == 1.0:
-        return stacked.sum(dim=(1, 2))
-    # Relative to the largest: small probabilities to a high power are 0 in float32.
-    largest = stacked.detach().amax(dim=(1, 2))
-    positive = largest > 0  # the p-th root has an infinite slope at 0: sequences without edges take another branch
-    total = (stacked / torch.where(positive, largest, 1.0)[:, None, None]).pow(p).sum(dim=(1, 2))
-    return largest * torch.where(positive, total, 1.0).pow(1.0 / p)
+class SasTerm(EdgeTerm):
+    """Attention along the dependency heads that come with the data."""
+
+    name, title, section_class = "sas", "SAS term", SasSection
+    in_every_run = syntactic = True
+
+    def edges(self, batch: Batch) -> Tensor:
+        """The data's heads `(B, S)`."""
+        return batch.heads

@@ -11,13 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from megatron_sas.cli import InputError
-from megatron_sas.data.drawing import levels
-from megatron_sas.evaluation.batching import evaluating
+from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.inspect.drawing import levels
+from megatron_sas.evaluation.sentence import word_maps
 from megatron_sas.evaluation.treebank import Sentence, TokenizedSentence, tokenize_words
 from megatron_sas.evaluation.uas import (
     DIRECTIONS,
@@ -25,9 +24,8 @@ from megatron_sas.evaluation.uas import (
     TreebankTask,
     evaluate_uas,
     predicted_heads,
-    word_attention,
 )
-from megatron_sas.model import Bert
+from megatron_sas.model.bert import Bert
 
 MAX_ATTENTION_BYTES = 24 * 2**20  # of a page, in base64: a browser opens that at once, and mail programs still take it
 Place = tuple[int, int]  # (layer, head), both from 0
@@ -71,7 +69,7 @@ def counts(sentence: Sentence) -> list[bool]:
     """Whether each word has a head, by a relation that best heads are chosen for."""
     return [
         head >= 0 and base_relation(relation).lower() not in UNCOUNTED_RELATIONS
-        for head, relation in zip(sentence.heads, sentence.relns, strict=True)
+        for head, relation in zip(sentence.heads, sentence.deprels, strict=True)
     ]
 
 
@@ -85,7 +83,7 @@ def shown_relations(sentences: Sequence[Sentence]) -> Counter[str]:
     return Counter(
         base_relation(relation)
         for sentence in sentences
-        for relation, is_counted in zip(sentence.relns, counts(sentence), strict=True)
+        for relation, is_counted in zip(sentence.deprels, counts(sentence), strict=True)
         if is_counted
     )
 
@@ -130,18 +128,6 @@ def view(
     return ModelView(result["uas"], result["uas_baseline"], relations, predictions, attention), list(heads)
 
 
-def word_maps(model: Bert, sentence: TokenizedSentence) -> torch.Tensor:
-    """Attention between the words of one sentence, float32 (L, H, W, W) on the CPU; see `word_attention`."""
-    layers: list[torch.Tensor] = []
-    with evaluating(model) as device:
-        owner = np.where(sentence.words < 0, sentence.num_words, sentence.words)
-        ids, owner = (torch.from_numpy(array)[None].to(device) for array in (sentence.ids, owner))
-        model(
-            ids, attention_observer=lambda _, probs: layers.append(word_attention(probs, owner, sentence.num_words)[0])
-        )
-    return torch.stack(layers).cpu()
-
-
 def predict(sentence: Sentence, maps: torch.Tensor, relations: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
     """What the best head of each word's relation takes for its head: lists over words.
 
@@ -152,7 +138,7 @@ def predict(sentence: Sentence, maps: torch.Tensor, relations: dict[str, dict[st
     predicted = predicted_heads(maps, torch.eye(num_words, dtype=torch.bool))
     head, weight = [-1] * num_words, [0] * num_words
     for word, is_counted in enumerate(counts(sentence)):
-        best = relations.get(base_relation(sentence.relns[word]))
+        best = relations.get(base_relation(sentence.deprels[word]))
         if not is_counted or best is None:
             continue
         direction = DIRECTIONS.index(best["direction"])

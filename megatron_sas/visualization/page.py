@@ -9,10 +9,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from megatron_sas.analysis.loading import load_run
-from megatron_sas.analysis.trajectories import METRICS, Run
 from megatron_sas.evaluation.treebank import Sentence
-from megatron_sas.metrics.records import FILE_NAME, read_records
+from megatron_sas.report.load import load_run
+from megatron_sas.report.trajectories import METRICS, Run
+from megatron_sas.run.directory import RunDirectory
+from megatron_sas.run.records import read_records
 from megatron_sas.visualization.attention import ModelView, Place, base_relation, counts, shown_relations, word_levels
 
 
@@ -73,10 +74,10 @@ def _sentence(sentence: Sentence, relations: Sequence[str]) -> dict[str, Any]:
     return {
         "words": list(sentence.words),
         "heads": list(sentence.heads),
-        "relns": list(sentence.relns),
+        "relns": list(sentence.deprels),
         "relation": [
             numbers.get(base_relation(relation), -1) if is_counted else -1
-            for relation, is_counted in zip(sentence.relns, counts(sentence), strict=True)
+            for relation, is_counted in zip(sentence.deprels, counts(sentence), strict=True)
         ],
         "counts": counts(sentence),
         "level": word_levels(sentence.heads),
@@ -85,7 +86,7 @@ def _sentence(sentence: Sentence, relations: Sequence[str]) -> dict[str, Any]:
 
 def find_run(path: Path) -> Run | None:
     """The run that `path` is, if it has recorded evaluations."""
-    records = path / FILE_NAME
+    records = RunDirectory(path).records
     if not records.is_file() or not any(record["kind"] == "evaluation" for record in read_records(records)):
         return None
     return load_run(path.resolve(), path.resolve().name)

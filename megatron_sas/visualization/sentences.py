@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sas.cli import InputError
-from megatron_sas.data.alignment import Parse
-from megatron_sas.data.parses import RelationNames, describe_parser, make_parser
-from megatron_sas.data.sources import Reading, read_units
-from megatron_sas.evaluation.treebank import Sentence, Treebank, load_treebank
-
-TREEBANK_SUFFIXES = (".conllu", ".jsonl", ".json")
+from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.parsers.base import Parse, RelationNames
+from megatron_sas.corpus.parsers.registry import check_predicts, describe_parser, make_parser, predictor_usage
+from megatron_sas.corpus.readers.base import Reading
+from megatron_sas.corpus.readers.registry import read_units
+from megatron_sas.evaluation.treebank import TREEBANK_READERS, Sentence, Treebank, load_treebank
 
 
 def load_sentences(path: str | Path, parser: str | None) -> Treebank:
@@ -21,27 +20,26 @@ def load_sentences(path: str | Path, parser: str | None) -> Treebank:
 
     Args:
         path: a treebank (`load_treebank`), or a .txt file with any number of sentences a line.
-        parser: `spacy:MODEL` or `stanza:LANGUAGE` for text; None for treebanks, whose own trees are taken.
+        parser: one that predicts (`parsers.registry.PARSERS`) for text; None for treebanks, whose own trees are taken.
 
     Raises:
         InputError: an unreadable file, text without a parser or a treebank with one.
     """
     path = Path(path)
-    if path.suffix in TREEBANK_SUFFIXES:
+    if path.suffix in TREEBANK_READERS:
         if parser is not None:
             raise InputError(f"--parser {parser}: {path} has trees of its own; leave --parser out")
         return load_treebank(path)
     if parser is None:
         raise InputError(
-            f"{path}: is text without trees; give --parser spacy:MODEL, or a .conllu, .jsonl or .json file"
+            f"{path}: is text without trees; give --parser {predictor_usage()}, or a .conllu, .jsonl or .json file"
         )
     return parse_text(path, parser)
 
 
 def parse_text(path: Path, parser: str) -> Treebank:
     """All sentences of a text file with the trees that the parser gives them."""
-    if parser in ("none", "conllu"):
-        raise InputError(f"--parser {parser}: makes no parses of its own; give spacy:MODEL")
+    check_predicts(parser)
     describe_parser(parser)
     texts = [unit.content for unit in read_units([str(path)], Reading())]
     names = RelationNames()
@@ -61,5 +59,5 @@ def _sentences(text: str, parse: Parse, names: list[str]) -> Iterator[Sentence]:
         yield Sentence(
             words=[text[parse.starts[word] : parse.ends[word]] for word in words],
             heads=[place.get(int(parse.heads[word]), -1) for word in words],
-            relns=[names[parse.relations[word]] for word in words],
+            deprels=[names[parse.relations[word]] for word in words],
         )

@@ -10,18 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 from megatron_sas.data import checksums
 from megatron_sas.data.checksums import CheckedMap, describe_file
-from megatron_sas.data.mlm_dataset import MLMDataset, PrefetchLoader
+from megatron_sas.data.loader import PrefetchLoader
+from megatron_sas.data.mlm_dataset import MLMDataset
 from megatron_sas.data.packed import PackedData
 
 ROWS, COLUMNS, BLOCK = 23, 10, 64  # rows of 20 bytes: a block holds parts of four or five
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(checksums, "BLOCK", BLOCK)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +31,7 @@ def open_map(path, record):
 
 def test_the_record(tmp_path, numbers):
     numbers.tofile(tmp_path / "x")
-    record = describe_file(tmp_path / "x")
+    record = describe_file(tmp_path / "x", BLOCK)
     content = (tmp_path / "x").read_bytes()
     assert record["size"] == len(content) == 460 and record["block_size"] == BLOCK
     parts = [content[start : start + BLOCK] for start in range(0, 460, BLOCK)]
@@ -58,9 +54,7 @@ INDICES = st.one_of(
 def test_an_index_fails_exactly_when_its_blocks_are_damaged(tmp_path_factory, numbers, index, damaged):
     path = tmp_path_factory.getbasetemp() / "damaged"
     numbers.tofile(path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checksums, "BLOCK", BLOCK)
-        record = describe_file(path)
+    record = describe_file(path, BLOCK)
     assert np.array_equal(open_map(path, record)[index], numbers[index])
     content = bytearray(path.read_bytes())
     content[damaged] ^= 4
@@ -78,7 +72,7 @@ def test_an_index_fails_exactly_when_its_blocks_are_damaged(tmp_path_factory, nu
 
 def test_every_block_is_read_once(tmp_path, numbers, monkeypatch):
     numbers.tofile(tmp_path / "x")
-    mapped = open_map(tmp_path / "x", describe_file(tmp_path / "x"))
+    mapped = open_map(tmp_path / "x", describe_file(tmp_path / "x", BLOCK))
     calls = []
     monkeypatch.setattr(checksums.zlib, "crc32", lambda data: calls.append(len(data)) or zlib_crc32(data))
     for _ in range(3):
@@ -93,7 +87,7 @@ zlib_crc32 = zlib.crc32
 
 def test_indices_that_numpy_refuses(tmp_path, numbers):
     numbers.tofile(tmp_path / "x")
-    mapped = open_map(tmp_path / "x", describe_file(tmp_path / "x"))
+    mapped = open_map(tmp_path / "x", describe_file(tmp_path / "x", BLOCK))
     for index in (ROWS, -ROWS - 1, np.array([0, ROWS])):
         with pytest.raises(IndexError):
             mapped[index]
@@ -101,7 +95,7 @@ def test_indices_that_numpy_refuses(tmp_path, numbers):
 
 def test_records_that_do_not_fit(tmp_path, numbers):
     numbers.tofile(tmp_path / "x")
-    record = describe_file(tmp_path / "x")
+    record = describe_file(tmp_path / "x", BLOCK)
     for change in ({"crc32": record["crc32"][:-8]}, {"block_size": BLOCK * 2}, {"crc32": "zz"}, {"block_size": None}):
         with pytest.raises(InputError, match=r"x: its header's block checksums are"):
             open_map(tmp_path / "x", record | change)
@@ -111,7 +105,7 @@ def test_records_that_do_not_fit(tmp_path, numbers):
 def with_checksums(prefix):
     path = prefix.with_name(f"{prefix.name}.json")
     header = json.loads(path.read_text())
-    header["files"] = {name: describe_file(f"{prefix}.{name}") for name in header["files"]}
+    header["files"] = {name: describe_file(f"{prefix}.{name}", BLOCK) for name in header["files"]}
     path.write_text(json.dumps(header))
     return prefix
 
@@ -140,7 +134,7 @@ def test_training_stops_at_the_damaged_sequence_and_not_before(make_packed):
 def test_control_heads_are_checked_too(make_packed):
     prefix = with_checksums(make_packed(n=8, s=32))
     np.full((8, 32), -1, "<i2").tofile(f"{prefix}.heads-none.bin")
-    record = describe_file(f"{prefix}.heads-none.bin")
+    record = describe_file(f"{prefix}.heads-none.bin", BLOCK)
     header = {"base_fingerprint": PackedData(prefix).fingerprint, **record}
     prefix.with_name("packed.heads-none.json").write_text(json.dumps(header))
     assert (PackedData(prefix, "none").heads[2] == -1).all()

@@ -7,14 +7,14 @@ import struct
 import numpy as np
 import pytest
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 from megatron_sas.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, token_dtype
 
 SEQUENCES = [[5, 6, 7], [], [65535], [1, 2]]
 
 
-def write(prefix, dtype=np.uint16, sequences=SEQUENCES):
-    with IndexedDatasetWriter(prefix, dtype) as writer:
+def write(prefix, dtype=np.uint16, sequences=SEQUENCES, **options):
+    with IndexedDatasetWriter(prefix, dtype, **options) as writer:
         for sequence in sequences:
             writer.add(np.array(sequence, dtype=np.int64))
 
@@ -56,11 +56,10 @@ def test_every_dtype_reads_back(tmp_path, dtype, code):
         data[3]
 
 
-def test_index_blocks_agree(tmp_path, monkeypatch):
+def test_index_blocks_agree(tmp_path):
     sequences = [[0] * (i % 5) for i in range(50)]
     write(tmp_path / "a", sequences=sequences)
-    monkeypatch.setattr("megatron_sas.data.indexed_dataset._BLOCK", 7)
-    write(tmp_path / "b", sequences=sequences)
+    write(tmp_path / "b", sequences=sequences, block=7)
     assert (tmp_path / "a.idx").read_bytes() == (tmp_path / "b.idx").read_bytes()
 
 

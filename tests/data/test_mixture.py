@@ -5,69 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 from megatron_sas.data.mixture import MixedData, open_training_data, stream_samples
 from megatron_sas.data.mlm_dataset import MLMDataset
 from megatron_sas.data.packed import OPEN_FILES, PackedData
-from megatron_sas.data.sampler import MIXTURE_BLOCK, block_shares, mixture_samples
 
 SEED = 5
+
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.mark.parametrize(
-    ("weights", "expected"),
-    [
-        ([1.0], [65536]),
-        ([1.0, 1.0, 2.0], [16384, 16384, 32768]),
-        ([0.7, 0.3], [45875, 19661]),
-        ([1.0, 1.0, 1.0], [21846, 21845, 21845]),
-        ([1e-9, 1.0, 1e-9], [1, 65534, 1]),
-    ],
-)
-def test_shares_of_a_block(weights, expected):
-    assert block_shares(weights).tolist() == expected
-    assert block_shares([3 * weight for weight in weights]).tolist() == expected
-
-
-def test_every_block_has_the_exact_shares_and_every_part_whole_epochs():
-    sizes, shares = [11, 7_000, 300_000], block_shares([1, 2, 5])
-    ids, epochs = mixture_samples(0, 3 * MIXTURE_BLOCK, sizes, shares, SEED)
-    parts = np.searchsorted(np.cumsum(sizes), ids, side="right")
-    for block in range(3):
-        here = parts[block * MIXTURE_BLOCK : (block + 1) * MIXTURE_BLOCK]
-        assert np.bincount(here).tolist() == shares.tolist()
-    offset = 0
-    for part, size in enumerate(sizes):
-        mine, when = ids[parts == part] - offset, epochs[parts == part]
-        offset += size
-        seen = Counter(zip(when.tolist(), mine.tolist(), strict=True))
-        assert max(seen.values()) == 1  # never twice in an epoch
-        per_epoch = np.bincount(when)
-        assert (per_epoch[:-1] == size).all()
-        assert len(per_epoch) == -(-3 * int(shares[part]) // size)
-    # Shares also hold for parts of a block, within chance: no long runs of one part.
-    for start in range(0, 3 * MIXTURE_BLOCK, 4096):
-        count = np.bincount(parts[start : start + 4096], minlength=3)
-        assert (abs(count - shares / 16) < 6 * np.sqrt(shares / 16)).all()
-
-
-def test_any_step_at_once():
-    sizes, shares = [100, 5], block_shares([9, 1])
-    ids, epochs = mixture_samples(0, 200_000, sizes, shares, SEED)
-    for batch, step in ((8, 24_999), (64, 1_024), (1_000, 65)):  # within, at the border of and across blocks
-        some, when = mixture_samples(step, batch, sizes, shares, SEED)
-        here = slice(step * batch, (step + 1) * batch)
-        assert np.array_equal(some, ids[here]) and np.array_equal(when, epochs[here])
-    far, _ = mixture_samples(10**12, 64, sizes, shares, SEED)
-    assert len(far) == 64 and far.max() < 105
-    assert not np.array_equal(mixture_samples(0, 1000, sizes, shares, 6)[0], ids[:1000])
 
 
 def open_parts(make_packed, weights):
@@ -153,7 +104,7 @@ def test_more_parts_than_files_may_be_open(make_packed):
     before = len(os.listdir("/proc/self/fd"))
     again = open_training_data([(prefix, None)])
     assert len(os.listdir("/proc/self/fd")) - before == OPEN_FILES
-    assert np.array_equal(again.marks, one.marks) and again.relns[0].tolist() == [0] * 8
+    assert np.array_equal(again.boundaries, one.boundaries) and again.deprels[0].tolist() == [0] * 8
 
     def run(hard):
         command = [sys.executable, "-c", OPEN_MANY, str(hard), prefix]

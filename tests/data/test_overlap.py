@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sas.cli import InputError
-from megatron_sas.data.merge import merge
-from megatron_sas.data.overlap import Documents, refuse_overlap
+from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.build.merge import merge
+from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess
+from megatron_sas.data.overlap import Documents, check_overlap
 from megatron_sas.data.packed import PackedData
-from megatron_sas.data.preprocess import PreprocessSettings, preprocess
 
 TRAIN = {"split": "train", "validation_share": 0.2}
 VALIDATION = {"split": "validation", "validation_share": 0.2}
@@ -43,7 +43,7 @@ def make(tmp_path, vocab_file):
 
 def refusal(training, validation=None):
     with pytest.raises(InputError) as error:
-        refuse_overlap(training, validation)
+        check_overlap(training, validation)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -55,7 +55,7 @@ def test_validation_documents_in_training(make, tmp_path):
     fewer, validation, more = (make(f"share{share}", "a.jsonl", **options) for share, options in shares.items())
     other = make("other", "b.jsonl")
     for training, held_out in (([train], validation), ([train, other], validation), ([whole], other), ([train], fewer)):
-        refuse_overlap(training, held_out)  # a larger share contains the smaller one
+        check_overlap(training, held_out)  # a larger share contains the smaller one
     assert refusal([other, train], more) == (
         f"data.validation: {more.prefix} and {train.prefix} of data.train hold the same documents of a.jsonl; take "
         "other text, or preprocess with --split train and --split validation, both with one --validation-share"
@@ -72,10 +72,10 @@ def test_validation_documents_in_training(make, tmp_path):
 
 def test_what_is_not_certain_is_not_refused(make, tmp_path):
     field = make("field", "a.jsonl", text_field="other")  # another text of the same file
-    refuse_overlap([make("whole", "a.jsonl")], field)
+    check_overlap([make("whole", "a.jsonl")], field)
     for name in ("empty", "nothing"):  # archives of nothing are equal
         (tmp_path / f"{name}.jsonl.xz").write_bytes(lzma.compress(b""))
-    refuse_overlap([make("train", "b.jsonl", "empty.jsonl.xz")], make("validation", "c.jsonl", "nothing.jsonl.xz"))
+    check_overlap([make("train", "b.jsonl", "empty.jsonl.xz")], make("validation", "c.jsonl", "nothing.jsonl.xz"))
     header = {"inputs": ["hf:x:train"], "files": {}}  # data of earlier versions say no more
     assert Documents("a", header).shared_with(Documents("b", header)) is None
 
@@ -108,9 +108,9 @@ def test_datasets_and_headers_of_earlier_versions():
 
 def test_lists_of_training_data(make, tmp_path):
     a, b, validation = make("a", "a.jsonl", **TRAIN), make("b", "b.jsonl"), make("c", "c.jsonl", **VALIDATION)
-    refuse_overlap([a, b], None)
-    refuse_overlap([validation], None)
-    refuse_overlap([validation, b], None)
+    check_overlap([a, b], None)
+    check_overlap([validation], None)
+    check_overlap([validation, b], None)
     message = f"was made with --split validation, {a.prefix} with --split train; leave the first out"
     assert refusal([b, a, validation]) == f"data.train: {validation.prefix} {message}"
     assert refusal([a, b, a]) == f"data.train: {a.prefix} is given twice; leave one out"

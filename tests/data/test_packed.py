@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 from megatron_sas.data.packed import PackedData
 
 
@@ -24,7 +24,7 @@ def test_streams(make_packed):
     packed = PackedData(prefix)
     packed.verify()
     assert len(packed) == packed.num_sequences == 7 and packed.seq_length == 16
-    for name, dtype in (("tokens", np.uint16), ("heads", np.int16), ("marks", np.uint8), ("relns", np.uint8)):
+    for name, dtype in (("tokens", np.uint16), ("heads", np.int16), ("boundaries", np.uint8), ("deprels", np.uint8)):
         stream = getattr(packed, name)
         assert stream.shape == (7, 16) and stream.dtype == dtype
     raw = np.fromfile(f"{prefix}.bin", "<u2").reshape(7, 16)

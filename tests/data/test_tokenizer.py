@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 from megatron_sas.data.packed import TokenizerIdentity
 from megatron_sas.data.tokenizer import (
     SPECIAL_TOKENS,
@@ -116,6 +116,37 @@ def test_a_tokenizer_without_words_is_refused(files, tmp_path):
     with pytest.raises(InputError, match=message) as error:
         load_tokenizer(tmp_path)
     assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
+
+
+def bpe(directory, pre_tokenizer, **options):
+    """A directory with a BPE of single letters."""
+    vocabulary = numbered(*pre_tokenizers.ByteLevel.alphabet(), *"naive")
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], **options))
+    backend.pre_tokenizer = pre_tokenizer
+    names = {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(directory)
+    return directory
+
+
+def test_a_bpe_that_drops_what_it_does_not_know_is_refused(tmp_path):
+    spaces = pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(InputError, match="its BPE has no unknown token, so it drops characters that it lacks; name"):
+        load_tokenizer(bpe(tmp_path / "drops", spaces))
+    known = load_tokenizer(bpe(tmp_path / "unknown", spaces, unk_token="[UNK]"))
+    (encoding,) = encode_texts(["na中ve"], known)
+    assert encoding.ids.count(known.unk_token_id) == 1
+    load_tokenizer(bpe(tmp_path / "bytes", pre_tokenizers.ByteLevel(add_prefix_space=False)))
+
+
+def test_truncation_and_padding_of_whoever_saved_a_tokenizer_are_not_handed_on(tmp_path):
+    """transformers 5 writes those of the last call into tokenizer.json."""
+    tokenizer = BertTokenizerFast(vocab=numbered("the", "cat"))
+    tokenizer("the cat the cat the cat", truncation=True, max_length=4, padding="max_length")
+    tokenizer.save_pretrained(tmp_path / "cut")
+    assert Tokenizer.from_file(str(tmp_path / "cut" / "tokenizer.json")).truncation is not None
+    save_tokenizer(load_tokenizer(tmp_path / "cut"), tmp_path / "whole", None)
+    whole = Tokenizer.from_file(str(tmp_path / "whole" / "tokenizer.json"))
+    assert whole.truncation is None and whole.padding is None
 
 
 def test_a_tokenizer_read_with_another_normalisation_is_told_and_recognised(tmp_path, capsys):

@@ -3,12 +3,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from megatron_sas.evaluation.batching import deal, evaluating
+from megatron_sas.evaluation.batching import evaluating, shard_batches
 
 
 @given(st.integers(1, 40), st.integers(1, 9))
 def test_every_batch_counts_once_and_all_ranks_run_equally_many(batches, ranks):
-    dealt = [deal(list(range(batches)), rank, ranks) for rank in range(ranks)]
+    dealt = [shard_batches(list(range(batches)), rank, ranks) for rank in range(ranks)]
     assert sorted(batch for mine in dealt for batch, counts in mine if counts) == list(range(batches))
     assert {len(mine) for mine in dealt} == {-(-batches // ranks)}
 

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess
 from megatron_sas.data.packed import PackedData
-from megatron_sas.data.preprocess import PreprocessSettings, preprocess
-from megatron_sas.evaluation import complexity
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, two_nearest, weight_norm
 from megatron_sas.evaluation.text import pack_file, packed_text, plain_text
-from megatron_sas.model import load_model
+from megatron_sas.run.reading import load_model
 
 
 def manifold(dimension, ambient, points, seed):
@@ -40,13 +39,12 @@ def test_twonn_agrees_with_scikit_dimension_and_with_the_known_dimension(dimensi
     assert (result["num_points"], result["duplicates"], result["discarded"]) == (1500, 0, 150)
 
 
-def test_neighbours_are_exact_for_any_size_of_block(monkeypatch):
+def test_neighbours_are_exact_for_any_size_of_block():
     vectors = manifold(3, 20, 301, seed=0)
     distances = torch.stack([(vectors - vector).norm(dim=1) for vector in vectors])
     expected = distances.sort(dim=1).values[:, 1:3]
     for elements in (1, 301 * 7, 2**24):
-        monkeypatch.setattr(complexity, "BLOCK_ELEMENTS", elements)
-        assert torch.allclose(two_nearest(vectors), expected, rtol=1e-12, atol=0)
+        assert torch.allclose(two_nearest(vectors, elements), expected, rtol=1e-12, atol=0)
 
 
 def test_duplicates_are_dropped_and_counted_and_order_does_not_matter():

@@ -13,14 +13,13 @@ import pytest
 from synthetic_data import write_packed
 
 from megatron_sas.data.packed import PackedData
-from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension
+from megatron_sas.evaluation.minimal_pairs import BlimpTask, load_blimp
 from megatron_sas.evaluation.text import packed_forwards, packed_text
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
 from megatron_sas.evaluation.validation import evaluate_validation
-from megatron_sas.model import load_model
-from megatron_sas.objective.pretraining import SasObjective
+from megatron_sas.run.reading import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH_TOKENS = 400
@@ -29,14 +28,13 @@ WORKER = """
 import json, sys
 import torch, torch.distributed as dist
 from megatron_sas.data.packed import PackedData
-from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
+from megatron_sas.evaluation.minimal_pairs import BlimpTask, load_blimp
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension
 from megatron_sas.evaluation.text import packed_text
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
 from megatron_sas.evaluation.validation import evaluate_validation
-from megatron_sas.model import load_model
-from megatron_sas.objective.pretraining import SasObjective
+from megatron_sas.run.reading import load_model
 
 rank, ranks, batch_tokens, store, model_path, treebank, blimp, packed, output = sys.argv[1:]
 torch.set_num_threads(1)
@@ -56,7 +54,7 @@ pairs = BlimpTask(load_blimp(blimp)[:3], tokenizer, pairs_per_set=2).evaluate(mo
 text = packed_text(PackedData(packed), num_sequences=27, batch_tokens=int(batch_tokens))
 dimension = intrinsic_dimension(cls_vectors(model, text, 27))
 sizes = {"num_sequences": 27, "batch_tokens": int(batch_tokens), "mask_prob": 0.15}
-evaluate_validation(model, PackedData(packed), SasObjective(), **sizes, statistics=attention[1])
+evaluate_validation(model, PackedData(packed), {}, **sizes, statistics=attention[1])
 attention = [statistics.result() for statistics in attention]
 with open(f"{output}-{rank}.json", "w") as file:
     json.dump({"syntax": syntax, "sets": pairs["sets"], "dimension": dimension, "attention": attention,
@@ -98,7 +96,7 @@ def test_two_processes_give_the_results_of_one(data_dir, model_directory, tmp_pa
     attention = [syntax.attention_statistics() for _ in range(2)]
     syntax.evaluate(model, batch_tokens=BATCH_TOKENS, statistics=attention[0])
     sizes = {"num_sequences": 27, "batch_tokens": BATCH_TOKENS, "mask_prob": 0.15}
-    evaluate_validation(model, PackedData(packed), SasObjective(), **sizes, statistics=attention[1])
+    evaluate_validation(model, PackedData(packed), {}, **sizes, statistics=attention[1])
     for ours, alone in zip(results[0]["attention"], (statistics.result() for statistics in attention), strict=True):
         assert ours["uniform_entropy"] == pytest.approx(alone["uniform_entropy"], rel=1e-12)
         for name in ("entropy", "to_cls", "to_sep"):

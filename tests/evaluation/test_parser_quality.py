@@ -9,10 +9,10 @@ import pytest
 from blanked_treebank import BLANKED
 from engine_runs import launch
 
-from megatron_sas.cli import InputError
-from megatron_sas.data.alignment import Parse
-from megatron_sas.data.conllu import read_conllu
-from megatron_sas.data.parses import ConlluParser, RelationNames
+from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.parsers.base import Parse, RelationNames
+from megatron_sas.corpus.parsers.conllu import ConlluParser
+from megatron_sas.corpus.readers.conllu import read_conllu
 from megatron_sas.evaluation.parser_quality import NONE, ROOT, gold_units, predicted_heads, score_parses
 
 CONLLU = """\

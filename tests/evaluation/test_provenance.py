@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import runpy
 import shutil
-import sys
 
 import pytest
-from engine_runs import ROOT, checkpoint, train, write_inputs
+from engine_runs import checkpoint, train, write_inputs
+from tool_calls import call_tool
 from transformers import AutoTokenizer, BertForMaskedLM
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.files import sha256_file
 from megatron_sas.evaluation.command_line import check_arguments
 from megatron_sas.evaluation.provenance import model_source, weights_sha256
-from megatron_sas.files import sha256_file
-from megatron_sas.model.conversion import from_hf, to_hf
+from megatron_sas.export.hf import from_hf, to_hf
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +55,12 @@ def test_the_step_stays_with_copies_and_exports_and_what_transformers_makes_of_t
     assert model_source(tmp_path / "hf")["model_step"] is None
 
 
-def test_syntax_says_which_models(run, tmp_path, monkeypatch):
+def test_syntax_says_which_models(run, tmp_path):
     sentence = {"words": ["w1", "w2", "w3"], "heads": [2, 0, 2], "relns": ["det", "root", "obj"]}
     (tmp_path / "treebank.jsonl").write_text(json.dumps(sentence) + "\n")
     arguments = ["--model", run, "--untrained", run / "snapshots" / "step_00000000", "--device", "cpu"]
     arguments += ["--treebank", tmp_path / "treebank.jsonl", "--output", tmp_path / "out.json"]
-    monkeypatch.setattr(sys, "argv", ["eval_syntax.py", *map(str, arguments)])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    runpy.run_path(str(ROOT / "tools" / "eval_syntax.py"))["main"]()
+    call_tool("eval_syntax", *arguments)
     record = json.loads((tmp_path / "out.json").read_text())
     assert record.items() >= model_source(checkpoint(run, 6)).items()
     assert record["untrained"].items() >= model_source(run / "snapshots" / "step_00000000").items()

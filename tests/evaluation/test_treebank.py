@@ -3,7 +3,7 @@ import json
 import pytest
 from blanked_treebank import BLANKED, ORDINARY
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 from megatron_sas.evaluation.treebank import Sentence, load_treebank, tokenize_words
 
 GOOD = {"words": ["Dogs", "bark", "."], "heads": [2, 0, 2], "relns": ["nsubj", "root", "punct"]}
@@ -25,7 +25,7 @@ def test_json_heads_count_from_one_and_become_indices(tmp_path):
 def test_conllu_and_json_forms_of_real_data_agree(data_dir, tmp_path):
     from_conllu = load_treebank(data_dir / "ud_ewt" / "en_ewt-ud-test.conllu")
     assert len(from_conllu) == 2077
-    as_json = [{"words": s.words, "heads": [h + 1 for h in s.heads], "relns": s.relns} for s in from_conllu]
+    as_json = [{"words": s.words, "heads": [h + 1 for h in s.heads], "relns": s.deprels} for s in from_conllu]
     assert load_treebank(write_lines(tmp_path / "test.jsonl", *as_json)) == from_conllu
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from megatron_sas.cli import InputError
-from megatron_sas.evaluation.batching import deal
+from megatron_sas.core.cli import InputError
+from megatron_sas.evaluation.batching import shard_batches
 from megatron_sas.evaluation.treebank import Sentence, load_treebank
 from megatron_sas.evaluation.uas import DIRECTIONS, OFFSETS, TreebankTask, count_correct, evaluate_uas, word_attention
 
@@ -47,7 +47,7 @@ def naive_counts(hf_model, tokenizer, sentences, max_length):
         with torch.no_grad():
             maps = hf_model.eval().bert(torch.tensor([ids]), output_attentions=True).attentions
         scored = []
-        for i, (head, reln) in enumerate(zip(sentence.heads, sentence.relns, strict=True)):
+        for i, (head, reln) in enumerate(zip(sentence.heads, sentence.deprels, strict=True)):
             name = reln.split(":")[0]
             if head >= 0 and name.lower() not in ("root", "punct"):
                 scored.append((i, head, name))
@@ -107,7 +107,7 @@ def test_counts_equal_a_naive_computation_from_eager_maps(adapter, hf_model, tok
 
 
 def test_our_model_gives_the_counts_of_hugging_face(adapter, model_directory, tokenizer, ewt):
-    from megatron_sas.model import load_model
+    from megatron_sas.run.reading import load_model
 
     model, _ = load_model(model_directory)
     task = TreebankTask(ewt[:200], tokenizer, 160)
@@ -117,9 +117,11 @@ def test_our_model_gives_the_counts_of_hugging_face(adapter, model_directory, to
 
 def test_neither_batches_nor_ranks_change_the_counts(adapter, tokenizer, ewt):
     task = TreebankTask(ewt[:60], tokenizer, 160)
-    whole = count_correct(adapter, task, deal(task.batches(2000), 0, 1))
+    whole = count_correct(adapter, task, shard_batches(task.batches(2000), 0, 1))
     for batch_tokens, ranks in ((1, 1), (300, 1), (2000, 3), (10**6, 2)):
-        parts = [count_correct(adapter, task, deal(task.batches(batch_tokens), r, ranks)) for r in range(ranks)]
+        parts = [
+            count_correct(adapter, task, shard_batches(task.batches(batch_tokens), r, ranks)) for r in range(ranks)
+        ]
         assert (sum(parts) - whole).abs().sum() <= 5, (batch_tokens, ranks)
 
 
@@ -145,7 +147,7 @@ def test_baselines_by_brute_force(tokenizer, ewt):
     task = TreebankTask(ewt, tokenizer, 512)
     correct, edges = Counter(), Counter()
     for sentence in ewt:
-        for i, (head, reln) in enumerate(zip(sentence.heads, sentence.relns, strict=True)):
+        for i, (head, reln) in enumerate(zip(sentence.heads, sentence.deprels, strict=True)):
             name = reln.split(":")[0]
             if name in ("root", "punct"):
                 continue
@@ -229,7 +231,7 @@ def test_ties_go_to_the_first_other_word(tokenizer):
     first = sum(
         head == (0 if i else 1)
         for s in SENTENCES
-        for i, (head, reln) in enumerate(zip(s.heads, s.relns, strict=True))
+        for i, (head, reln) in enumerate(zip(s.heads, s.deprels, strict=True))
         if reln.lower() not in ("root", "punct")
     )
     assert np.array(result["counts"]["correct"]).sum(axis=(0, 2, 3)).tolist() == [first, first]

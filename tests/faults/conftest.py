@@ -1,19 +1,12 @@
-"""What fault tests share: tiny inputs, and one process to fork from."""
+"""What fault tests share: one process to fork from."""
 
 from __future__ import annotations
 
 import pytest
-from engine_runs import write_inputs
-from processes import Zygote
+from processes import ForkServer
 
 
 @pytest.fixture(scope="session")
-def config(tmp_path_factory):
-    """A YAML file for tiny runs of 6 updates, half of whose sequences have no parse."""
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="session")
-def zygote():
-    with Zygote() as running:
+def fork_server():
+    with ForkServer() as running:
         yield running

@@ -24,16 +24,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[number]) for number in (0, 1, 2)]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from engine_runs import largest_difference, moments, records, weights, write_inputs  # noqa: E402
-from processes import Job, Zygote  # noqa: E402
+from processes import ForkServer, Job  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
-from megatron_sas.engine.checkpoint import newest_checkpoint, read_state  # noqa: E402
-from megatron_sas.metrics.records import read_records  # noqa: E402
-from megatron_sas.model.pretrained import verify_checkpoint  # noqa: E402
+from megatron_sas.run.checkpoint import newest_checkpoint, read_state  # noqa: E402
+from megatron_sas.run.reading import verify_checkpoint  # noqa: E402
+from megatron_sas.run.records import read_records  # noqa: E402
 
 
 def settings(steps: int) -> dict:
@@ -72,7 +73,9 @@ class Report:
         return vars(self) | {"signals": dict(self.signals)}
 
 
-def soak(zygote: Zygote, directory: Path, cycles: int, seed: int, steps: int, say: Callable[[str], None]) -> Report:
+def soak(
+    fork_server: ForkServer, directory: Path, cycles: int, seed: int, steps: int, say: Callable[[str], None]
+) -> Report:
     """Run the cycles, and then the unfinished runs to their ends. Raises AssertionError at the first difference."""
     chance, report, started = random.Random(seed), Report(), time.monotonic()
     config = write_inputs(directory)
@@ -80,18 +83,18 @@ def soak(zygote: Zygote, directory: Path, cycles: int, seed: int, steps: int, sa
     durations = {}
     for ranks, whole in wholes.items():
         began = time.monotonic()
-        zygote.train(config, whole, settings(steps), ranks=ranks)
+        fork_server.train(config, whole, settings(steps), ranks=ranks)
         durations[ranks] = time.monotonic() - began
     runs: dict[int, Path] = {}
     while report.cycles < cycles:
         ranks = chance.choice((1, 2))
         run = runs.setdefault(ranks, directory / f"run-{ranks}-{report.finished_runs}-{report.cycles}")
-        if _cycle(zygote, config, run, ranks, steps, chance, durations[ranks], report):
+        if _cycle(fork_server, config, run, ranks, steps, chance, durations[ranks], report):
             _check_finished(runs.pop(ranks), wholes[ranks], steps)
             report.finished_runs += 1
         say(f"cycle {report.cycles}: {run.name} at step {_step(run)}; {report.finished_runs} finished")
     for ranks, run in runs.items():
-        zygote.train(config, run, settings(steps), ranks=ranks)
+        fork_server.train(config, run, settings(steps), ranks=ranks)
         _check_finished(run, wholes[ranks], steps)
         report.finished_runs += 1
     report.seconds = round(time.monotonic() - started, 1)
@@ -99,7 +102,7 @@ def soak(zygote: Zygote, directory: Path, cycles: int, seed: int, steps: int, sa
 
 
 def _cycle(
-    zygote: Zygote,
+    fork_server: ForkServer,
     config: Path,
     run: Path,
     ranks: int,
@@ -110,7 +113,7 @@ def _cycle(
 ) -> bool:
     """Start, wait, send a signal, see what is left; True when the run came to its end."""
     left = 1 - max(_step(run), 0) / steps
-    job = zygote.start(config, run, settings(steps), ranks=ranks)
+    job = fork_server.start(config, run, settings(steps), ranks=ranks)
     time.sleep(chance.uniform(0, duration * (0.3 + 0.7 * left)))
     kind = chance.choice(KINDS)
     to = chance.choice([None, [chance.randrange(ranks)]])
@@ -197,8 +200,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the moments and signals (1)")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory, Zygote() as zygote:
-        report = soak(zygote, Path(directory), arguments.cycles, arguments.seed, 240, partial(print, flush=True))
+    with tempfile.TemporaryDirectory() as directory, ForkServer() as fork_server:
+        report = soak(fork_server, Path(directory), arguments.cycles, arguments.seed, 240, partial(print, flush=True))
     text = json.dumps(report.lines(), indent=2)
     print(text)
     if arguments.output is not None:

@@ -11,17 +11,17 @@ RELEASE = {"sas.schedule": [{"start": 0, "end": 3, "value": 0.1}], "logging.tens
 POINTS = 60  # configuration, lineage, the parent's records, and the first checkpoint
 
 
-def test_killed_at_every_point(zygote, config, tmp_path):
+def test_killed_at_every_point(fork_server, config, tmp_path):
     """Each kill finds what the one before has left, until there is a checkpoint; then another branch begins."""
-    zygote.train(config, tmp_path / "parent")
-    zygote.train(config, tmp_path / "whole", RELEASE)
+    fork_server.train(config, tmp_path / "parent")
+    fork_server.train(config, tmp_path / "whole", RELEASE)
     branch = {**RELEASE, "run.branch_from": str(checkpoint(tmp_path / "parent", 3)), "checkpoint.every": 1}
     for point in range(1, POINTS + 1):
         run = tmp_path / f"run-{point // 10}"
-        job = zygote.start(config, run, branch, wound={"kill_at": point, "from_step": -1})
+        job = fork_server.start(config, run, branch, fault={"kill_at": point, "from_step": -1})
         assert job.wait() in ([-9], [0]), job.output()
     for run in tmp_path.glob("run-?"):
-        zygote.train(config, run, branch)
+        fork_server.train(config, run, branch)
         assert largest_difference(weights(run, 6), weights(tmp_path / "whole", 6)) == 0.0
         assert largest_difference(moments(run, 6), moments(tmp_path / "whole", 6)) == 0.0
         for kind in ("train", "evaluation"):

@@ -17,7 +17,7 @@ from engine_runs import checkpoint, largest_difference, moments, records, weight
 from processes import steps_done, wait_until
 from synthetic_data import write_packed
 
-from megatron_sas.engine.checkpoint import newest_checkpoint
+from megatron_sas.run.checkpoint import newest_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -28,10 +28,10 @@ UPDATES_ONLY = LONG | {"checkpoint.every": 100_000, "evaluation.every": 100_000}
 
 
 @pytest.fixture(scope="module")
-def whole(zygote, config, tmp_path_factory):
+def whole(fork_server, config, tmp_path_factory):
     """The run of two processes that nothing happened to."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    zygote.train(config, run, RUN, ranks=2)
+    fork_server.train(config, run, RUN, ranks=2)
     return run
 
 
@@ -43,25 +43,27 @@ def check_equal(run, whole):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank(zygote, config, whole, tmp_path, victim):
+def test_a_killed_rank(fork_server, config, whole, tmp_path, victim):
     """The other one notices by itself and says so; started again, the run is the same."""
     run = tmp_path / "run"
-    hold = {"before": "megatron_sas.engine.engine:Engine.update", "call": 26, "until": str(tmp_path / "never")}
-    job = zygote.start(config, run, RUN, ranks=2, wound={"rank": victim, "hold": hold})  # or it might be done before
+    hold = {"before": "megatron_sas.train.step:Engine.update", "call": 26, "until": str(tmp_path / "never")}
+    job = fork_server.start(
+        config, run, RUN, ranks=2, fault={"rank": victim, "hold": hold}
+    )  # or it might be done before
     wait_until(lambda: steps_done(run) >= 25 and (tmp_path / "never-reached").exists(), "training")
     job.send(signal.SIGKILL, [victim])
     codes = job.wait()
     assert (codes[victim], codes[1 - victim]) == (-9, 3), job.output()
     assert f"error: rank {1 - victim}: lost contact with another process (" in job.output()
     assert "Traceback" not in job.output()
-    zygote.train(config, run, RUN, ranks=2)
+    fork_server.train(config, run, RUN, ranks=2)
     check_equal(run, whole)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_hung_rank(zygote, config, tmp_path, victim):
+def test_a_hung_rank(fork_server, config, tmp_path, victim):
     run = tmp_path / "run"
-    job = zygote.start(config, run, UPDATES_ONLY | {"run.timeout_minutes": 0.1}, ranks=2)
+    job = fork_server.start(config, run, UPDATES_ONLY | {"run.timeout_minutes": 0.1}, ranks=2)
     wait_until(lambda: steps_done(run) >= 5, "training")
     job.send(signal.SIGSTOP, [victim])
     wait_until(lambda: job.exits()[1 - victim] is not None, "the watchdog")
@@ -89,17 +91,17 @@ def shared_memory():
     os.unlink(path)
 
 
-def test_what_a_killed_start_left_is_named_by_the_next_one(zygote, config, tmp_path, shared_memory):
+def test_what_a_killed_start_left_is_named_by_the_next_one(fork_server, config, tmp_path, shared_memory):
     """A process that still runs and shared memory; what nobody uses any more is not named."""
     run, host = tmp_path / "run", socket.gethostname()
-    job = zygote.start(config, run, LONG, ranks=2)
+    job = fork_server.start(config, run, LONG, ranks=2)
     wait_until(lambda: steps_done(run) >= 5, "training")
     job.send(signal.SIGSTOP, [1])
     job.send(signal.SIGKILL, [0])
     wait_until(lambda: job.exits()[0] is not None, "the end of rank 0")
-    refused = zygote.start(config, run, LONG | {"run.seed": 2})  # which forgets nothing
+    refused = fork_server.start(config, run, LONG | {"run.seed": 2})  # which forgets nothing
     assert refused.wait() == [2]
-    again = zygote.start(config, run, LONG, ranks=2)
+    again = fork_server.start(config, run, LONG, ranks=2)
     log = Path(f"{again.log}-0.txt")
     wait_until(lambda: log.exists() and "parameters" in log.read_text(), "the next start")
     job.send(signal.SIGKILL)
@@ -113,14 +115,14 @@ def test_what_a_killed_start_left_is_named_by_the_next_one(zygote, config, tmp_p
     assert str(shared_memory) in again.output()
     assert shared_memory.exists()
     with shared_memory.open():  # somebody uses it
-        output = zygote.train(config, run, LONG | {"train.steps": steps_done(run) + 1}, ranks=2)
+        output = fork_server.train(config, run, LONG | {"train.steps": steps_done(run) + 1}, ranks=2)
     assert "earlier start" not in output and str(shared_memory) not in output
 
 
-def test_a_suspended_job_is_not_hung(zygote, config, tmp_path):
+def test_a_suspended_job_is_not_hung(fork_server, config, tmp_path):
     """All ranks stopped for longer than the timeout, as a scheduler does, and let go again."""
     run = tmp_path / "run"
-    job = zygote.start(config, run, UPDATES_ONLY | {"run.timeout_minutes": 0.1}, ranks=2)
+    job = fork_server.start(config, run, UPDATES_ONLY | {"run.timeout_minutes": 0.1}, ranks=2)
     wait_until(lambda: steps_done(run) >= 5, "training")
     job.send(signal.SIGSTOP)
     time.sleep(7)
@@ -151,11 +153,11 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", place], check=True)
 
 
-def test_a_full_disk(zygote, config, whole, small_disk):
+def test_a_full_disk(fork_server, config, whole, small_disk):
     """Whatever cannot be written any more, checkpoint or record: the last whole checkpoint stays, and is enough."""
     disk = small_disk("size=2500k")
     run = disk / "run"
-    job = zygote.start(config, run, RUN, ranks=2)
+    job = fork_server.start(config, run, RUN, ranks=2)
     codes = job.wait_as_launchers_do()
     assert 2 in codes, job.output()
     assert "No space left on device" in job.output()
@@ -163,15 +165,15 @@ def test_a_full_disk(zygote, config, whole, small_disk):
     assert "Traceback" not in job.output()
     assert newest_checkpoint(run, pytest.fail) is not None
     subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
-    zygote.train(config, run, RUN, ranks=2)
+    fork_server.train(config, run, RUN, ranks=2)
     check_equal(run, whole)
 
 
-def test_a_read_only_directory(zygote, config, small_disk):
+def test_a_read_only_directory(fork_server, config, small_disk):
     """From the start, and while training."""
     disk = small_disk("size=50m")
     run = disk / "run"
-    job = zygote.start(config, run, LONG)
+    job = fork_server.start(config, run, LONG)
     wait_until(lambda: steps_done(run) >= 25, "training")
     # A file that is open for writing keeps a file system from becoming read-only, but not a mount of another directory.
     subprocess.run(["mount", "--bind", run / "checkpoints", run / "checkpoints"], check=True)
@@ -182,7 +184,7 @@ def test_a_read_only_directory(zygote, config, small_disk):
         assert "Traceback" not in job.output()
         newest = newest_checkpoint(run, pytest.fail)
         assert newest is not None
-        job = zygote.start(config, run, LONG)
+        job = fork_server.start(config, run, LONG)
         assert job.wait() == [2], job.output()
         assert "Read-only file system" in job.output()
         assert "Traceback" not in job.output()
@@ -190,7 +192,7 @@ def test_a_read_only_directory(zygote, config, small_disk):
         subprocess.run(["umount", "-l", run / "checkpoints"], check=True)
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     for place in (run, disk / "new"):
-        job = zygote.start(config, place, LONG, ranks=2, log=disk.parent / f"log-{place.name}")
+        job = fork_server.start(config, place, LONG, ranks=2, log=disk.parent / f"log-{place.name}")
         assert job.wait() == [2, 2], job.output()
         assert job.output().count("Read-only file system") == 1, job.output()
         assert "Traceback" not in job.output()
@@ -211,14 +213,14 @@ def remove(path: Path) -> None:
     path.unlink()
 
 
-def test_damaged_shards(zygote, config, whole, tmp_path):
+def test_damaged_shards(fork_server, config, whole, tmp_path):
     """The three newest checkpoints, each damaged in another way."""
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     shard = "optimizer-00001-of-00002.safetensors"
     for step, damage in ((STEPS, truncate), (STEPS - 10, flip), (STEPS - 20, remove)):
         damage(checkpoint(run, step) / shard)
-    output = zygote.train(config, run, RUN, ranks=2)
+    output = fork_server.train(config, run, RUN, ranks=2)
     for step, reason in ((STEPS, "bytes, not"), (STEPS - 10, "SHA-256 differs"), (STEPS - 20, "is missing")):
         (line,) = [line for line in output.splitlines() if f"checkpoint step_{step:08d} is passed over: " in line]
         assert shard in line and reason in line
@@ -230,7 +232,7 @@ def test_damaged_shards(zygote, config, whole, tmp_path):
     ("name", "dtype", "value", "message"),
     [("bin", "<u2", 65, "holds 65, which is not between 0 and 64"), ("heads.bin", "<i2", 32, "holds 32, which is not")],
 )
-def test_damaged_data(zygote, config, tmp_path, name, dtype, value, message):
+def test_damaged_data(fork_server, config, tmp_path, name, dtype, value, message):
     """A value that cannot be, where it is needed first; and a file that was cut off."""
     prefix = write_packed(tmp_path / "data")
     path = Path(f"{prefix}.{name}")
@@ -238,12 +240,12 @@ def test_damaged_data(zygote, config, tmp_path, name, dtype, value, message):
     content[17, 5] = value
     content.tofile(path)
     overrides = LONG | {"data.train": prefix, "data.validation": None}
-    job = zygote.start(config, tmp_path / "run", overrides, ranks=2)
+    job = fork_server.start(config, tmp_path / "run", overrides, ranks=2)
     assert 2 in job.wait(), job.output()
     assert f"error: rank {job.exits().index(2)}: {path}: sequence 17 {message}" in job.output()
     assert "copy it anew or preprocess again" in job.output()
     assert "Traceback" not in job.output()
     truncate(path)
-    job = zygote.start(config, tmp_path / "other", overrides, ranks=2)
+    job = fork_server.start(config, tmp_path / "other", overrides, ranks=2)
     assert job.wait() == [2, 2]
     assert f"{path}: {24 * 32 * 2 - 7} bytes where the header says {24 * 32 * 2}" in job.output()

@@ -7,9 +7,9 @@ import random
 import pytest
 from engine_runs import largest_difference, moments, records, weights
 
-from megatron_sas.engine.checkpoint import newest_checkpoint
-from megatron_sas.metrics.records import read_records
-from megatron_sas.model.pretrained import verify_checkpoint
+from megatron_sas.run.checkpoint import newest_checkpoint
+from megatron_sas.run.reading import verify_checkpoint
+from megatron_sas.run.records import read_records
 
 pytestmark = pytest.mark.slow
 
@@ -34,24 +34,24 @@ def check_after_kill(run):
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in snapshot.iterdir()}
 
 
-def killed_over_and_over(zygote, config, run, kills, ranks):
+def killed_over_and_over(fork_server, config, run, kills, ranks):
     """Start the run once for each (rank, point) of `kills`, and to its end after that."""
     for rank, point in kills:
-        wound = {"kill_at": point, "rank": rank, "from_step": 1, "run": str(run)}
-        job = zygote.start(config, run, RUN, ranks=ranks, wound=wound)
+        fault = {"kill_at": point, "rank": rank, "from_step": 1, "run": str(run)}
+        job = fork_server.start(config, run, RUN, ranks=ranks, fault=fault)
         assert job.wait_as_launchers_do()[rank] == -9, f"rank {rank}, {point}\n{job.output()}"
         check_after_kill(run)
-    zygote.train(config, run, RUN, ranks=ranks)
+    fork_server.train(config, run, RUN, ranks=ranks)
 
 
 @pytest.fixture(scope="module")
-def wholes(zygote, config, tmp_path_factory):
+def wholes(fork_server, config, tmp_path_factory):
     """The same runs without a kill, with one process and with two, which also write down their write points."""
     directory = tmp_path_factory.mktemp("whole")
     for ranks in (1, 2):
         run = directory / str(ranks)
-        wound = {"points": str(directory / f"points-{ranks}"), "from_step": 1, "run": str(run)}
-        job = zygote.start(config, run, RUN, ranks=ranks, wound=wound)
+        fault = {"points": str(directory / f"points-{ranks}"), "from_step": 1, "run": str(run)}
+        job = fork_server.start(config, run, RUN, ranks=ranks, fault=fault)
         assert job.wait() == [0] * ranks, job.output()
     return directory
 
@@ -82,25 +82,25 @@ def spread(count, names, seed):
     return chosen
 
 
-def test_one_process(zygote, config, wholes, tmp_path):
+def test_one_process(fork_server, config, wholes, tmp_path):
     kills = [(0, point) for point in spread(7, points(wholes, 1, 0), seed=1)]
-    killed_over_and_over(zygote, config, tmp_path / "run", kills, ranks=1)
+    killed_over_and_over(fork_server, config, tmp_path / "run", kills, ranks=1)
     check_at_the_end(tmp_path / "run", wholes / "1")
 
 
-def test_two_processes(zygote, config, wholes, tmp_path):
+def test_two_processes(fork_server, config, wholes, tmp_path):
     kills = [(rank, point) for rank in (0, 1) for point in spread(2, points(wholes, 2, rank), seed=2 + rank)]
-    killed_over_and_over(zygote, config, tmp_path / "run", kills, ranks=2)
+    killed_over_and_over(fork_server, config, tmp_path / "run", kills, ranks=2)
     check_at_the_end(tmp_path / "run", wholes / "2")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("part", range(PARTS))
-def test_every_point(zygote, config, wholes, tmp_path, part):
+def test_every_point(fork_server, config, wholes, tmp_path, part):
     """Every point of one process and of either of two; a tenth of them in each run."""
     for ranks in (1, 2):
         kills = [(rank, point) for rank in range(ranks) for point in points(wholes, ranks, rank)]
         assert 100 < len(kills) <= 12 * PARTS
         run = tmp_path / str(ranks)
-        killed_over_and_over(zygote, config, run, kills[part::PARTS], ranks)
+        killed_over_and_over(fork_server, config, run, kills[part::PARTS], ranks)
         check_at_the_end(run, wholes / str(ranks))

@@ -10,7 +10,7 @@ import sys
 import pytest
 from engine_runs import LAUNCHER_VARIABLES, ROOT, checkpoint, records
 
-from megatron_sas.model.pretrained import verify_checkpoint
+from megatron_sas.run.reading import verify_checkpoint
 
 CLEAN = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
 
@@ -21,11 +21,11 @@ def check_finished(run):
 
 
 @pytest.mark.slow
-def test_a_run_whose_pipe_is_closed_goes_on(zygote, config, tmp_path):
+def test_a_run_whose_pipe_is_closed_goes_on(fork_server, config, tmp_path):
     """As with `| head -3`."""
     pipe = tmp_path / "log-0.txt"
     os.mkfifo(pipe)
-    job = zygote.start(config, tmp_path / "run", log=tmp_path / "log")
+    job = fork_server.start(config, tmp_path / "run", log=tmp_path / "log")
     with pipe.open() as reader:
         lines = [reader.readline() for _ in range(3)]
     assert job.wait() == [0]
@@ -34,9 +34,9 @@ def test_a_run_whose_pipe_is_closed_goes_on(zygote, config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_whose_log_is_on_a_full_disk_goes_on(zygote, config, tmp_path):
+def test_a_run_whose_log_is_on_a_full_disk_goes_on(fork_server, config, tmp_path):
     (tmp_path / "log-0.txt").symlink_to("/dev/full")
-    job = zygote.start(config, tmp_path / "run", log=tmp_path / "log")
+    job = fork_server.start(config, tmp_path / "run", log=tmp_path / "log")
     assert job.wait() == [0]
     check_finished(tmp_path / "run")
 

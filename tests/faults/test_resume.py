@@ -13,8 +13,8 @@ from processes import steps_done, wait_until
 pytestmark = pytest.mark.slow
 
 
-def test_a_few_random_kills(zygote, tmp_path):
-    report = soak.soak(zygote, tmp_path, cycles=4, seed=2, steps=72, say=lambda line: None)
+def test_a_few_random_kills(fork_server, tmp_path):
+    report = soak.soak(fork_server, tmp_path, cycles=4, seed=2, steps=72, say=lambda line: None)
     assert report.cycles == sum(report.signals.values()) == 4
     assert report.finished_runs >= 1
 
@@ -30,18 +30,18 @@ RUN = {
 
 
 def batches(directory, name):
-    """What `wounds` wrote down in all processes, in the order of steps and micro-batches."""
+    """What `fault_injection` wrote down in all processes, in the order of steps and micro-batches."""
     lines = [line.split() for path in directory.glob(f"{name}-*") for line in path.read_text().splitlines()]
     return sorted((int(step), int(index), content) for step, index, content in lines)
 
 
-def test_one_process_then_two_then_one(zygote, config, tmp_path):
+def test_one_process_then_two_then_one(fork_server, config, tmp_path):
     """In float32 without dropout: the same batches and masks bit for bit, and the same curves within rounding."""
     for run, parts in (("whole", ((1, STEPS, 1),)), ("parts", ((1, 20, 1), (2, 40, 2), (1, STEPS, 0)))):
         for ranks, steps, stage in parts:
             overrides = {**RUN, "train.steps": steps, "train.zero_stage": stage}
-            wound = {"batches": str(tmp_path / f"{run}-batches-{steps}")}
-            job = zygote.start(config, tmp_path / run, overrides, ranks=ranks, wound=wound)
+            fault = {"batches": str(tmp_path / f"{run}-batches-{steps}")}
+            job = fork_server.start(config, tmp_path / run, overrides, ranks=ranks, fault=fault)
             assert job.wait() == [0] * ranks, job.output()
     seen = batches(tmp_path, "parts-batches")
     assert seen == batches(tmp_path, "whole-batches")
@@ -67,33 +67,33 @@ def kept(run):
     return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step_*"))
 
 
-def test_when_the_clock_saves_shows_nowhere(zygote, config, tmp_path):
+def test_when_the_clock_saves_shows_nowhere(fork_server, config, tmp_path):
     """After every update, or never: the same records, field for field, and the same weights and moments."""
     often, never = tmp_path / "often", tmp_path / "never"
-    zygote.train(config, often, CLOCKED | {"checkpoint.minutes": 1e-9, "checkpoint.keep_last": 20}, ranks=2)
-    zygote.train(config, never, CLOCKED | {"checkpoint.minutes": 0}, ranks=2)
+    fork_server.train(config, often, CLOCKED | {"checkpoint.minutes": 1e-9, "checkpoint.keep_last": 20}, ranks=2)
+    fork_server.train(config, never, CLOCKED | {"checkpoint.minutes": 0}, ranks=2)
     assert (kept(often), kept(never)) == (list(range(11)), [0, 10])
     assert records_but_for_the_clock(often) == records_but_for_the_clock(never)
     for read in (weights, moments):
         assert largest_difference(read(often, 10), read(never, 10)) == 0.0
 
 
-def test_a_killed_run_that_saves_by_the_clock_goes_on(zygote, config, tmp_path):
+def test_a_killed_run_that_saves_by_the_clock_goes_on(fork_server, config, tmp_path):
     """From one of the last two checkpoints; when all are gone it is not begun again."""
     run, unhurt = tmp_path / "run", tmp_path / "unhurt"
     clock = CLOCKED | {"train.steps": 40, "checkpoint.minutes": 1e-9}
-    hold = {"before": "megatron_sas.engine.engine:Engine.update", "call": 30, "until": str(tmp_path / "never")}
-    job = zygote.start(config, run, clock, wound={"hold": hold})
+    hold = {"before": "megatron_sas.train.step:Engine.update", "call": 30, "until": str(tmp_path / "never")}
+    job = fork_server.start(config, run, clock, fault={"hold": hold})
     wait_until(lambda: (tmp_path / "never-reached").exists() and steps_done(run) >= 29, "training")
     job.send(signal.SIGKILL)
     job.wait()
     assert len(kept(run)) <= 3 and kept(run)[-1] >= 28
     checkpoints = (run / "checkpoints").rename(tmp_path / "elsewhere")
-    job = zygote.start(config, run, clock)
+    job = fork_server.start(config, run, clock)
     assert job.wait() == [2]
     assert "holds no checkpoint, but the run's records reach update 29" in job.output()
     checkpoints.rename(run / "checkpoints")
-    assert f"continuing from {checkpoint(run, kept(run)[-1])}" in zygote.train(config, run, clock)
-    zygote.train(config, unhurt, clock | {"checkpoint.minutes": 0})
+    assert f"continuing from {checkpoint(run, kept(run)[-1])}" in fork_server.train(config, run, clock)
+    fork_server.train(config, unhurt, clock | {"checkpoint.minutes": 0})
     assert largest_difference(weights(run, 40), weights(unhurt, 40)) == 0.0
     assert records(run) == records(unhurt)

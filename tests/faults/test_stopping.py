@@ -16,8 +16,8 @@ import pytest
 from engine_runs import LAUNCHER_VARIABLES, ROOT, checkpoint, free_port, override_arguments, records, weights
 from processes import steps_done, wait_until
 
-from megatron_sas.engine.checkpoint import newest_checkpoint, read_state
-from megatron_sas.metrics.records import read_records
+from megatron_sas.run.checkpoint import newest_checkpoint, read_state
+from megatron_sas.run.records import read_records
 
 pytestmark = pytest.mark.slow
 
@@ -40,9 +40,9 @@ def check_stopped(run, reason):
     ("ranks", "number", "to"),
     [(2, signal.SIGTERM, [1]), (2, signal.SIGUSR1, [0]), (2, signal.SIGHUP, [0, 1]), (1, signal.SIGINT, [0])],
 )
-def test_a_signal_to_any_rank_stops_all(zygote, config, tmp_path, ranks, number, to):
+def test_a_signal_to_any_rank_stops_all(fork_server, config, tmp_path, ranks, number, to):
     run = tmp_path / "run"
-    job = zygote.start(config, run, LONG, ranks=ranks)
+    job = fork_server.start(config, run, LONG, ranks=ranks)
     wait_until(lambda: steps_done(run) >= 3, "training")
     job.send(number, to)
     assert job.wait() == [0] * ranks, job.output()
@@ -51,20 +51,20 @@ def test_a_signal_to_any_rank_stops_all(zygote, config, tmp_path, ranks, number,
     assert job.output().count(f"{number.name}: stopping after this update") == (0 in to)  # at once
 
 
-def test_a_stopped_run_goes_on_as_if_nothing_had_been(zygote, config, tmp_path):
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(fork_server, config, tmp_path):
     """Stopped by the file, in the middle; then finished: no marker, equal to the run without a stop."""
     run, whole, short = tmp_path / "run", tmp_path / "whole", LONG | {"train.steps": 60}
-    hold = {"before": "megatron_sas.engine.engine:Engine.update", "call": 4, "until": str(run / "stop")}
-    job = zygote.start(config, run, short, ranks=2, wound={"hold": hold})
+    hold = {"before": "megatron_sas.train.step:Engine.update", "call": 4, "until": str(run / "stop")}
+    job = fork_server.start(config, run, short, ranks=2, fault={"hold": hold})
     wait_until(lambda: steps_done(run) >= 3, "training")
     (run / "stop").touch()
     assert job.wait() == [0, 0]
     step = check_stopped(run, f"file {run / 'stop'}")
     assert 3 <= step < 60
-    output = zygote.train(config, run, short, ranks=2)
+    output = fork_server.train(config, run, short, ranks=2)
     assert f"continuing from {checkpoint(run, step)}" in output
     assert not (run / "requeue").exists()
-    zygote.train(config, whole, short, ranks=2)
+    fork_server.train(config, whole, short, ranks=2)
     assert all(weights(whole, 60)[name].equal(tensor) for name, tensor in weights(run, 60).items())
     assert records(run) == records(whole)
 
@@ -84,18 +84,18 @@ sys.meta_path.insert(0, HeldImport())
 """
 
 
-def test_a_signal_while_the_program_starts_is_not_lost(zygote, config, tmp_path):
+def test_a_signal_while_the_program_starts_is_not_lost(fork_server, config, tmp_path):
     """Nothing is done yet, so nothing is saved, and the requeued run is as good as new."""
     run, go = tmp_path / "run", tmp_path / "go"
-    hold = {"before": "megatron_sas.engine.trainer:initialize_distributed", "until": str(go)}
-    job = zygote.start(config, run, {"train.steps": 4}, wound={"hold": hold})
+    hold = {"before": "megatron_sas.launch.environment:initialize_distributed", "until": str(go)}
+    job = fork_server.start(config, run, {"train.steps": 4}, fault={"hold": hold})
     wait_until(Path(f"{go}-reached").exists, "the start")
     job.send(signal.SIGTERM)
     go.touch()
     assert job.wait() == [0], job.output()
     assert (run / "requeue").read_text() == "SIGTERM\n"
     assert "stopped after 0 updates (SIGTERM)" in job.output() and not records(run)
-    zygote.train(config, run, {"train.steps": 4})
+    fork_server.train(config, run, {"train.steps": 4})
     assert sorted(records(run)) == [1, 2, 3, 4] and not (run / "requeue").exists()
 
 
@@ -127,11 +127,11 @@ def test_a_signal_ends_a_dry_run_at_once(config, tmp_path, number, code):
     assert rest.endswith("error: rank 0: interrupted\n") == (number == signal.SIGINT)
 
 
-def test_a_directory_belongs_to_one_run_at_a_time(zygote, config, tmp_path):
+def test_a_directory_belongs_to_one_run_at_a_time(fork_server, config, tmp_path):
     run = tmp_path / "run"
-    first = zygote.start(config, run, LONG)
+    first = fork_server.start(config, run, LONG)
     wait_until(lambda: steps_done(run) >= 3, "training")
-    second = zygote.start(config, run, LONG)
+    second = fork_server.start(config, run, LONG)
     assert second.wait() == [2]
     assert f"{run}: process {first.pids[0]} on " in second.output() and "Traceback" not in second.output()
     before = steps_done(run)
@@ -141,22 +141,22 @@ def test_a_directory_belongs_to_one_run_at_a_time(zygote, config, tmp_path):
     check_stopped(run, f"file {run / 'stop'}")
 
 
-def test_an_old_stop_file_stops_nothing(zygote, config, tmp_path):
+def test_an_old_stop_file_stops_nothing(fork_server, config, tmp_path):
     run = tmp_path / "run"
-    zygote.train(config, run, {"train.steps": 2})
+    fork_server.train(config, run, {"train.steps": 2})
     for name in ("stop", "requeue"):
         (run / name).touch()
         os.utime(run / name, (1, 1))
-    zygote.train(config, run)
+    fork_server.train(config, run)
     assert sorted(records(run)) == [1, 2, 3, 4, 5, 6]
     assert not (run / "stop").exists() and not (run / "requeue").exists()
 
 
-def test_the_second_interrupt_ends_at_once(zygote, config, tmp_path):
+def test_the_second_interrupt_ends_at_once(fork_server, config, tmp_path):
     """While the run, asked to stop by the first, is about to save."""
     run, go = tmp_path / "run", tmp_path / "go"
-    hold = {"before": "megatron_sas.engine.trainer:Trainer._end", "until": str(go)}
-    job = zygote.start(config, run, LONG, wound={"hold": hold})
+    hold = {"before": "megatron_sas.train.trainer:Trainer._end", "until": str(go)}
+    job = fork_server.start(config, run, LONG, fault={"hold": hold})
     wait_until(lambda: steps_done(run) >= 3, "training")
     job.send(signal.SIGINT)
     wait_until(Path(f"{go}-reached").exists, "the end")
@@ -167,7 +167,7 @@ def test_the_second_interrupt_ends_at_once(zygote, config, tmp_path):
     assert not (run / "requeue").exists()
 
 
-def test_an_evaluation_does_not_outlast_the_grace_period(zygote, config, tmp_path):
+def test_an_evaluation_does_not_outlast_the_grace_period(fork_server, config, tmp_path):
     """One that takes minutes, on two ranks, with the signal to one of them; it is made when the run continues."""
     run = tmp_path / "run"
     treebank = tmp_path / "treebank.jsonl"
@@ -175,8 +175,8 @@ def test_an_evaluation_does_not_outlast_the_grace_period(zygote, config, tmp_pat
     treebank.write_text((json.dumps(sentence) + "\n") * 60_000)
     slow = {"evaluation.treebank": str(treebank), "evaluation.batch_tokens": 8, "evaluation.every": 100_000}
     go = tmp_path / "go"
-    hold = {"before": "megatron_sas.engine.trainer:Trainer._between_batches", "call": 100, "until": str(go)}
-    job = zygote.start(config, run, LONG | slow, ranks=2, wound={"hold": hold})
+    hold = {"before": "megatron_sas.train.stop_vote:StopVote.check", "call": 100, "until": str(go)}
+    job = fork_server.start(config, run, LONG | slow, ranks=2, fault={"hold": hold})
     wait_until(Path(f"{go}-reached").exists, "the evaluation at step 0")
     started = time.monotonic()
     job.send(signal.SIGUSR1, [1])

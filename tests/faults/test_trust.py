@@ -13,12 +13,12 @@ import pytest
 import torch
 from engine_runs import checkpoint, train
 
-from megatron_sas.cli import InputError
 from megatron_sas.config import load_config
-from megatron_sas.engine.checkpoint import newest_checkpoint
-from megatron_sas.files import sha256_file
-from megatron_sas.model import load_model
-from megatron_sas.model.conversion import to_hf
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.files import sha256_file
+from megatron_sas.export.hf import to_hf
+from megatron_sas.run.checkpoint import newest_checkpoint
+from megatron_sas.run.reading import load_model
 
 SOURCES = Path(__file__).resolve().parents[2]
 

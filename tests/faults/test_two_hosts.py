@@ -19,7 +19,7 @@ from engine_runs import (
 )
 from virtual_hosts import Host, VirtualHosts, refusal
 
-from megatron_sas.metrics.records import read_records
+from megatron_sas.run.records import read_records
 
 pytestmark = pytest.mark.full
 

@@ -7,7 +7,7 @@ from engine_runs import largest_difference, records
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_sas.metrics.records import read_records
+from megatron_sas.run.records import read_records
 
 pytestmark = pytest.mark.slow
 
@@ -38,17 +38,17 @@ def models(directory):
     return {int(path.name[5:]): load_file(path / "model.safetensors") for path in directory.glob("step_*")}
 
 
-def train(zygote, config, run, **more):
-    job = zygote.start(config, run, {**WATCH, **more.pop("overrides", {})}, wound={"drop_at": DROP}, **more)
+def train(fork_server, config, run, **more):
+    job = fork_server.start(config, run, {**WATCH, **more.pop("overrides", {})}, fault={"drop_at": DROP}, **more)
     assert set(job.wait(120)) == {0}, job.output()
     return job.output()
 
 
 @pytest.fixture(scope="module")
-def whole(zygote, config, tmp_path_factory):
+def whole(fork_server, config, tmp_path_factory):
     """A run that nothing happened to."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    assert "onset of loss detected" in train(zygote, config, run)
+    assert "onset of loss detected" in train(fork_server, config, run)
     return run
 
 
@@ -70,17 +70,17 @@ def test_the_ring_is_kept_around_an_onset(whole):
 
 
 @pytest.mark.full
-def test_two_processes_agree(zygote, config, tmp_path):
-    train(zygote, config, tmp_path / "run", ranks=2, overrides={"train.zero_stage": 3})
+def test_two_processes_agree(fork_server, config, tmp_path):
+    train(fork_server, config, tmp_path / "run", ranks=2, overrides={"train.zero_stage": 3})
     check_whole(tmp_path / "run")
 
 
-def kill_and_go_on(zygote, config, run, whole, points):
+def kill_and_go_on(fork_server, config, run, whole, points):
     """Kill at each point in turn, with what the kill before has left; then compare with `whole`."""
     kills = 0
     for point in points:
-        wound = {"drop_at": DROP, "kill_at": point, "from_step": 20}
-        job = zygote.start(config, run, WATCH, wound=wound)
+        fault = {"drop_at": DROP, "kill_at": point, "from_step": 20}
+        job = fork_server.start(config, run, WATCH, fault=fault)
         code = job.wait()[0]
         if code == 0:
             break
@@ -88,7 +88,7 @@ def kill_and_go_on(zygote, config, run, whole, points):
         kills += 1
         for model in [*run.glob("ring/step_*"), *run.glob("snapshots/step_*")]:
             assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in model.iterdir()}
-    train(zygote, config, run)
+    train(fork_server, config, run)
     assert onsets(run) == onsets(whole)
     assert records(run) == records(whole)
     for name in ("ring", "snapshots"):
@@ -98,13 +98,13 @@ def kill_and_go_on(zygote, config, run, whole, points):
     return kills
 
 
-def test_killed_around_the_onset(zygote, config, whole, tmp_path):
+def test_killed_around_the_onset(fork_server, config, whole, tmp_path):
     """While the ring moves, and, going on from before that, again while the event is written or the ring moves."""
-    assert kill_and_go_on(zygote, config, tmp_path / "run", whole, [89, 82]) == 2
+    assert kill_and_go_on(fork_server, config, tmp_path / "run", whole, [89, 82]) == 2
 
 
 @pytest.mark.full
-def test_killed_at_every_point(zygote, config, whole, tmp_path):
+def test_killed_at_every_point(fork_server, config, whole, tmp_path):
     for point in range(1, POINTS):
-        kill_and_go_on(zygote, config, tmp_path / str(point), whole, [point])
-    assert kill_and_go_on(zygote, config, tmp_path / "again", whole, range(1, POINTS, 4)) > 20
+        kill_and_go_on(fork_server, config, tmp_path / str(point), whole, [point])
+    assert kill_and_go_on(fork_server, config, tmp_path / "again", whole, range(1, POINTS, 4)) > 20

@@ -1,4 +1,4 @@
-"""What the memory-saving backends allocate, and the substitution in the rows where it could break."""
+"""What the memory-saving backends allocate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sas.kernels import attention_statistics, dependency_attention
 from megatron_sas.kernels.chunked import ROWS
-from megatron_sas.kernels.sdpa import FILLER, substitute
 
 
 class LargestTensor(TorchDispatchMode):
@@ -61,32 +60,3 @@ def test_statistics_allocate_no_map(backend, uneven):
 def test_the_measure_sees_a_map():
     elements, (batch, num_heads, seq, _) = largest("reference", 0.0, False)
     assert elements >= batch * num_heads * seq * seq
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_substitution_gives_the_wanted_product(dtype):
-    """dO·O' = δ + t for every size of dO, also where a filler meets its own negative or squares underflow."""
-    torch.manual_seed(0)
-    filler = FILLER[dtype]
-    rows = [torch.randn(16).double() * 10.0**size for size in range(-30, 4)]
-    almost = torch.zeros(16, dtype=torch.float64)
-    almost[0] = -filler * (1 - torch.finfo(dtype).eps)
-    rows += [torch.zeros(16, dtype=torch.float64), almost, -almost]
-    grad_out = torch.stack(rows).to(dtype)[None, None]
-    out = torch.randn(grad_out.shape).to(dtype)
-    row_sum = torch.randn(grad_out.shape[:3]).to(torch.float64 if dtype == torch.float64 else torch.float32)
-    new_grad, new_out = (x.double() for x in substitute(grad_out, out, row_sum))
-    assert torch.isfinite(new_out).all()
-    assert ((new_grad - grad_out).abs() <= 2 * filler).all()
-    product, wanted = (new_grad * new_out).sum(-1), (new_grad * out.double()).sum(-1) + row_sum
-    size = (new_grad * new_out).abs().sum(-1) + (new_grad * out.double()).abs().sum(-1)
-    assert ((product - wanted).abs() <= 2 * torch.finfo(dtype).eps * size).all()
-
-
-def test_substitution_leaves_rows_without_entries_alone():
-    grad_out, out = torch.randn(1, 1, 3, 8), torch.randn(1, 1, 3, 8)
-    grad_out[0, 0, 0] = 0
-    new_grad, new_out = substitute(grad_out, out, torch.tensor([[[0.0, 0.0, 1.0]]]))
-    assert torch.equal(new_grad[0, 0, :2], grad_out[0, 0, :2])
-    assert torch.equal(new_out[0, 0, :2], out[0, 0, :2])
-    assert not torch.equal(new_out[0, 0, 2], out[0, 0, 2])

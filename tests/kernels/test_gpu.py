@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import GRADIENT_KINDS, HEAD_KINDS, backward, make_case
+from attention_cases import GRADIENT_KINDS, HEAD_KINDS, backward, make_case, make_heads
 from attention_errors import check_against_float64
 
 from megatron_sas.kernels import choose_backend, dependency_attention, dropout
-from megatron_sas.kernels.lse_attention import has_fa4
+from megatron_sas.kernels.fa4 import has_fa4
 from megatron_sas.kernels.reference import attention_probs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -73,6 +73,16 @@ def test_gradient_of_the_regularizer_alone(backend, dtype, subset):
         assert float((a.double() - b).norm() / b.norm()) < 0.02
 
 
+@pytest.mark.parametrize(("backend", "dtype"), TYPES)
+def test_several_sets_of_edges(backend, dtype):
+    case = make_case(9, batch=2, num_heads=3, seq=200, dim=64, dtype=dtype)
+    case.heads = torch.stack([make_heads(kind, 2, 200) for kind in ("near", "random", "one")], 1)
+    case.gradients = (case.gradients[0], *torch.randn(2, 2, 3, 3, 200).double())
+    exact, found = case.run("reference", torch.float64), case.run(backend, dtype, "cuda")
+    for a, b in zip((*found[0], *found[1]), (*exact[0], *exact[1]), strict=True):
+        assert float((a.double() - b).detach().norm() / b.detach().norm()) < (1e-4 if dtype == torch.float32 else 0.02)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_plain_operations(dtype):
     """What `auto` takes where no kernel can; entries are added by a kernel of ours, but to float64."""
@@ -122,7 +132,7 @@ def test_dropout_masks_are_the_same_on_every_device(backend, device):
 
 
 def test_searched_and_fixed_tiles_agree():
-    from megatron_sas.kernels.triton_attention import _SEARCHED
+    from megatron_sas.kernels.triton.attention import _SEARCHED
 
     case = make_case(2, batch=16, num_heads=8, seq=512, dim=64, dtype=torch.bfloat16)
     fast = case.run("triton", torch.bfloat16, "cuda")

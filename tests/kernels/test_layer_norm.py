@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from megatron_sas.kernels.layer_norm import apex_layer_norm, use_apex_layer_norm_
-from megatron_sas.model import Bert, BertConfig
+from megatron_sas.model.bert import Bert
+from megatron_sas.model.config import BertConfig
 
 
 class FusedLayerNorm(nn.LayerNorm):

@@ -7,11 +7,9 @@ import contextlib
 import pytest
 import torch
 import triton
-from attention_cases import HEAD_KINDS, backward, make_case
+from attention_cases import backward, make_case, make_heads
 
 from megatron_sas.kernels import dependency_attention
-from megatron_sas.kernels.edges import add_entry_gradients_
-from megatron_sas.kernels.reference import valid_heads
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -24,13 +22,17 @@ def make_inputs(dropout_p: float, **changes: object) -> tuple:
     return (*qkv, case.heads.to(DEVICE), lengths, seed, dropout_p, 0.25)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("uneven", [False, True])
-def test_operator_is_well_formed(dropout_p, uneven):
+@pytest.mark.parametrize(
+    ("dropout_p", "uneven", "sets"), [*((p, u, None) for p in (0.0, 0.3) for u in (False, True)), (0.3, True, 2)]
+)
+def test_operator_is_well_formed(dropout_p, uneven, sets):
     """Schema, fake tensors, autograd registration and tracing by AOTAutograd, as torch checks them."""
-    from megatron_sas.kernels.triton_attention import _forward
+    from megatron_sas.kernels.triton.attention import _forward
 
-    torch.library.opcheck(_forward, make_inputs(dropout_p, uneven=uneven))
+    inputs = list(make_inputs(dropout_p, uneven=uneven))
+    if sets is not None:
+        inputs[3] = torch.stack([make_heads("random", 2, 40) for _ in range(sets)], 1).to(DEVICE)
+    torch.library.opcheck(_forward, tuple(inputs))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
@@ -83,32 +85,10 @@ def test_integer_types_of_heads(integer):
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-@pytest.mark.parametrize("kind", HEAD_KINDS)
-@pytest.mark.parametrize("which", ["both", "head", "dependent"])
-def test_sparse_gradient_for_other_kernels(kind, which):
-    """The kernel that adds entries on a GPU equals the plain operations that do so elsewhere."""
-    from megatron_sas.kernels import triton_entries
-
-    case = make_case(3, batch=2, num_heads=3, seq=150, dim=24, dtype=torch.float64, kind=kind)
-    heads = valid_heads(case.heads, None)
-    winners = (torch.rand(2, 2, 3, 150, dtype=torch.float64) < 0.3) & (heads >= 0)[None, :, None]
-    g_head, g_dependent = torch.randn(2, 2, 3, 150, dtype=torch.float64) * winners
-    chosen = (g_head if which != "dependent" else None, g_dependent if which != "head" else None)
-    q, k, _ = case.qkv
-    exact = [torch.randn(2, 3, 150, 24, dtype=torch.float64) for _ in range(2)]
-    found = [x.to(DEVICE, torch.float32) for x in exact]
-    triton_entries.add_entry_gradients_(
-        *found, q.to(DEVICE, torch.float32), k.to(DEVICE, torch.float32), heads.to(DEVICE), 0.2,
-        *(None if g is None else g.to(DEVICE, torch.float32) for g in chosen),
-    )  # fmt: skip
-    add_entry_gradients_(*exact, q, k, heads, 0.2, *chosen)
-    for a, b in zip(found, exact, strict=True):
-        torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=1e-5)
-
-
 def test_every_grid_has_one_dimension_and_the_device_of_its_tensors(monkeypatch):
     """The others end at 65,535, and there may be more maps. Triton launches on the current device."""
-    from megatron_sas.kernels import triton_attention, triton_entries
+    from megatron_sas.kernels.triton import attention as triton_attention
+    from megatron_sas.kernels.triton import entries as triton_entries
 
     grids, plain = [], triton.runtime.jit.KernelInterface.__getitem__
     guarded: list[torch.Tensor] = []
@@ -140,7 +120,7 @@ def test_every_grid_has_one_dimension_and_the_device_of_its_tensors(monkeypatch)
 
 def test_searches_are_told_apart_by_few_classes_of_shapes():
     """Each class costs a search. Triton ignores keys that are not arguments of the kernel."""
-    from megatron_sas.kernels import triton_attention
+    from megatron_sas.kernels.triton import attention as triton_attention
 
     assert {"seq_class", "maps_class"} <= set(triton_attention._SEARCH_KEYS)
     for kernel in triton_attention.HALF_CONFIGS:
@@ -154,32 +134,25 @@ def test_searches_are_told_apart_by_few_classes_of_shapes():
     assert classes == {(seq, 2**n) for seq, low in first.items() for n in range(low, 11)}
 
 
-def test_short_sequences_and_few_tokens_are_not_searched(monkeypatch):
+def test_short_sequences_and_few_tokens_are_not_searched():
     """The result is kept on disk: a first call that takes no time must not decide for all later ones."""
-    from megatron_sas.kernels import triton_attention
+    from megatron_sas.kernels.triton import attention as triton_attention
 
-    launched = []
-
-    class Launched:
-        def __init__(self, name):
-            self.name, self.configs = name, [triton.Config({"BLOCK_M": 16})]
-
-        def __getitem__(self, grid):
-            return lambda *_, **__: launched.append(self.name)
-
-    kernel, searched = Launched("fixed"), Launched("searched")
-    monkeypatch.setattr(triton_attention, "_SEARCHED", {"single": {kernel: searched}})
-    monkeypatch.setattr(triton_attention, "INTERPRETED", False)
-    for batch, seq in ((1, 1), (1000, 127), (2, 1000), (127, 512), (512, 128), (64, 1024)):
-        triton_attention._launch(kernel, (1,), torch.empty(batch, 1, seq, 16))
-    assert launched == ["fixed"] * 4 + ["searched"] * 2
+    for kind, dtype in (("single", torch.float32), ("half", torch.bfloat16)):
+        for kernel, search in triton_attention._SEARCHED[kind].items():
+            fixed = (kernel, search.configs[0].all_kwargs())
+            for batch, seq in ((1, 1), (1000, 127), (2, 1000), (127, 512), (512, 128), (64, 1024)):
+                q = torch.empty(batch, 1, seq, 16, dtype=dtype, device="meta")
+                searched = seq >= 128 and batch * seq >= 65_536
+                assert triton_attention._with_tiles(kernel, q, fixed=False) == ((search, {}) if searched else fixed)
+                assert triton_attention._with_tiles(kernel, q, fixed=True) == fixed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is interpreted on a machine with a GPU")
 @pytest.mark.parametrize("run", ["attention", "entries"])
 def test_interpreter_refuses_bfloat16(run):
     """It multiplies bit patterns: a test of it would prove nothing, whichever way it went."""
-    from megatron_sas.kernels import triton_entries
+    from megatron_sas.kernels.triton import entries as triton_entries
 
     q = torch.ones(1, 1, 16, 16, dtype=torch.bfloat16)
     heads, g = torch.zeros(1, 16, dtype=torch.int64), torch.ones(1, 1, 16)

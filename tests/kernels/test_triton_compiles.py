@@ -17,7 +17,7 @@ def compile_ahead(*cases: str) -> list[dict]:
     environment = dict(os.environ)
     root = Path(__file__).parents[2]
     environment["PYTHONPATH"] = f"{root}:{environment.get('PYTHONPATH', '')}"
-    run = [sys.executable, str(Path(__file__).with_name("compile_ahead.py")), *cases]
+    run = [sys.executable, str(root / "tests" / "support" / "compile_ahead.py"), *cases]
     lines = subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stdout
     return [json.loads(line) for line in lines.splitlines()]
 

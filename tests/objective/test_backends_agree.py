@@ -7,8 +7,10 @@ import functools
 import pytest
 import torch
 
-from megatron_sas.model import Bert, BertConfig
-from megatron_sas.objective.pretraining import MaskedLMWithSas, SasObjective
+from megatron_sas.model.bert import Bert
+from megatron_sas.model.config import BertConfig
+from megatron_sas.objective.pretraining import MaskedLMWithTerms
+from megatron_sas.objective.sas import SasSection, SasTerm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = 50
@@ -25,7 +27,7 @@ def curve(backend: str, dropout_p: float) -> torch.Tensor:
         max_position_embeddings=64, initializer_range=0.15, hidden_dropout=0.0, attention_dropout=dropout_p,
         attention_backend=backend,
     )  # fmt: skip
-    module = MaskedLMWithSas(Bert(config), SasObjective()).to(DEVICE).train()
+    module = MaskedLMWithTerms(Bert(config), {"sas": SasTerm(SasSection())}).to(DEVICE).train()
     batch, seq = 2, LAYOUT[1]
     tokens = torch.randint(5, 60, (batch, seq))
     heads = (torch.arange(seq) + torch.randint(-3, 4, (batch, seq))).clamp(-1, seq - 1)
@@ -37,9 +39,8 @@ def curve(backend: str, dropout_p: float) -> torch.Tensor:
     losses = []
     for step in range(STEPS):
         torch.manual_seed(step)
-        parts = module(
-            *(x.to(DEVICE) for x in (masked, positions, labels, heads)), mlm_scale=1 / len(labels), sas_scale=0.02
-        )
+        inputs = (x.to(DEVICE) for x in (masked, positions, labels, heads))
+        parts = module(*inputs, mlm_scale=1 / len(labels), term_scales={"sas": 0.02})
         losses.append(float(parts.loss.detach()))
         optimizer.zero_grad()
         parts.loss.backward()

@@ -12,8 +12,10 @@ from bert_pairs import hf_gradients, hf_twin
 from torch import Tensor
 from transformers import BertForMaskedLM
 
-from megatron_sas.model import Bert, BertConfig
-from megatron_sas.objective.pretraining import MaskedLMWithSas, SasObjective, mlm_loss_sum
+from megatron_sas.model.bert import Bert
+from megatron_sas.model.config import BertConfig
+from megatron_sas.objective.pretraining import MaskedLMWithTerms, mlm_loss_sum
+from megatron_sas.objective.sas import SasSection, SasTerm
 
 CONFIG = BertConfig(
     num_layers=2,
@@ -27,7 +29,7 @@ CONFIG = BertConfig(
 )
 
 
-def make_model(config: BertConfig = CONFIG, **objective) -> MaskedLMWithSas:
+def make_model(config: BertConfig = CONFIG, **objective) -> MaskedLMWithTerms:
     torch.manual_seed(0)
     bert = Bert(config)
     with torch.no_grad():
@@ -35,7 +37,7 @@ def make_model(config: BertConfig = CONFIG, **objective) -> MaskedLMWithSas:
             parameter += torch.randn_like(parameter) * (0.2 if "qkv.weight" in name else 0.02)
         bert.embeddings.word.weight[config.vocab_size :] = 0
         bert.head.bias[config.vocab_size :] = 0
-    return MaskedLMWithSas(bert, SasObjective(**objective))
+    return MaskedLMWithTerms(bert, {"sas": SasTerm(SasSection(**objective))})
 
 
 def make_batch(batch: int, seq: int, seed: int = 1) -> dict[str, Tensor]:
@@ -56,7 +58,7 @@ def make_batch(batch: int, seq: int, seed: int = 1) -> dict[str, Tensor]:
     }
 
 
-def gradients(module: MaskedLMWithSas) -> dict[str, Tensor]:
+def gradients(module: MaskedLMWithTerms) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in module.bert.named_parameters()}
 
 
@@ -80,7 +82,7 @@ def paper_loss(twin: BertForMaskedLM, batch: dict[str, Tensor], sas_weight: floa
 def test_loss_and_gradients_equal_the_papers_way(batch_size, seq, mode):
     module, batch = make_model(mode=mode, reduction="sum"), make_batch(batch_size, seq)
     twin = hf_twin(module.bert)
-    parts = module(**batch, mlm_scale=1 / len(batch["labels"]), sas_scale=0.01)
+    parts = module(**batch, mlm_scale=1 / len(batch["labels"]), term_scales={"sas": 0.01})
     parts.loss.backward()
     expected = paper_loss(twin, batch, 0.01, mode)
     expected.backward()
@@ -95,7 +97,7 @@ def test_the_term_moves_the_gradient():
     batch, found = make_batch(3, 128), {}
     for weight in (0.0, 0.01):
         module = make_model()
-        module(**batch, mlm_scale=1 / len(batch["labels"]), sas_scale=weight).loss.backward()
+        module(**batch, mlm_scale=1 / len(batch["labels"]), term_scales={"sas": weight}).loss.backward()
         found[weight] = gradients(module)["layers.0.attention.qkv.weight"]
     assert (found[0.01] - found[0.0]).norm() > 0.1 * found[0.0].norm()
 
@@ -129,9 +131,9 @@ def test_reductions_over_micro_batches(reduction):
         sas_scale = weight * (pieces / 4 if reduction == "sequence" else 1.0)
         sums = torch.zeros(2)
         for micro in split(batch, pieces):
-            parts = module(**micro, mlm_scale=pieces / len(batch["labels"]), sas_scale=sas_scale)
+            parts = module(**micro, mlm_scale=pieces / len(batch["labels"]), term_scales={"sas": sas_scale})
             (parts.loss / pieces).backward()  # as DeepSpeed does
-            sums += torch.stack([parts.mlm_sum, parts.sas_sum])
+            sums += torch.stack([parts.mlm_sum, parts.term_sums["sas"]])
         found[pieces] = (gradients(module), sums)
     for pieces in (2, 4):
         torch.testing.assert_close(found[pieces][1], found[1][1])
@@ -146,22 +148,22 @@ def test_reduction_sum_is_sequence_with_another_weight():
     batch, found = make_batch(4, 40), []
     for scale in (0.02, 0.08 / 4):  # λ_paper; λ_sequence · W·A/G with W·A = 1
         module = make_model()
-        module(**batch, mlm_scale=1.0, sas_scale=scale).loss.backward()
+        module(**batch, mlm_scale=1.0, term_scales={"sas": scale}).loss.backward()
         found.append(gradients(module))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_measuring_with_weight_zero_changes_no_bit():
     batch, found = make_batch(2, 60), []
-    for heads in (None, batch["heads"]):
+    for scales in ({}, {"sas": 0.0}):
         module = make_model()
-        parts = module(**(batch | {"heads": heads}), mlm_scale=0.01, sas_scale=0.0)
+        parts = module(**batch, mlm_scale=0.01, term_scales=scales)
         parts.loss.backward()
         found.append((parts, gradients(module)))
     (unmeasured, first), (measured, second) = found
-    assert unmeasured.sas_sum is None
-    assert measured.sas_sum > 0
-    assert not measured.sas_sum.requires_grad
+    assert unmeasured.term_sums == {}
+    assert measured.term_sums["sas"] > 0
+    assert not measured.term_sums["sas"].requires_grad
     assert torch.equal(unmeasured.loss, measured.loss)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -171,15 +173,15 @@ def test_an_unparsed_batch_has_a_zero_term():
     batch["heads"] = torch.full_like(batch["heads"], -1)
     for mode, p in (("max", 1.0), ("uniform", 1.0), ("uniform", 2.0)):
         module = make_model(mode=mode, p=p)
-        parts = module(**batch, mlm_scale=0.0, sas_scale=1.0)
+        parts = module(**batch, mlm_scale=0.0, term_scales={"sas": 1.0})
         parts.loss.backward()
-        assert parts.sas_sum == 0
+        assert parts.term_sums["sas"] == 0
         assert all((g == 0).all() for g in gradients(module).values())
 
 
 def test_dropout_path_also_trains():
     module = make_model(replace(CONFIG, attention_dropout=0.1, hidden_dropout=0.1))
-    module.train()(**make_batch(2, 40), mlm_scale=0.01, sas_scale=0.01).loss.backward()
+    module.train()(**make_batch(2, 40), mlm_scale=0.01, term_scales={"sas": 0.01}).loss.backward()
     assert all(torch.isfinite(g).all() for g in gradients(module).values())
 
 
@@ -241,7 +243,7 @@ def test_compiled_parts_compute_the_same(sas_scale, monkeypatch):
             num_layers=2, hidden_size=32, num_heads=2, intermediate_size=64, vocab_size=70, hidden_dropout=0.0,
             attention_dropout=0.0,
         )  # fmt: skip
-        module = MaskedLMWithSas(Bert(config), SasObjective())
+        module = MaskedLMWithTerms(Bert(config), {"sas": SasTerm(SasSection())})
         names = list(module.state_dict())
         if compiled:
             with monkeypatch.context() as patch:
@@ -251,9 +253,10 @@ def test_compiled_parts_compute_the_same(sas_scale, monkeypatch):
         ids, heads = torch.randint(5, 70, (2, 20)), torch.randint(-1, 20, (2, 20))
         positions = torch.tensor([1, 4, 25, 0, 0])
         labels = torch.tensor([7, 9, 11, -100, -100])  # filled up
-        parts = module(ids, positions, labels, heads, mlm_scale=1 / 3, sas_scale=sas_scale)
+        parts = module(ids, positions, labels, heads, mlm_scale=1 / 3, term_scales={"sas": sas_scale})
         parts.loss.backward()
-        results.append((parts.loss, parts.sas_sum, *(p.grad for p in module.parameters() if p.grad is not None)))
+        found = [p.grad for p in module.parameters() if p.grad is not None]
+        results.append((parts.loss, parts.term_sums["sas"], *found))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 

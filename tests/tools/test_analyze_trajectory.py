@@ -1,6 +1,5 @@
 """tools/analyze_trajectory.py as a command."""
 
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "analyze_trajectory.py"
-sys.path.insert(0, str(ROOT / "tests" / "analysis"))
 
 from synthetic_runs import write_run  # noqa: E402
+from tool_calls import exit_code  # noqa: E402
 
 
 def run_tool(*arguments):
@@ -41,7 +40,7 @@ def test_two_runs(run_dirs, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_bad_input_is_one_line_and_leaves_nothing(run_dirs, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line_and_leaves_nothing(run_dirs, tmp_path, capsys):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.yaml").write_text("run: {}\n")
@@ -53,11 +52,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(run_dirs, tmp_path, monkeypatc
         ([*run_dirs, "--labels", "one", "one"], "with and without a SAS term"),
         ([*run_dirs, "--delta", "-3"], "--delta"),
     ]:
-        monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments), "--output", str(tmp_path / "out")])
-        with pytest.raises(SystemExit) as stopped:  # in this process: importing matplotlib again takes seconds
-            runpy.run_path(str(TOOL), run_name="__main__")
+        assert exit_code("analyze_trajectory", *arguments, "--output", tmp_path / "out") == 2
         error = capsys.readouterr().err
-        assert stopped.value.code == 2
         assert expected in error and error.startswith("error: ") and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 

@@ -13,9 +13,13 @@ import torch
 from engine_runs import write_inputs
 from synthetic_data import write_packed
 
-from megatron_sas.cli import InputError
-from megatron_sas.device import choose_device
-from megatron_sas.metrics.benchmark import Times, describe_device, median_ratio, time_interleaved
+from megatron_sas.core.benchmark import Times, describe_device, median_ratio, time_interleaved
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.device import choose_device
+from megatron_sas.kernels import reference
+from megatron_sas.kernels.backends import BACKENDS, Backend
+from megatron_sas.model.bert import Bert
+from megatron_sas.model.config import SIZES, BertConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,39 +136,37 @@ def test_attention_benchmark(tmp_path):
 
 def test_attention_is_measured_on_the_models_layout(monkeypatch):
     """Views of one projection, gradients token by token; and what is compiled can repeat its backward."""
-    from torch._functorch import config as functorch_config
-
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import benchmark_attention as tool
+    from torch._functorch import config as functorch_config
 
     arguments = argparse.Namespace(num_heads=2, precision="fp32", seed=0, dropout=0.0, maps=4)
     attend = torch.compile(lambda q, k, v: (q @ k.mT).softmax(-1).sin() @ v, backend="aot_eager")
-    monkeypatch.setattr(tool, "BACKENDS", ("compiled",))
-    monkeypatch.setattr(tool, "GRADIENTS", ("none",))
-    monkeypatch.setattr(tool, "_ours", lambda *_: lambda *qkv: (attend(*qkv),))
+
+    def run(q, k, v, *rest):
+        return (attend(q, k, v), *reference.run(q, k, v, *rest)[1:])
+
+    monkeypatch.setitem(BACKENDS, "compiled", Backend(run))
     left_out: dict[str, str] = {}
     with functorch_config.patch(donated_buffer=True):
         rows = tool.build_variants(arguments, 3, 10, 8, torch.device("cpu"), left_out)
-    assert left_out == {}
+    assert not any(name.startswith("compiled") for name in left_out)
+    assert [gradient for name, gradient, *_ in rows if name == "compiled"] == ["none", "max", "uniform"]
     for _, _, variant, _ in rows:
         for x in variant.qkv:
             assert x.shape == (3, 2, 10, 8) and x.stride() == (10 * 48, 8, 48, 1)
         assert variant.gradients[0].stride() == (10 * 16, 8, 16, 1)
 
 
-def test_the_papers_way_computes_the_same_objective(monkeypatch):
+def test_the_papers_way_computes_the_same_objective():
     """All variants with the regularizer have one loss, all without it another."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import benchmark_training as tool
 
-    config = tool.BertConfig(**tool.SIZES["tiny"], vocab_size=150, attention_dropout=0.0, hidden_dropout=0.0)
+    config = BertConfig(**SIZES["tiny"], vocab_size=150, attention_dropout=0.0, hidden_dropout=0.0)
     cpu = torch.device("cpu")
-    setting = tool.Setting(config, cpu, "fp32", False, tool.Bert(config).state_dict())
+    setting = tool.Setting(config, cpu, "fp32", False, Bert(config).state_dict())
     batch = tool.random_batch(2, argparse.Namespace(seq_length=24, vocab_size=150, seed=0), cpu)
-    monkeypatch.setattr(tool, "SAS_WEIGHT", 0.5)
-    monkeypatch.setattr(tool, "_training_step", lambda _module, loss, *_: loss)
     names = ("ours_max", "ours_uniform", "ours_mlm", "paper", "hf_sdpa")
-    losses = {name: float(tool.build_variant(name, setting, batch)().detach()) for name in names}
+    losses = {name: float(tool.module_and_loss(name, setting, batch, 0.5)[1]().detach()) for name in names}
     assert losses["ours_max"] == pytest.approx(losses["paper"], rel=1e-5)
     assert losses["ours_mlm"] == pytest.approx(losses["hf_sdpa"], rel=1e-5)
     assert losses["ours_uniform"] > losses["ours_max"] > losses["ours_mlm"] + 0.1
@@ -247,17 +249,16 @@ def test_a_variant_without_memory_is_left_out():
 @pytest.mark.parametrize("name", ["ours_max", "paper", "hf_sdpa"])
 def test_every_bare_step_clips_gradients(name, monkeypatch):
     """As the trainer does, with which it is compared."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import benchmark_training as tool
 
     cpu, clipped = torch.device("cpu"), []
-    config = tool.BertConfig(**tool.SIZES["tiny"], vocab_size=50)
-    setting = tool.Setting(config, cpu, "fp32", False, tool.Bert(config).state_dict())
+    config = BertConfig(**SIZES["tiny"], vocab_size=50)
+    setting = tool.Setting(config, cpu, "fp32", False, Bert(config).state_dict())
     step = tool.build_variant(
         name, setting, tool.random_batch(2, argparse.Namespace(seq_length=8, vocab_size=50, seed=0), cpu)
     )
     monkeypatch.setattr(
-        tool.nn.utils,
+        torch.nn.utils,
         "clip_grad_norm_",
         lambda parameters, norm: clipped.append((norm, any(p.grad is not None for p in parameters))),
     )
@@ -265,8 +266,7 @@ def test_every_bare_step_clips_gradients(name, monkeypatch):
     assert clipped == [(1.0, True)]
 
 
-def test_the_largest_batch_that_fits(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+def test_the_largest_batch_that_fits():
     import benchmark_training as tool
 
     for limit in (0, 1, 2, 3, 7, 15, 16, 31, 32, 47, 48, 63, 100, 1000):
@@ -278,7 +278,6 @@ def test_the_largest_batch_that_fits(monkeypatch):
 
 def test_the_papers_way_gets_what_the_others_leave(monkeypatch):
     """Its batch is chosen when all others have their states; one that does not fit does not end the others."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import benchmark_training as tool
 
     log = []
@@ -294,7 +293,6 @@ def test_the_papers_way_gets_what_the_others_leave(monkeypatch):
         return step
 
     monkeypatch.setattr(tool, "build_variant", build)
-    monkeypatch.setattr(tool, "release_memory", lambda device: None)
     make_batch = tool.random_batch
     monkeypatch.setattr(
         tool, "random_batch", lambda size, arguments, _: make_batch(size, arguments, torch.device("cpu"))

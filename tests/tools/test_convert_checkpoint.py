@@ -1,11 +1,10 @@
-"""tools/convert_checkpoint.py: its command line (the conversion itself is tested in tests/model/test_conversion.py)."""
+"""tools/convert_checkpoint.py: its command line (the conversion itself is tested in tests/export/test_hf.py)."""
 
 from __future__ import annotations
 
 import os
 import re
 import resource
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from bert_pairs import tiny_hf_bert
+from tool_calls import exit_code
 from transformers import AutoModelForMaskedLM, BertTokenizerFast
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
@@ -29,14 +29,11 @@ def original(tmp_path):
 
 
 @pytest.fixture
-def tool(monkeypatch, capsys):
+def tool(capsys):
     """Runs the tool in this process; gives its exit code, stdout and stderr."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        return stop.value.code, *capsys.readouterr()
+        return exit_code("convert_checkpoint", *arguments), *capsys.readouterr()
 
     return run
 

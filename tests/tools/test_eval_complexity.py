@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from bert_pairs import tiny_hf_bert
 from synthetic_data import write_packed
+from tool_calls import call_tool
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.files import sha256_file
 from megatron_sas.data.tokenizer import load_tokenizer, save_tokenizer
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
 from megatron_sas.evaluation.text import pack_file, plain_text
-from megatron_sas.files import sha256_file
-from megatron_sas.model import load_model
+from megatron_sas.run.reading import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,18 +34,16 @@ def folder(tmp_path_factory):
     return path
 
 
-def call_tool(monkeypatch, folder, output, *options):
+def complexity(folder, output, *options):
     arguments = ["--model", folder / "model", "--output", output, "--device", "cpu", *options]
-    monkeypatch.setattr(sys, "argv", ["eval_complexity.py", *map(str, arguments)])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    runpy.run_path(str(ROOT / "tools" / "eval_complexity.py"))["main"]()
+    call_tool("eval_complexity", *arguments)
     return json.loads(output.read_text())
 
 
-def test_a_text_file_is_packed_and_measured(folder, tmp_path, monkeypatch, capsys):
+def test_a_text_file_is_packed_and_measured(folder, tmp_path, capsys):
     text = folder / "text.jsonl"
     options = ("--text", text, "--text-field", "body", "--seq-length", 16, "--num-texts", 50)
-    record = call_tool(monkeypatch, folder, tmp_path / "out.json", *options)
+    record = complexity(folder, tmp_path / "out.json", *options)
     model, tokenizer = load_model(folder / "model")
     rows = pack_file(str(text), tokenizer, seq_length=16, num_sequences=50, text_field="body")
     assert record["intrinsic_dimension"] == intrinsic_dimension(cls_vectors(model, plain_text(rows, 8192), 50))
@@ -57,14 +54,14 @@ def test_a_text_file_is_packed_and_measured(folder, tmp_path, monkeypatch, capsy
     assert f"intrinsic dimension  {record['intrinsic_dimension']['twonn']:.3f} ±" in capsys.readouterr().out
 
 
-def test_packed_data_is_measured(folder, tmp_path, monkeypatch):
-    record = call_tool(monkeypatch, folder, tmp_path / "out.json", "--text", folder / "data0", "--num-texts", 30)
+def test_packed_data_is_measured(folder, tmp_path):
+    record = complexity(folder, tmp_path / "out.json", "--text", folder / "data0", "--num-texts", 30)
     assert (record["text"]["sequences"], record["text"]["seq_length"]) == (30, 32)
     counts = record["intrinsic_dimension"]
     assert counts["num_points"] + counts["duplicates"] == 30
 
 
-def test_wrong_input_is_refused(folder, tmp_path, monkeypatch):
+def test_wrong_input_is_refused(folder, tmp_path):
     for options, message in [
         (["--text", folder / "text.jsonl"], "no field 'text'"),
         (["--text", folder / "absent.txt"], "absent.txt: no such file"),
@@ -74,5 +71,5 @@ def test_wrong_input_is_refused(folder, tmp_path, monkeypatch):
         (["--text", folder / "data0", "--num-texts", 9], "--num-texts: 9 is below 10"),
     ]:
         with pytest.raises(InputError, match=message):
-            call_tool(monkeypatch, folder, tmp_path / "out.json", *options)
+            complexity(folder, tmp_path / "out.json", *options)
         assert not (tmp_path / "out.json").exists()

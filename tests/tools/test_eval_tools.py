@@ -15,13 +15,13 @@ import torch
 from bert_pairs import tiny_hf_bert
 from transformers import BertTokenizerFast
 
-from megatron_sas.cli import InputError
-from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.files import sha256_file
 from megatron_sas.evaluation.command_line import check_output
+from megatron_sas.evaluation.minimal_pairs import BlimpTask, load_blimp
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
-from megatron_sas.files import sha256_file
-from megatron_sas.model import load_model
+from megatron_sas.run.reading import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "the a old dog dogs cat cats saw see sees bark barks run runs .".split()  # noqa: SIM905

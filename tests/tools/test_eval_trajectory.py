@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,23 +14,24 @@ import psutil
 import pytest
 import torch
 from engine_runs import train, write_inputs
+from tool_calls import call_tool
 from transformers import BertForMaskedLM
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.files import sha256_file
 from megatron_sas.data.packed import PackedData
-from megatron_sas.evaluation.blimp import BlimpTask, load_blimp
 from megatron_sas.evaluation.complexity import weight_norm
-from megatron_sas.evaluation.measuring import measure_models
-from megatron_sas.evaluation.points import is_whole, point_directory, read_items, read_point, read_points, read_settings
-from megatron_sas.evaluation.summary import heads_over_time
-from megatron_sas.evaluation.trajectory import Inputs
+from megatron_sas.evaluation.minimal_pairs import BlimpTask, load_blimp
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
-from megatron_sas.files import sha256_file
-from megatron_sas.metrics.records import read_records
-from megatron_sas.model import load_model
-from megatron_sas.model.conversion import to_hf
-from megatron_sas.model.trajectory import list_models
+from megatron_sas.export.hf import to_hf
+from megatron_sas.run.reading import load_model
+from megatron_sas.run.records import read_records
+from megatron_sas.trajectory.measure import Inputs
+from megatron_sas.trajectory.models import list_models
+from megatron_sas.trajectory.points import is_whole, point_directory, read_items, read_point, read_points, read_settings
+from megatron_sas.trajectory.summary import heads_over_time
+from megatron_sas.trajectory.workers import measure_models
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = [0, 2, 3, 4, 6]
@@ -75,9 +74,14 @@ def folder(tmp_path_factory):
     return path
 
 
+def inputs_of(folder, **more):
+    treebank, blimp = (str(folder / name) for name in ("treebank.jsonl", "blimp"))
+    return Inputs.of(treebank=treebank, blimp=blimp, text=str(folder / "data1"), batch_tokens=200, **more)
+
+
 @pytest.fixture(scope="module")
 def inputs(folder):
-    return Inputs(folder / "treebank.jsonl", blimp=folder / "blimp", text=str(folder / "data1"), batch_tokens=200)
+    return inputs_of(folder)
 
 
 def measure(source, inputs, output, **options):
@@ -155,17 +159,19 @@ def test_items_add_up_to_the_numbers_and_are_alike_in_all_points(measured):
     first = read_items(measured, 0)
     for step in STEPS:
         point, items = read_point(measured, step), read_items(measured, step)
-        relations, edges = point["uas"]["counts"]["relations"], items.uas.edges
-        correct = np.stack([items.uas.correct[edges[:, 1] == r].sum(axis=0) for r in range(len(relations))])
+        relations, edges = point["uas"]["counts"]["relations"], items["uas"].edges
+        correct = np.stack([items["uas"].correct[edges[:, 1] == r].sum(axis=0) for r in range(len(relations))])
         assert correct.tolist() == point["uas"]["counts"]["correct"]
         assert correct.reshape(len(relations), -1).max(axis=1).sum() / len(edges) == point["uas"]["uas"]
-        accuracy = {name: items.blimp.correct[items.blimp.sets == n].mean() for n, name in enumerate(items.blimp.names)}
+        accuracy = {
+            name: items["blimp"].correct[items["blimp"].sets == n].mean() for n, name in enumerate(items["blimp"].names)
+        }
         assert accuracy == {name: row["accuracy"] for name, row in point["blimp"]["sets"].items()}
         assert np.mean(list(accuracy.values())) == pytest.approx(point["blimp"]["blimp"], rel=1e-12)
-        assert np.array_equal(edges, first.uas.edges)
-        assert np.array_equal(items.blimp.sets, first.blimp.sets)
-    assert 3 not in first.uas.edges[:, 0]  # the sentence that is too long
-    assert first.uas.edges[:, 0].max() == 40
+        assert np.array_equal(edges, first["uas"].edges)
+        assert np.array_equal(items["blimp"].sets, first["blimp"].sets)
+    assert 3 not in first["uas"].edges[:, 0]  # the sentence that is too long
+    assert first["uas"].edges[:, 0].max() == 40
 
 
 def test_a_second_call_measures_what_is_missing_or_damaged_to_the_same_bytes(folder, inputs, measured, tmp_path):
@@ -182,7 +188,7 @@ def test_a_second_call_measures_what_is_missing_or_damaged_to_the_same_bytes(fol
     assert (found.st_ino, found.st_mtime_ns) == (kept.st_ino, kept.st_mtime_ns)
     assert without_clock(again) == without_clock(measured)
     with pytest.raises(InputError, match=r"settings.json: was measured with another treebank .* another --output"):
-        measure(folder / "run", replace(inputs, treebank_sentences=9), again)
+        measure(folder / "run", inputs_of(folder, treebank_sentences=9), again)
 
 
 def test_a_point_of_other_weights_is_measured_again(models, inputs, tmp_path):
@@ -261,8 +267,9 @@ def test_a_model_that_cannot_be_read_is_refused_or_skipped(models, inputs, tmp_p
         measure(models, inputs, output)
     assert [is_whole(output, step) for step in (0, 1000, 20_000)] == [True, False, False]
     assert measure(models, inputs, output, on_error="skip", report=lines.append) == 1
-    assert len(lines) == 1
-    assert lines[0].startswith("skipped step 1000: ")
+    about_the_treebank, skipped = lines
+    assert about_the_treebank.endswith("1 sentences left out, whose words are blanked (_)")
+    assert skipped.startswith("skipped step 1000: ")
     assert [point["step"] for point in read_points(output)] == [0, 20_000]
     assert not point_directory(output, 1000).exists()
     assert read_settings(output)["source"] == "../models"
@@ -280,8 +287,9 @@ def test_a_broken_first_model_or_another_architecture_is_skipped_too(models, inp
     (impossible / "config.json").write_text(json.dumps({**config, "hidden_size": "64"}))
     lines = []
     assert measure(models, inputs, tmp_path / "out", on_error="skip", report=lines.append) == 3
-    assert [line.partition(":")[0] for line in lines] == ["skipped step 0", "skipped step 30000", "skipped step 40000"]
-    assert "differs from the other models in num_heads" in lines[1]
+    skipped = [line for line in lines if line.startswith("skipped")]
+    assert [line.partition(":")[0] for line in skipped] == [f"skipped step {step}" for step in (0, 30_000, 40_000)]
+    assert "differs from the other models in num_heads" in skipped[1] and len(lines) == 4  # with one on the treebank
     assert [point["step"] for point in read_points(tmp_path / "out")] == [20_000]
 
 
@@ -291,19 +299,19 @@ def command(folder, source, output, *options):
     return [sys.executable, *map(str, [ROOT / "tools" / "eval_trajectory.py", source, *arguments])]
 
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}", "OMP_NUM_THREADS": "1"}
 
 
 HELD = """
 import runpy, sys, time
-from megatron_sas.evaluation import measuring
+from megatron_sas.trajectory import workers
 
 def held(task, step, *arguments):
     if step == 6:
         time.sleep(600)
     return measure(task, step, *arguments)
 
-measure, measuring._measure = measuring._measure, held  # in the workers, which import this file, too
+measure, workers._measure = workers._measure, held  # in the workers, which import this file, too
 if __name__ == "__main__":
     sys.argv.pop(0)
     runpy.run_path(sys.argv[0])["main"]()
@@ -334,16 +342,9 @@ def test_killed_with_two_workers_it_leaves_whole_points_and_continues(folder, me
     assert without_clock(output) == without_clock(measured)
 
 
-def call_tool(monkeypatch, arguments):
-    """`main` of the command in this process."""
-    monkeypatch.setattr(sys, "argv", arguments[1:])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    runpy.run_path(arguments[1])["main"]()
-
-
-def test_the_command_measures_the_chosen_steps(folder, measured, monkeypatch, capsys):
+def test_the_command_measures_the_chosen_steps(folder, measured, capsys):
     output = folder / "chosen"
-    call_tool(monkeypatch, command(folder, folder / "run", output, "--steps", 0, "3-5"))
+    call_tool("eval_trajectory", *command(folder, folder / "run", output, "--steps", 0, "3-5")[2:])
     *unknown, last = capsys.readouterr().out.splitlines()
     assert last == f"{output}: 3 models measured, 0 skipped"
     assert [line.split(" pieces of ")[1] for line in unknown] == [
@@ -354,27 +355,27 @@ def test_the_command_measures_the_chosen_steps(folder, measured, monkeypatch, ca
     assert points.items() <= without_clock(measured).items()
 
 
-def test_a_pattern_reads_names_and_another_one_needs_another_output(folder, models, tmp_path, monkeypatch, capsys):
+def test_a_pattern_reads_names_and_another_one_needs_another_output(folder, models, tmp_path, capsys):
     shutil.rmtree(models / "seed_3-step_1k")
     (models / "seed_3-step_20k").rename(models / "seed_4-step_20k")
     output = tmp_path / "out"
     with pytest.raises(InputError, match=r"seed_3-step_0k and seed_4-step_20k.*--step-pattern"):
-        call_tool(monkeypatch, command(folder, models, output))
-    call_tool(monkeypatch, command(folder, models, output, "--step-pattern", r"step_(\d+k)"))
+        call_tool("eval_trajectory", *command(folder, models, output)[2:])
+    call_tool("eval_trajectory", *command(folder, models, output, "--step-pattern", r"step_(\d+k)")[2:])
     assert [point["step"] for point in read_points(output)] == [0, 20_000]
     with pytest.raises(InputError, match=r"seed_3-step_0k as step 0, which is step 3 now; choose another --output"):
-        call_tool(monkeypatch, command(folder, models, output, "--step-pattern", r"seed_(\d)"))
+        call_tool("eval_trajectory", *command(folder, models, output, "--step-pattern", r"seed_(\d)")[2:])
 
 
-def test_exports_count_as_the_steps_that_they_record(folder, tmp_path, monkeypatch, capsys):
+def test_exports_count_as_the_steps_that_they_record(folder, tmp_path, capsys):
     for name, step in (("second", 3), ("first", 6)):
         to_hf(folder / "run" / "checkpoints" / f"step_{step:08d}", tmp_path / "models" / name)
-    call_tool(monkeypatch, command(folder, tmp_path / "models", tmp_path / "out"))
+    call_tool("eval_trajectory", *command(folder, tmp_path / "models", tmp_path / "out")[2:])
     found = {point["step"]: Path(point["model"]).name for point in read_points(tmp_path / "out")}
     assert found == {3: "second", 6: "first"}
 
 
-def test_wrong_input_is_refused_and_leaves_nothing(folder, monkeypatch):
+def test_wrong_input_is_refused_and_leaves_nothing(folder):
     output = folder / "none"
     for source, options, message in [
         (folder / "run", ["--steps", "7-9"], "--steps: none of the models"),
@@ -384,12 +385,12 @@ def test_wrong_input_is_refused_and_leaves_nothing(folder, monkeypatch):
         (folder / "run", ["--treebank", folder / "absent.conllu"], "absent.conllu: no such file"),
     ]:
         with pytest.raises(InputError, match=message):
-            call_tool(monkeypatch, command(folder, source, output, *options))
+            call_tool("eval_trajectory", *command(folder, source, output, *options)[2:])
         assert not output.exists()
 
 
 def test_text_alone_gives_entropy_and_no_heads(folder, tmp_path):
-    measure(folder / "run", Inputs(text=str(folder / "data1")), tmp_path / "out")
+    measure(folder / "run", Inputs.of(text=str(folder / "data1")), tmp_path / "out")
     point = read_point(tmp_path / "out", 6)
     assert point.keys() == {
         "step", "model", "model_sha256", "seconds", "weight_norm", "attention_entropy", "attention_to_cls",
@@ -397,7 +398,7 @@ def test_text_alone_gives_entropy_and_no_heads(folder, tmp_path):
         "text_unknown", "intrinsic_dimension", "mlm_loss",
     }  # fmt: skip
     assert not (tmp_path / "out" / "heads.json").exists()
-    assert read_items(tmp_path / "out", 6).uas is None
+    assert "uas" not in read_items(tmp_path / "out", 6)
     eager = BertForMaskedLM.from_pretrained(folder / "run" / "snapshots" / "step_00000006", attn_implementation="eager")
     tokens = torch.from_numpy(np.asarray(PackedData(folder / "data1").tokens[:10]).astype(np.int64))
     with torch.no_grad():

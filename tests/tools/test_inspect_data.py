@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 from engine_runs import launch
 
-from megatron_sas.data.drawing import segments
+from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess
+from megatron_sas.corpus.inspect.drawing import segments
 from megatron_sas.data.packed import PackedData
-from megatron_sas.data.preprocess import PreprocessSettings, preprocess
 from megatron_sas.data.tokenizer import load_tokenizer
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "##s", "."]
@@ -37,7 +36,7 @@ def test_segments_are_the_sentences(prefix, tmp_path):
     packed = PackedData(prefix)
     drawn = segments(packed, 0, load_tokenizer(tmp_path / "vocab.txt"))
     assert [segment.start for segment in drawn] == [1, 6, 11]
-    assert drawn[0].pieces == ["the", "cat", "##s", "sat", "."] and drawn[0].first == [True, True, False, True, True]
+    assert drawn[0].tokens == ["the", "cat", "##s", "sat", "."] and drawn[0].first == [True, True, False, True, True]
     assert drawn[0].edges == [(0, 1, "det"), (1, 3, "nsubj"), (4, 3, "punct")]
 
 
@@ -63,10 +62,9 @@ def test_terminal_page_and_figures(prefix, tmp_path):
     ],
 )
 def test_refusals(prefix, tmp_path, arguments, message, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "tools"))
     import inspect_data
 
-    from megatron_sas.cli import InputError
+    from megatron_sas.core.cli import InputError
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.html").write_text("mine")

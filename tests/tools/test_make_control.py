@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sas.cli import InputError
-from megatron_sas.data.controls import parse_control
+from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.controls import parse_control
 from megatron_sas.data.indexed_dataset import IndexedDatasetWriter
 from megatron_sas.data.packed import FILES, FORMAT, FORMAT_VERSION, PackedData
 
@@ -27,9 +27,9 @@ def write_packed(prefix: Path) -> None:
     """Packed data of two sentences of seven words a sequence, with heads drawn at random but acyclic."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, 50, (N, S)).astype(np.uint16)
-    marks = np.zeros((N, S), np.uint8)
-    marks[:, 1:15] = 1
-    marks[:, [1, 8]] = 3
+    boundaries = np.zeros((N, S), np.uint8)
+    boundaries[:, 1:15] = 1
+    boundaries[:, [1, 8]] = 3
     heads = np.full((N, S), -1, np.int16)
     for row in range(N):
         for start in (1, 8):
@@ -39,7 +39,7 @@ def write_packed(prefix: Path) -> None:
     with IndexedDatasetWriter(prefix, np.uint16) as writer:
         for row in tokens:
             writer.add(row)
-    for name, stream in (("heads", heads), ("marks", marks), ("relns", (heads >= 0).astype(np.uint8))):
+    for name, stream in (("heads", heads), ("marks", boundaries), ("relns", (heads >= 0).astype(np.uint8))):
         Path(f"{prefix}.{name}.bin").write_bytes(stream.tobytes())
     files = {}
     for name in FILES:
@@ -78,7 +78,7 @@ def test_stream_and_header(prefix, kind, name):
     packed = PackedData(prefix, heads_name=name)
     packed.verify()
     base = PackedData(prefix)
-    expected = parse_control(kind)(np.asarray(base.heads), np.asarray(base.marks), 3, np.arange(N))
+    expected = parse_control(kind)(np.asarray(base.heads), np.asarray(base.boundaries), 3, np.arange(N))
     np.testing.assert_array_equal(packed.heads, expected)
     header = packed.heads_header
     assert (header["kind"], header["seed"], header["name"]) == (kind, 3, name)
@@ -86,14 +86,12 @@ def test_stream_and_header(prefix, kind, name):
     assert header["base_edges"] == np.count_nonzero(base.heads >= 0)
 
 
-def test_block_size_does_not_matter(prefix, monkeypatch, tmp_path):
-    sys.path.insert(0, str(TOOL.parent))
+def test_block_size_does_not_matter(prefix, tmp_path):
     import make_control
 
     packed = PackedData(prefix)
     make_control.write_heads(packed, parse_control("random_tree"), 0, tmp_path / "whole")
-    monkeypatch.setattr(make_control, "BLOCK_TOKENS", 7 * S)
-    make_control.write_heads(packed, parse_control("random_tree"), 0, tmp_path / "blocks")
+    make_control.write_heads(packed, parse_control("random_tree"), 0, tmp_path / "blocks", 7 * S)
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "blocks").read_bytes()
 
 
@@ -111,7 +109,6 @@ def test_name_and_overwrite(prefix, tmp_path):
 
 def test_an_error_at_the_very_end_leaves_the_old_stream(prefix, monkeypatch):
     """The disk that is full when the header is written."""
-    monkeypatch.syspath_prepend(str(TOOL.parent))
     import make_control
 
     arguments = ("--data", str(prefix), "--control", "permuted")

@@ -15,7 +15,7 @@ import pytest
 from child_processes import is_alive
 from engine_runs import LAUNCHER_VARIABLES, ROOT, launch, records, train, weights, write_inputs
 
-from megatron_sas.directory_lock import DirectoryLock
+from megatron_sas.core.directory_lock import DirectoryLock
 
 TOOL = ROOT / "tools" / "run_sweep.py"
 CONDITIONS = """

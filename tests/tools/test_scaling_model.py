@@ -8,11 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from scaling_model import MODELS, Cluster, Collective, bandwidth, checkpoint_interval, collectives, renew, step_time
 
-from megatron_sas.cli import InputError
+from megatron_sas.core.cli import InputError
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,14 +12,14 @@ import torch
 from engine_runs import launch, train, write_inputs
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess
 from megatron_sas.data.packed import PackedData
-from megatron_sas.data.preprocess import PreprocessSettings, preprocess
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
 from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
-from megatron_sas.metrics.records import read_records
-from megatron_sas.model import load_model
-from megatron_sas.model.conversion import to_hf
+from megatron_sas.export.hf import to_hf
+from megatron_sas.run.reading import load_model
+from megatron_sas.run.records import read_records
 
 NOUNS, VERBS = ("dog", "painter", "café", "Walker"), ("see", "help", "watch")
 
@@ -74,8 +74,8 @@ def test_every_kind_trains_and_evaluates(kind, size, tmp_path):
     lost = counts["edges_cut"] + counts["tail_edges"]
     assert counts["edges"] == 5 * 384 - lost and lost < 0.2 * 5 * 384
     packed = PackedData(tmp_path / "packed")
-    starts = packed.marks[:, :] & 1 == 1
-    assert (starts.sum(), (packed.heads >= 0).sum()) == (starts[packed.marks > 0].size, counts["edges"])
+    starts = packed.boundaries[:, :] & 1 == 1
+    assert (starts.sum(), (packed.heads >= 0).sum()) == (starts[packed.boundaries > 0].size, counts["edges"])
     assert starts[packed.heads >= 0].all(), "only first pieces of words have heads"
     rows, places = np.nonzero(packed.heads >= 0)
     assert starts[rows, packed.heads[rows, places]].all(), "and they point to first pieces of words"

@@ -1,1 +1,0 @@
-"""From finished runs to onsets, tables, a figure and a report."""

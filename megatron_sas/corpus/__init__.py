@@ -1,0 +1,1 @@
+"""From text to packed data, offline: readers, parsers, alignment, packing, inspection."""

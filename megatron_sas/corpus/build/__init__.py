@@ -1,0 +1,1 @@
+"""Documents to packed data: split, parse in workers, align, pack, write, merge."""

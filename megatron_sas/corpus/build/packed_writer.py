@@ -1,0 +1,165 @@
+"""Writing packed data (docs/architecture.md, "Packed data"): all of it appears at the end, or nothing.
+
+The files grow in a hidden folder beside the output and are renamed when they are complete, the header last. A process
+that is killed leaves its folder behind; the next one that writes the same output removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.files import check_absent, fsync_directory, fsync_file, write_json_atomic
+from megatron_sas.corpus.parsers.base import RelationNames
+from megatron_sas.corpus.readers.text_lines import check_file_name
+from megatron_sas.data.checksums import describe_file
+from megatron_sas.data.indexed_dataset import IndexedDatasetWriter, token_dtype
+from megatron_sas.data.packed import FILES, FORMAT, FORMAT_VERSION, TokenizerInfo
+
+MIN_SEQ_LENGTH, MAX_SEQ_LENGTH = 8, 1 << 15
+MAX_RELATIONS = 255
+_STREAMS = {"heads": "<i2", "marks": "u1", "relns": "u1"}
+_OWNER = "owner"  # in the hidden folder: the host's name, locked while its process lives
+_ABANDONED_AFTER = 24 * 3600  # seconds without a write, for folders of other hosts, whose locks cannot be trusted
+
+
+class PackedWriter:
+    """A context manager that writes PREFIX.bin, .idx, .heads.bin, .marks.bin, .relns.bin and, by `finish`, PREFIX.json.
+
+    Without a call of `finish` nothing appears under the prefix. `overwrite` replaces what is there.
+
+    Raises:
+        InputError: a file of that prefix exists and `overwrite` is false; a name is not UTF-8.
+    """
+
+    def __init__(self, prefix: str | Path, seq_length: int, tokenizer: TokenizerInfo, overwrite: bool = False) -> None:
+        self.prefix, self.seq_length, self.tokenizer = Path(prefix), seq_length, tokenizer
+        for path in (prefix, tokenizer.path):
+            check_file_name(path)
+        for name in (*FILES, "json"):
+            check_absent(f"{self.prefix}.{name}", overwrite)  # not `prefix`, which may end in "/"
+        self.num_sequences = 0
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> PackedWriter:
+        self.prefix.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            self._folder = stack.enter_context(temporary_folder(self.prefix))
+            self._tokens = IndexedDatasetWriter(self._folder / "data", token_dtype(self.tokenizer.vocab_size))
+            stack.callback(self._tokens.abort)
+            self._files = [stack.enter_context(open(self._folder / f"data.{name}.bin", "wb")) for name in _STREAMS]
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def add(self, tokens: np.ndarray, heads: np.ndarray, boundaries: np.ndarray, relations: np.ndarray) -> None:
+        """Append one sequence, each stream (S,), or several, each (n, S); any integer dtypes whose values fit."""
+        for sequence in tokens.reshape(-1, self.seq_length):
+            self._tokens.add(sequence)
+            self.num_sequences += 1
+        for file, dtype, stream in zip(self._files, _STREAMS.values(), (heads, boundaries, relations), strict=True):
+            file.write(np.ascontiguousarray(stream, dtype=dtype))
+
+    def finish(self, relations: list[str], **fields: Any) -> dict[str, Any]:
+        """Publish the data and return its header; `fields` join what every header has."""
+        for file in self._files:
+            file.close()
+            fsync_file(file.name)
+        self._tokens.finish()
+        header = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "seq_length": self.seq_length,
+            "num_sequences": self.num_sequences,
+            "tokenizer": asdict(self.tokenizer),
+            **fields,
+            "relations": relations,
+            "files": {name: describe_file(self._folder / f"data.{name}") for name in FILES},
+        }
+        write_json_atomic(self._folder / "data.json", header)  # what can fail has been done before old data go
+        # An old header goes first, so that it never stands beside new data.
+        Path(f"{self.prefix}.json").unlink(missing_ok=True)
+        fsync_directory(self.prefix.parent)
+        for name in FILES:
+            os.replace(self._folder / f"data.{name}", f"{self.prefix}.{name}")
+        fsync_directory(self.prefix.parent)
+        os.replace(self._folder / "data.json", f"{self.prefix}.json")
+        fsync_directory(self.prefix.parent)
+        return header
+
+
+def relation_number(names: RelationNames, name: str) -> int:
+    """The number of a relation's name; `InputError` when a byte cannot hold one more."""
+    number = names.number(name)
+    if number > MAX_RELATIONS:
+        raise InputError(f"there are more than {MAX_RELATIONS} relation names; merge some of them in the parses")
+    return number
+
+
+def check_seq_length(seq_length: int) -> None:
+    """Refuse sequences that the format cannot hold (`InputError`)."""
+    if not MIN_SEQ_LENGTH <= seq_length <= MAX_SEQ_LENGTH:
+        raise InputError(f"--seq-length {seq_length}: must be {MIN_SEQ_LENGTH} to {MAX_SEQ_LENGTH}")
+
+
+@contextlib.contextmanager
+def temporary_folder(prefix: Path) -> Iterator[Path]:
+    """A folder beside the output (so that renaming out of it is atomic), removed in every case but a kill."""
+    remove_leftovers(prefix)
+    folder = Path(tempfile.mkdtemp(dir=prefix.parent, prefix=f".{prefix.name}.", suffix=".tmp"))
+    try:
+        with open(folder / f"{_OWNER}.new", "w", encoding="utf-8") as owner:
+            with contextlib.suppress(OSError):  # a file system without locks: then its age decides
+                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            owner.write(socket.gethostname())
+            owner.flush()
+            os.replace(owner.name, folder / _OWNER)  # only now, locked, can others see it
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(prefix: Path) -> list[Path]:
+    """Remove hidden folders of killed processes that wrote the same output; returns them.
+
+    A folder goes when its owner ran on this host and no longer holds its lock, or when nobody has written to it for a
+    day.
+    """
+    pattern = re.compile(re.escape(f".{prefix.name}.") + r"[a-z0-9_]{8}\.tmp")
+    leftovers = [path for path in prefix.parent.iterdir() if pattern.fullmatch(path.name) and path.is_dir()]
+    removed = [path for path in leftovers if _is_abandoned(path)]
+    for path in removed:
+        shutil.rmtree(path, ignore_errors=True)
+    return removed
+
+
+def _is_abandoned(folder: Path) -> bool:
+    try:
+        with open(folder / _OWNER, encoding="utf-8") as owner:
+            if owner.read() == socket.gethostname():
+                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    try:
+        newest = max(path.stat().st_mtime for path in [folder, *folder.iterdir()])
+    except OSError:  # its owner has just removed it
+        return False
+    return time.time() - newest > _ABANDONED_AFTER

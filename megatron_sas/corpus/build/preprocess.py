@@ -1,0 +1,276 @@
+"""Text → packed data on disk (docs/architecture.md, "Packed data"): the whole path, in bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_sas.core.cli import InputError, progress
+from megatron_sas.core.files import sha256_file
+from megatron_sas.corpus.build.documents import Exclusions, Selection, Split, input_of
+from megatron_sas.corpus.build.pack import Packer
+from megatron_sas.corpus.build.packed_writer import PackedWriter, check_seq_length, relation_number
+from megatron_sas.corpus.build.skipped import SkipReport
+from megatron_sas.corpus.build.workers import CHUNK_CHARACTERS, ChunkResult, WorkerSettings, chunks, process_chunks
+from megatron_sas.corpus.parsers.base import RelationNames
+from megatron_sas.corpus.parsers.registry import PARSERS, describe_parser, parser_class
+from megatron_sas.corpus.readers.base import Reading, Unit
+from megatron_sas.corpus.readers.line_breaks import LineBreaks
+from megatron_sas.corpus.readers.registry import READERS_BY_SUFFIX, input_files, read_units, reader_of, source_name
+from megatron_sas.corpus.readers.text_lines import OnError
+from megatron_sas.data.tokenizer import knows_words, load_tokenizer, tokenizer_info
+from megatron_sas.data.unknown import Unknown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_FOREIGN = "foreign to the tokenizer"
+_LONG_WORD = "a word too long for the tokenizer, now one [UNK]"
+
+
+@dataclass
+class PreprocessSettings:
+    """What `tools/preprocess_data.py` takes; its --help explains each."""
+
+    inputs: list[str]
+    tokenizer: str
+    parser: str
+    output: str
+    seq_length: int = 512
+    workers: int = 1
+    text_field: str = "text"
+    on_error: OnError = "refuse"
+    max_skipped: float = 0.05
+    drop_foreign: bool = False
+    exclude: str | None = None
+    split: Split | None = None
+    validation_share: float = 0.005
+    overwrite: bool = False
+    rows_per_document: int | None = None
+    line_breaks: LineBreaks = "auto"
+
+
+def preprocess(
+    settings: PreprocessSettings,
+    provenance: dict[str, Any] | None = None,
+    *,
+    allow_empty: bool = False,
+    chunk_characters: int = CHUNK_CHARACTERS,
+) -> tuple[dict[str, Any], float]:
+    """Make packed data from text and return its header and the seconds that reading, parsing and packing took.
+
+    Everything is written in a temporary folder beside the output and renamed at the end, the header last. The bytes
+    depend on the inputs, the tokenizer, the parser and the settings in `provenance_of`, not on `workers`.
+
+    Args:
+        provenance: `provenance_of(settings)`, if it is known already.
+        allow_empty: text that does not fill one sequence makes data of none, instead of an error.
+        chunk_characters: what a worker is given at a time, which changes nothing in the data.
+
+    Raises:
+        InputError: for anything wrong in the settings or the input (with "skip", broken input is counted instead, up
+            to `max_skipped` of an input, and so is in any case what `drop_foreign` leaves out), and when the text does
+            not fill one sequence.
+    """
+    check_settings(settings)
+    tokenizer = tokenizer_of(settings)
+    info = tokenizer_info(tokenizer, settings.tokenizer)
+    worker = WorkerSettings(
+        tokenizer=tokenizer.backend_tokenizer.to_str(),
+        parser=settings.parser,
+        max_word_tokens=settings.seq_length - 2,
+        unk_id=info.unk_id,
+        drop_foreign=settings.drop_foreign,
+    )
+    start = time.perf_counter()
+    with PackedWriter(settings.output, settings.seq_length, info, settings.overwrite) as writer:
+        provenance = provenance or provenance_of(settings)
+        packer = Packer(settings.seq_length, info.cls_id, info.sep_id, writer.add)
+        exclusions = None
+        if settings.exclude is not None:
+            files = provenance["input_files"]
+            exclusions = Exclusions.read(
+                settings.exclude, settings.inputs, files, settings.rows_per_document, settings.line_breaks
+            )
+        selection = Selection(settings.split, settings.validation_share, exclusions)
+        counts, relations, report = _pack_inputs(settings, selection, worker, packer, chunk_characters)
+        if not packer.counts.sequences and not allow_empty:
+            raise InputError(
+                f"{', '.join(settings.inputs)}: {packer.counts.pieces} tokens do not fill one sequence of "
+                f"{settings.seq_length}; give more text or a smaller --seq-length"
+            )
+        header = writer.finish(relations, **provenance, counts=counts, report=report)
+    return header, time.perf_counter() - start
+
+
+def check_settings(settings: PreprocessSettings) -> None:
+    """Refuse settings that cannot be right (`InputError`), before anything is read."""
+    check_seq_length(settings.seq_length)
+    if settings.workers < 1:
+        raise InputError(f"--workers {settings.workers}: must be at least 1")
+    if settings.rows_per_document is not None and settings.rows_per_document < 1:
+        raise InputError(f"--rows-per-document {settings.rows_per_document}: must be at least 1")
+    for name in ("max_skipped", "validation_share"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be a share from 0 to 1")
+    seen, (parser, _) = set(), parser_class(settings.parser)
+    for name in settings.inputs:
+        reader = reader_of(name)
+        if reader.place(name) in seen:
+            raise InputError(f"--input: {name} is given twice; leave one out")
+        seen.add(reader.place(name))
+        if reader.gold != (parser.heads == "gold"):
+            suffixes = " and ".join(suffix for suffix, reader in READERS_BY_SUFFIX.items() if reader.gold)
+            kinds = " or ".join(kind for kind, parser in PARSERS.items() if parser.heads == "gold")
+            raise InputError(f"{name}: {suffixes} files need --parser {kinds}, and it needs {suffixes} files")
+
+
+def tokenizer_of(settings: PreprocessSettings) -> PreTrainedTokenizerFast:
+    """The tokenizer; `InputError` when there is none, or the parser needs one that knows words."""
+    tokenizer = load_tokenizer(settings.tokenizer)
+    if parser_class(settings.parser)[0].heads == "none" and not knows_words(tokenizer):
+        raise InputError(
+            f"--parser {settings.parser}: takes its words from the tokenizer, but {settings.tokenizer} does not cut "
+            "text at spaces; give a parser, or a tokenizer that does"
+        )
+    return tokenizer
+
+
+def provenance_of(settings: PreprocessSettings) -> dict[str, Any]:
+    """What the header says of the data's origin: parser, inputs (with their hashes), and the settings that matter.
+
+    Equal provenance, tokenizer and sequence length mean equal data.
+    """
+    return {
+        "parser": describe_parser(settings.parser),
+        "inputs": [source_name(name) for name in settings.inputs],
+        "input_files": input_files(settings.inputs),
+        "settings": {
+            "text_field": settings.text_field,
+            "rows_per_document": settings.rows_per_document,
+            "line_breaks": settings.line_breaks,
+            "on_error": settings.on_error,
+            "drop_foreign": settings.drop_foreign,
+            "exclude": settings.exclude and sha256_file(settings.exclude),
+            "split": settings.split,
+            "validation_share": settings.split and settings.validation_share,
+        },
+    }
+
+
+def remarks(header: dict[str, Any], *, warnings_only: bool = False) -> list[str]:
+    """What a user should read about packed data, by its header: the share of [UNK], and words that are too long.
+
+    With `warnings_only` the share only if it is high. Headers of earlier versions say nothing of either.
+    """
+    counts, lines = header["counts"], []
+    unknown = Unknown(counts["pieces"], counts.get("pieces_unknown", 0))
+    if "pieces_unknown" in counts and (unknown.is_high or not warnings_only):
+        lines.append(unknown.line("the input"))
+    if found := header["report"].get(_LONG_WORD):
+        first = found["examples"][0]
+        lines.append(f"warning: {_LONG_WORD}: {found['count']:,}, the first at {first['where']}: {first['text']}")
+    return lines
+
+
+def _pack_inputs(
+    settings: PreprocessSettings, selection: Selection, worker: WorkerSettings, packer: Packer, chunk_characters: int
+) -> tuple[dict[str, int], list[str], dict[str, Any]]:
+    """Read, parse, align and pack everything; returns the counts, the relation names and what was found wrong."""
+    skipped = SkipReport(settings.max_skipped, show=True)
+    reading = Reading(settings.text_field, settings.on_error, skipped, settings.rows_per_document, settings.line_breaks)
+    foreign, long_words = _Examples(), _Examples()
+    names, totals = RelationNames(), Counter()
+    with progress(unit=" words", unit_scale=True, desc="preprocessing") as bar:
+        used = _used(selection.apply(read_units(settings.inputs, reading)), skipped)
+        groups = chunks(used, chunk_characters)
+        with contextlib.closing(process_chunks(groups, worker, settings.workers)) as results:
+            for units, result in results:
+                for number, reason in result.bad:
+                    reading.bad(units[number].where, reason, used=True)
+                for number in result.foreign:
+                    foreign.add(units[number].where, str(units[number].content)[:80])
+                    if settings.drop_foreign:  # as asked for, so never refused; but not without limit
+                        skipped.skip(units[number].where, _FOREIGN, used=True)
+                for number, word in result.long_words:
+                    long_words.add(units[number].where, word)
+                _pack(packer, units, result, names)
+                totals.update(result.counts)
+                bar.update(result.counts["words"])
+    packer.finish()
+    skipped.check()
+    packed = asdict(packer.counts)
+    has_heads = parser_class(settings.parser)[0].heads != "none"
+    unparsed = 0 if has_heads else packed["documents"] - packed["empty_documents"]
+    counts = {
+        "documents": packed.pop("documents"),
+        "empty_documents": packed.pop("empty_documents"),
+        "unparsed_documents": unparsed,
+        "documents_of_other_split": selection.counts["other_split"],
+        "documents_excluded": selection.counts["excluded"],
+        "sentences": totals["sentences"],
+        "words": totals["words"],
+        "words_without_piece": totals["words_without_piece"],
+        "edges_without_piece": totals["edges_without_piece"],
+        "words_too_long": long_words.count,
+        "words_cut": reading.words_cut,
+        "pieces_unknown": totals["pieces_unknown"],
+        "paragraphs_cut": reading.paragraphs_cut,
+        "paragraphs_with_controls": reading.paragraphs_with_controls,
+        "paragraphs_squeezed": reading.paragraphs_squeezed,
+        "lines_joined": reading.lines_joined,
+        "paragraphs_foreign": foreign.count,
+        "sentences_blanked": reading.sentences_blanked,
+        "skipped": skipped.count,
+    }
+    report = skipped.report() | foreign.report(_FOREIGN) | long_words.report(_LONG_WORD)
+    return counts | packed, names.names, report
+
+
+def _used(units: Iterable[Unit], skipped: SkipReport) -> Iterator[Unit]:
+    """The units, counted as those that a parser may lose."""
+    for unit in units:
+        if unit.content is not None:
+            skipped.use(input_of(unit))
+        yield unit
+
+
+class _Examples:
+    """A count of something and the places of the first few."""
+
+    def __init__(self) -> None:
+        self.count, self._examples = 0, []
+
+    def add(self, where: str, text: str) -> None:
+        self.count += 1
+        if len(self._examples) < 5:
+            self._examples.append({"where": where, "text": text})
+
+    def report(self, name: str) -> dict[str, Any]:
+        return {name: {"count": self.count, "examples": self._examples}} if self.count else {}
+
+
+def _pack(packer: Packer, units: list[Unit], result: ChunkResult, names: RelationNames) -> None:
+    """Hand a chunk to the packer, document by document."""
+    used, first = np.unique(result.relations, return_index=True)
+    numbers = np.zeros(len(result.names), dtype=np.uint8)
+    for local in used[np.argsort(first)]:
+        numbers[local] = relation_number(names, result.names[local])
+    relations = numbers[result.relations]
+    for begin, end in _documents(units):
+        if units[begin].starts_document:
+            packer.start_document()
+        span = slice(result.cuts[begin], result.cuts[end])
+        packer.add(result.tokens[span], result.offsets[span], result.boundaries[span], relations[span])
+
+
+def _documents(units: list[Unit]) -> Iterator[tuple[int, int]]:
+    """Runs of units of the same document; the first may continue one of the chunk before."""
+    starts = [number for number, unit in enumerate(units) if unit.starts_document and number]
+    yield from zip([0, *starts], [*starts, len(units)], strict=True)

@@ -1,0 +1,123 @@
+"""Shards in, shards out: every input becomes packed data of its own, whole or absent, left alone when it is done."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.build.packed_writer import remove_leftovers
+from megatron_sas.corpus.build.preprocess import (
+    PreprocessSettings,
+    check_settings,
+    preprocess,
+    provenance_of,
+    remarks,
+    tokenizer_of,
+)
+from megatron_sas.corpus.parsers.registry import describe_parser
+from megatron_sas.corpus.readers.registry import reader_of
+from megatron_sas.corpus.readers.trees import blanked_note
+from megatron_sas.data.packed import FORMAT_VERSION, PackedData, TokenizerIdentity, read_header
+from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_identity
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`i/n` with 0 <= i < n, else `InputError`."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise InputError(f"--shard {text}: must be i/n with i from 0 to n-1, such as 0/16")
+    return int(match[1]), int(match[2])
+
+
+def preprocess_shards(
+    settings: PreprocessSettings, shard: tuple[int, int] = (0, 1), log: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
+    """Make packed data `settings.output`/NAME of every input whose turn it is, and return their headers.
+
+    `shard` (i, n): this call does inputs i, i + n, i + 2n, …. An output that is there and whole is left alone; one that
+    is damaged is made again. A shard that fails, for whatever reason, does not keep the others from being made.
+
+    Raises:
+        InputError: at the beginning, for wrong settings; at the end, when shards have failed, naming them and why. An
+            output made with other settings is such a failure (unless `overwrite`), and is left as it is.
+    """
+    check_settings(settings)
+    tokenizer_of(settings)  # what is wrong with it or the parser is said once, not for every shard
+    describe_parser(settings.parser)
+    names = [reader_of(name).output_name(name) for name in settings.inputs]
+    double = next((name for number, name in enumerate(names) if name in names[:number]), None)
+    if double is not None:
+        raise InputError(f"--input: two inputs would both be written to {double}; rename one")
+    mine = list(zip(settings.inputs, names, strict=True))[shard[0] :: shard[1]]
+    headers, failures = [], []
+    for name, output in mine:
+        one = replace(settings, inputs=[name], output=str(Path(settings.output, output)))
+        try:
+            header, note = _one_shard(one, log)
+        except Exception as error:
+            reason = str(error)
+            if not isinstance(error, InputError | OSError):  # nobody foresaw it: the place in the program may help
+                traceback.print_exc()
+                reason = f"{type(error).__name__}: {reason}".split("\n")[0]
+            log(f"{one.output}: failed: {reason}")
+            failures.append(f"{name} ({reason})")
+            continue
+        headers.append(header)
+        counts = header["counts"]
+        log(f"{one.output}: {header['num_sequences']:,} sequences, {counts['words']:,} words, {note}")
+        for line in remarks(header, warnings_only=True):
+            log(f"{one.output}: {line}")
+    if failures:
+        raise InputError(f"{len(failures)} of {len(mine)} shards failed: {'; '.join(failures)}")
+    return headers
+
+
+def _one_shard(settings: PreprocessSettings, log: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+    provenance = provenance_of(settings)
+    if not settings.overwrite:
+        header = _finished(settings, provenance, log)
+        if header is not None:
+            remove_leftovers(Path(settings.output))  # a job that was killed may have been finished by another host
+            return header, "done before"
+    # What lies there without a header, or damaged, is an unfinished publication of the same shard.
+    header, seconds = preprocess(replace(settings, overwrite=True), provenance, allow_empty=True)
+    notes = (f"{header['counts']['skipped']} skipped", blanked_note(header["counts"]["sentences_blanked"]))
+    return header, ", ".join([*filter(None, notes), f"{seconds:.0f} s"])
+
+
+def _finished(
+    settings: PreprocessSettings, provenance: dict[str, Any], log: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """The header of an output that is whole and is what these settings make, None when it is to be made (again)."""
+    path = Path(f"{settings.output}.json")
+    if not path.exists():
+        return None
+    header = read_header(path, "remove it to make this shard again")
+    expected = {"version": FORMAT_VERSION, "seq_length": settings.seq_length, **provenance}
+    differing = [name for name, value in expected.items() if header.get(name) != value]
+    if not _is_of(header.get("tokenizer"), tokenizer_identity(load_tokenizer(settings.tokenizer))):
+        differing.append("tokenizer")
+    if differing:
+        raise InputError(
+            f"{path}: was made with other values of {', '.join(differing)}; choose another --output-dir or pass "
+            "--overwrite"
+        )
+    try:
+        if header["num_sequences"]:  # an empty shard has nothing to compare
+            PackedData(settings.output).verify()
+    except InputError as error:
+        log(f"{error}: it is made again")
+        return None
+    return header
+
+
+def _is_of(recorded: Any, identity: TokenizerIdentity) -> bool:
+    """Whether a header's record is of this tokenizer, whose path may be another on every machine."""
+    if not isinstance(recorded, dict):
+        return False
+    return TokenizerIdentity(recorded.get("hash", ""), recorded.get("digest")).matches(identity)

@@ -1,0 +1,1 @@
+"""What corpora and packed data hold."""

@@ -1,0 +1,1 @@
+"""Parsers: units of text to words with dependency heads."""

@@ -1,0 +1,90 @@
+"""What every parser is asked, and what all share. Parsers run in worker processes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
+
+@dataclass
+class Parse:
+    """Words of one or more texts in a shared character space, sorted by position.
+
+    `starts`, `ends` (W,) int64: characters [start, end); an empty span is a word without characters of its own.
+    `heads` (W,) int64: index of the head word, -1 for none. `relations` (W,) int64: relation numbers, 0 for none.
+    `sentence_starts` (W,) bool. `is_word` (W,) bool: false for white-space tokens, which no statistic counts.
+    """
+
+    starts: np.ndarray
+    ends: np.ndarray
+    heads: np.ndarray
+    relations: np.ndarray
+    sentence_starts: np.ndarray
+    is_word: np.ndarray
+
+    def shifted(self, characters: int, words: int) -> Parse:
+        """The same words `characters` further on, after `words` other words."""
+        heads = np.where(self.heads >= 0, self.heads + words, -1)
+        starts, ends = self.starts + characters, self.ends + characters
+        return Parse(starts, ends, heads, self.relations, self.sentence_starts, self.is_word)
+
+    @staticmethod
+    def concatenate(parses: list[Parse]) -> Parse:
+        """One parse of parses that are shifted already; at least one."""
+        names = Parse.__dataclass_fields__
+        return Parse(*(np.concatenate([getattr(parse, name) for parse in parses]) for name in names))
+
+
+@dataclass
+class RelationNames:
+    """Numbers for relation names in order of appearance; number 0 is "" (no relation)."""
+
+    names: list[str] = field(default_factory=lambda: [""])
+    _numbers: dict[str, int] = field(default_factory=lambda: {"": 0})
+
+    def number(self, name: str) -> int:
+        """The number of `name`, a new one if it has none."""
+        if name not in self._numbers:
+            self._numbers[name] = len(self.names)
+            self.names.append(name)
+        return self._numbers[name]
+
+
+class Parser(ABC):
+    """A kind of parser, by its class attributes, and one that is loaded, by its methods.
+
+    `argument`: what follows the kind and a colon in `--parser KIND:ARGUMENT`, "" if nothing does; without one, the
+        class is called without arguments.
+    `remark`: what --help says of it.
+    `heads`: whether it predicts heads from text, takes the gold ones of inputs that have them, or gives none and has
+        its words from the tokenizer.
+    """
+
+    argument: ClassVar[str] = ""
+    remark: ClassVar[str] = ""
+    heads: ClassVar[Literal["predicted", "gold", "none"]] = "predicted"
+
+    @staticmethod
+    def describe(argument: str) -> dict[str, str]:
+        """What the header says of it besides its name: versions, and the SHA-256 of what is loaded.
+
+        Raises:
+            InputError: it does not exist or cannot parse.
+        """
+        return {}
+
+    @abstractmethod
+    def parse(self, contents: list[Any], encodings: list[Encoding], names: RelationNames) -> Iterator[Parse]:
+        """Parse units in order; `encodings` are the same units as the tokenizer cut them."""
+
+    @staticmethod
+    def text(content: Any) -> str:
+        """The text of a unit's content: a paragraph is its own."""
+        return content

@@ -1,0 +1,1 @@
+"""Files and datasets to units of text."""

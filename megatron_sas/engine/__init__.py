@@ -1,1 +1,0 @@
-"""DeepSpeed set-up, learning rate, checkpoints and the training loop."""

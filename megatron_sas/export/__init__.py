@@ -1,0 +1,1 @@
+"""Training checkpoints to Hugging Face directories and back, with a model card."""

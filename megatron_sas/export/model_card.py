@@ -1,0 +1,181 @@
+"""The README.md of an exported model: how it was trained, from what the checkpoint and its run tell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_sas import __version__
+from megatron_sas.evaluation.blimp_labels import renew_record
+from megatron_sas.evaluation.registry import live_metrics
+from megatron_sas.evaluation.uas import UAS
+from megatron_sas.model.config import BertConfig
+from megatron_sas.objective.terms import TERMS
+from megatron_sas.optim.optimizers import OPTIMIZERS
+from megatron_sas.optim.schedules import read_schedule
+from megatron_sas.optim.section import TrainSection
+from megatron_sas.run.directory import CONFIG, STATE, run_of
+
+USE = """\
+```python
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+model = AutoModelForMaskedLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+For attention maps add `attn_implementation="eager"`; the default implementation returns none."""
+
+
+def model_card(checkpoint: Path, config: BertConfig, dtype: str) -> str:
+    """Markdown with the model's shape, its training and, if the run's records are at hand, its evaluation.
+
+    Args:
+        checkpoint: a verified training checkpoint.
+        config: its architecture.
+        dtype: how the exported weights are stored, "fp32" or "bf16".
+    """
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    run = _read_run(checkpoint)
+    name = Path(run["run"]["output_dir"]).name if run else checkpoint.name
+    front = ["---", "library_name: transformers", "pipeline_tag: fill-mask", "tags:", "- bert", "- megatron_sas", "---"]
+    parts = [
+        *front,
+        "",
+        f"# {name}, step {state['step']:,}",
+        "",
+        f"A BERT masked language model: {config.num_layers} layers of width {config.hidden_size}, {config.num_heads} "
+        f"attention heads, feed-forward width {config.intermediate_size}, {config.vocab_size:,} vocabulary entries, at "
+        f"most {config.max_position_embeddings} tokens, stored in {dtype}.",
+        "",
+        USE,
+        "",
+        "## Training",
+        "",
+        *_table(_training(state, run, config)),
+    ]
+    if run is not None:
+        parts += ["", *_data(state, run)]
+        parts += _evaluation(checkpoint, state["step"])
+        parts += ["", "## Complete configuration", "", "```yaml", yaml.safe_dump(run, sort_keys=False).rstrip(), "```"]
+    return "\n".join(parts) + "\n"
+
+
+def _read_run(checkpoint: Path) -> dict[str, Any] | None:
+    path = checkpoint / CONFIG
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _table(rows: dict[str, Any]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+
+
+def _training(state: dict[str, Any], run: dict[str, Any] | None, config: BertConfig) -> dict[str, Any]:
+    rows: dict[str, Any] = {"updates": f"{state['step']:,}", "tokens": f"{state['tokens']:,}"}
+    if state.get("lineage"):
+        rows["branched from"] = "; then ".join(_describe_link(link) for link in state["lineage"])
+    if "converted_from" in state:
+        rows["initial weights"] = f"converted from {state['converted_from']}"
+    if run is not None:
+        train = run["train"]
+        if run["model"].get("init_from"):
+            rows["initial weights"] = run["model"]["init_from"]
+        optimizer = OPTIMIZERS[train.get("optimizer", "adamw")].TITLE
+        clipping = f"clipped at {train['grad_clip']:g}" if train["grad_clip"] else "not clipped"
+        rows |= {
+            "objective": f"masked LM (each token masked with probability {run['data']['mask_prob']:g}) + λ · R",
+            **_terms(run),
+            "batch": f"{train['global_batch_size']} sequences, micro-batch {train['micro_batch_size']}",
+            "optimizer": f"{optimizer}, peak learning rate {train['learning_rate']:g}, "
+            f"betas {tuple(train['adam_betas'])}, eps {train['adam_eps']:g}, weight decay {train['weight_decay']:g}, "
+            f"gradient {clipping}",
+            "learning rate": TrainSection(**train).schedule.course(),
+            "dropout": f"hidden {config.hidden_dropout:g}, attention {config.attention_dropout:g}",
+            "precision": f"{train['precision']}, ZeRO stage {train['zero_stage']}",
+            "seed": run["run"]["seed"],
+        }
+    if "versions" in state:
+        rows["trained with"] = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
+    rows["exported with"] = f"megatron_sas {__version__}"
+    return rows
+
+
+def _terms(run: dict[str, Any]) -> dict[str, str]:
+    """λ and R of the run's terms; their names are told where there are several."""
+    rows, found = {}, [name for name in TERMS if name in run]
+    for name in found:
+        which = f" of {name}" if len(found) > 1 else ""
+        rows[f"λ{which}"] = describe_schedule(run[name]["schedule"])
+        rows[f"R{which}"] = TERMS[name](TERMS[name].section_class(**run[name])).describe()
+    return rows
+
+
+def _describe_link(link: dict[str, Any]) -> str:
+    changed = ", ".join(link["changed"]) or "nothing"
+    return f"`{link['parent_run']}` at update {link['step']:,}, where {changed} changed"
+
+
+def describe_schedule(stages: list[dict[str, Any]] | dict[str, Any]) -> str:
+    """λ by completed updates in words, from the schedule as the configuration's YAML has it."""
+    if isinstance(stages, dict):
+        return read_schedule(stages).describe()
+    parts = []
+    for stage in sorted(stages, key=lambda s: s["start"]):
+        value = f"{stage['value']:g}"
+        if stage.get("end_value") is not None:
+            value += f" to {stage['end_value']:g}, linearly,"
+        until = f"until update {stage['end']:,}" if stage.get("end") is not None else "on"
+        parts.append(f"{value} from update {stage['start']:,} {until}")
+    return "; ".join(parts) + "; otherwise 0" if parts else "0 throughout"
+
+
+def _data(state: dict[str, Any], run: dict[str, Any]) -> list[str]:
+    facts = state.get("data")
+    lines = ["## Data", ""]
+    if facts is None:
+        return [*lines, f"`{run['data']['train']}`"]
+    rows = {
+        "packed data": f"`{facts['prefix']}`",
+        "sequences": f"{facts['num_sequences']:,} of {facts['seq_length']} tokens",
+        "SHA-256 of the tokens": f"`{facts['fingerprint']}`",
+        "inputs": ", ".join(f"`{name}`" for name in facts.get("inputs") or []),
+        "parser": _inline(facts.get("parser")),
+        "heads": facts.get("heads") or "the parser's",
+        "counts": _inline(facts.get("counts")),
+    }
+    return [*lines, *_table({name: value for name, value in rows.items() if value})]
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_inline(item)}" for name, item in value.items())
+    return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)
+
+
+def _evaluation(checkpoint: Path, step: int) -> list[str]:
+    """The run's evaluation at `step`, if the checkpoint still lies in its run and the run evaluated then."""
+    run = run_of(checkpoint)
+    path = run.records
+    if checkpoint.resolve().parent != run.checkpoints or not path.is_file():
+        return []
+    found = None
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # a line that a killed run left unfinished
+            continue
+        if record.get("kind") == "evaluation" and record.get("step") == step:
+            found = record
+    if found is None:
+        return []
+    metrics = [metric for metric in live_metrics() if metric.label]
+    found = renew_record(found)
+    rows = {m.label: f"{found[m.key]:{m.format}}" for m in metrics if isinstance(found.get(m.key), float)}
+    for metric in (metric for metric in metrics if metric.each):
+        table = found.get(metric.key) or {}
+        rows |= {metric.label.format(row): f"{value:{metric.format}}" for row, value in table.items()}
+    note = "The heads behind UAS are the best ones on the treebank itself: compare with the same run's step 0."
+    return ["", "## Evaluation at this step", "", *_table(rows), *(["", note] if UAS.key in found else [])]

@@ -1,0 +1,79 @@
+"""The attention backends that there are. One is a module with `run` and `unsupported_reason`, and a line below."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from megatron_sas.kernels import chunked, fa4, flex, reference, sdpa, triton
+from megatron_sas.kernels.reference import Window
+
+
+def _takes_everything(q: Tensor, dropout_p: float, has_seqlens: bool, sets: int, window: Window) -> None:
+    """No reason against any inputs."""
+
+
+class Backend(NamedTuple):
+    """One way to compute dependency attention."""
+
+    run: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
+    """`run(q, k, v, heads, seqlens, dropout_p, scale, window)`: the three outputs of `dependency_attention`.
+
+    Arguments are checked, `scale` is a number, and `window` None or (keys before, keys after), narrower than the
+    sequence.
+    """
+    unsupported_reason: Callable[[Tensor, float, bool, int, Window], str | None] = _takes_everything
+    """`unsupported_reason(q, dropout_p, has_seqlens, sets, window)`: why `run` cannot take such inputs and so many sets
+    of edges, in words that fit behind the backend's name, or None when it can. All five are given by position, so that
+    a backend that does not know of one fails rather than ignores it."""
+
+
+BACKENDS: dict[str, Backend] = {
+    "triton": Backend(triton.run, triton.unsupported_reason),
+    "sdpa": Backend(
+        functools.partial(sdpa.run, backend="sdpa"), functools.partial(sdpa.unsupported_reason, backend="sdpa")
+    ),
+    "cudnn": Backend(
+        functools.partial(sdpa.run, backend="cudnn"), functools.partial(sdpa.unsupported_reason, backend="cudnn")
+    ),
+    "flex": Backend(flex.run, flex.unsupported_reason),
+    "fa4": Backend(fa4.run, fa4.unsupported_reason),
+    "chunked": Backend(chunked.run),
+    "reference": Backend(reference.run),
+}
+"""By name: our kernels; torch's flash kernel of the device; cuDNN's; FlexAttention; FlashAttention-4; plain tensor
+operations in bounded memory; plain tensor operations on whole maps."""
+
+PREFERENCE = {"cuda": ("triton", "cudnn", "sdpa", "chunked"), "cpu": ("sdpa", "chunked")}
+"""What `auto` tries, in this order, by kind of device. On CPU this is the order of speed (`benchmarks/cpu`)."""
+
+
+def choose_backend(
+    q: Tensor, dropout_p: float, *, has_seqlens: bool = False, sets: int = 1, window: Window = None
+) -> str:
+    """Return the backend that `auto` takes for such inputs: the first of `PREFERENCE` that can.
+
+    Args:
+        q: `(batch, heads, seq, head_dim)`; only its shape, dtype, device and whether it has a gradient count.
+        dropout_p: dropout of attention probabilities.
+        has_seqlens: whether sequences may be shorter than `seq`.
+        sets: sets of edges.
+        window: None, or how many keys before and after its position a query sees.
+    """
+    return next(
+        name
+        for name in PREFERENCE.get(q.device.type, ("chunked",))
+        if BACKENDS[name].unsupported_reason(q, dropout_p, has_seqlens, sets, window) is None
+    )
+
+
+def unsupported_reason(
+    backend: str, q: Tensor, dropout_p: float, *, has_seqlens: bool = False, sets: int = 1, window: Window = None
+) -> str | None:
+    """Return why a backend cannot take such inputs (as for `choose_backend`), or None when it can, as "auto" always."""
+    if backend == "auto":
+        return None
+    return BACKENDS[backend].unsupported_reason(q, dropout_p, has_seqlens, sets, window)

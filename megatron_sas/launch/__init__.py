@@ -1,0 +1,1 @@
+"""How processes start: the process group, compiled kernels, the watchdog."""

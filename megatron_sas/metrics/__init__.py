@@ -1,1 +1,0 @@
-"""What a run leaves behind for people to read: JSONL and TensorBoard records, throughput, GPU sensors."""

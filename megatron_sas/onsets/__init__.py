@@ -1,0 +1,1 @@
+"""When a curve breaks, offline and while it happens."""

@@ -1,0 +1,1 @@
+"""From runs and sweeps to onsets, tests, tables, figures, answers to the claims and report.html."""

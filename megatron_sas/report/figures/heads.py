@@ -1,0 +1,111 @@
+"""Heat maps: which relations heads follow, and since when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure
+
+from megatron_sas.evaluation.uas import RELATIONS
+from megatron_sas.report.comparisons import Condition
+from megatron_sas.report.figures.style import STYLE, finish_grid, mean_curve, new_figure, plain
+from megatron_sas.report.trajectories import Curve, Run
+
+MAX_RELATIONS = 14
+MAP = "viridis"
+DIRECTIONS = ("dep→head", "head→dep")
+
+
+def draw_relations(conditions: Sequence[Condition]) -> Figure | None:
+    """Accuracy of the best head per relation over steps, a panel per condition, mean over its runs."""
+    names = frequent_relations([run for condition in conditions for run in condition.runs])
+    panels = [(c.label, [_mean_relation(c.runs, name) for name in names]) for c in conditions]
+    panels = [(label, curves) for label, curves in panels if any(len(curve) > 1 for curve in curves)]
+    if not panels:
+        return None
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    with mpl.rc_context({**STYLE, "axes.grid": False}):
+        figure = new_figure(3.6 * columns + 1.4, rows * (0.24 * len(names) + 0.8) + 0.3)
+        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axis, (label, curves) in zip(axes.flat, panels, strict=False):
+            mesh = _heat(axis, curves)
+            axis.set_title(plain(label), fontsize=10)
+        finish_grid(axes, len(panels))
+        axes[0, 0].set_yticks(np.arange(len(names)), names)
+        figure.colorbar(mesh, ax=axes, label="accuracy of the best head", shrink=0.8)
+    return figure
+
+
+def draw_heads(runs: Sequence[Run]) -> Figure | None:
+    """Of one run: the heads that end best, one per relation, over steps; a dot where half of the rise is done.
+
+    The run is the first with every head measured (bases come first).
+    """
+    run = next((run for run in runs if len(run.measured.head_counts) > 1), None)
+    if run is None:
+        return None
+    counts, edges = run.measured.head_counts, run.measured.edge_counts
+    steps = np.array(sorted(counts), np.float64)
+    order = np.argsort(-edges, kind="stable")[:MAX_RELATIONS]
+    labels, curves = [], []
+    for relation in order:
+        final = counts[int(steps[-1])][relation]
+        direction, layer, head = np.unravel_index(final.argmax(), final.shape)
+        values = [counts[int(step)][relation, direction, layer, head] / edges[relation] for step in steps]
+        labels.append(f"{run.measured.relations[relation]}  L{layer} H{head} {DIRECTIONS[direction]}")
+        curves.append(Curve(steps, np.array(values, np.float64)))
+    with mpl.rc_context({**STYLE, "axes.grid": False}):
+        figure = new_figure(9.5, 0.27 * len(curves) + 1.1)
+        axis = figure.subplots()
+        mesh = _heat(axis, curves)
+        for rank, curve in enumerate(curves):
+            half = half_way(curve)
+            if half is not None:
+                axis.plot(half, rank, "o", color="white", markeredgecolor="black", markersize=5)
+        axis.set_yticks(np.arange(len(labels)), labels)
+        axis.set_xlabel("training step")
+        axis.set_title(plain(f"{run.label}, {run.name}"), fontsize=10)
+        figure.colorbar(mesh, ax=axis, label="accuracy of this head")
+    return figure
+
+
+def frequent_relations(runs: Sequence[Run]) -> list[str]:
+    """The most frequent relations that an evaluation put into its table."""
+    counts: dict[str, int] = {}
+    for run in runs:
+        for name, values in run.nested(RELATIONS.key).items():
+            if values.get("in_table", True):
+                counts[name] = max(counts.get(name, 0), values.get("count") or 0)
+    return sorted(counts, key=lambda name: (-counts[name], name))[:MAX_RELATIONS]
+
+
+def half_way(curve: Curve) -> float | None:
+    """The first step at which half of the rise from the first to the last value is done; None without a rise."""
+    target = (curve.values[0] + curve.values[-1]) / 2
+    return None if curve.values[-1] <= curve.values[0] else float(curve.steps[np.argmax(curve.values >= target)])
+
+
+def _mean_relation(runs: Sequence[Run], name: str) -> Curve:
+    curves = []
+    for run in runs:
+        records = [(r["step"], (r.get(RELATIONS.key) or {}).get(name, {}).get("accuracy")) for r in run.evaluations]
+        known = np.array([(step, value) for step, value in records if value is not None], np.float64).reshape(-1, 2)
+        curves += [Curve(*known.T)] if len(known) else []
+    return mean_curve(curves) if curves else Curve(np.zeros(0), np.zeros(0))
+
+
+def _heat(axis: Axes, curves: Sequence[Curve]) -> QuadMesh:
+    """One row per curve; a cell reaches half-way to the neighbouring evaluations. Rows may lack steps."""
+    steps = np.unique(np.concatenate([curve.steps for curve in curves]))
+    values = np.full((len(curves), len(steps)), np.nan)
+    for row, curve in zip(values, curves, strict=True):
+        row[np.searchsorted(steps, curve.steps)] = curve.values
+    edges = np.concatenate([steps[:1], (steps[1:] + steps[:-1]) / 2, steps[-1:]])
+    mesh = axis.pcolormesh(edges, np.arange(len(curves) + 1) - 0.5, values, cmap=MAP, vmin=0, vmax=1, rasterized=True)
+    axis.set_ylim(len(curves) - 0.5, -0.5)
+    return mesh

@@ -1,0 +1,1 @@
+"""A seeded artificial language with gold trees and minimal pairs."""

@@ -1,0 +1,1 @@
+"""Building a run, the training loop and its collaborators."""

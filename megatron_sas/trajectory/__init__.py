@@ -1,0 +1,1 @@
+"""The models of a run over time, measured one by one."""

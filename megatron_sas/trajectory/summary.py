@@ -1,0 +1,89 @@
+"""A trajectory's points taken together: which head serves which relation and since when, and a table of the numbers."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sas.core.files import write_json_atomic, write_text_atomic
+from megatron_sas.evaluation.base import Metric
+from megatron_sas.evaluation.registry import snapshot_metrics
+from megatron_sas.evaluation.uas import UAS
+from megatron_sas.trajectory.points import read_points
+
+HEADS = "heads.json"
+SUMMARY = "summary.csv"
+HEADS_FORMAT = "megatron_sas heads over time"
+
+
+def write_summary(directory: str | Path) -> None:
+    """Write heads.json (if UAS was measured) and summary.csv from all points of a trajectory."""
+    directory = Path(directory)
+    points = read_points(directory)
+    if points and all(UAS.point[0] in point for point in points):
+        write_json_atomic(directory / HEADS, heads_over_time(points))
+    write_text_atomic(directory / SUMMARY, summary_table(points))
+
+
+def heads_over_time(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Which head serves which relation in the end, and since when.
+
+    `points` have `step` and `uas` (as `evaluate_uas` returns it), by rising step, of one treebank and model shape.
+
+    Returns `steps` and, by falling number of edges, `relations`: `count`, `baseline` and `baseline_offset` (the best
+    fixed offset), `layer`, `head` and `direction` of the best head at the last point, its `accuracy` at every point,
+    `since` (the first step from which it stays above the baseline up to the end; None if it is not above it there),
+    and `best`: [layer, head, direction, accuracy] of the best head at every point.
+    """
+    steps = [point["step"] for point in points]
+    last = points[-1][UAS.point[0]]
+    names = last["counts"]["relations"]
+    directions = last["counts"]["directions"]
+    correct = np.array([point[UAS.point[0]]["counts"]["correct"] for point in points])  # (points, R, 2, L, H)
+    relations = {}
+    for name, row in last["relations"].items():
+        index = names.index(name)
+        place = (directions.index(row["direction"]), row["layer"], row["head"])
+        accuracy = correct[:, index][:, *place] / row["count"]
+        best = [point[UAS.point[0]]["relations"][name] for point in points]
+        relations[name] = {
+            **{key: row[key] for key in ("count", "baseline", "baseline_offset", "layer", "head", "direction")},
+            "since": _since(steps, accuracy > row["baseline"]),
+            "accuracy": accuracy.tolist(),
+            "best": [[b["layer"], b["head"], b["direction"], b["accuracy"]] for b in best],
+        }
+    return {"format": HEADS_FORMAT, "version": 1, "steps": steps, "relations": relations}
+
+
+def summary_table(points: Sequence[Mapping[str, Any]]) -> str:
+    """CSV with a line a point: step, every number that was measured, and columns for the rows of some tables."""
+    columns: dict[str, Callable[[Mapping[str, Any]], Any]] = {}
+    for metric in snapshot_metrics():
+        values = [metric.in_point(point) for point in points]
+        if not metric.each and any(value is not None and not isinstance(value, Mapping) for value in values):
+            columns[metric.column] = metric.in_point
+    for metric in snapshot_metrics():
+        rows = sorted({row for point in points for row in metric.in_point(point) or {}}) if metric.each else []
+        columns |= {metric.each.format(row): partial(_row, metric, row) for row in rows}
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["step", *columns])
+    for point in points:
+        writer.writerow([point["step"], *(value(point) for value in columns.values())])
+    return table.getvalue()
+
+
+def _row(metric: Metric, row: str, point: Mapping[str, Any]) -> Any:
+    return (metric.in_point(point) or {}).get(row)
+
+
+def _since(steps: Sequence[int], above: np.ndarray) -> int | None:
+    below = np.flatnonzero(~above)
+    first = 0 if not len(below) else int(below[-1]) + 1
+    return steps[first] if first < len(steps) else None

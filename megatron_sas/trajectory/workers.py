@@ -1,0 +1,196 @@
+"""Measuring the models of a trajectory one after another or several at once, each as a whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from megatron_sas.core.cli import InputError
+from megatron_sas.core.device import choose_device
+from megatron_sas.core.processes import end_with_parent
+from megatron_sas.corpus.readers.text_lines import OnError
+from megatron_sas.evaluation.provenance import weights_sha256
+from megatron_sas.run.reading import load_model
+from megatron_sas.trajectory.measure import Inputs, TrajectoryTask
+from megatron_sas.trajectory.points import is_whole, point_steps, read_point, write_point, writing
+from megatron_sas.trajectory.summary import write_summary
+
+Model = tuple[int, Path]
+Report = Callable[[str], None]
+
+
+def measure_models(
+    source: Path,
+    models: Sequence[Model],
+    inputs: Inputs,
+    output: Path,
+    *,
+    workers: int = 1,
+    device: str | None = None,
+    on_error: OnError = "refuse",
+    report: Report = print,
+    after_model: Callable[[], None] = lambda: None,
+) -> int:
+    """Write the points of all `models` that have none yet, then the summary; returns how many models were left out.
+
+    A point of other weights than the model has now is measured again.
+
+    Args:
+        source: the run or folder that the models come from.
+        inputs, output: what to measure on, and the directory to write.
+        workers: processes; on a machine with several GPUs they take them in turn.
+        device: as `choose_device` takes it.
+        on_error: end at a model that cannot be read, or pass it over; `report` gets a line about each.
+        after_model: called for every model that is done, found done, or passed over.
+
+    Raises:
+        InputError: an input is wrong, a model cannot be read (unless these are skipped), `output` is something else or
+            was measured on other inputs, or memory does not suffice.
+    """
+    choose_device(device)
+    bad: set[int] = set()
+
+    def leave_out(step: int, fault: str) -> None:
+        if on_error == "refuse":
+            raise InputError(f"{fault} (--on-error skip passes over such models)")
+        report(f"skipped step {step}: {fault}")
+        bad.add(step)
+
+    reference = _first_readable(models, leave_out)
+    task = _make_task(inputs, reference)
+    for note in task.notes():
+        report(note)
+    settings = {"source": os.path.relpath(source.resolve(), output.resolve()), **task.settings()}
+    with writing(output, settings):
+        _check_not_moved(models, output)
+        waiting = []
+        for step, path in models:
+            if step in bad or _is_measured(output, step, path):
+                after_model()
+            else:
+                waiting.append((step, path))
+        if min(workers, len(waiting)) > 1:
+            outcomes = _at_once(inputs, reference, waiting, output, device, min(workers, len(waiting)))
+        else:
+            outcomes = ((step, _measure(task, step, path, output, device)) for step, path in waiting)
+        with contextlib.closing(outcomes):
+            for step, fault in outcomes:
+                if fault is not None:
+                    leave_out(step, fault)
+                after_model()
+        write_summary(output)
+    return len(bad)
+
+
+def _first_readable(models: Sequence[Model], leave_out: Callable[[int, str], None]) -> Path:
+    """The first model that can be read: it decides about tokenizer and shape."""
+    for step, path in models:
+        try:
+            load_model(path)
+        except (InputError, OSError) as error:
+            leave_out(step, _line(error))
+        else:
+            return path
+    raise InputError(f"none of the {len(models)} models from {models[0][1]} on can be read; give others")
+
+
+def _make_task(inputs: Inputs, reference: Path) -> TrajectoryTask:
+    model, tokenizer = load_model(reference)
+    return TrajectoryTask(inputs, model.config, tokenizer)
+
+
+def _measure(task: TrajectoryTask, step: int, path: Path, output: Path, device: str | None) -> str | None:
+    """Measure one model and write its point; returns what is wrong with the model, if anything."""
+    try:
+        try:
+            model = task.load(path, choose_device(device))
+            source = {"model": str(path.resolve()), "model_sha256": weights_sha256(path)}
+        except (InputError, OSError) as error:  # not around `measure`: damaged inputs are no fault of the model
+            return _line(error)
+        values, items = task.measure(model)
+    except torch.OutOfMemoryError:
+        raise InputError(
+            f"{path}: the device's memory does not suffice; use a smaller --batch-tokens or fewer --workers"
+        ) from None
+    write_point(output, step, {**source, **values}, items)
+    return None
+
+
+def _check_not_moved(models: Sequence[Model], output: Path) -> None:
+    """Refuse models that have points at other steps: their names were read in another way, or others follow now.
+
+    Raises:
+        InputError: there is such a model; its old point would stand beside the new one.
+    """
+    steps = {str(path.resolve()): step for step, path in models}
+    for old in point_steps(output):
+        with contextlib.suppress(InputError):  # a damaged point is measured again
+            path = read_point(output, old).get("model")
+            if (new := steps.get(path, old)) != old:
+                break
+    else:
+        return
+    raise InputError(f"{output}: has {path} as step {old}, which is step {new} now; choose another --output")
+
+
+def _is_measured(output: Path, step: int, path: Path) -> bool:
+    """Whether the output has a whole point of the very weights that are at `path`."""
+    if not is_whole(output, step):
+        return False
+    try:
+        return read_point(output, step).get("model_sha256") == weights_sha256(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # measuring it says what is wrong
+
+
+def _line(error: InputError | OSError) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _at_once(
+    inputs: Inputs, reference: Path, models: Sequence[Model], output: Path, device: str | None, workers: int
+) -> Iterator[tuple[int, str | None]]:
+    """(step, fault) of every model as it is done, measured by several processes."""
+    threads = max(1, torch.get_num_threads() // workers)
+    gpus = torch.cuda.device_count() if device in (None, "cuda") and torch.cuda.is_available() else 0
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (inputs, reference, output, threads))
+    try:
+        futures = {}
+        for number, (step, path) in enumerate(models):
+            where = f"cuda:{number % gpus}" if gpus else device
+            futures[pool.submit(_measure_in_worker, step, path, where)] = step
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool:
+        raise InputError(
+            f"a worker process ended unexpectedly, probably for want of memory; try fewer than --workers {workers}"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)  # models under way are finished: their points count
+
+
+_worker: tuple[TrajectoryTask, Path] | None = None
+
+
+def _start_worker(inputs: Inputs, reference: Path, output: Path, threads: int) -> None:
+    """Runs once in every worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once, without a traceback
+    end_with_parent()
+    torch.set_num_threads(threads)
+    global _worker
+    _worker = (_make_task(inputs, reference), output)
+
+
+def _measure_in_worker(step: int, path: Path, device: str | None) -> str | None:
+    task, output = _worker
+    return _measure(task, step, path, output, device)

@@ -1,0 +1,114 @@
+"""FLOPs against figures in the literature and torch's own counter, the clock against a hand-made one."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_sas.run.throughput import Throughput, flops_per_token, memory, peak_flops
+
+BASE = {
+    "num_layers": 12,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "vocab_size": 30522,
+    "seq_length": 512,
+    "mask_prob": 0.15,
+}
+
+
+def test_bert_base_figures():
+    giga = 1e-9
+    total = flops_per_token(**BASE) * giga
+    encoder_and_attention = flops_per_token(**BASE | {"mask_prob": 0}) * giga
+    encoder = flops_per_token(**BASE | {"mask_prob": 0, "seq_length": 0}) * giga
+    assert encoder == pytest.approx(0.510, abs=5e-4)
+    assert encoder_and_attention - encoder == pytest.approx(0.057, abs=5e-4)
+    assert total - encoder_and_attention == pytest.approx(0.022, abs=5e-4)
+    assert total == pytest.approx(0.588, abs=5e-4)
+    assert 0.4 * 989e12 / flops_per_token(**BASE) == pytest.approx(673e3, rel=1e-3)
+
+
+@pytest.mark.parametrize("layers, width, inner, vocab, length", [(1, 16, 32, 50, 8), (3, 32, 128, 101, 20)])
+def test_equals_the_operations_that_torch_counts(layers, width, inner, vocab, length):
+    """A bare BERT in matrix products, with every position masked so that the head runs on all."""
+    tokens = torch.randn(length, width, requires_grad=True)
+    square = [[torch.randn(width, width, requires_grad=True) for _ in range(4)] for _ in range(layers)]
+    wide = [(torch.randn(width, inner, requires_grad=True), torch.randn(inner, width, requires_grad=True))] * layers
+    transform, decoder = (torch.randn(width, size, requires_grad=True) for size in (width, vocab))
+    with FlopCounterMode(display=False) as counter:
+        x = tokens
+        for (wq, wk, wv, wo), (up, down) in zip(square, wide, strict=True):
+            attention = torch.softmax((x @ wq) @ (x @ wk).T, dim=-1) @ (x @ wv)
+            x = torch.tanh((attention @ wo) @ up) @ down
+        ((x @ transform) @ decoder).sum().backward()
+    expected = counter.get_total_flops() / length
+    got = flops_per_token(
+        num_layers=layers, hidden_size=width, intermediate_size=inner, vocab_size=vocab, seq_length=length, mask_prob=1
+    )
+    assert got == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name, dtype, expected",
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989e12),
+        ("NVIDIA H100 80GB HBM3", torch.float32, 67e12),
+        ("NVIDIA H100 PCIe", torch.bfloat16, 756e12),
+        ("NVIDIA H100 NVL", torch.bfloat16, 835e12),
+        ("NVIDIA H200", torch.bfloat16, 989e12),
+        ("NVIDIA GH200 480GB", torch.bfloat16, 989e12),
+        ("NVIDIA A100-SXM4-80GB", torch.float16, 312e12),
+        ("NVIDIA A10G", torch.bfloat16, 70e12),
+        ("NVIDIA A10", torch.bfloat16, 125e12),
+        ("NVIDIA L40S", torch.bfloat16, 362e12),
+        ("NVIDIA L4", torch.bfloat16, 121e12),
+        ("NVIDIA GeForce RTX 4090", torch.bfloat16, 165.2e12),
+        ("NVIDIA H100 80GB HBM3", torch.float64, None),
+        ("Some Card 9000", torch.bfloat16, None),
+        ("cpu", torch.float32, None),
+    ],
+)
+def test_peaks(name, dtype, expected):
+    assert peak_flops(name, dtype) == expected
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_windows_and_pauses():
+    clock = Clock()
+    meter = Throughput(tokens=1000, seconds=50.0, flops_per_token=2.0, peak_flops=1000.0, clock=clock)
+    for _ in range(4):
+        clock.now += 1
+        meter.add(100)
+    with meter.paused():
+        clock.now += 33
+        with meter.paused():
+            clock.now += 33
+    clock.now += 1
+    assert meter.window() == {"tokens_per_second": 80.0, "tokens": 1400, "seconds": 55.0, "mfu": 0.16}
+    with pytest.raises(RuntimeError), meter.paused():
+        clock.now += 7
+        raise RuntimeError
+    clock.now += 2
+    meter.add(10)
+    with meter.paused():
+        assert meter.window()["tokens_per_second"] == 5.0
+    assert meter.window() == {"tokens_per_second": 0.0, "tokens": 1410, "seconds": 57.0, "mfu": 0.0}
+
+
+def test_mfu_needs_a_known_peak():
+    assert "mfu" not in Throughput(flops_per_token=2.0, peak_flops=None).window()
+
+
+def test_memory():
+    """Against the kernel's own count; a second reading may differ by what other threads allocate in between."""
+    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    assert memory()["memory_gib"] == pytest.approx(resident_pages * os.sysconf("SC_PAGE_SIZE") / 2**30, rel=0.05)

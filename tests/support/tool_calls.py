@@ -1,0 +1,26 @@
+"""A tool called in this process: starting another one, and importing torch again, takes seconds."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from unittest import mock
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+def call_tool(name: str, *arguments: object) -> None:
+    """`main` of a tool; what it raises comes through."""
+    with mock.patch.object(sys, "argv", [f"{name}.py", *map(str, arguments)]):
+        runpy.run_path(str(TOOLS / f"{name}.py"))["main"]()
+
+
+def exit_code(name: str, *arguments: object) -> int:
+    """The code with which the command ends."""
+    with mock.patch.object(sys, "argv", [f"{name}.py", *map(str, arguments)]):
+        try:
+            runpy.run_path(str(TOOLS / f"{name}.py"), run_name="__main__")
+        except SystemExit as end:
+            return end.code
+    raise AssertionError("run_main ends by SystemExit")
