@@ -91,7 +91,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     code = (
-        "import os, sys; from megatron_sas import files\n"
+        "import os, sys; from megatron_sas.core import files\n"
         "files.os.replace = lambda *a: os._exit(9)\n"
         "files.write_bytes_atomic(sys.argv[1], b'new')"
     )
