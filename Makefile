@@ -28,7 +28,7 @@ TEST_PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder
 # Their numbers are those of CPUs, so GPUs are hidden from them; `make gpu` has the tests that need one.
 test test-all: export CUDA_VISIBLE_DEVICES :=
 
-test: env lint  ## the test suite (at most 15 minutes on two cores)
+test: env lint  ## the test suite (about 20 minutes on two cores)
 	$(BIN)/python -m pytest -m "not full" $(TEST_PROCESSES)
 
 test-all: env lint  ## everything, also what takes hours or a whole corpus
