@@ -1,4 +1,4 @@
-"""Masked language models of other architectures, as the installed transformers has them, behind the interface of `Bert`.
+"""Masked language models of other architectures, as transformers has them, behind the interface of `Bert`.
 
 They can be evaluated, not trained. Attention maps come from the eager path of their own code, so memory grows with S².
 B sequences, S tokens, C hidden size, H attention heads, V vocabulary, M positions.
@@ -128,7 +128,7 @@ class ForeignModel(nn.Module):
 
 
 def load_foreign(path: Path) -> ForeignModel:
-    """The masked LM in a Hugging Face directory, float32 on the CPU, with transformers' own class and nobody else's code.
+    """Load a Hugging Face directory, float32 on the CPU, into transformers' own class; no code of the directory is run.
 
     Raises:
         InputError: no masked LM, an encoder-decoder, a class that is not in transformers, weights that are missing or
