@@ -193,6 +193,16 @@ def knows_words(tokenizer: PreTrainedTokenizerFast) -> bool:
     return backend.pre_tokenizer is not None and len(backend.pre_tokenizer.pre_tokenize_str(text)) > 1
 
 
+def space_before_words(tokenizer: PreTrainedTokenizerFast) -> str:
+    """What stands before a word that follows another when words are cut one by one: " " or nothing.
+
+    Byte-level BPE (RoBERTa, ModernBERT) makes the space a part of the word after it, so that a word within a text has
+    other tokens than one that begins a text. Other tokenizers drop the space, or put it before every word themselves.
+    """
+    first, alone, spaced, both = (encoding.ids for encoding in encode_texts(("a", "b", " b", "a b"), tokenizer))
+    return " " if first + alone != both == first + spaced else ""
+
+
 def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
     """Number of ids, added tokens included: the largest id plus one."""
     return max(tokenizer.get_vocab().values()) + 1

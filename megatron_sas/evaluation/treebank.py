@@ -13,7 +13,7 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.readers.conllu import read_conllu
 from megatron_sas.corpus.readers.text_lines import is_encodable, parse_json
 from megatron_sas.corpus.readers.trees import check_blanked, is_blanked, tree_fault
-from megatron_sas.data.tokenizer import encode_texts
+from megatron_sas.data.tokenizer import encode_texts, space_before_words
 
 
 @dataclass(frozen=True)
@@ -70,25 +70,29 @@ def load_treebank(path: str | Path, limit: int | None = None) -> Treebank:
 
 
 def tokenize_words(sentences: Sequence[Sentence], tokenizer: Any) -> list[TokenizedSentence]:
-    """Cut sentences into word pieces, one word at a time; a word that the tokenizer reduces to nothing becomes [UNK].
+    """Cut sentences into tokens, one word at a time; a word that the tokenizer reduces to nothing becomes [UNK].
 
-    `tokenizer` is a fast Hugging Face tokenizer with [CLS] and [SEP]. Each distinct word is tokenised once.
+    Where a tokenizer's tokens include the space before a word (`space_before_words`), every word but a sentence's first
+    has one. `tokenizer` is a fast Hugging Face tokenizer with [CLS] and [SEP]. Each distinct word is tokenised once.
     """
-    vocabulary = list(dict.fromkeys(word for sentence in sentences for word in sentence.words))
+    space = space_before_words(tokenizer)
+    spaced = [[space * (index > 0) + word for index, word in enumerate(s.words)] for s in sentences]
+    vocabulary = list(dict.fromkeys(word for words in spaced for word in words))
     encodings = encode_texts(vocabulary, tokenizer)
-    pieces = {word: encoding.ids for word, encoding in zip(vocabulary, encodings, strict=True)}
-    return [_join(sentence, pieces, tokenizer) for sentence in sentences]
+    ids = {word: encoding.ids for word, encoding in zip(vocabulary, encodings, strict=True)}
+    return [_join([ids[word] for word in words], tokenizer) for words in spaced]
 
 
-def _join(sentence: Sentence, pieces: dict[str, list[int]], tokenizer: Any) -> TokenizedSentence:
+def _join(ids_of_words: Sequence[list[int]], tokenizer: Any) -> TokenizedSentence:
+    """A sentence from the ids of its words."""
     ids, words = [tokenizer.cls_token_id], [-1]
-    for index, word in enumerate(sentence.words):
-        of_word = pieces[word] or [tokenizer.unk_token_id]
+    for index, of_word in enumerate(ids_of_words):
+        of_word = of_word or [tokenizer.unk_token_id]
         ids.extend(of_word)
         words.extend([index] * len(of_word))
     ids.append(tokenizer.sep_token_id)
     words.append(-1)
-    return TokenizedSentence(np.array(ids, np.int64), np.array(words, np.int64), len(sentence.words))
+    return TokenizedSentence(np.array(ids, np.int64), np.array(words, np.int64), len(ids_of_words))
 
 
 def _read_conllu(path: Path) -> tuple[list[Sentence], int]:

@@ -87,13 +87,13 @@ def run(
     out = torch.matmul(dropped, v.to(probs.dtype)).to(q.dtype)  # (B, H, S, D)
     if heads is None:
         return out, None, None
-    return out, *_entries(probs, valid_heads(heads, seqlens))
+    return out, *entries(probs, valid_heads(heads, seqlens))
 
 
-def _entries(probs: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
+def entries(probs: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
     """`to_head` and `to_dependent` of maps `(B, H, S, S)`, for valid heads `(B, S)` or `(B, sets, S)`."""
     if heads.dim() == 3:
-        along = [_entries(probs, one) for one in heads.unbind(1)]
+        along = [entries(probs, one) for one in heads.unbind(1)]
         return torch.stack([first for first, _ in along], 1), torch.stack([second for _, second in along], 1)
     index = heads.clamp(min=0)[:, None, :, None].expand(-1, probs.shape[1], -1, -1)  # (B, H, S, 1)
     edge = (heads >= 0)[:, None, :]

@@ -2,8 +2,10 @@ import json
 
 import pytest
 from blanked_treebank import BLANKED, ORDINARY
+from byte_level import BYTE_LEVEL, WORDS, words_by_hand
 
 from megatron_sas.core.cli import InputError
+from megatron_sas.data.tokenizer import encode_texts, load_tokenizer
 from megatron_sas.evaluation.treebank import Sentence, load_treebank, tokenize_words
 
 GOOD = {"words": ["Dogs", "bark", "."], "heads": [2, 0, 2], "relns": ["nsubj", "root", "punct"]}
@@ -130,3 +132,17 @@ def test_words_are_tokenised_one_by_one(tokenizer):
     assert tokenizer.convert_ids_to_tokens(tokenized.ids) == expected
     assert tokenized.words.tolist() == [-1, *(w for w, of_word in enumerate(pieces) for _ in of_word), -1]
     assert tokenized.num_words == 3
+
+
+@pytest.mark.parametrize("kind", BYTE_LEVEL)
+def test_byte_level_tokens_include_the_space_before_their_word(kind, tmp_path):
+    BYTE_LEVEL[kind]().save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    (sentence,) = tokenize_words([Sentence(WORDS, [-1] * 9, [""] * 9)], tokenizer)
+    (whole,) = encode_texts([" ".join(WORDS)], tokenizer)
+    assert sentence.ids.tolist() == [tokenizer.cls_token_id, *whole.ids, tokenizer.sep_token_id]
+    assert sentence.words.tolist() == [-1, *words_by_hand(whole.tokens), -1]
+    if tokenizer.backend_tokenizer.pre_tokenizer.add_prefix_space:  # without it transformers joins the words
+        theirs = tokenizer(WORDS, is_split_into_words=True)
+        assert theirs.input_ids == sentence.ids.tolist()
+        assert [-1 if word is None else word for word in theirs.word_ids()] == sentence.words.tolist()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
+from byte_level import BYTE_LEVEL, WORDS, words_by_hand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sas.corpus.build.align import align
 from megatron_sas.corpus.parsers.base import Parse
+from megatron_sas.data.tokenizer import encode_texts, load_tokenizer
 
 
 def parse_of(spans, heads, sentences=None, relations=None, is_word=None):
@@ -141,3 +144,18 @@ def test_nothing():
     assert result.boundaries.tolist() == [0]
     result = run([], parse_of([(0, 1)], [-1]), "a")
     assert result.words_without_piece == 1
+
+
+@pytest.mark.parametrize("kind", BYTE_LEVEL)
+def test_byte_level_tokens_belong_to_the_word_after_their_space(kind, tmp_path):
+    BYTE_LEVEL[kind]().save_pretrained(tmp_path)
+    text, ends = " ".join(WORDS), np.cumsum([len(word) + 1 for word in WORDS]) - 1
+    (encoding,) = encode_texts([text], load_tokenizer(tmp_path))
+    chain = [*range(1, len(WORDS)), -1]  # the head of each word is the next one
+    parse = parse_of([(end - len(word), end) for word, end in zip(WORDS, ends.tolist(), strict=True)], chain)
+    result = run(encoding.offsets, parse, text)
+    words = words_by_hand(encoding.tokens)
+    assert result.words.tolist() == words
+    first = [words.index(word) for word in range(len(WORDS))]
+    heads = {place: place + int(offset) for place, offset in enumerate(result.offsets) if offset}
+    assert heads == dict(itertools.pairwise(first))
