@@ -31,8 +31,9 @@ from megatron_sas.launch.environment import other_threads, threads_of_processes
 from megatron_sas.launch.kernel_cache import build_attention_kernels, check_attention_backend
 from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
-from megatron_sas.objective.base import Term
+from megatron_sas.objective.base import EDGES, Term
 from megatron_sas.objective.pretraining import MaskedLMWithTerms
+from megatron_sas.objective.terms import number_needing
 from megatron_sas.run.checkpoint import load_moments, read_state, write_description
 from megatron_sas.run.directory import RunDirectory
 from megatron_sas.run.leftovers import leftovers
@@ -197,7 +198,7 @@ def build_state(config: Config, log: Callable[[str], None], lock: DirectoryLock 
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     device = torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     seq_length = state.dataset.packed.seq_length
-    sets = len(state.terms)
+    sets = number_needing(EDGES, state.terms)
     on_all_ranks(lambda: check_attention_backend(state.bert.config, seq_length, dtype, device, sets))
     if device.type == "cuda":
         size = config.train.micro_batch_size
