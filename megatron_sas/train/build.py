@@ -34,6 +34,7 @@ from megatron_sas.model.config import BertConfig
 from megatron_sas.objective.base import EDGES, Term
 from megatron_sas.objective.pretraining import MaskedLMWithTerms
 from megatron_sas.objective.terms import number_needing
+from megatron_sas.optim.schedules import largest, mean
 from megatron_sas.run.checkpoint import load_moments, read_state, write_description
 from megatron_sas.run.directory import RunDirectory
 from megatron_sas.run.leftovers import leftovers
@@ -229,10 +230,13 @@ def _build(config: Config, checkpoint: Path | None) -> RunState:
                 f"model.max_position_embeddings: {config.model.max_position_embeddings} is less than the sequence "
                 f"length {part.seq_length} of data.{name}"
             )
+    rate = config.masking_rate()
     dataset = MLMDataset(
         packed,
         seed=config.run.seed,
-        mask_prob=data.mask_prob,
+        mask_prob=rate,
+        largest_mask_prob=largest(rate),
+        split=config.masking.split,
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
         rank=distributed.rank(),
@@ -298,7 +302,7 @@ def measure_throughput(config: Config, state: RunState, device: torch.device, cl
             intermediate_size=bert.intermediate_size,
             vocab_size=bert.vocab_size,
             seq_length=state.dataset.packed.seq_length,
-            mask_prob=config.data.mask_prob,
+            mask_prob=mean(config.masking_rate(), config.train.steps),
         ),
         peak_flops=None if peak is None else peak * distributed.world_size(),
     )

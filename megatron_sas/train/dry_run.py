@@ -36,6 +36,7 @@ from megatron_sas.model.config import BertConfig
 from megatron_sas.objective.base import EDGES, QUERIES_KEYS
 from megatron_sas.objective.pretraining import MaskedLMWithTerms
 from megatron_sas.objective.terms import number_needing, weights
+from megatron_sas.optim.schedules import largest
 from megatron_sas.run.directory import RunDirectory, steps_in
 from megatron_sas.run.memory import MemoryEstimate, PeakMemory, count_parameters, estimate_memory, show_bytes
 from megatron_sas.train.branch import Branch
@@ -258,7 +259,7 @@ def _estimate(
         accumulation=deepspeed["gradient_accumulation_steps"],
         micro_batch_size=config.train.micro_batch_size,
         seq_length=seq_length,
-        mask_prob=config.data.mask_prob,
+        mask_prob=largest(config.masking_rate()),
         edge_sets=number_needing(EDGES, config.terms()),
         second_passes=number_needing(QUERIES_KEYS, config.terms()),
         optimizer=config.train.optimizer,

@@ -28,6 +28,7 @@ class PendingUpdate:
     result: UpdateResult
     weights: Mapping[str, float]  # λ of every term of the run
     learning_rate: float
+    masking_rate: float | None = None  # where the configuration has one
 
 
 class StepLog(Collaborator):
@@ -121,6 +122,8 @@ def _values(
         "lr": entry.learning_rate,
         "grad_norm": norm,
     }
+    if entry.masking_rate is not None:
+        values["masking_rate"] = entry.masking_rate
     for (name, term), total, edges in zip(terms.items(), sums[1::2], sums[2::2], strict=True):
         if name in entry.result.term_sums:
             counts = Counts(train.global_batch_size, train.global_batch_size / train.micro_batch_size, int(edges))
