@@ -32,14 +32,14 @@ from megatron_sas.onsets.online import WatchSection
 from megatron_sas.optim.optimizers import OPTIMIZERS
 from megatron_sas.optim.schedules import SCHEDULES, Schedule, Stage
 from megatron_sas.optim.section import TrainSection
-from megatron_sas.run.directory import RunSection
+from megatron_sas.run.directory import RunSection, Seeds, SeedSection
 from megatron_sas.run.records import LoggingSection
 from megatron_sas.run.saver import CheckpointSection, SnapshotSection
 
 NULL = ("", "~", "null")
 NEWER = ("schedule", "optimizer")
 """Fields of the section `train` that came later than the format of checkpoints."""
-NEWER_SECTIONS = ("masking",)
+NEWER_SECTIONS = ("seed", "masking")
 SCHEDULED = ("schedule", "rate")
 """Names of fields that hold schedules."""
 
@@ -64,6 +64,7 @@ RETIRED = {
 
 class _BeforeTerms(Section):
     run: RunSection
+    seed: SeedSection = SeedSection()
     model: ModelSection = ModelSection()
     data: DataSection
     masking: MaskingSection = MaskingSection()
@@ -99,6 +100,10 @@ class Config(create_model("_WithTerms", __base__=_BeforeTerms, **_fields)):
         if shortage := self.masking.shortage(self.train.steps):
             faults.append(f"masking.{shortage}")
         return faults
+
+    def seeds(self) -> Seeds:
+        """The seeds of initial weights, data and dropout."""
+        return self.seed.seeds(self.run.seed)
 
     def masking_rate(self) -> Schedule:
         """The probability with which training masks a token, by completed updates."""

@@ -19,7 +19,7 @@ from megatron_sas.objective.terms import TERMS
 from megatron_sas.optim.optimizers import OPTIMIZERS
 from megatron_sas.optim.schedules import read_schedule
 from megatron_sas.optim.section import TrainSection
-from megatron_sas.run.directory import CONFIG, STATE, run_of
+from megatron_sas.run.directory import CONFIG, STATE, describe_seeds, run_of
 
 USE = """\
 ```python
@@ -97,7 +97,7 @@ def _training(state: dict[str, Any], run: dict[str, Any] | None, config: BertCon
             "learning rate": TrainSection(**train).schedule.course(),
             "dropout": f"hidden {config.hidden_dropout:g}, attention {config.attention_dropout:g}",
             "precision": f"{train['precision']}, ZeRO stage {train['zero_stage']}",
-            "seed": run["run"]["seed"],
+            "seed": describe_seeds(run),
         }
     if "versions" in state:
         rows["trained with"] = ", ".join(f"{name} {version}" for name, version in state["versions"].items())

@@ -96,7 +96,7 @@ class BuiltRun:
         self.config, self.state, self.directory = config, state, RunDirectory(Path(config.run.output_dir))
         self.threads = threads_of_processes()
         module, options = MaskedLMWithTerms(state.bert, state.terms), config.optimizer_options()
-        self.engine = Engine(module, config.train, config.run.seed, device, options)
+        self.engine = Engine(module, config.train, config.seeds().dropout, device, options)
         state.load_optimizer(self.engine)
         self.saver = make_saver(config, self.engine, state)
         self.throughput = measure_throughput(config, state, device, clock)
@@ -108,7 +108,7 @@ class BuiltRun:
 
     def samples_of(self, step: int) -> list[int]:
         """Ids of the samples of the update that makes `step`."""
-        size, seed = self.config.train.global_batch_size, self.config.run.seed
+        size, seed = self.config.train.global_batch_size, self.config.seeds().data
         return stream_samples(self.state.dataset.packed, step - 1, size, seed)[0].tolist()
 
     def facts(self) -> dict[str, Any]:
@@ -206,7 +206,8 @@ def build_state(config: Config, log: Callable[[str], None], lock: DirectoryLock 
         # It communicates, but every rank meets its one barrier whatever fails.
         on_all_ranks(lambda: build_attention_kernels(state.bert.config, size, seq_length, dtype, device, sets))
     if lock is not None:  # last, so that a run which is refused leaves no directory behind
-        on_all_ranks(lambda: begin_run(config, checkpoint, branch, lock) if distributed.is_main() else None)
+        step = state.start_step
+        on_all_ranks(lambda: begin_run(config, checkpoint, branch, lock, step) if distributed.is_main() else None)
     return state
 
 
@@ -233,7 +234,7 @@ def _build(config: Config, checkpoint: Path | None) -> RunState:
     rate = config.masking_rate()
     dataset = MLMDataset(
         packed,
-        seed=config.run.seed,
+        seed=config.seeds().data,
         mask_prob=rate,
         largest_mask_prob=largest(rate),
         split=config.masking.split,
@@ -312,7 +313,7 @@ def _model(
     bert_config: BertConfig, config: Config, checkpoint: Path | None, tokenizer: PreTrainedTokenizerBase
 ) -> Bert:
     """The model with the run's weights, else those of `model.init_from`, else random ones; equal on every rank."""
-    torch.manual_seed(config.run.seed)
+    torch.manual_seed(config.seeds().init)
     bert = Bert(bert_config)
     if checkpoint is not None:
         _load_matching(bert, checkpoint, f"{checkpoint}: has", tokenizer)

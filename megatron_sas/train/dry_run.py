@@ -280,7 +280,7 @@ def _try_one_step(config: Config, report: Report) -> None:
             state = build_state(config, lambda _: None)
             terms = state.terms
             module, options = MaskedLMWithTerms(state.bert, terms), config.optimizer_options()
-            engine = Engine(module, config.train, config.run.seed, device, options)
+            engine = Engine(module, config.train, config.seeds().dropout, device, options)
             state.load_optimizer(engine)
             engine.set_learning_rate(0.0)
             weight = weights(terms, state.start_step)
