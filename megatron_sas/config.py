@@ -26,18 +26,22 @@ from megatron_sas.evaluation.section import EvaluationSection
 from megatron_sas.model.config import BertConfig
 from megatron_sas.model.section import ModelSection
 from megatron_sas.objective.base import Term
+from megatron_sas.objective.masking import MaskingSection
 from megatron_sas.objective.terms import TERMS, is_in_run, make_terms
 from megatron_sas.onsets.online import WatchSection
 from megatron_sas.optim.optimizers import OPTIMIZERS
-from megatron_sas.optim.schedules import SCHEDULES, Stage
+from megatron_sas.optim.schedules import SCHEDULES, Schedule, Stage
 from megatron_sas.optim.section import TrainSection
-from megatron_sas.run.directory import RunSection
+from megatron_sas.run.directory import RunSection, Seeds, SeedSection
 from megatron_sas.run.records import LoggingSection
 from megatron_sas.run.saver import CheckpointSection, SnapshotSection
 
 NULL = ("", "~", "null")
 NEWER = ("schedule", "optimizer")
 """Fields of the section `train` that came later than the format of checkpoints."""
+NEWER_SECTIONS = ("seed", "masking")
+SCHEDULED = ("schedule", "rate")
+"""Names of fields that hold schedules."""
 
 
 class Retired(NamedTuple):
@@ -60,8 +64,10 @@ RETIRED = {
 
 class _BeforeTerms(Section):
     run: RunSection
+    seed: SeedSection = SeedSection()
     model: ModelSection = ModelSection()
     data: DataSection
+    masking: MaskingSection = MaskingSection()
 
 
 _owned = {name: term.section_class for name, term in TERMS.items()}
@@ -91,7 +97,17 @@ class Config(create_model("_WithTerms", __base__=_BeforeTerms, **_fields)):
                     faults.append(f"watch.metrics: {key} needs {needs}")
         for owner in EVALUATIONS.values():
             faults += [f"evaluation.{fault}" for fault in owner.faults(evaluation, self.data.validation is not None)]
+        if shortage := self.masking.shortage(self.train.steps):
+            faults.append(f"masking.{shortage}")
         return faults
+
+    def seeds(self) -> Seeds:
+        """The seeds of initial weights, data and dropout."""
+        return self.seed.seeds(self.run.seed)
+
+    def masking_rate(self) -> Schedule:
+        """The probability with which training masks a token, by completed updates."""
+        return self.masking.schedule(self.data.mask_prob)
 
     def bert_config(self, vocab_size: int, pad_token_id: int) -> BertConfig:
         """The architecture, for a vocabulary."""
@@ -133,12 +149,15 @@ class Config(create_model("_WithTerms", __base__=_BeforeTerms, **_fields)):
     def to_yaml(self) -> str:
         """YAML that `load_config` reads back to an equal configuration.
 
-        Newer fields are left out at their defaults, so that versions without them can read it.
+        Newer fields and sections are left out at their defaults, so that versions without them can read it.
         """
         values = self.used()
         for field in NEWER:
             if values["train"][field] == TrainSection.model_fields[field].default:
                 del values["train"][field]
+        for section in NEWER_SECTIONS:
+            if getattr(self, section) == type(getattr(self, section))():
+                del values[section]
         return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -267,7 +286,7 @@ def _may_be_list(section: str, field: str) -> bool:
 def _describe(detail: dict[str, Any]) -> list[str]:
     """One pydantic fault as phrases: where, what, and for typos what was probably meant."""
     location = [str(part) for part in detail["loc"]]
-    kind = next((location.pop(i + 1) for i, name in enumerate(location[:-1]) if name == "schedule"), None)
+    kind = next((location.pop(i + 1) for i, name in enumerate(location[:-1]) if name in SCHEDULED), None)
     where = ".".join(location)
     if detail["type"] == "value_error":  # from `Section.faults`
         return [".".join([*location, fault]) for fault in str(detail["ctx"]["error"]).split(FAULT_SEPARATOR)]

@@ -56,7 +56,7 @@ class Run:
         state = build_state(config, lambda _: None)
         self.dataset, self.terms = state.dataset, state.terms
         module = MaskedLMWithTerms(state.bert, self.terms)
-        self.engine = Engine(module, config.train, config.run.seed, device, config.optimizer_options())
+        self.engine = Engine(module, config.train, config.seeds().dropout, device, config.optimizer_options())
         self.saver = make_saver(config, self.engine, state)
 
     def updates(self) -> None:

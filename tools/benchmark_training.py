@@ -7,7 +7,9 @@ Variants take turns on the same random tokens, masks and dependency heads, from 
 
     ours_max        this project with the `max` regularizer
     ours_uniform    this project with the `uniform` regularizer
-    ours_mlm        this project without the regularizer (λ = 0, not measured)
+    ours_offset     this project with the term `offset`, of mode max, in place of the regularizer
+    ours_entropy    this project with the term `entropy` in place of the regularizer
+    ours_mlm        this project without a term (λ = 0, not measured)
     ours_deepspeed  ours_max inside the trainer's DeepSpeed engine, ZeRO stage 0
     ours_flex       ours_max on FlexAttention with its logsumexp (GPU, no attention dropout)
     paper           the regularizer as the paper computes it: transformers' eager attention, `output_attentions=True`,
@@ -46,7 +48,10 @@ if TYPE_CHECKING:
     from megatron_sas.model.bert import Bert
 
 SAS_WEIGHT = 0.001
-VARIANTS = ("ours_max", "ours_uniform", "ours_mlm", "ours_deepspeed", "ours_flex", "paper", "hf_sdpa")
+TERM_VARIANTS = ("ours_offset", "ours_entropy")
+VARIANTS = (
+    *("ours_max", "ours_uniform", *TERM_VARIANTS, "ours_mlm", "ours_deepspeed", "ours_flex", "paper", "hf_sdpa"),
+)
 CPU_VARIANTS = ("ours_max", "ours_mlm", "paper", "hf_sdpa")
 MASK_PROB = 0.15
 GRAD_CLIP = 1.0  # the trainer's default
@@ -55,6 +60,7 @@ RATIOS = (
     ("paper", "ours_max"),
     ("ours_max", "ours_mlm"),
     ("ours_uniform", "ours_mlm"),
+    *((name, "ours_mlm") for name in TERM_VARIANTS),
     ("ours_deepspeed", "ours_max"),
     ("ours_flex", "ours_max"),
     ("hf_sdpa", "ours_mlm"),
@@ -143,11 +149,12 @@ def module_and_loss(
 
 def _ours(name: str, setting: Setting, batch: Batch, weight: float) -> tuple[nn.Module, Callable[[], Tensor]]:
     from megatron_sas.objective.pretraining import MaskedLMWithTerms
-    from megatron_sas.objective.sas import SasSection, SasTerm
+    from megatron_sas.objective.terms import TERMS
 
     bert = setting.bert(attention_backend="flex" if name == "ours_flex" else "auto")
-    section = SasSection(mode="uniform" if name == "ours_uniform" else "max")
-    module = MaskedLMWithTerms(bert, {"sas": SasTerm(section)})
+    term = name.removeprefix("ours_") if name in TERM_VARIANTS else "sas"
+    settings = {"mode": "uniform"} if name == "ours_uniform" else {}
+    module = MaskedLMWithTerms(bert, {term: TERMS[term](TERMS[term].section_class(**settings))})
     if setting.compiled:
         module.compile_parts()
     count, sequences = int((batch.labels >= 0).sum()), batch.input_ids.shape[0]
@@ -159,7 +166,7 @@ def _ours(name: str, setting: Setting, batch: Batch, weight: float) -> tuple[nn.
             batch.labels,
             batch.heads,
             mlm_scale=1.0 / count,
-            term_scales={"sas": weight / sequences} if weight else {},
+            term_scales={term: weight / sequences} if weight else {},
         ).loss
 
     return module, loss

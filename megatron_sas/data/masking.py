@@ -16,6 +16,10 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 _MASKING = 0x6D61736B  # keeps these bits apart from every other use of the same seed
 _LOW = np.uint64(0xFFFFFFFF)
 
+Split = tuple[float, float, float]
+"""Shares of the selected tokens that become [MASK], become a random token, and stay; they add up to 1."""
+BERT_SPLIT: Split = (0.8, 0.1, 0.1)
+
 
 def _mix(value: np.ndarray) -> np.ndarray:
     """The splitmix64 finaliser, in place where possible."""
@@ -62,11 +66,13 @@ def mask_tokens(
     vocab_size: int,
     mask_id: int,
     special_ids: Iterable[int],
+    split: Split = BERT_SPLIT,
 ) -> tuple[np.ndarray, np.ndarray]:
     """BERT's masking (Devlin et al. 2019, section 3.1) with every token selected independently.
 
-    Each token that is not special is selected with probability `mask_prob`; of the selected, 80 % become `mask_id`,
-    10 % a token drawn uniformly from all `vocab_size` entries, 10 % stay.
+    Each token that is not special is selected with probability `mask_prob`; of the selected, by default, 80 % become
+    `mask_id`, 10 % a token drawn uniformly from all `vocab_size` entries, 10 % stay. What is selected at one
+    probability is selected at every larger one too, and is treated alike.
 
     Args:
         tokens: (n, S) integers. samples: (n,) int64, the sample numbers. epoch: one integer or (n,).
@@ -89,7 +95,7 @@ def mask_tokens(
     action = bits & _LOW
     values = input_ids.ravel()[positions]
     replacement = (((bits >> np.uint64(32)) * np.uint64(vocab_size)) >> np.uint64(32)).astype(np.int64)
-    values = np.where(action < np.uint64(round(0.9 * 2**32)), replacement, values)
-    values = np.where(action < np.uint64(round(0.8 * 2**32)), mask_id, values)
+    values = np.where(action < np.uint64(round((split[0] + split[1]) * 2**32)), replacement, values)
+    values = np.where(action < np.uint64(round(split[0] * 2**32)), mask_id, values)
     input_ids.ravel()[positions] = values
     return input_ids, selected

@@ -39,7 +39,9 @@ class DataSection(Section):
     )
     validation: str | None = Field(None, description="prefix of the validation data")
     tokenizer: str | None = Field(None, description="vocabulary or directory; default: the one named by the data")
-    mask_prob: float = Field(0.15, description="probability with which a token is masked", gt=0, lt=1)
+    mask_prob: float = Field(
+        0.15, description="probability with which a token is masked; in training masking.rate replaces it", gt=0, lt=1
+    )
     heads: str | None = Field(None, description="name of a control made by tools/make_control.py instead of the parses")
 
     @field_validator("train", mode="before")

@@ -6,14 +6,14 @@ B (or m) sequences in a micro-batch, S tokens a sequence, M masked tokens in a m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.data.masking import mask_tokens
+from megatron_sas.data.masking import BERT_SPLIT, Split, mask_tokens
 from megatron_sas.data.mixture import MixedData, stream_samples
 from megatron_sas.data.packed import PackedData
 
@@ -67,6 +67,7 @@ def _batch(
     epochs: int | np.ndarray,
     seed: int,
     mask_prob: float,
+    split: Split = BERT_SPLIT,
     capacity: int = 0,
 ) -> MicroBatch:
     """Read and mask `samples` (m,); rows with sample -1 repeat sample 0 without labels and without edges.
@@ -87,6 +88,7 @@ def _batch(
         vocab_size=info.vocab_size,
         mask_id=info.mask_id,
         special_ids=info.special_ids,
+        split=split,
     )
     heads = np.asarray(packed.heads[rows], dtype=np.int64)
     _check_range(packed, "heads", heads, rows, -1, packed.seq_length)
@@ -125,8 +127,11 @@ class MLMDataset:
     """The training stream as a pure function of the step.
 
     Global batch `step` is cut into micro-batches of `micro_batch_size`; micro-batch j = a·world_size + rank is the a-th
-    that `rank` accumulates. Its content depends on (seed, step, j) alone. With `fixed_shapes` the number of masked
-    positions is filled up to `masked_capacity`.
+    that `rank` accumulates. Its content depends on (seed, step, j) alone.
+
+    `mask_prob` is the probability with which a token is masked, or gives it by the step; `largest_mask_prob` is then
+    the largest that it ever gives. With `fixed_shapes` the number of masked positions is filled up to the
+    `masked_capacity` of the largest.
 
     Raises:
         InputError: the global batch is not a multiple of micro_batch_size × world_size.
@@ -137,11 +142,13 @@ class MLMDataset:
         packed: PackedData | MixedData,
         *,
         seed: int,
-        mask_prob: float,
+        mask_prob: float | Callable[[int], float],
         global_batch_size: int,
         micro_batch_size: int,
         rank: int,
         world_size: int,
+        largest_mask_prob: float | None = None,
+        split: Split = BERT_SPLIT,
         fixed_shapes: bool = False,
     ) -> None:
         if global_batch_size % (micro_batch_size * world_size):
@@ -150,22 +157,22 @@ class MLMDataset:
                 "processes; change one of the three"
             )
         self.packed = packed
-        self.seed, self.mask_prob = seed, mask_prob
+        self.seed, self.split = seed, split
+        self.mask_prob = mask_prob if callable(mask_prob) else lambda step: mask_prob
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size
         self.accumulation = global_batch_size // (micro_batch_size * world_size)
-        self.capacity = masked_capacity(micro_batch_size * packed.seq_length, mask_prob) if fixed_shapes else 0
+        largest = mask_prob if largest_mask_prob is None else largest_mask_prob
+        self.capacity = masked_capacity(micro_batch_size * packed.seq_length, largest) if fixed_shapes else 0
 
     def window(self, step: int) -> Window:
         """This rank's micro-batches of global batch `step`, in the order in which they are accumulated."""
         samples, epochs = stream_samples(self.packed, step, self.global_batch_size, self.seed)
-        batches = []
+        batches, masking = [], (self.seed, self.mask_prob(step), self.split, self.capacity)
         for number in range(self.accumulation):
             index = number * self.world_size + self.rank
             rows = slice(index * self.micro_batch_size, (index + 1) * self.micro_batch_size)
-            batches.append(
-                _batch(self.packed, index, samples[rows], epochs[rows], self.seed, self.mask_prob, self.capacity)
-            )
+            batches.append(_batch(self.packed, index, samples[rows], epochs[rows], *masking))
         return Window(step, batches, sum(int((batch.labels != IGNORED).sum()) for batch in batches))
 
 

@@ -20,7 +20,7 @@ from megatron_sas.evaluation.observers import AttentionStatistics, share_pass
 from megatron_sas.model.bert import Bert
 from megatron_sas.objective.base import Batch, Term
 from megatron_sas.objective.pretraining import mlm_loss_sum
-from megatron_sas.objective.terms import TERMS, EdgeSets
+from megatron_sas.objective.terms import TERMS, Needs
 
 VALIDATION_SEED = 0x76616C  # not the run's seed: runs with different seeds are validated on the same masks
 
@@ -76,17 +76,17 @@ def evaluate_validation(
         for batch in batches:
             inputs = (batch.input_ids, batch.masked_positions, batch.labels, batch.heads)
             seen = Batch(*(tensor.to(device) for tensor in inputs))
-            sets = EdgeSets(terms, seen)
+            needs = Needs(terms, seen)
             real = (batch.sample_ids >= 0).to(device)  # (B,)
             text = _MaskedText(seen.input_ids, seen.heads, real)
             output = share_pass(
-                model, text, statistics=statistics, heads=sets.heads, masked_positions=seen.masked_positions
+                model, text, statistics=statistics, masked_positions=seen.masked_positions, **needs.arguments
             )
             sums[0] += mlm_loss_sum(output.logits, seen.labels)
             sums[1] += len(batch.labels)
             sums[2] += real.sum()
             for place, name in enumerate(names, start=3):
-                sums[place] += (terms[name](sets.output_for(name, output), seen) * real).sum()
+                sums[place] += (terms[name](needs.output_for(name, output), seen) * real).sum()
             if after_batch is not None:
                 after_batch()
     loss, tokens, sequences, *totals = distributed.all_reduce_sum_(sums).tolist()

@@ -9,15 +9,17 @@ from typing import Any
 import yaml
 
 from megatron_sas import __version__
+from megatron_sas.data.masking import BERT_SPLIT
 from megatron_sas.evaluation.blimp_labels import renew_record
 from megatron_sas.evaluation.registry import live_metrics
 from megatron_sas.evaluation.uas import UAS
 from megatron_sas.model.config import BertConfig
+from megatron_sas.objective.masking import MaskingSection
 from megatron_sas.objective.terms import TERMS
 from megatron_sas.optim.optimizers import OPTIMIZERS
 from megatron_sas.optim.schedules import read_schedule
 from megatron_sas.optim.section import TrainSection
-from megatron_sas.run.directory import CONFIG, STATE, run_of
+from megatron_sas.run.directory import CONFIG, STATE, describe_seeds, run_of
 
 USE = """\
 ```python
@@ -86,7 +88,7 @@ def _training(state: dict[str, Any], run: dict[str, Any] | None, config: BertCon
         optimizer = OPTIMIZERS[train.get("optimizer", "adamw")].TITLE
         clipping = f"clipped at {train['grad_clip']:g}" if train["grad_clip"] else "not clipped"
         rows |= {
-            "objective": f"masked LM (each token masked with probability {run['data']['mask_prob']:g}) + λ · R",
+            "objective": f"masked LM ({_masking(run)}) + λ · R",
             **_terms(run),
             "batch": f"{train['global_batch_size']} sequences, micro-batch {train['micro_batch_size']}",
             "optimizer": f"{optimizer}, peak learning rate {train['learning_rate']:g}, "
@@ -95,12 +97,21 @@ def _training(state: dict[str, Any], run: dict[str, Any] | None, config: BertCon
             "learning rate": TrainSection(**train).schedule.course(),
             "dropout": f"hidden {config.hidden_dropout:g}, attention {config.attention_dropout:g}",
             "precision": f"{train['precision']}, ZeRO stage {train['zero_stage']}",
-            "seed": run["run"]["seed"],
+            "seed": describe_seeds(run),
         }
     if "versions" in state:
         rows["trained with"] = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
     rows["exported with"] = f"megatron_sas {__version__}"
     return rows
+
+
+def _masking(run: dict[str, Any]) -> str:
+    """How tokens were masked; the split is told where it is not BERT's."""
+    section = MaskingSection(**run.get("masking", {}))
+    text = f"each token masked with probability {section.schedule(run['data']['mask_prob']).describe()}"
+    if section.split != BERT_SPLIT:
+        text += "; of these {:.0%} to [MASK], {:.0%} to a random token".format(*section.split)
+    return text
 
 
 def _terms(run: dict[str, Any]) -> dict[str, str]:

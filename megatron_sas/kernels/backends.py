@@ -29,19 +29,24 @@ class Backend(NamedTuple):
     """`unsupported_reason(q, dropout_p, has_seqlens, sets, window)`: why `run` cannot take such inputs and so many sets
     of edges, in words that fit behind the backend's name, or None when it can. All five are given by position, so that
     a backend that does not know of one fails rather than ignores it."""
+    output_and_lse: Callable[..., tuple[Tensor, Tensor]] | None = None
+    """`output_and_lse(q, k, v, seqlens, scale, window)`: attention without dropout `(B, H, S, D)`, with its gradient,
+    and the logsumexp `(B, H, S)` of the scores in nats, without one. None: the backend does not hand it out."""
+
+
+def _flash_backend(name: str) -> Backend:
+    """One of torch's own flash kernels, by its backend's name."""
+    functions = (sdpa.run, sdpa.unsupported_reason, sdpa.output_and_lse)
+    return Backend(*(functools.partial(function, backend=name) for function in functions))
 
 
 BACKENDS: dict[str, Backend] = {
-    "triton": Backend(triton.run, triton.unsupported_reason),
-    "sdpa": Backend(
-        functools.partial(sdpa.run, backend="sdpa"), functools.partial(sdpa.unsupported_reason, backend="sdpa")
-    ),
-    "cudnn": Backend(
-        functools.partial(sdpa.run, backend="cudnn"), functools.partial(sdpa.unsupported_reason, backend="cudnn")
-    ),
+    "triton": Backend(triton.run, triton.unsupported_reason, triton.output_and_lse),
+    "sdpa": _flash_backend("sdpa"),
+    "cudnn": _flash_backend("cudnn"),
     "flex": Backend(flex.run, flex.unsupported_reason),
     "fa4": Backend(fa4.run, fa4.unsupported_reason),
-    "chunked": Backend(chunked.run),
+    "chunked": Backend(chunked.run, output_and_lse=chunked.output_and_lse),
     "reference": Backend(reference.run),
 }
 """By name: our kernels; torch's flash kernel of the device; cuDNN's; FlexAttention; FlashAttention-4; plain tensor

@@ -26,14 +26,16 @@ def run(
     heads = None if heads is None else valid_heads(heads, seqlens)
     mask = key_mask(seqlens, q.shape[2], accumulation_dtype(q.dtype))
     seed = dropout.draw_seed(q.device) if dropout_p > 0.0 else None
-    return _ChunkedDependencyAttention.apply(q, k, v, heads, mask, dropout_p, scale, window, seed)
+    return _ChunkedDependencyAttention.apply(q, k, v, heads, mask, dropout_p, scale, window, seed)[:3]
 
 
-def chunked_output_and_lse(
-    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, scale: float
+def output_and_lse(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, scale: float, window: Window
 ) -> tuple[Tensor, Tensor]:
-    """Attention `(B, H, S, D)` without dropout, and the logsumexp `(B, H, S)` of its scores; neither has a gradient."""
-    return _forward(q, k, v, key_mask(seqlens, q.shape[2], accumulation_dtype(q.dtype)), None, 0.0, scale, None)
+    """See `Backend.output_and_lse`."""
+    mask = key_mask(seqlens, q.shape[2], accumulation_dtype(q.dtype))
+    out, _, _, lse = _ChunkedDependencyAttention.apply(q, k, v, None, mask, 0.0, scale, window, None)
+    return out, lse
 
 
 def _blocks(seq: int, window: Window) -> list[tuple[slice, slice]]:
@@ -92,11 +94,12 @@ class _ChunkedDependencyAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, heads, mask, seed, out, lse, to_head, to_dependent)
         ctx.dropout_p, ctx.scale, ctx.window = dropout_p, scale, window
         ctx.set_materialize_grads(False)
-        return out, to_head, to_dependent
+        ctx.mark_non_differentiable(lse)
+        return out, to_head, to_dependent, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out, grad_to_head, grad_to_dependent):  # noqa: ANN001
+    def backward(ctx, grad_out, grad_to_head, grad_to_dependent, _):  # noqa: ANN001
         q, k, v, heads, mask, seed, out, lse, to_head, to_dependent = ctx.saved_tensors
         scale, dtype, seq = ctx.scale, lse.dtype, q.shape[2]
         if grad_out is None:

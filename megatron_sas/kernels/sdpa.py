@@ -168,14 +168,15 @@ def run(
     """See `Backend.run`; `backend` is "sdpa" or "cudnn"."""
     heads = None if heads is None else valid_heads(heads, seqlens)
     mask = _square_mask(seqlens, q)
-    return _FlashDependencyAttention.apply(q, k, v, heads, mask, dropout_p, scale, kernel_named(backend, q))
+    return _FlashDependencyAttention.apply(q, k, v, heads, mask, dropout_p, scale, kernel_named(backend, q))[:3]
 
 
-def sdpa_output_and_lse(
-    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, scale: float, backend: str
+def output_and_lse(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, scale: float, window: None, *, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Attention `(B, H, S, D)` without dropout, and the logsumexp `(B, H, S)` of its scores; neither has a gradient."""
-    out, lse, _ = kernel_named(backend, q).forward(q, k, v, _square_mask(seqlens, q), 0.0, scale)
+    """See `Backend.output_and_lse`; `backend` is "sdpa" or "cudnn"."""
+    mask, kernel = _square_mask(seqlens, q), kernel_named(backend, q)
+    out, _, _, lse = _FlashDependencyAttention.apply(q, k, v, None, mask, 0.0, scale, kernel)
     return out, lse
 
 
@@ -196,11 +197,12 @@ class _FlashDependencyAttention(torch.autograd.Function):
         ctx.is_tensor = [isinstance(x, Tensor) for x in rest]
         ctx.dropout_p, ctx.scale, ctx.kernel = dropout_p, scale, kernel
         ctx.set_materialize_grads(False)
-        return out, to_head, to_dependent
+        ctx.mark_non_differentiable(lse)
+        return out, to_head, to_dependent, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out, grad_to_head, grad_to_dependent):  # noqa: ANN001
+    def backward(ctx, grad_out, grad_to_head, grad_to_dependent, _):  # noqa: ANN001
         q, k, v, heads, mask, out, lse, to_head, to_dependent, *tensors = ctx.saved_tensors
         saved = iter(tensors)
         rest = tuple(next(saved) if saved_one else x for x, saved_one in zip(ctx.rest, ctx.is_tensor, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -11,6 +12,14 @@ from megatron_sas.kernels.cpu_linear import Linear
 from megatron_sas.model.config import BertConfig
 
 QueryKeyObserver = Callable[[Tensor, Tensor], None]
+
+
+class QueriesKeys(NamedTuple):
+    """What one layer's attention is made of, for terms of the objective."""
+
+    q: Tensor  # (B, H, S, D)
+    k: Tensor  # (B, H, S, D)
+    window: int | tuple[int, int] | None  # of local attention, as in `dependency_attention`
 
 
 class SelfAttention(nn.Module):
@@ -25,9 +34,16 @@ class SelfAttention(nn.Module):
         self.output = Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, x: Tensor, heads: Tensor | None, seqlens: Tensor | None, observer: QueryKeyObserver | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Output `(B, S, C)`, `to_head` and `to_dependent` `(B, H, S)` (None without `heads`).
+        self,
+        x: Tensor,
+        heads: Tensor | None,
+        seqlens: Tensor | None,
+        observer: QueryKeyObserver | None = None,
+        *,
+        queries_keys: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """Output `(B, S, C)`, `to_head` and `to_dependent` `(B, H, S)` (None without `heads`), and if `queries_keys`
+        is true queries and keys `(B, H, S, D)` with their gradient.
 
         Heads `(B, sets, S)` give probabilities `(B, sets, H, S)`.
 
@@ -47,4 +63,5 @@ class SelfAttention(nn.Module):
         out, to_head, to_dependent = dependency_attention(
             q, k, v, heads, seqlens=seqlens, dropout_p=dropout_p, backend=backend
         )
-        return self.output(out.transpose(1, 2).reshape(batch, seq, hidden)), to_head, to_dependent
+        out = self.output(out.transpose(1, 2).reshape(batch, seq, hidden))
+        return out, to_head, to_dependent, (q, k) if queries_keys else None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron_sas.kernels.cpu_linear import Linear, linear
 from megatron_sas.kernels.reference import attention_probs
-from megatron_sas.model.attention import SelfAttention
+from megatron_sas.model.attention import QueriesKeys, SelfAttention
 from megatron_sas.model.config import BertConfig
 
 AttentionObserver = Callable[[int, Tensor], None]
@@ -33,6 +33,7 @@ class BertOutput:
     logits: Tensor | None  # (M, padded V), -inf beyond V
     to_head: tuple[Tensor, ...]
     to_dependent: tuple[Tensor, ...]
+    queries_keys: tuple[QueriesKeys, ...] = ()  # one per layer, if they were asked for
 
     def select(self, number: int) -> BertOutput:
         """The same with the probabilities along one of several sets of edges."""
@@ -76,12 +77,14 @@ class Layer(nn.Module):
         heads: Tensor | None,
         seqlens: Tensor | None,
         observer: Callable[[Tensor, Tensor], None] | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """`(B, S, C)` to `(B, S, C)`, and the attention's two edge probabilities."""
-        attended, to_head, to_dependent = self.attention(x, heads, seqlens, observer)
+        *,
+        queries_keys: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """`(B, S, C)` to `(B, S, C)`, and what else `SelfAttention` returns."""
+        attended, *handed_out = self.attention(x, heads, seqlens, observer, queries_keys=queries_keys)
         x = self.attention_norm(x + self.dropout(attended))
         x = self.mlp_norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
-        return x, to_head, to_dependent
+        return x, *handed_out
 
 
 class LMHead(nn.Module):
@@ -134,6 +137,7 @@ class Bert(nn.Module):
         masked_positions: Tensor | None = None,
         attention_observer: AttentionObserver | None = None,
         query_key_observer: QueryKeyObserver | None = None,
+        queries_keys: bool = False,
     ) -> BertOutput:
         """Run the encoder, and the head at `masked_positions`.
 
@@ -144,19 +148,22 @@ class Bert(nn.Module):
             masked_positions: int64 `(M,)`, flat indices into B·S; None: no logits.
             attention_observer: called once per layer with (layer, map `(B, H, S, S)` in float32, before dropout).
             query_key_observer: called once per layer with (layer, queries, keys), each `(B, H, S, D)`.
+            queries_keys: whether to return queries and keys of every layer, with their gradient.
         """
         x = self.embeddings(input_ids)
-        to_head, to_dependent = [], []
+        to_head, to_dependent, layers_queries_keys = [], [], []
         for index, layer in enumerate(self.layers):
             observer = _observer_of(index, seqlens, attention_observer, query_key_observer)
-            x, layer_to_head, layer_to_dependent = layer(x, heads, seqlens, observer)
+            x, layer_to_head, layer_to_dependent, qk = layer(x, heads, seqlens, observer, queries_keys=queries_keys)
             if layer_to_head is not None:
                 to_head.append(layer_to_head)
                 to_dependent.append(layer_to_dependent)
+            if qk is not None:
+                layers_queries_keys.append(QueriesKeys(*qk, window=None))
         logits = None
         if masked_positions is not None:
             logits = self.logits(x, masked_positions)
-        return BertOutput(x, logits, tuple(to_head), tuple(to_dependent))
+        return BertOutput(x, logits, tuple(to_head), tuple(to_dependent), tuple(layers_queries_keys))
 
     def logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """`(M, padded V)`, -inf beyond V, at `positions` `(M,)`, flat indices into the B·S rows of `(B, S, C)`."""

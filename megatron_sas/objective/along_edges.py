@@ -18,22 +18,15 @@ from pydantic import Field
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_sas.core.settings import Section
 from megatron_sas.model.bert import BertOutput
-from megatron_sas.objective.base import Batch, Counts
-from megatron_sas.optim.schedules import AnySchedule, Stages, schedule_faults
+from megatron_sas.objective.base import EDGES, Batch, Counts, TermSection
 
 DIRECTIONS = ("both", "to_head", "to_dependent")
 
 
-class EdgeSection(Section):
+class EdgeSection(TermSection):
     """The settings of a term along edges."""
 
-    schedule: AnySchedule = Field(
-        Stages(()),
-        description="λ by completed updates: a number, stages {start, end, value[, end_value]}, or {kind: linear, "
-        "cosine or wsd, value, warmup_steps, decay_horizon[, decay_steps]}; default 0",
-    )
     mode: Literal["max", "uniform"] = Field("max", description="R: best (layer, head) per edge, or all of them")
     p: float = Field(1.0, description="exponent of mode uniform", ge=1)
     directions: Literal["both", "to_head", "to_dependent"] = Field("both", description="attention that counts")
@@ -41,13 +34,11 @@ class EdgeSection(Section):
         "sequence", description="mean over the global batch, or the paper's sum over the micro-batch"
     )
 
-    def faults(self) -> list[str]:
-        """The schedule must be sound."""
-        return schedule_faults(self.schedule)
-
 
 class EdgeTerm:
     """A `Term` along edges; a subclass says which."""
+
+    needs = frozenset({EDGES})
 
     def __init__(self, section: EdgeSection, special_ids: Sequence[int] = ()) -> None:
         self.section, self.special_ids, self.reduction = section, tuple(special_ids), section.reduction

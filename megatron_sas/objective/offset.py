@@ -12,7 +12,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from megatron_sas.data.mlm_dataset import IGNORED
 from megatron_sas.objective.along_edges import EdgeSection, EdgeTerm
 from megatron_sas.objective.base import Batch
 
@@ -39,16 +38,9 @@ class OffsetTerm(EdgeTerm):
 
     def edges(self, batch: Batch) -> Tensor:
         """int64 `(B, S)`: i + distance, -1 where that is outside of the sequence or either end is special."""
-        ids = batch.input_ids
-        masked = torch.zeros(ids.numel(), dtype=torch.int32, device=ids.device)
-        masked.index_add_(0, batch.masked_positions, (batch.labels != IGNORED).to(torch.int32))
-        ordinary = masked.view_as(ids) > 0  # (B, S); what stands at a masked position is no special token
-        special = torch.zeros_like(ordinary)
-        for number in self.special_ids:
-            special |= ids == number
-        ordinary |= ~special
-        seq = ids.shape[1]
-        other = torch.arange(seq, device=ids.device) + self.section.distance  # (S,)
+        ordinary = batch.holds_text(self.special_ids)  # (B, S)
+        seq = ordinary.shape[1]
+        other = torch.arange(seq, device=ordinary.device) + self.section.distance  # (S,)
         inside = (other >= 0) & (other < seq)
         edge = ordinary & inside & ordinary[:, other.clamp(0, seq - 1)]
         return torch.where(edge, other, -1)

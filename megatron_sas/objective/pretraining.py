@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from megatron_sas.data.mlm_dataset import IGNORED
 from megatron_sas.model.bert import Bert
 from megatron_sas.objective.base import Batch, Term
-from megatron_sas.objective.terms import EdgeSets
+from megatron_sas.objective.terms import Needs
 
 
 @dataclass
@@ -71,18 +71,18 @@ class MaskedLMWithTerms(nn.Module):
                 whose scale is 0 is computed but has no gradient.
         """
         batch = Batch(input_ids, masked_positions, labels, heads)
-        sets = EdgeSets({name: self.terms[name] for name in term_scales}, batch)
+        needs = Needs({name: self.terms[name] for name in term_scales}, batch)
         with self.precision():
-            output = self.bert(input_ids, heads=sets.heads)
+            output = self.bert(input_ids, **needs.arguments)
             mlm_sum = self.mlm_loss(output.hidden, masked_positions, labels)
         loss, sums = mlm_sum * mlm_scale, {}
         for name, scale in term_scales.items():
             with torch.set_grad_enabled(torch.is_grad_enabled() and scale != 0.0):
-                term_sum = self.terms[name](sets.output_for(name, output), batch).sum()
+                term_sum = self.terms[name](needs.output_for(name, output), batch).sum()
             if scale != 0.0:
                 loss = loss + term_sum * scale
             sums[name] = term_sum.detach()
-        return LossParts(loss, mlm_sum.detach(), sums, {name: (e >= 0).sum() for name, e in sets.edges.items()})
+        return LossParts(loss, mlm_sum.detach(), sums, {name: (e >= 0).sum() for name, e in needs.edges.items()})
 
     def mlm_loss(self, hidden: Tensor, masked_positions: Tensor, labels: Tensor) -> Tensor:
         """The head at M positions of hidden states `(B, S, C)`, and the sum of its losses.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from megatron_sas.core.settings import Section
 from megatron_sas.model.bert import BertOutput
-from megatron_sas.objective.base import Batch, Term
+from megatron_sas.objective.base import EDGES, QUERIES_KEYS, Batch, Term
+from megatron_sas.objective.entropy import EntropyTerm
 from megatron_sas.objective.offset import OffsetTerm
 from megatron_sas.objective.sas import SasTerm
 from megatron_sas.optim.schedules import Stages
@@ -20,6 +21,7 @@ T = TypeVar("T")
 TERMS: dict[str, type[Term]] = {
     "sas": SasTerm,
     "offset": OffsetTerm,
+    "entropy": EntropyTerm,
 }
 
 
@@ -44,12 +46,17 @@ def weights(terms: Mapping[str, Term], step: int) -> dict[str, float]:
     return {name: term.section.schedule(step) for name, term in terms.items()}
 
 
-class EdgeSets:
-    """The edges that several terms ask for in a batch, as one argument for BERT."""
+def number_needing(what: str, terms: Mapping[str, Term]) -> int:
+    """How many of the terms need EDGES, or QUERIES_KEYS, of BERT."""
+    return sum(what in term.needs for term in terms.values())
+
+
+class Needs:
+    """What several terms need of BERT for a batch, as arguments for it."""
 
     def __init__(self, terms: Mapping[str, Term], batch: Batch) -> None:
-        asked = {name: term.edges(batch) for name, term in terms.items()}
-        self.edges: dict[str, Tensor] = {name: edges for name, edges in asked.items() if edges is not None}  # (B, S)
+        self.edges = {name: term.edges(batch) for name, term in terms.items() if EDGES in term.needs}  # (B, S)
+        self._queries_keys = number_needing(QUERIES_KEYS, terms) > 0
 
     @property
     def heads(self) -> Tensor | None:
@@ -57,8 +64,13 @@ class EdgeSets:
         sets = list(self.edges.values())
         return (sets[0] if len(sets) == 1 else torch.stack(sets, 1)) if sets else None
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `Bert`."""
+        return {"heads": self.heads} | ({"queries_keys": True} if self._queries_keys else {})
+
     def output_for(self, name: str, output: BertOutput) -> BertOutput:
-        """What BERT returned for `heads`, with the probabilities along the edges of one term."""
+        """What BERT returned for `arguments`, with the probabilities along the edges of one term."""
         if name not in self.edges or len(self.edges) == 1:
             return output
         return output.select(list(self.edges).index(name))

@@ -276,10 +276,22 @@ def read_schedule(value: Any) -> Schedule:
     return TypeAdapter(AnySchedule).validate_python(value)
 
 
-def schedule_faults(schedule: Schedule) -> list[str]:
-    """The faults of the value of a field `schedule`, each beginning with the field's name."""
+def schedule_faults(schedule: Schedule, field: str = "schedule") -> list[str]:
+    """The faults of a schedule that is the value of a field, each beginning with the field's name."""
     separator = ": " if isinstance(schedule, Stages) else "."
-    return [f"schedule{separator}{fault}" for fault in schedule.faults()]
+    return [f"{field}{separator}{fault}" for fault in schedule.faults()]
+
+
+def largest(schedule: Schedule) -> float:
+    """The largest value that a schedule ever has. Between two knots each of them only rises or only falls."""
+    steps = {0} | {step for knot in schedule.knots() for step in (knot - 1, knot)}
+    return max(schedule(step) for step in steps if step >= 0)
+
+
+def mean(schedule: Schedule, steps: int) -> float:
+    """The mean over the updates of a run, from at most a thousand of them; of a constant itself, to the bit."""
+    values = [schedule(step) for step in range(0, steps, math.ceil(steps / 1000))]
+    return values[0] if min(values) == max(values) else sum(values) / len(values)
 
 
 def plateau(schedule: Schedule, steps: int) -> tuple[float, int] | None:

@@ -19,6 +19,7 @@ from megatron_sas.report.comparisons import Condition
 from megatron_sas.report.run_onsets import Onsets, Order, RunOnset
 from megatron_sas.report.statistics import Estimate
 from megatron_sas.report.trajectories import METRICS, TABLE_METRICS, Run
+from megatron_sas.run.directory import describe_seeds
 
 NOT_MEASURED = "–"
 
@@ -209,7 +210,7 @@ def run_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "Tokens": f"{tokens[0] / 1e6:.1f}M" if len(tokens) else None,
             "Time": f"{seconds[0] / 60:.1f} min" if len(seconds) else None,
             "λ": run.describe_schedule(),
-            "Seed": run.setting("run.seed"),
+            "Seed": describe_seeds(run.config),
             "Devices": _devices(start),
         }
         text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)

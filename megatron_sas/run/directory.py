@@ -7,6 +7,7 @@ RUN/checkpoints/step_…/     complete states (`checkpoint.py`)
 RUN/checkpoints/latest      name of the newest of them
 RUN/snapshots/step_…/       the model alone, as a Hugging Face directory
 RUN/ring/step_…/            recent models, until an onset is detected
+RUN/starts.json             command line, code and packages of every start (`starts.py`)
 RUN/lineage.json            where a branch comes from
 RUN/stop, RUN/requeue       a request to stop, and the mark of a run that wants to be started again
 RUN/.lock                   held by the process that writes here
@@ -16,9 +17,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -59,6 +61,34 @@ class RunSection(Section):
     timeout_minutes: float = Field(
         30.0, description="a run that makes no progress for so long ends, naming the process it waits for", gt=0, le=1e6
     )
+
+
+class Seeds(NamedTuple):
+    """What the random parts of a run are functions of."""
+
+    init: int  # initial weights
+    data: int  # sample order and masks
+    dropout: int
+
+
+class SeedSection(Section):
+    """Seeds of parts of a run, to vary one and keep another."""
+
+    init: int | None = Field(None, description="of the initial weights; default: run.seed", ge=0, lt=2**63)
+    data: int | None = Field(None, description="of sample order and masks; default: run.seed", ge=0, lt=2**63)
+    dropout: int | None = Field(None, description="of dropout; default: run.seed", ge=0, lt=2**63)
+
+    def seeds(self, seed: int) -> Seeds:
+        """All of them, where `seed` is `run.seed`."""
+        return Seeds(*(seed if own is None else own for own in (self.init, self.data, self.dropout)))
+
+
+def describe_seeds(config: Mapping[str, Any]) -> int | str | None:
+    """The seed of a run from its configuration as YAML has it, with those of parts that differ: 1, or "1, data 2"."""
+    run, parts = (config.get(name) if isinstance(config.get(name), dict) else {} for name in ("run", "seed"))
+    seed = run.get("seed")
+    own = [f"{part} {value}" for part, value in parts.items() if value not in (None, seed)]
+    return ", ".join([str(seed), *own]) if own else seed
 
 
 def step_name(step: int) -> str:
@@ -125,6 +155,11 @@ class RunDirectory:
         return self.path / "lineage.json"
 
     @property
+    def starts(self) -> Path:
+        """What every start was."""
+        return self.path / "starts.json"
+
+    @property
     def stop(self) -> Path:
         """A file that asks the run to save and end."""
         return self.path / "stop"
@@ -155,7 +190,7 @@ class RunDirectory:
     def leftovers(self) -> list[Path]:
         """What a killed process left: half-written files, checkpoints and models, and half-deleted ones."""
         models = (self.checkpoints, self.snapshots, self.ring)
-        written = (self.config, self.records, self.lineage, self.requeue, self.tensorboard)
+        written = (self.config, self.records, self.lineage, self.starts, self.requeue, self.tensorboard)
         patterns = [f".{path.name}.*.tmp" for path in written]
         patterns += [f".{directory.name}.old" for directory in (*models, self.tensorboard)]
         for directory in models:

@@ -83,6 +83,7 @@ def estimate_memory(
     seq_length: int,
     mask_prob: float,
     edge_sets: int = 1,
+    second_passes: int = 0,
     optimizer: str = "adamw",
     zero_optimization: dict[str, Any] | None = None,
     cuda: bool = True,
@@ -92,6 +93,7 @@ def estimate_memory(
     Args:
         accumulation: micro-batches per update; with more than one, gradients exist while activations peak.
         edge_sets: sets of edges along which probabilities are computed, one for each term that asks for some.
+        second_passes: terms that compute attention a second time, as its entropy does.
         optimizer: by name in `OPTIMIZERS`.
         zero_optimization: that section of DeepSpeed's JSON (bucket sizes, offloading).
         cuda: dropout keeps masks of 1 byte there, of the activations' size on a CPU.
@@ -134,6 +136,7 @@ def estimate_memory(
         autocast=bf16 and zero_stage == 0,
         compute=compute,
         edge_sets=edge_sets,
+        second_passes=second_passes,
         cuda=cuda,
     )
     # The gradient of the logits: in compiled code beside them, else in their place.
@@ -150,6 +153,7 @@ def activation_bytes(
     autocast: bool,
     compute: int,
     edge_sets: int,
+    second_passes: int,
     cuda: bool,
 ) -> float:
     """Bytes that one forward keeps for its backward, without the weights (and autocast's copies of them).
@@ -165,6 +169,8 @@ def activation_bytes(
     layer = inner * (3 * c + c + 2 * c + 2 * config.intermediate_size) + norm_input * 2 * c + 2 * mask * c
     layer += 4 * FP32 + FP32 * heads  # mean and deviation of the LayerNorms, logsumexp
     layer += edge_sets * (2 * FP32 * heads + 8)  # the two probabilities, int64 heads
+    # Of a second pass: its output, queries in float32, logsumexp and entropy.
+    layer += second_passes * (inner * c + (FP32 * c if inner == BF16 else 0) + 2 * FP32 * heads)
     embeddings = 2 * norm_input * c + mask * c + 16
     head = masked * inner * (4 * c + vocab)
     return micro_batch_size * seq_length * (config.num_layers * layer + embeddings) + head

@@ -19,6 +19,7 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import sha256_file, write_bytes_atomic, write_json_atomic
 from megatron_sas.core.manifest import MANIFEST
 from megatron_sas.objective.terms import TERMS
+from megatron_sas.optim.schedules import Schedule
 from megatron_sas.run.checkpoint import newest_checkpoint, read_state, remove_directory
 from megatron_sas.run.directory import (
     CONFIG,
@@ -36,11 +37,12 @@ MAY_CHANGE = (*TERMS, "run", "checkpoint", "snapshots", "evaluation", "logging",
 """Sections that a branch may change; `run.seed` is excepted."""
 MAY_CHANGE_TOO = (
     "data.heads",
+    "masking.rate",
     *(f"train.{field}" for field in ("steps", "zero_stage", "deepspeed_config", "max_nonfinite_updates")),
 )
 BY_CONTENT = ("data.train", "data.validation", "data.tokenizer")
 """Paths whose contents are compared when they are opened, for a branch and a continued run alike."""
-RECORDED = (*TERMS, "data", "train")
+RECORDED = (*TERMS, "data", "masking", "train")
 """Sections whose changes lineage.json names: the others do not touch what is trained."""
 
 
@@ -121,20 +123,30 @@ def _check_same_past(old: Config, new: Config, step: int, checkpoint: Path) -> N
         example = f" ({json.dumps(values[0])}, not {json.dumps(values[1])})" if len(refused) == 1 else ""
         raise InputError(
             f"{where} was made with other values of {', '.join(refused)}{example}; restore them: a branch may change "
-            f"{', '.join(TERMS)}, data.heads, and what does not touch training"
+            f"{', '.join(TERMS)}, data.heads, masking.rate, and what does not touch training"
         )
     for name in TERMS:
         before, after = getattr(old, name).schedule, getattr(new, name).schedule
-        other = next((done for done in range(step) if before(done) != after(done)), None)
-        if other is not None:
+        if (other := _first_difference(before, after, step)) is not None:
             stages = json.dumps(old.model_dump(mode="json")[name]["schedule"])
             raise InputError(
                 f"{where}: {name}.schedule says λ = {after(other):g} for update {other + 1}, which was made with "
                 f"λ = {before(other):g}; keep the parent's stages up to update {step} ({stages}) and change what "
                 "follows"
             )
+    before, after = old.masking_rate(), new.masking_rate()
+    if (other := _first_difference(before, after, step)) is not None:
+        raise InputError(
+            f"{where}: masking.rate says {after(other):g} for update {other + 1}, which was made with "
+            f"{before(other):g}; keep the parent's rates up to update {step} and change what follows"
+        )
     if new.train.steps <= step:
         raise InputError(f"train.steps: {new.train.steps} leaves nothing to do after step {step} of {checkpoint}")
+
+
+def _first_difference(before: Schedule, after: Schedule, step: int) -> int | None:
+    """The first of the completed updates below `step` for which two schedules have other values."""
+    return next((done for done in range(step) if before(done) != after(done)), None)
 
 
 def _may_change(name: str) -> bool:

@@ -31,8 +31,10 @@ from megatron_sas.launch.environment import other_threads, threads_of_processes
 from megatron_sas.launch.kernel_cache import build_attention_kernels, check_attention_backend
 from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
-from megatron_sas.objective.base import Term
+from megatron_sas.objective.base import EDGES, Term
 from megatron_sas.objective.pretraining import MaskedLMWithTerms
+from megatron_sas.objective.terms import number_needing
+from megatron_sas.optim.schedules import largest, mean
 from megatron_sas.run.checkpoint import load_moments, read_state, write_description
 from megatron_sas.run.directory import RunDirectory
 from megatron_sas.run.leftovers import leftovers
@@ -94,7 +96,7 @@ class BuiltRun:
         self.config, self.state, self.directory = config, state, RunDirectory(Path(config.run.output_dir))
         self.threads = threads_of_processes()
         module, options = MaskedLMWithTerms(state.bert, state.terms), config.optimizer_options()
-        self.engine = Engine(module, config.train, config.run.seed, device, options)
+        self.engine = Engine(module, config.train, config.seeds().dropout, device, options)
         state.load_optimizer(self.engine)
         self.saver = make_saver(config, self.engine, state)
         self.throughput = measure_throughput(config, state, device, clock)
@@ -106,7 +108,7 @@ class BuiltRun:
 
     def samples_of(self, step: int) -> list[int]:
         """Ids of the samples of the update that makes `step`."""
-        size, seed = self.config.train.global_batch_size, self.config.run.seed
+        size, seed = self.config.train.global_batch_size, self.config.seeds().data
         return stream_samples(self.state.dataset.packed, step - 1, size, seed)[0].tolist()
 
     def facts(self) -> dict[str, Any]:
@@ -197,14 +199,15 @@ def build_state(config: Config, log: Callable[[str], None], lock: DirectoryLock 
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     device = torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     seq_length = state.dataset.packed.seq_length
-    sets = len(state.terms)
+    sets = number_needing(EDGES, state.terms)
     on_all_ranks(lambda: check_attention_backend(state.bert.config, seq_length, dtype, device, sets))
     if device.type == "cuda":
         size = config.train.micro_batch_size
         # It communicates, but every rank meets its one barrier whatever fails.
         on_all_ranks(lambda: build_attention_kernels(state.bert.config, size, seq_length, dtype, device, sets))
     if lock is not None:  # last, so that a run which is refused leaves no directory behind
-        on_all_ranks(lambda: begin_run(config, checkpoint, branch, lock) if distributed.is_main() else None)
+        step = state.start_step
+        on_all_ranks(lambda: begin_run(config, checkpoint, branch, lock, step) if distributed.is_main() else None)
     return state
 
 
@@ -228,10 +231,13 @@ def _build(config: Config, checkpoint: Path | None) -> RunState:
                 f"model.max_position_embeddings: {config.model.max_position_embeddings} is less than the sequence "
                 f"length {part.seq_length} of data.{name}"
             )
+    rate = config.masking_rate()
     dataset = MLMDataset(
         packed,
-        seed=config.run.seed,
-        mask_prob=data.mask_prob,
+        seed=config.seeds().data,
+        mask_prob=rate,
+        largest_mask_prob=largest(rate),
+        split=config.masking.split,
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
         rank=distributed.rank(),
@@ -297,7 +303,7 @@ def measure_throughput(config: Config, state: RunState, device: torch.device, cl
             intermediate_size=bert.intermediate_size,
             vocab_size=bert.vocab_size,
             seq_length=state.dataset.packed.seq_length,
-            mask_prob=config.data.mask_prob,
+            mask_prob=mean(config.masking_rate(), config.train.steps),
         ),
         peak_flops=None if peak is None else peak * distributed.world_size(),
     )
@@ -307,7 +313,7 @@ def _model(
     bert_config: BertConfig, config: Config, checkpoint: Path | None, tokenizer: PreTrainedTokenizerBase
 ) -> Bert:
     """The model with the run's weights, else those of `model.init_from`, else random ones; equal on every rank."""
-    torch.manual_seed(config.run.seed)
+    torch.manual_seed(config.seeds().init)
     bert = Bert(bert_config)
     if checkpoint is not None:
         _load_matching(bert, checkpoint, f"{checkpoint}: has", tokenizer)

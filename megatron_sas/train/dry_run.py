@@ -33,8 +33,10 @@ from megatron_sas.launch.environment import (
     share_cores,
 )
 from megatron_sas.model.config import BertConfig
+from megatron_sas.objective.base import EDGES, QUERIES_KEYS
 from megatron_sas.objective.pretraining import MaskedLMWithTerms
-from megatron_sas.objective.terms import weights
+from megatron_sas.objective.terms import number_needing, weights
+from megatron_sas.optim.schedules import largest
 from megatron_sas.run.directory import RunDirectory, steps_in
 from megatron_sas.run.memory import MemoryEstimate, PeakMemory, count_parameters, estimate_memory, show_bytes
 from megatron_sas.train.branch import Branch
@@ -257,8 +259,9 @@ def _estimate(
         accumulation=deepspeed["gradient_accumulation_steps"],
         micro_batch_size=config.train.micro_batch_size,
         seq_length=seq_length,
-        mask_prob=config.data.mask_prob,
-        edge_sets=len(config.terms()),
+        mask_prob=largest(config.masking_rate()),
+        edge_sets=number_needing(EDGES, config.terms()),
+        second_passes=number_needing(QUERIES_KEYS, config.terms()),
         optimizer=config.train.optimizer,
         zero_optimization=deepspeed["zero_optimization"],
         cuda=torch.cuda.is_available(),
@@ -277,7 +280,7 @@ def _try_one_step(config: Config, report: Report) -> None:
             state = build_state(config, lambda _: None)
             terms = state.terms
             module, options = MaskedLMWithTerms(state.bert, terms), config.optimizer_options()
-            engine = Engine(module, config.train, config.run.seed, device, options)
+            engine = Engine(module, config.train, config.seeds().dropout, device, options)
             state.load_optimizer(engine)
             engine.set_learning_rate(0.0)
             weight = weights(terms, state.start_step)

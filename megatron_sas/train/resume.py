@@ -17,6 +17,7 @@ from megatron_sas.data.packed import PackedData, TokenizerIdentity
 from megatron_sas.run.checkpoint import newest_checkpoint
 from megatron_sas.run.directory import CONFIG, RunDirectory
 from megatron_sas.run.records import read_records
+from megatron_sas.run.starts import record_start
 from megatron_sas.train.branch import BY_CONTENT, Branch, begin_branch, find_branch
 
 MAY_CHANGE = ("run", "checkpoint", "snapshots", "evaluation", "logging", "watch")
@@ -79,8 +80,8 @@ def _check_no_checkpoint_is_lost(run: RunDirectory) -> None:
             )
 
 
-def begin_run(config: Config, checkpoint: Path | None, branch: Branch | None, lock: DirectoryLock) -> None:
-    """Make the directory a run, or this start's; rank 0's part."""
+def begin_run(config: Config, checkpoint: Path | None, branch: Branch | None, lock: DirectoryLock, step: int) -> None:
+    """Make the directory a run, or this start's, after `step` updates; rank 0's part."""
     run = RunDirectory(Path(config.run.output_dir))
     if not lock.held:  # where to start was decided without it, because nothing was there
         lock.take()
@@ -88,9 +89,11 @@ def begin_run(config: Config, checkpoint: Path | None, branch: Branch | None, lo
             raise InputError(
                 f"{run.path}: another process has begun this run meanwhile; start the same command again to continue it"
             )
-    if checkpoint is None or branch is not None:  # records of an earlier attempt must not be taken for this one's
+    begins = checkpoint is None or branch is not None
+    if begins:  # records of an earlier attempt must not be taken for this one's
         run.records.unlink(missing_ok=True)
     write_text_atomic(run.config, config.to_yaml())  # it makes the directory a run
+    record_start(run, step, anew=begins)
     if branch is not None:
         begin_branch(run, branch)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_sas.core import distributed
-from megatron_sas.objective.base import Counts, Term
+from megatron_sas.objective.base import EDGES, Counts, Term
 from megatron_sas.optim.section import TrainSection
 from megatron_sas.run.nvml import GpuMonitor
 from megatron_sas.run.records import LoggingSection
@@ -28,6 +28,7 @@ class PendingUpdate:
     result: UpdateResult
     weights: Mapping[str, float]  # λ of every term of the run
     learning_rate: float
+    masking_rate: float | None = None  # where the configuration has one
 
 
 class StepLog(Collaborator):
@@ -121,6 +122,8 @@ def _values(
         "lr": entry.learning_rate,
         "grad_norm": norm,
     }
+    if entry.masking_rate is not None:
+        values["masking_rate"] = entry.masking_rate
     for (name, term), total, edges in zip(terms.items(), sums[1::2], sums[2::2], strict=True):
         if name in entry.result.term_sums:
             counts = Counts(train.global_batch_size, train.global_batch_size / train.micro_batch_size, int(edges))
@@ -130,10 +133,12 @@ def _values(
 
 
 def describe(values: Mapping[str, Any], terms: Mapping[str, Term]) -> str:
-    """An update's record as a line, with the attention per edge and λ of every term."""
+    """An update's record as a line, with the attention per edge, or R, and λ of every term."""
     text = f"loss {values['loss']:.4f}  mlm {values['mlm_loss']:.4f}"
     for name in terms:
         if f"{name}_per_edge" in values:
             text += f"  {name}/edge {values[f'{name}_per_edge']:.3g}"
+        elif name in values and EDGES not in terms[name].needs:
+            text += f"  {name} {values[name]:.3g}"
         text += f"  λ {values[f'{name}_weight']:g}"
     return text + f"  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s"

@@ -119,7 +119,8 @@ class Trainer:
         sums = iter(result.flags)
         for collaborator, group in zip(self.collaborators, flags, strict=True):
             collaborator.react(*(next(sums) for _ in group))
-        self.log.add(PendingUpdate(step, result, weight, rate), self.built.tokens_per_update)
+        masking_rate = None if self.config.masking.rate is None else self.config.masking.rate(window.step)
+        self.log.add(PendingUpdate(step, result, weight, rate, masking_rate), self.built.tokens_per_update)
         return step
 
     def _end(self, step: int) -> None:

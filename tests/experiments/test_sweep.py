@@ -51,6 +51,18 @@ def test_runs_and_their_configurations(write_sweep, tmp_path):
     assert not run.finished and run.steps_done == 0
 
 
+def test_a_condition_pins_a_seed_of_a_part(write_sweep, tmp_path):
+    conditions = "\n  data: {seed.init: 1}\n  init: {seed.data: 1, seed.dropout: 1}"
+    sweep = plan_sweep(write_sweep(conditions), tmp_path)
+    found = {run.name: tuple(run.config.seeds()) for run in sweep.runs}
+    assert found == {
+        "data/seed-7": (1, 7, 7),
+        "init/seed-7": (7, 1, 1),
+        "data/seed-8": (1, 8, 8),
+        "init/seed-8": (8, 1, 1),
+    }
+
+
 def test_what_a_run_is_to_the_analysis(write_sweep, tmp_path):
     sweep = plan_sweep(write_sweep(seeds="[7]"), tmp_path, ["--checkpoint.every=2"])
     sweep.write(tmp_path)

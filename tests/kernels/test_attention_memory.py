@@ -9,7 +9,7 @@ import torch
 from attention_cases import make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_sas.kernels import attention_statistics, dependency_attention
+from megatron_sas.kernels import attention_entropy, attention_statistics, dependency_attention
 from megatron_sas.kernels.chunked import ROWS
 
 
@@ -54,6 +54,16 @@ def test_statistics_allocate_no_map(backend, uneven):
     q, k = (x.float() for x in case.qkv[:2])
     with LargestTensor() as mode:
         attention_statistics(q, k, seqlens=case.seqlens, groups=[special], backend=backend)
+    assert mode.elements <= 2 * 3 * 512 * (16 if backend == "sdpa" else ROWS)
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("backend", ["sdpa", "chunked"])
+def test_entropy_and_its_gradient_allocate_no_map(backend, uneven):
+    case = make_case(0, batch=2, num_heads=3, seq=512, dim=16, dtype=torch.float32, uneven=uneven)
+    q, k = (x.float().requires_grad_() for x in case.qkv[:2])
+    with LargestTensor() as mode:
+        attention_entropy(q, k, seqlens=case.seqlens, backend=backend).sum().backward()
     assert mode.elements <= 2 * 3 * 512 * (16 if backend == "sdpa" else ROWS)
 
 

@@ -32,17 +32,17 @@ def by_hand(module: SelfAttention, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("backend", ["auto", "reference", "sdpa", "chunked"])
 def test_equals_one_head_at_a_time(backend):
     module, x, heads = make(attention_backend=backend)
-    out, to_head, to_dependent = module(x, heads, None)
+    out, to_head, to_dependent, _ = module(x, heads, None)
     torch.testing.assert_close(out, by_hand(module, x))
     assert to_head.shape == to_dependent.shape == (2, 4, 10)
-    assert module(x, None, None)[1:] == (None, None)
+    assert module(x, None, None)[1:] == (None, None, None)
 
 
 def test_observer_sees_the_queries_and_keys_of_the_map():
     module, x, heads = make(attention_dropout=0.5)
     seen = []
     lengths = torch.tensor([10, 6])
-    _, to_head, _ = module.train()(x, heads, lengths, lambda *qk: seen.append(qk))
+    _, to_head, *_ = module.train()(x, heads, lengths, lambda *qk: seen.append(qk))
     ((q, k),) = seen
     probs = attention_probs(q, k, lengths, 12**-0.5)
     assert probs.shape == (2, 4, 10, 10)

@@ -13,6 +13,7 @@ from megatron_sas.data.mlm_dataset import MicroBatch, Window
 from megatron_sas.launch.environment import initialize_distributed
 from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
+from megatron_sas.objective.entropy import EntropySection, EntropyTerm
 from megatron_sas.objective.pretraining import MaskedLMWithTerms
 from megatron_sas.objective.sas import SasSection, SasTerm
 from megatron_sas.optim.section import TrainSection
@@ -33,6 +34,7 @@ DEEP, BROAD = (4, 256, 1_000, 4), (2, 128, 8_000, 16)
 
 
 SAS = {"sas": SasTerm(SasSection())}
+ENTROPY = {"entropy": EntropyTerm(EntropySection())}
 
 
 def shape(layers: int, hidden: int, vocab: int, dropout: float = 0.1) -> BertConfig:
@@ -65,10 +67,10 @@ def device():
 
 @pytest.mark.parametrize("mode", ["fp32", "autocast", "bf16"])
 @pytest.mark.parametrize("size", [DEEP, BROAD], ids=["deep", "broad"])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_activations_are_what_autograd_keeps(mode, size, dropout):
+@pytest.mark.parametrize(("dropout", "beside"), [(0.0, {}), (0.1, {}), (0.1, ENTROPY)], ids=["0", "0.1", "entropy"])
+def test_activations_are_what_autograd_keeps(mode, size, dropout, beside):
     config = shape(*size[:3], dropout)
-    module = MaskedLMWithTerms(Bert(config), SAS).train()
+    module = MaskedLMWithTerms(Bert(config), SAS | beside).train()
     if mode == "bf16":
         module = module.bfloat16()
     batch = micro_batch(config, size[3])
@@ -87,7 +89,12 @@ def test_activations_are_what_autograd_keeps(mode, size, dropout):
         torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"),
     ):
         output = module(
-            batch.input_ids, batch.masked_positions, batch.labels, batch.heads, mlm_scale=1.0, term_scales={"sas": 0.1}
+            batch.input_ids,
+            batch.masked_positions,
+            batch.labels,
+            batch.heads,
+            mlm_scale=1.0,
+            term_scales=dict.fromkeys(SAS | beside, 0.1),
         )
     assert output.loss.requires_grad
     expected = activation_bytes(
@@ -98,6 +105,7 @@ def test_activations_are_what_autograd_keeps(mode, size, dropout):
         autocast=mode == "autocast",
         compute=2 if mode == "bf16" else 4,
         edge_sets=1,
+        second_passes=len(beside),
         cuda=False,
     )
     assert expected == pytest.approx(sum(kept.values()), rel=0.05)

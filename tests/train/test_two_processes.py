@@ -28,7 +28,13 @@ pytestmark = pytest.mark.slow
 
 VARIANTS = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
 NO_DROPOUT = {"model.hidden_dropout": 0.0}
-TERMS = {**NO_DROPOUT, "offset.schedule": [{"start": 1, "end": 4, "value": 0.2}], "offset.distance": 3}
+TERMS = {
+    **NO_DROPOUT,
+    "offset.schedule": [{"start": 1, "end": 4, "value": 0.2}],
+    "offset.distance": 3,
+    "entropy.schedule": [{"start": 0, "end": 3, "value": -0.3}],
+    "masking.rate": [{"start": 0, "end": 4, "value": 0.3, "end_value": 0.15}, {"start": 4, "value": 0.15}],
+}
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +118,8 @@ def test_terms_depend_on_neither_accumulation_nor_world_size(config, two, tmp_pa
     train(config, tmp_path / "run", {**TERMS, "train.micro_batch_size": 8})
     assert largest_difference(weights(two / "terms", 6), weights(tmp_path / "run", 6)) < 1e-5
     for kind, names in (
-        ("train", ("loss", "sas", "offset", "offset_per_edge")),
-        ("evaluation", ("validation_offset",)),
+        ("train", ("loss", "sas", "offset", "offset_per_edge", "entropy", "masking_rate")),
+        ("evaluation", ("validation_offset", "validation_entropy")),
     ):
         lines = [
             [[line[name] for name in names] for line in read_records(run / "metrics.jsonl") if line["kind"] == kind]

@@ -29,3 +29,10 @@ def run(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     from megatron_sas.kernels.triton import attention
 
     return attention.run(*arguments)
+
+
+def output_and_lse(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """See `Backend.output_and_lse`."""
+    from megatron_sas.kernels.triton import attention
+
+    return attention.output_and_lse(*arguments)

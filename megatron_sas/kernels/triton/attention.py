@@ -99,11 +99,10 @@ def run(
     return (out, None, None) if heads is None else (out, to_head, to_dependent)
 
 
-def triton_output_and_lse(
-    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, scale: float
+def output_and_lse(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, scale: float, window: None
 ) -> tuple[Tensor, Tensor]:
-    """Attention `(B, H, S, D)` without dropout, and the logsumexp `(B, H, S)` of its scores; only the first has a
-    gradient."""
+    """See `Backend.output_and_lse`."""
     out, _, _, lse, _ = _forward(q, k, v, None, seqlens, None, 0.0, scale)
     return out, lse * math.log(2)
 
