@@ -15,8 +15,8 @@ from megatron_sas.core.files import atomic_directory, check_absent, write_json_a
 from megatron_sas.core.manifest import write_manifest
 from megatron_sas.data.tokenizer import save_tokenizer, tokenizer_identity, vocab_size, write_tokenizer
 from megatron_sas.export.model_card import model_card
-from megatron_sas.model.bert import Bert
-from megatron_sas.model.config import BertConfig
+from megatron_sas.model.architectures import build_model
+from megatron_sas.model.config import ModelConfig
 from megatron_sas.model.huggingface import to_hf_config, to_hf_state
 from megatron_sas.run.directory import (
     CONFIG,
@@ -75,7 +75,7 @@ def to_hf(source: str | Path, output: str | Path, dtype: str = "fp32", overwrite
 
 def write_hf(
     directory: Path,
-    config: BertConfig,
+    config: ModelConfig,
     state: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     dtype: str,
@@ -104,7 +104,7 @@ def from_hf(source: str | Path, output: str | Path, overwrite: bool = False) -> 
     if is_checkpoint(newest_of_run(source)):
         raise InputError(f"{source}: is a training checkpoint or a run already; give a Hugging Face directory")
     config, state, tokenizer_path = read_model(source)
-    model = Bert(config)
+    model = build_model(config)
     load_state(model, state, where=str(source))
     tokenizer = read_tokenizer(tokenizer_path)
     if vocab_size(tokenizer) > config.vocab_size:

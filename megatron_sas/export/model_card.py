@@ -12,7 +12,7 @@ from megatron_sas import __version__
 from megatron_sas.evaluation.blimp_labels import renew_record
 from megatron_sas.evaluation.registry import live_metrics
 from megatron_sas.evaluation.uas import UAS
-from megatron_sas.model.config import BertConfig
+from megatron_sas.model.config import ModelConfig
 from megatron_sas.objective.terms import TERMS
 from megatron_sas.optim.optimizers import OPTIMIZERS
 from megatron_sas.optim.schedules import read_schedule
@@ -30,7 +30,7 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 For attention maps add `attn_implementation="eager"`; the default implementation returns none."""
 
 
-def model_card(checkpoint: Path, config: BertConfig, dtype: str) -> str:
+def model_card(checkpoint: Path, config: ModelConfig, dtype: str) -> str:
     """Markdown with the model's shape, its training and, if the run's records are at hand, its evaluation.
 
     Args:
@@ -73,7 +73,7 @@ def _table(rows: dict[str, Any]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
 
 
-def _training(state: dict[str, Any], run: dict[str, Any] | None, config: BertConfig) -> dict[str, Any]:
+def _training(state: dict[str, Any], run: dict[str, Any] | None, config: ModelConfig) -> dict[str, Any]:
     rows: dict[str, Any] = {"updates": f"{state['step']:,}", "tokens": f"{state['tokens']:,}"}
     if state.get("lineage"):
         rows["branched from"] = "; then ".join(_describe_link(link) for link in state["lineage"])

@@ -30,10 +30,10 @@ def run(
 
 
 def chunked_output_and_lse(
-    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, scale: float, window: Window = None
 ) -> tuple[Tensor, Tensor]:
     """Attention `(B, H, S, D)` without dropout, and the logsumexp `(B, H, S)` of its scores; neither has a gradient."""
-    return _forward(q, k, v, key_mask(seqlens, q.shape[2], accumulation_dtype(q.dtype)), None, 0.0, scale, None)
+    return _forward(q, k, v, key_mask(seqlens, q.shape[2], accumulation_dtype(q.dtype)), None, 0.0, scale, window)
 
 
 def _blocks(seq: int, window: Window) -> list[tuple[slice, slice]]:

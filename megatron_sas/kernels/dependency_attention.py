@@ -58,7 +58,7 @@ def dependency_attention(
     """
     _check(q, k, v, heads, seqlens, dropout_p, backend)
     sets = heads.shape[1] if heads is not None and heads.dim() == 3 else 1
-    asked = {"has_seqlens": seqlens is not None, "sets": sets, "window": _bounds(window, q.shape[2])}
+    asked = {"has_seqlens": seqlens is not None, "sets": sets, "window": window_bounds(window, q.shape[2])}
     if backend == "auto":
         backend = choose_backend(q, dropout_p, **asked)
     elif (reason := unsupported_reason(backend, q, dropout_p, **asked)) is not None:
@@ -68,7 +68,7 @@ def dependency_attention(
         return BACKENDS[backend].run(q, k, v, heads, seqlens, dropout_p, scale, asked["window"])
 
 
-def _bounds(window: int | tuple[int, int] | None, seq: int) -> Window:
+def window_bounds(window: int | tuple[int, int] | None, seq: int) -> Window:
     """How many keys before and after it a query sees; None when these are all of the sequence."""
     if window is None:
         return None

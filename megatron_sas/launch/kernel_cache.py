@@ -13,7 +13,7 @@ import torch
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.distributed import barrier, local_rank
 from megatron_sas.kernels import dependency_attention, unsupported_reason
-from megatron_sas.model.config import BertConfig
+from megatron_sas.model.config import ModelConfig
 
 # torch's directories are not told apart by version when they are given.
 CACHES = {
@@ -53,7 +53,7 @@ def first_of_each_host_first() -> Iterator[None]:
 
 
 def check_attention_backend(
-    config: BertConfig, seq_length: int, dtype: torch.dtype, device: torch.device, sets: int = 1
+    config: ModelConfig, seq_length: int, dtype: torch.dtype, device: torch.device, sets: int = 1
 ) -> None:
     """Raise `InputError` if the chosen backend cannot train such a model here, with so many sets of edges."""
     shape = (1, config.num_heads, seq_length, config.head_dim)
@@ -64,7 +64,7 @@ def check_attention_backend(
 
 
 def build_attention_kernels(
-    config: BertConfig, batch: int, seq_length: int, dtype: torch.dtype, device: torch.device, sets: int = 1
+    config: ModelConfig, batch: int, seq_length: int, dtype: torch.dtype, device: torch.device, sets: int = 1
 ) -> None:
     """Run the model's attention so that its kernels exist on every host: with `sets` sets of edges, and without any.
 

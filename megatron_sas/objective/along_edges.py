@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_sas.core.settings import Section
-from megatron_sas.model.bert import BertOutput
+from megatron_sas.model.base import ModelOutput
 from megatron_sas.objective.base import Batch, Counts
 from megatron_sas.optim.schedules import AnySchedule, Stages, schedule_faults
 
@@ -58,7 +58,7 @@ class EdgeTerm:
         mode = f"{section.mode}, p {section.p:g}" if section.mode == "uniform" else section.mode
         return f"mode {mode}, directions {section.directions}, reduction {section.reduction}"
 
-    def __call__(self, output: BertOutput, batch: Batch) -> Tensor:
+    def __call__(self, output: ModelOutput, batch: Batch) -> Tensor:
         """R of every sequence, `(B,)`."""
         section = self.section
         return attention_along(

@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from megatron_sas.core.settings import Section
-from megatron_sas.model.bert import BertOutput
+from megatron_sas.model.base import ModelOutput
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Term(Protocol):
     def edges(self, batch: Batch) -> Tensor | None:
         """Heads `(B, S)` along which BERT must hand out its attention, -1 for none; None: it need not."""
 
-    def __call__(self, output: BertOutput, batch: Batch) -> Tensor:
+    def __call__(self, output: ModelOutput, batch: Batch) -> Tensor:
         """R of every sequence, `(B,)`, with gradient. `output` has the probabilities along the term's own edges."""
 
     def metrics(self, total: float, counts: Counts) -> dict[str, float]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_sas.core.settings import Section
-from megatron_sas.model.bert import BertOutput
+from megatron_sas.model.base import ModelOutput
 from megatron_sas.objective.base import Batch, Term
 from megatron_sas.objective.offset import OffsetTerm
 from megatron_sas.objective.sas import SasTerm
@@ -57,7 +57,7 @@ class EdgeSets:
         sets = list(self.edges.values())
         return (sets[0] if len(sets) == 1 else torch.stack(sets, 1)) if sets else None
 
-    def output_for(self, name: str, output: BertOutput) -> BertOutput:
+    def output_for(self, name: str, output: ModelOutput) -> ModelOutput:
         """What BERT returned for `heads`, with the probabilities along the edges of one term."""
         if name not in self.edges or len(self.edges) == 1:
             return output

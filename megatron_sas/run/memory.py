@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_sas.model.bert import Bert
-from megatron_sas.model.config import BertConfig
+from megatron_sas.model.architectures import build_model
+from megatron_sas.model.config import ModelConfig
 from megatron_sas.optim.optimizers import OPTIMIZERS, moments_of
 
 FP32, BF16 = 4, 2
@@ -57,23 +57,23 @@ def show_bytes(count: float) -> str:
 
 
 @functools.cache
-def count_parameters(config: BertConfig) -> int:
+def count_parameters(config: ModelConfig) -> int:
     """Parameters of a model of this shape, without allocating it."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Bert(config).parameters())
+        return sum(parameter.numel() for parameter in build_model(config).parameters())
 
 
 @functools.cache
-def optimizer_bytes(config: BertConfig, optimizer: str) -> int:
+def optimizer_bytes(config: ModelConfig, optimizer: str) -> int:
     """What an optimizer keeps of all parameters of a model of this shape, without allocating it."""
     with torch.device("meta"):
-        named = list(Bert(config).named_parameters())
+        named = list(build_model(config).named_parameters())
     kept = (moment for name, p in named for moment in moments_of(OPTIMIZERS[optimizer], name, p).values())
     return sum(moment.nbytes for moment in kept)
 
 
 def estimate_memory(
-    config: BertConfig,
+    config: ModelConfig,
     *,
     world_size: int,
     zero_stage: int,
@@ -142,7 +142,7 @@ def estimate_memory(
 
 
 def activation_bytes(
-    config: BertConfig,
+    config: ModelConfig,
     *,
     micro_batch_size: int,
     seq_length: int,
