@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
 from torch import Tensor
 
-from megatron_sas.model import bert
+from megatron_sas.model import bert, modernbert
 from megatron_sas.model.base import MaskedLM
 from megatron_sas.model.config import ModelConfig
 from megatron_sas.model.section import ModelSection
@@ -42,6 +42,7 @@ class ArchitectureModule(Protocol):
 DEFAULT = "bert"
 ARCHITECTURES: dict[str, ArchitectureModule] = {
     "bert": bert,
+    "modernbert": modernbert,
 }
 """By name, which is also transformers' `model_type`."""
 
