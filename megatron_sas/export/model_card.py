@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from megatron_sas import __version__
 from megatron_sas.evaluation.blimp_labels import renew_record
 from megatron_sas.evaluation.registry import live_metrics
 from megatron_sas.evaluation.uas import UAS
+from megatron_sas.model.architectures import architecture_of
 from megatron_sas.model.config import ModelConfig
 from megatron_sas.objective.terms import TERMS
 from megatron_sas.optim.optimizers import OPTIMIZERS
@@ -41,15 +43,17 @@ def model_card(checkpoint: Path, config: ModelConfig, dtype: str) -> str:
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     run = _read_run(checkpoint)
     name = Path(run["run"]["output_dir"]).name if run else checkpoint.name
-    front = ["---", "library_name: transformers", "pipeline_tag: fill-mask", "tags:", "- bert", "- megatron_sas", "---"]
+    front = ["---", "library_name: transformers", "pipeline_tag: fill-mask", "tags:"]
+    front += [f"- {config.architecture}", "- megatron_sas", "---"]
     parts = [
         *front,
         "",
         f"# {name}, step {state['step']:,}",
         "",
-        f"A BERT masked language model: {config.num_layers} layers of width {config.hidden_size}, {config.num_heads} "
-        f"attention heads, feed-forward width {config.intermediate_size}, {config.vocab_size:,} vocabulary entries, at "
-        f"most {config.max_position_embeddings} tokens, stored in {dtype}.",
+        f"A {architecture_of(config).TITLE} masked language model: {config.num_layers} layers of width "
+        f"{config.hidden_size}, {config.num_heads} attention heads, feed-forward width {config.intermediate_size}, "
+        f"{config.vocab_size:,} vocabulary entries, at most {config.max_position_embeddings} tokens{_windows(config)}, "
+        f"stored in {dtype}.",
         "",
         USE,
         "",
@@ -93,7 +97,7 @@ def _training(state: dict[str, Any], run: dict[str, Any] | None, config: ModelCo
             f"betas {tuple(train['adam_betas'])}, eps {train['adam_eps']:g}, weight decay {train['weight_decay']:g}, "
             f"gradient {clipping}",
             "learning rate": TrainSection(**train).schedule.course(),
-            "dropout": f"hidden {config.hidden_dropout:g}, attention {config.attention_dropout:g}",
+            "dropout": _dropout(config),
             "precision": f"{train['precision']}, ZeRO stage {train['zero_stage']}",
             "seed": run["run"]["seed"],
         }
@@ -101,6 +105,17 @@ def _training(state: dict[str, Any], run: dict[str, Any] | None, config: ModelCo
         rows["trained with"] = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
     rows["exported with"] = f"megatron_sas {__version__}"
     return rows
+
+
+def _windows(config: ModelConfig) -> str:
+    """How far local attention sees and in how many layers, or nothing."""
+    local = [window for window in config.windows if window is not None]
+    return f", local attention (± {local[0][0]} tokens) in {len(local)} layers" if local else ""
+
+
+def _dropout(config: ModelConfig) -> str:
+    fields = {name.removesuffix("_dropout"): p for name, p in asdict(config).items() if name.endswith("_dropout")}
+    return ", ".join(f"{name} {p:g}" for name, p in fields.items())
 
 
 def _terms(run: dict[str, Any]) -> dict[str, str]:

@@ -154,18 +154,19 @@ def activation_bytes(
 ) -> float:
     """Bytes that one forward keeps for its backward, without the weights (and autocast's copies of them).
 
-    Per token and layer: queries, keys, values 3C; attention output C; input and output of both LayerNorms 4C; the inner
-    layer before and after GELU 2I; two dropout masks; a few float32 numbers per head. Under autocast the residual
-    stream and so the LayerNorms' inputs stay float32, and their outputs are kept as bf16. `compute`: bytes of a weight.
+    Per token and layer: what the architecture says (`ModelConfig.activations`), and a few float32 numbers per head.
+    Under autocast the residual stream and so the LayerNorms' inputs stay float32, and their outputs are kept as bf16.
+    `compute`: bytes of a weight.
     """
     c, heads, vocab = config.hidden_size, config.num_heads, config.padded_vocab_size
     inner = BF16 if autocast else compute  # of matrix products
     norm_input = FP32 if autocast else compute
-    mask = (1 if cuda else inner) if config.hidden_dropout > 0 else 0
-    layer = inner * (3 * c + c + 2 * c + 2 * config.intermediate_size) + norm_input * 2 * c + 2 * mask * c
+    mask = 1 if cuda else inner
+    kept = config.activations
+    layer = inner * kept.products + norm_input * kept.norms + mask * kept.masks
     layer += 4 * FP32 + FP32 * heads  # mean and deviation of the LayerNorms, logsumexp
     layer += edge_sets * (2 * FP32 * heads + 8)  # the two probabilities, int64 heads
-    embeddings = 2 * norm_input * c + mask * c + 16
+    embeddings = 2 * norm_input * c + mask * config.embedding_dropout_masks + 16
     head = masked * inner * (4 * c + vocab)
     return micro_batch_size * seq_length * (config.num_layers * layer + embeddings) + head
 

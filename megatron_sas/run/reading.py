@@ -53,7 +53,7 @@ def load_model(
     """The model at `path` in evaluation mode, and its tokenizer.
 
     Args:
-        path: a Hugging Face `BertForMaskedLM` directory, a training checkpoint, or a run directory (newest checkpoint).
+        path: a Hugging Face directory, a training checkpoint, or a run directory (newest checkpoint).
 
     Raises:
         InputError: none of these, or the files do not fit each other.

@@ -299,6 +299,8 @@ def measure_throughput(config: Config, state: RunState, device: torch.device, cl
             vocab_size=bert.vocab_size,
             seq_length=state.dataset.packed.seq_length,
             mask_prob=config.data.mask_prob,
+            mlp_matrices=bert.mlp_matrices,
+            windows=bert.windows,
         ),
         peak_flops=None if peak is None else peak * distributed.world_size(),
     )
