@@ -72,7 +72,7 @@ def _output_and_lse(
 
         return triton_output_and_lse(q, k, k, seqlens, scale)
     if backend in ("sdpa", "cudnn"):
-        return sdpa_output_and_lse(q, k, k, seqlens, scale, backend)
+        return sdpa_output_and_lse(q, k, k, seqlens, scale, backend, window)
     if backend == "chunked":
         return chunked_output_and_lse(q, k, k, seqlens, scale, window)
     raise ValueError(f"attention_statistics: backend {backend!r} returns no logsumexp here; choose 'auto'")

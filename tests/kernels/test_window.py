@@ -17,10 +17,10 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
 @settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**31),
-    backend=st.sampled_from(["reference", "chunked"]),
+    backend=st.sampled_from(["reference", "chunked", "sdpa"]),
     dtype=st.sampled_from(list(TOLERANCE)),
     batch=st.integers(1, 2),
-    seq=st.sampled_from([1, 2, 7, 40, 65, 150]),
+    seq=st.sampled_from([1, 2, 7, 40, 65, 150, 300]),
     window=st.one_of(st.integers(0, 40), st.tuples(st.integers(0, 90), st.integers(0, 90))),
     kinds=st.lists(st.sampled_from(HEAD_KINDS), min_size=1, max_size=3),
     uneven=st.booleans(),
@@ -63,12 +63,13 @@ def test_a_number_is_the_local_attention_of_modernbert(window):
     assert torch.equal(out[0, 0, :, :8] > 0, seen[0, 0, :, :8])
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
-def test_an_edge_outside_of_the_window_has_no_gradient(backend):
+@pytest.mark.parametrize("backend", ["reference", "chunked", "sdpa"])
+@pytest.mark.parametrize("seq", [90, 330])
+def test_an_edge_outside_of_the_window_has_no_gradient(backend, seq):
     """Nor where its score would overflow."""
     torch.manual_seed(0)
-    qkv = [(40 * torch.randn(1, 2, 90, 8)).requires_grad_() for _ in range(3)]
-    heads = (torch.arange(90) + 10).where(torch.arange(90) < 80, -1)[None]
+    qkv = [(40 * torch.randn(1, 2, seq, 8)).requires_grad_() for _ in range(3)]
+    heads = (torch.arange(seq) + 10).where(torch.arange(seq) < seq - 10, -1)[None]
     out, *entries = dependency_attention(*qkv, heads, window=(4, 9), backend=backend)
     assert all((x == 0).all() for x in entries)
     assert all((g == 0).all() for g in backward((out, *entries), (None, *map(torch.ones_like, entries)), qkv))
@@ -96,8 +97,8 @@ def test_a_window_of_the_whole_sequence_is_none():
     exact = dependency_attention(q, q, q, None, backend="sdpa")[0]
     for window in (38, (19, 19), (100, 19)):
         assert torch.equal(dependency_attention(q, q, q, None, window=window, backend="sdpa")[0], exact)
-    with pytest.raises(ValueError, match=r"^dependency_attention: backend 'sdpa': .* window; choose 'auto'$"):
-        dependency_attention(q, q, q, None, window=37, backend="sdpa")
+    with pytest.raises(ValueError, match=r"^dependency_attention: backend 'cudnn': .* window; choose 'auto'$"):
+        dependency_attention(q, q, q, None, window=37, backend="cudnn")
 
 
 @pytest.mark.parametrize("window", [-1, (-1, 3), (3, -1)])
