@@ -70,7 +70,7 @@ def _output_and_lse(
     if backend == "triton":
         from megatron_sas.kernels.triton.attention import triton_output_and_lse
 
-        return triton_output_and_lse(q, k, k, seqlens, scale)
+        return triton_output_and_lse(q, k, k, seqlens, scale, window)
     if backend in ("sdpa", "cudnn"):
         return sdpa_output_and_lse(q, k, k, seqlens, scale, backend, window)
     if backend == "chunked":

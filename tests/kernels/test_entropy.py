@@ -22,17 +22,28 @@ CASES = [
 @pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize("logit_scale", [0.0, 1.0, 5.0])
 def test_statistics_equal_those_of_the_map(backend, dtype, seq, dim, uneven, logit_scale):
+    check_statistics(backend, dtype, seq, dim, uneven, logit_scale, None)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), CASES)
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("window", [(4, 4), (0, 40)])
+def test_statistics_in_a_window_equal_those_of_the_map(backend, dtype, uneven, window):
+    check_statistics(backend, dtype, 150, 16, uneven, 1.0, window)
+
+
+def check_statistics(backend, dtype, seq, dim, uneven, logit_scale, window):
     sizes = {"batch": 3, "num_heads": 2, "seq": seq, "dim": dim, "logit_scale": logit_scale}
     case = make_case(seq, dtype=dtype, uneven=uneven, **sizes)
     q, k, _ = case.qkv
     first, some, none = torch.arange(seq).expand(3, -1) == 0, torch.rand(3, seq) < 0.2, torch.zeros(3, seq) > 0
     groups = [first, some, none]
-    probs = attention_probs(q, k, case.seqlens, dim**-0.5)
+    probs = attention_probs(q, k, case.seqlens, dim**-0.5, window)
     device = device_of(backend)
     seqlens = None if case.seqlens is None else case.seqlens.to(device)
     qk = [x.to(device, dtype) for x in (q, k)]
     on_device = [group.to(device) for group in groups]
-    entropy, to_groups = attention_statistics(*qk, seqlens=seqlens, groups=on_device, backend=backend)
+    entropy, to_groups = attention_statistics(*qk, seqlens=seqlens, groups=on_device, backend=backend, window=window)
     valid = case.valid_rows()[..., 0]
     exact = [torch.special.entr(probs).sum(-1)]
     exact += [(probs * (group & valid[:, 0])[:, None, None, :]).sum(-1) for group in groups]
