@@ -10,12 +10,13 @@ import difflib
 import types
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
-from pydantic import ValidationError, create_model
+from pydantic import SerializeAsAny, ValidationError, ValidationInfo, create_model, field_validator
+from pydantic.fields import FieldInfo
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.settings import FAULT_SEPARATOR, PARTLY, Section
@@ -23,7 +24,9 @@ from megatron_sas.core.yaml_file import Dumper, Loader, read_yaml
 from megatron_sas.data.mixture import DataSection
 from megatron_sas.evaluation.registry import EVALUATIONS
 from megatron_sas.evaluation.section import EvaluationSection
-from megatron_sas.model.config import BertConfig
+from megatron_sas.model.architectures import ARCHITECTURES, read_section
+from megatron_sas.model.bert import BertSection
+from megatron_sas.model.config import ModelConfig
 from megatron_sas.model.section import ModelSection
 from megatron_sas.objective.base import Term
 from megatron_sas.objective.masking import MaskingSection
@@ -37,8 +40,8 @@ from megatron_sas.run.records import LoggingSection
 from megatron_sas.run.saver import CheckpointSection, SnapshotSection
 
 NULL = ("", "~", "null")
-NEWER = ("schedule", "optimizer")
-"""Fields of the section `train` that came later than the format of checkpoints."""
+NEWER = (("train", "schedule"), ("train", "optimizer"), ("model", "architecture"))
+"""Sections and fields that came later than the format of checkpoints."""
 NEWER_SECTIONS = ("seed", "masking")
 SCHEDULED = ("schedule", "rate")
 """Names of fields that hold schedules."""
@@ -65,9 +68,15 @@ RETIRED = {
 class _BeforeTerms(Section):
     run: RunSection
     seed: SeedSection = SeedSection()
-    model: ModelSection = ModelSection()
+    model: SerializeAsAny[ModelSection] = BertSection()
     data: DataSection
     masking: MaskingSection = MaskingSection()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _read_model(cls, values: Any, info: ValidationInfo) -> Any:
+        """As the section of the architecture that it names."""
+        return read_section(values, info.context)
 
 
 _owned = {name: term.section_class for name, term in TERMS.items()}
@@ -109,18 +118,9 @@ class Config(create_model("_WithTerms", __base__=_BeforeTerms, **_fields)):
         """The probability with which training masks a token, by completed updates."""
         return self.masking.schedule(self.data.mask_prob)
 
-    def bert_config(self, vocab_size: int, pad_token_id: int) -> BertConfig:
-        """The architecture, for a vocabulary."""
-        model = self.model
-        return replace(
-            BertConfig(**model.dimensions()),
-            vocab_size=vocab_size,
-            pad_token_id=pad_token_id,
-            max_position_embeddings=model.max_position_embeddings,
-            hidden_dropout=model.hidden_dropout,
-            attention_dropout=model.attention_dropout,
-            attention_backend=model.attention_backend,
-        )
+    def shape(self, vocab_size: int, pad_token_id: int) -> ModelConfig:
+        """The model's configuration, for a vocabulary."""
+        return self.model.shape(vocab_size, pad_token_id)
 
     def terms(self, special_ids: Sequence[int] = ()) -> dict[str, Term]:
         """The terms of the run by name; `special_ids` are the tokenizer's."""
@@ -152,9 +152,9 @@ class Config(create_model("_WithTerms", __base__=_BeforeTerms, **_fields)):
         Newer fields and sections are left out at their defaults, so that versions without them can read it.
         """
         values = self.used()
-        for field in NEWER:
-            if values["train"][field] == TrainSection.model_fields[field].default:
-                del values["train"][field]
+        for section, field in NEWER:
+            if values[section][field] == Config.model_fields[section].annotation.model_fields[field].default:
+                del values[section][field]
         for section in NEWER_SECTIONS:
             if getattr(self, section) == type(getattr(self, section))():
                 del values[section]
@@ -216,9 +216,9 @@ def _leave_out(values: dict[str, Any], detail: dict[str, Any]) -> None:
     if section not in Config.model_fields:
         values.pop(section, None)
         return
-    if not isinstance(values.get(section), dict):
+    if not isinstance(values.get(section), dict) or (section, *rest) == ("model", "architecture"):
         values[section] = {}
-    fields = Config.model_fields[section].annotation.model_fields
+    fields = _fields_of(section)
     for name in rest[:1]:
         values[section].pop(name, None)
     for name, field in fields.items():
@@ -234,10 +234,38 @@ def help_text() -> str:
     lines = ["Fields (in the YAML file, or as --section.field value):"]
     for section, info in Config.model_fields.items():
         lines.append(f"\n{section}: {(info.annotation.__doc__ or '').strip().splitlines()[0]}")
-        for name, field in info.annotation.model_fields.items():
-            default = "required" if field.is_required() else f"default {_show(field.default)}"
-            lines.append(f"  {section}.{name} ({_type_name(field.annotation)}; {default})\n      {field.description}")
+        for name, field in _fields_of(section).items():
+            kind, default = _type_name(field.annotation), _show(field.default)
+            default, only = "required" if field.is_required() else f"default {default}", ""
+            if section == "model":
+                kind = "|".join(ARCHITECTURES) if name == "architecture" else kind
+                default, only = _by_architecture(name, default)
+            lines.append(f"  {section}.{name} ({kind}; {default})\n      {field.description}{only}")
     return "\n".join(lines)
+
+
+def _by_architecture(name: str, default: str) -> tuple[str, str]:
+    """The default of a field of `model` where architectures differ, and which have it if not all do."""
+    having = _having(name)
+    others = {key: f"default {_show(field.default)}" for key, field in having.items()} if name != "architecture" else {}
+    default += "".join(f"; {key} {text}" for key, text in others.items() if text != default)
+    return default, "" if len(having) == len(ARCHITECTURES) else f" ({', '.join(having)} only)"
+
+
+def _having(name: str) -> dict[str, FieldInfo]:
+    """A field of `model` in the sections of the architectures that have it."""
+    sections = {key: module.SECTION.model_fields for key, module in ARCHITECTURES.items()}
+    return {key: fields[name] for key, fields in sections.items() if name in fields}
+
+
+def _fields_of(section: str) -> dict[str, FieldInfo]:
+    """The fields of a section by name: of `model` those of all architectures."""
+    if section != "model":
+        return Config.model_fields[section].annotation.model_fields
+    found: dict[str, FieldInfo] = {}
+    for module in ARCHITECTURES.values():
+        found |= {name: field for name, field in module.SECTION.model_fields.items() if name not in found}
+    return found
 
 
 def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
@@ -273,13 +301,13 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[s
 
 def _is_text(section: str, field: str) -> bool:
     """Whether a field holds text, which on the command line needs no quotes (a path may look like a number)."""
-    info = Config.model_fields[section].annotation.model_fields.get(field) if section in Config.model_fields else None
+    info = _fields_of(section).get(field) if section in Config.model_fields else None
     return info is not None and str in (info.annotation, *typing.get_args(info.annotation))
 
 
 def _may_be_list(section: str, field: str) -> bool:
     """Whether a field that holds text may hold a list instead."""
-    annotation = Config.model_fields[section].annotation.model_fields[field].annotation
+    annotation = _fields_of(section)[field].annotation
     return any(typing.get_origin(part) is tuple for part in typing.get_args(annotation))
 
 
@@ -297,7 +325,9 @@ def _describe(detail: dict[str, Any]) -> list[str]:
         if detail["type"] == "unexpected_keyword_argument":
             known = [field.name for field in fields(Stage if kind == "stages" else SCHEDULES[kind])]
         elif len(location) > 1:
-            known = list(Config.model_fields[location[0]].annotation.model_fields)
+            known = list(_fields_of(location[0]))
+            if location[-1] in known:
+                return [f"{where}: only {' and '.join(_having(location[-1]))} has this field; remove it"]
         close = difflib.get_close_matches(location[-1], known, n=1)
         return [f"{where}: unknown field; " + (f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}")]
     message = {"tuple_type": "should be a list", "model_type": "should be a mapping of fields"}.get(

@@ -13,7 +13,7 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.core.settings import When
 from megatron_sas.kernels import BACKENDS
 from megatron_sas.launch.arguments import parse_arguments
-from megatron_sas.model.section import ModelSection
+from megatron_sas.model.bert import BertSection as ModelSection
 from megatron_sas.optim.schedules import Cosine, Linear, Stage, Stages, Wsd
 from megatron_sas.optim.section import TrainSection
 
@@ -50,7 +50,7 @@ def test_defaults_are_the_papers(tmp_path):
     )
     assert (train.adam_betas, train.adam_eps, train.weight_decay, train.grad_clip) == ((0.9, 0.999), 1e-8, 0.0, 1.0)
     assert (config.data.mask_prob, config.sas.mode, config.sas.schedule) == (0.15, "max", Stages([]))
-    bert = config.bert_config(vocab_size=30522, pad_token_id=0)
+    bert = config.shape(vocab_size=30522, pad_token_id=0)
     assert (bert.num_layers, bert.hidden_size, bert.hidden_dropout, bert.attention_dropout) == (12, 768, 0.1, 0.1)
 
 

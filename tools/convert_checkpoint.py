@@ -11,11 +11,11 @@ from megatron_sas.core.cli import run_main
 from megatron_sas.core.device import DTYPES
 
 DESCRIPTION = """\
-to-hf    a training checkpoint becomes a BertForMaskedLM directory that transformers (4 and 5) and minicons load as it
-         is: config.json (with the step, which all tools report), model.safetensors, the tokenizer (with vocab.txt for
-         WordPiece) and a README.md that says how the model was trained and, if the run's metrics.jsonl is beside the
-         checkpoints, how it was evaluated.
-from-hf  a BertForMaskedLM directory becomes a checkpoint of step 0, which the tools take as --model and from which a
+to-hf    a training checkpoint becomes a Hugging Face directory of BertForMaskedLM or ModernBertForMaskedLM, as its
+         architecture is, that transformers (4 and 5) and minicons load as it is: config.json (with the step, which all
+         tools report), model.safetensors, the tokenizer (with vocab.txt for WordPiece) and a README.md that says how
+         the model was trained and, if the run's metrics.jsonl is beside the checkpoints, how it was evaluated.
+from-hf  such a directory becomes a checkpoint of step 0, which the tools take as --model and from which a
          run starts with `model.init_from: OUT_DIR` (a run can also name the Hugging Face directory itself there). The
          pooler and the next-sentence head, which a masked LM does not use, are left out; a file with anything else that
          would be lost is refused.
@@ -46,7 +46,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     to.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="precision of the weights (fp32)")
     back = commands.add_parser("from-hf", help="Hugging Face directory to checkpoint of step 0", allow_abbrev=False)
-    back.add_argument("model", type=Path, metavar="HF_DIR", help="directory of a BertForMaskedLM with its tokenizer")
+    back.add_argument(
+        "model",
+        type=Path,
+        metavar="HF_DIR",
+        help="directory of a BertForMaskedLM or ModernBertForMaskedLM with its tokenizer",
+    )
     for command in (to, back):
         command.add_argument("output", type=Path, metavar="OUT_DIR", help="directory to make")
         command.add_argument("--overwrite", action="store_true", help="replace a model that is at OUT_DIR")

@@ -155,7 +155,7 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         metavar="DIR",
         help="a run (its snapshots and checkpoints), a folder of models, or one model: a Hugging Face "
-        "BertForMaskedLM directory or a training checkpoint",
+        "directory or a training checkpoint",
     )
     parser.add_argument("--step-pattern", metavar="REGEX", help=STEP_PATTERN_HELP)
     parser.add_argument(

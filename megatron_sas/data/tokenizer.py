@@ -147,8 +147,12 @@ def _warn_of_other_reading(path: Path, tokenizer: PreTrainedTokenizerFast) -> No
         )
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path, max_length: int | None) -> None:
+def save_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, directory: Path, max_length: int | None, token_types: bool = True
+) -> None:
     """Write the tokenizer's files as transformers 4 and 5 read them; texts are cut at `max_length` tokens if at all.
+
+    Without `token_types` it makes no `token_type_ids`, for models that take none.
 
     Raises:
         InputError: what was written does not read back as the same tokenizer.
@@ -164,6 +168,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path, max_leng
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in transformers 4, which 5 understands too
+    if not token_types:
+        config["model_input_names"] = ["input_ids", "attention_mask"]
     write_json_atomic(path, config)
     if not tokenizer_identity(load_tokenizer(directory)).matches(tokenizer_identity(tokenizer)):
         raise InputError(f"{directory}: the tokenizer does not survive saving; use another version of transformers")

@@ -49,7 +49,8 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=Path,
         metavar="DIR",
-        help="a Hugging Face BertForMaskedLM directory, a training checkpoint, or a run (its newest checkpoint)",
+        help="a Hugging Face directory (BertForMaskedLM, ModernBertForMaskedLM), a training checkpoint, or a run (its "
+        "newest checkpoint)",
     )
 
 

@@ -22,7 +22,8 @@ from megatron_sas.evaluation.base import Evaluation, Metric, Resources
 from megatron_sas.evaluation.batching import AfterBatch, evaluating
 from megatron_sas.evaluation.observers import AttentionStatistics, SasObserver, share_pass
 from megatron_sas.evaluation.text import TextBatch, packed_text, unknown_in
-from megatron_sas.model.bert import Bert, BertOutput
+from megatron_sas.model.base import ModelOutput
+from megatron_sas.model.bert import Bert
 
 DISCARDED = 0.1  # share of the points, those with the largest μ, left out of the fit (Facco et al.)
 MIN_POINTS = 10
@@ -99,7 +100,7 @@ def cls_vectors(
     batches: Iterable[TextBatch],
     num_texts: int,
     *,
-    run: Callable[[Bert, TextBatch], BertOutput] = lambda model, batch: model(batch.input_ids),
+    run: Callable[[Bert, TextBatch], ModelOutput] = lambda model, batch: model(batch.input_ids),
     after_batch: AfterBatch | None = None,
 ) -> Tensor:
     """Last hidden layer at [CLS] of every text: float32 (`num_texts`, C) on the model's device.
@@ -191,7 +192,7 @@ class ComplexityEvaluation(Evaluation):
         if self.resources.text_gives_attention:
             statistics = AttentionStatistics(info.cls_id, info.sep_id)
 
-        def run(model: Bert, batch: TextBatch) -> BertOutput:
+        def run(model: Bert, batch: TextBatch) -> ModelOutput:
             output = share_pass(model, batch, statistics=statistics, heads=batch.heads)
             sas.add_output(batch.heads, output.to_head, output.to_dependent)
             return output

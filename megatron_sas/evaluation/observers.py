@@ -7,6 +7,7 @@ layers, H heads, D head dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from megatron_sas.core.distributed import all_reduce_sum_
 from megatron_sas.evaluation.base import Metric
 from megatron_sas.kernels import attention_statistics
+from megatron_sas.kernels.reference import Window
 
 COLLAPSED = 0.25
 """A head with less than this share of the largest possible entropy gives almost all of its attention to few tokens."""
@@ -71,7 +73,7 @@ def share_pass(
     if observers:
         inputs["attention_observer"] = observe
     if statistics is not None:
-        inputs["query_key_observer"] = lambda layer, q, k: statistics.observe(batch, layer, q, k)
+        inputs["query_key_observer"] = partial(statistics.observe, batch)
     output = model(batch.input_ids, seqlens=batch.seqlens, **inputs)
     for observer in (*observers, *([] if statistics is None else [statistics])):
         observer.end_batch(batch)
@@ -90,10 +92,10 @@ class AttentionStatistics:
         self._sums: dict[int, Tensor] = {}  # float64 (3, H) by layer: entropy, to [CLS], to [SEP]
         self._tokens: Tensor | None = None  # float64 (2,): tokens, and the sum of their largest possible entropies
 
-    def observe(self, batch: TokenBatch, layer: int, q: Tensor, k: Tensor) -> None:
-        """Add one layer's queries and keys `(B, H, S, D)`."""
+    def observe(self, batch: TokenBatch, layer: int, q: Tensor, k: Tensor, window: Window) -> None:
+        """Add one layer's queries and keys `(B, H, S, D)`; `window` is that of its attention."""
         groups = [batch.input_ids == special for special in self._special_ids]
-        entropy, (to_cls, to_sep) = attention_statistics(q, k, seqlens=batch.seqlens, groups=groups)
+        entropy, (to_cls, to_sep) = attention_statistics(q, k, seqlens=batch.seqlens, groups=groups, window=window)
         total = torch.stack([entropy, to_cls, to_sep]).double()  # (3, B, H, S)
         if batch.seqlens is not None:
             valid = torch.arange(q.shape[2], device=q.device) < batch.seqlens[:, None]

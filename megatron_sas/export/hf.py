@@ -15,8 +15,8 @@ from megatron_sas.core.files import atomic_directory, check_absent, write_json_a
 from megatron_sas.core.manifest import write_manifest
 from megatron_sas.data.tokenizer import save_tokenizer, tokenizer_identity, vocab_size, write_tokenizer
 from megatron_sas.export.model_card import model_card
-from megatron_sas.model.bert import Bert
-from megatron_sas.model.config import BertConfig
+from megatron_sas.model.architectures import architecture_of, build_model
+from megatron_sas.model.config import ModelConfig
 from megatron_sas.model.huggingface import to_hf_config, to_hf_state
 from megatron_sas.run.directory import (
     CONFIG,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 def to_hf(source: str | Path, output: str | Path, dtype: str = "fp32", overwrite: bool = False) -> Path:
-    """Write a `BertForMaskedLM` directory that transformers 4 and 5 load; returns the checkpoint it was made of.
+    """Write a Hugging Face directory that transformers 4 and 5 load; returns the checkpoint it was made of.
 
     Args:
         source: a training checkpoint, or a run directory (the checkpoint published last).
@@ -75,13 +75,13 @@ def to_hf(source: str | Path, output: str | Path, dtype: str = "fp32", overwrite
 
 def write_hf(
     directory: Path,
-    config: BertConfig,
+    config: ModelConfig,
     state: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     dtype: str,
     step: int | None,
 ) -> None:
-    """Write config.json, model.safetensors and the tokenizer's files of a `BertForMaskedLM` into `directory`.
+    """Write config.json, model.safetensors and the tokenizer's files of the architecture's class into `directory`.
 
     `state` is our state dict; `dtype` is one of `DTYPES`; `step`, if known, goes into config.json, from which
     `model_step` reads it. Raises `InputError` for a model that has no such form.
@@ -90,21 +90,22 @@ def write_hf(
     write_weights(directory / "model.safetensors", hf_state)
     hf_config = to_hf_config(config) | {"torch_dtype": DTYPES[dtype]}
     write_json_atomic(directory / HF_CONFIG, hf_config | ({} if step is None else {HF_STEP: step}))
-    save_tokenizer(tokenizer, directory, config.max_position_embeddings)
+    takes_types = architecture_of(config).TAKES_TOKEN_TYPES
+    save_tokenizer(tokenizer, directory, config.max_position_embeddings, takes_types)
 
 
 def from_hf(source: str | Path, output: str | Path, overwrite: bool = False) -> int:
-    """Write a training checkpoint of step 0 from a `BertForMaskedLM` directory; returns the number of parameters.
+    """Write a training checkpoint of step 0 from a Hugging Face directory; returns the number of parameters.
 
     Raises:
-        InputError: `source` is no BERT masked LM with its tokenizer; `output` exists.
+        InputError: `source` is no masked LM of one of our architectures with its tokenizer; `output` exists.
     """
     check_output(output, MODEL_CONFIG, overwrite)
     source = Path(source)
     if is_checkpoint(newest_of_run(source)):
         raise InputError(f"{source}: is a training checkpoint or a run already; give a Hugging Face directory")
     config, state, tokenizer_path = read_model(source)
-    model = Bert(config)
+    model = build_model(config)
     load_state(model, state, where=str(source))
     tokenizer = read_tokenizer(tokenizer_path)
     if vocab_size(tokenizer) > config.vocab_size:

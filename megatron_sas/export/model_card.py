@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from megatron_sas.data.masking import BERT_SPLIT
 from megatron_sas.evaluation.blimp_labels import renew_record
 from megatron_sas.evaluation.registry import live_metrics
 from megatron_sas.evaluation.uas import UAS
-from megatron_sas.model.config import BertConfig
+from megatron_sas.model.architectures import architecture_of
+from megatron_sas.model.config import ModelConfig
 from megatron_sas.objective.masking import MaskingSection
 from megatron_sas.objective.terms import TERMS
 from megatron_sas.optim.optimizers import OPTIMIZERS
@@ -32,7 +34,7 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 For attention maps add `attn_implementation="eager"`; the default implementation returns none."""
 
 
-def model_card(checkpoint: Path, config: BertConfig, dtype: str) -> str:
+def model_card(checkpoint: Path, config: ModelConfig, dtype: str) -> str:
     """Markdown with the model's shape, its training and, if the run's records are at hand, its evaluation.
 
     Args:
@@ -43,15 +45,17 @@ def model_card(checkpoint: Path, config: BertConfig, dtype: str) -> str:
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     run = _read_run(checkpoint)
     name = Path(run["run"]["output_dir"]).name if run else checkpoint.name
-    front = ["---", "library_name: transformers", "pipeline_tag: fill-mask", "tags:", "- bert", "- megatron_sas", "---"]
+    front = ["---", "library_name: transformers", "pipeline_tag: fill-mask", "tags:"]
+    front += [f"- {config.architecture}", "- megatron_sas", "---"]
     parts = [
         *front,
         "",
         f"# {name}, step {state['step']:,}",
         "",
-        f"A BERT masked language model: {config.num_layers} layers of width {config.hidden_size}, {config.num_heads} "
-        f"attention heads, feed-forward width {config.intermediate_size}, {config.vocab_size:,} vocabulary entries, at "
-        f"most {config.max_position_embeddings} tokens, stored in {dtype}.",
+        f"A {architecture_of(config).TITLE} masked language model: {config.num_layers} layers of width "
+        f"{config.hidden_size}, {config.num_heads} attention heads, feed-forward width {config.intermediate_size}, "
+        f"{config.vocab_size:,} vocabulary entries, at most {config.max_position_embeddings} tokens{_windows(config)}, "
+        f"stored in {dtype}.",
         "",
         USE,
         "",
@@ -75,7 +79,7 @@ def _table(rows: dict[str, Any]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
 
 
-def _training(state: dict[str, Any], run: dict[str, Any] | None, config: BertConfig) -> dict[str, Any]:
+def _training(state: dict[str, Any], run: dict[str, Any] | None, config: ModelConfig) -> dict[str, Any]:
     rows: dict[str, Any] = {"updates": f"{state['step']:,}", "tokens": f"{state['tokens']:,}"}
     if state.get("lineage"):
         rows["branched from"] = "; then ".join(_describe_link(link) for link in state["lineage"])
@@ -95,7 +99,7 @@ def _training(state: dict[str, Any], run: dict[str, Any] | None, config: BertCon
             f"betas {tuple(train['adam_betas'])}, eps {train['adam_eps']:g}, weight decay {train['weight_decay']:g}, "
             f"gradient {clipping}",
             "learning rate": TrainSection(**train).schedule.course(),
-            "dropout": f"hidden {config.hidden_dropout:g}, attention {config.attention_dropout:g}",
+            "dropout": _dropout(config),
             "precision": f"{train['precision']}, ZeRO stage {train['zero_stage']}",
             "seed": describe_seeds(run),
         }
@@ -112,6 +116,17 @@ def _masking(run: dict[str, Any]) -> str:
     if section.split != BERT_SPLIT:
         text += "; of these {:.0%} to [MASK], {:.0%} to a random token".format(*section.split)
     return text
+
+
+def _windows(config: ModelConfig) -> str:
+    """How far local attention sees and in how many layers, or nothing."""
+    local = [window for window in config.windows if window is not None]
+    return f", local attention (± {local[0][0]} tokens) in {len(local)} layers" if local else ""
+
+
+def _dropout(config: ModelConfig) -> str:
+    fields = {name.removesuffix("_dropout"): p for name, p in asdict(config).items() if name.endswith("_dropout")}
+    return ", ".join(f"{name} {p:g}" for name, p in fields.items())
 
 
 def _terms(run: dict[str, Any]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Fine-tuning on GLUE tasks: `transformers.BertForSequenceClassification` in a plain loop, one seed after the other."""
+"""Fine-tuning on GLUE tasks: transformers' class for sequences in a plain loop, one seed after the other."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.data.tokenizer import plain_text_tokenizer
@@ -20,22 +21,22 @@ from megatron_sas.evaluation.provenance import weights_sha256
 from megatron_sas.glue.data import Examples
 from megatron_sas.glue.settings import FORMAT, Settings
 from megatron_sas.glue.tasks import MISMATCHED, Task
+from megatron_sas.model.architectures import architecture_of
 from megatron_sas.model.huggingface import to_hf_config, to_hf_state
 from megatron_sas.optim.param_groups import decay_groups
 from megatron_sas.run.directory import is_checkpoint, newest_of_run
 from megatron_sas.run.reading import model_step, read_model, read_tokenizer
 
 VERSION = 1
-NEW_LAYERS = ("bert.pooler.", "classifier.")  # what a masked LM lacks; drawn at random, by the seed
 
 
 class Pretrained:
     """A model to fine-tune again and again: read once, given out as fresh copies with new last layers."""
 
     def __init__(self, path: str | Path, task: Task) -> None:
-        """`path` is a Hugging Face BertForMaskedLM directory, a checkpoint, or a run. Raises `InputError` for others.
+        """`path` is a Hugging Face directory, a checkpoint, or a run. Raises `InputError` for others.
 
-        A Hugging Face directory that has a pooler keeps it; our checkpoints have none.
+        A BERT directory that has a pooler keeps it; our checkpoints have none.
         """
         self.path = newest_of_run(path)
         config, state, tokenizer_path = read_model(self.path)
@@ -46,20 +47,24 @@ class Pretrained:
         self._num_labels = 1 if task.is_regression else len(task.classes)
         self._directory = None if is_checkpoint(self.path) else self.path
         if self._directory is None:
-            self._state = {n: t for n, t in to_hf_state(state, config).items() if n.startswith("bert.")}
-            self._config = BertConfig(**to_hf_config(config), num_labels=self._num_labels)
-        self.type_vocab_size = config.type_vocab_size
+            self._state = to_hf_state(state, config)
+            self._config = AutoConfig.for_model(**to_hf_config(config), num_labels=self._num_labels)
+        self._architecture = architecture_of(config)
+        self._class: type[PreTrainedModel] = getattr(transformers, self._architecture.HF_CLASSIFIER)
+        self.type_vocab_size = config.type_vocab_size if self._architecture.TAKES_TOKEN_TYPES else 0
 
-    def fresh(self) -> BertForSequenceClassification:
-        """A new model in float32; pooler (unless it is pretrained) and classifier are drawn from torch's generator."""
+    def fresh(self) -> PreTrainedModel:
+        """A new model in float32; what the masked LM lacks is drawn from torch's generator: the classifier, and BERT's
+        pooler unless it is pretrained."""
         if self._directory is not None:
-            return BertForSequenceClassification.from_pretrained(
+            return self._class.from_pretrained(
                 self._directory, num_labels=self._num_labels, dtype=torch.float32, local_files_only=True
             )
-        model = BertForSequenceClassification(self._config)
-        missing, unexpected = model.load_state_dict(self._state, strict=False)
-        if unexpected or any(not name.startswith(NEW_LAYERS) for name in missing):
-            raise RuntimeError(f"weights do not fit: missing {missing}, unexpected {unexpected}")
+        model = self._class(self._config)
+        known = model.state_dict().keys()
+        missing, _ = model.load_state_dict({n: t for n, t in self._state.items() if n in known}, strict=False)
+        if any(not name.startswith(self._architecture.NEW_IN_CLASSIFIER) for name in missing):
+            raise RuntimeError(f"weights do not fit: missing {missing}")
         return model
 
 
@@ -78,7 +83,7 @@ class Encoded:
     """Examples as token ids and token types, lists of N lists, and their labels (N,)."""
 
     ids: list[list[int]]
-    types: list[list[int]]
+    types: list[list[int]] | None  # None: the model takes none
     labels: np.ndarray
     unknown: Unknown
 
@@ -92,7 +97,7 @@ def encode(examples: Examples, pretrained: Pretrained, max_length: int) -> Encod
     ids = [encoding.ids for encoding in encodings]
     types = [encoding.type_ids for encoding in encodings]
     if pretrained.type_vocab_size < 2:
-        types = [[0] * len(row) for row in types]
+        types = [[0] * len(row) for row in types] if pretrained.type_vocab_size else None
     special = (tokenizer.cls_token_id, tokenizer.sep_token_id)
     unknown = Unknown.of(np.concatenate([np.array(row) for row in ids]), tokenizer.unk_token_id, special)
     return Encoded(ids, types, examples.labels, unknown)
@@ -161,9 +166,7 @@ def finetune(
     }
 
 
-def predict(
-    model: BertForSequenceClassification, examples: Encoded, settings: Settings, pad_token_id: int
-) -> np.ndarray:
+def predict(model: PreTrainedModel, examples: Encoded, settings: Settings, pad_token_id: int) -> np.ndarray:
     """Class numbers int64 (N,), or scores float32 (N,)."""
     model.eval()
     device = next(model.parameters()).device
@@ -228,7 +231,7 @@ def _batch(examples: Encoded, rows: Sequence[int], pad_token_id: int, device: to
     mask = [[1] * len(examples.ids[row]) + [0] * (longest - len(examples.ids[row])) for row in rows]
     return {
         "input_ids": padded(examples.ids, pad_token_id),
-        "token_type_ids": padded(examples.types, 0),
+        **({} if examples.types is None else {"token_type_ids": padded(examples.types, 0)}),
         "attention_mask": torch.tensor(mask, device=device),
         "labels": torch.from_numpy(examples.labels[np.asarray(rows)]).to(device),
     }

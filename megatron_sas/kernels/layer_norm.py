@@ -35,7 +35,7 @@ def _without_autocast(apex: type[nn.Module]) -> type[nn.Module]:
 
 
 def use_apex_layer_norm_(module: nn.Module) -> int:
-    """Replace every `nn.LayerNorm` inside `module` by apex's, with the same parameters; returns how many.
+    """Replace every `nn.LayerNorm` with a bias inside `module` by apex's, with the same parameters; returns how many.
 
     Only for CUDA without `torch.compile`, which fuses LayerNorm with its neighbours and so does better.
     """
@@ -46,7 +46,7 @@ def use_apex_layer_norm_(module: nn.Module) -> int:
     count = 0
     for parent in list(module.modules()):
         for name, child in parent.named_children():
-            if type(child) is nn.LayerNorm:
+            if type(child) is nn.LayerNorm and child.bias is not None:  # which apex's always has
                 replacement = fused(child.normalized_shape, eps=child.eps)
                 replacement.weight, replacement.bias = child.weight, child.bias
                 setattr(parent, name, replacement)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_sas.kernels.cpu_window import CpuFlashInWindow
 from megatron_sas.kernels.edges import add_entry_gradients_, edge_probs, row_sums
 from megatron_sas.kernels.reference import Window, accumulation_dtype, key_mask, valid_heads
 
@@ -126,7 +127,7 @@ class CudnnFlash:
         )  # fmt: skip
 
 
-Kernel = type[CpuFlash] | type[CudaFlash] | type[CudnnFlash]
+Kernel = type[CpuFlash] | type[CudaFlash] | type[CudnnFlash] | CpuFlashInWindow
 
 
 def _unsupported_on_cuda(name: str, q: Tensor, has_seqlens: bool, largest_dim: int) -> str | None:
@@ -141,11 +142,13 @@ def _unsupported_on_cuda(name: str, q: Tensor, has_seqlens: bool, largest_dim: i
     return None
 
 
-def kernel_named(backend: str, q: Tensor) -> Kernel:
-    """The kernel behind the backend "cudnn", or "sdpa" on q's device."""
+def kernel_named(backend: str, q: Tensor, window: Window = None) -> Kernel:
+    """The kernel behind the backend "cudnn", or "sdpa" on q's device; only the CPU's has windows."""
     if backend == "cudnn":
         return CudnnFlash
-    return CudaFlash if q.device.type == "cuda" else CpuFlash
+    if q.device.type == "cuda":
+        return CudaFlash
+    return CpuFlash if window is None else CpuFlashInWindow(window, q.shape[2])
 
 
 def unsupported_reason(
@@ -156,9 +159,10 @@ def unsupported_reason(
         return "float16 cannot hold the substituted output (it spans 2^±50); use bfloat16 or float32"
     if q.numel() == 0:
         return "torch's flash kernels cannot take empty tensors"
-    if window is not None:
-        return "torch's flash kernels are used without a window"
-    return kernel_named(backend, q).unsupported_reason(q, dropout_p, has_seqlens)
+    kernel = kernel_named(backend, q)
+    if window is not None and kernel is not CpuFlash:
+        return "torch's flash kernels for GPUs are used without a window"
+    return kernel.unsupported_reason(q, dropout_p, has_seqlens)
 
 
 def run(
@@ -167,30 +171,34 @@ def run(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See `Backend.run`; `backend` is "sdpa" or "cudnn"."""
     heads = None if heads is None else valid_heads(heads, seqlens)
-    mask = _square_mask(seqlens, q)
-    return _FlashDependencyAttention.apply(q, k, v, heads, mask, dropout_p, scale, kernel_named(backend, q))[:3]
+    kernel = kernel_named(backend, q, window)
+    mask = _mask(kernel, seqlens, q)
+    return _FlashDependencyAttention.apply(q, k, v, heads, mask, dropout_p, scale, window, kernel)[:3]
 
 
 def output_and_lse(
-    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, scale: float, window: None, *, backend: str
+    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, scale: float, window: Window, *, backend: str
 ) -> tuple[Tensor, Tensor]:
     """See `Backend.output_and_lse`; `backend` is "sdpa" or "cudnn"."""
-    mask, kernel = _square_mask(seqlens, q), kernel_named(backend, q)
-    out, _, _, lse = _FlashDependencyAttention.apply(q, k, v, None, mask, 0.0, scale, kernel)
+    kernel = kernel_named(backend, q, window)
+    mask = _mask(kernel, seqlens, q)
+    out, _, _, lse = _FlashDependencyAttention.apply(q, k, v, None, mask, 0.0, scale, window, kernel)
     return out, lse
 
 
-def _square_mask(seqlens: Tensor | None, q: Tensor) -> Tensor | None:
-    """The key mask as the kernels take it, `(B, 1, S, S)` with strides of 0: its memory is `(B, S)`."""
+def _mask(kernel: Kernel, seqlens: Tensor | None, q: Tensor) -> Tensor | None:
+    """The mask as the kernel takes it: of keys `(B, 1, S, S)` with strides of 0, so that its memory is `(B, S)`."""
+    if isinstance(kernel, CpuFlashInWindow):
+        return kernel.mask(seqlens, q)
     mask = key_mask(seqlens, q.shape[2], q.dtype)
     return None if mask is None else mask.expand(-1, 1, q.shape[2], -1)
 
 
 class _FlashDependencyAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, heads, mask, dropout_p, scale, kernel):  # noqa: ANN001
+    def forward(ctx, q, k, v, heads, mask, dropout_p, scale, window, kernel):  # noqa: ANN001
         out, lse, rest = kernel.forward(q, k, v, mask, dropout_p, scale)
-        to_head, to_dependent = (None, None) if heads is None else edge_probs(q, k, lse, heads, scale)
+        to_head, to_dependent = (None, None) if heads is None else edge_probs(q, k, lse, heads, scale, window)
         tensors = [x for x in rest if isinstance(x, Tensor)]
         ctx.save_for_backward(q, k, v, heads, mask, out, lse, to_head, to_dependent, *tensors)
         ctx.rest = [None if isinstance(x, Tensor) else x for x in rest]
@@ -223,7 +231,7 @@ class _FlashDependencyAttention(torch.autograd.Function):
             grad_q, grad_k = grad_q.to(dtype), grad_k.to(dtype)
             add_entry_gradients_(grad_q, grad_k, q, k, heads, scale, g_head, g_dependent)
             grad_q, grad_k = grad_q.to(q.dtype), grad_k.to(q.dtype)
-        return grad_q, grad_k, grad_v, None, None, None, None, None
+        return grad_q, grad_k, grad_v, *(None,) * 6
 
 
 def substitute(grad_out: Tensor, out: Tensor, row_sum: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,8 +13,9 @@ import torch
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.distributed import barrier, local_rank
-from megatron_sas.kernels import dependency_attention, unsupported_reason
-from megatron_sas.model.config import BertConfig
+from megatron_sas.kernels import dependency_attention, unsupported_reason, window_bounds
+from megatron_sas.kernels.reference import Window
+from megatron_sas.model.config import ModelConfig
 
 # torch's directories are not told apart by version when they are given.
 CACHES = {
@@ -53,18 +55,24 @@ def first_of_each_host_first() -> Iterator[None]:
 
 
 def check_attention_backend(
-    config: BertConfig, seq_length: int, dtype: torch.dtype, device: torch.device, sets: int = 1
+    config: ModelConfig, seq_length: int, dtype: torch.dtype, device: torch.device, sets: int = 1
 ) -> None:
     """Raise `InputError` if the chosen backend cannot train such a model here, with so many sets of edges."""
     shape = (1, config.num_heads, seq_length, config.head_dim)
     q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
-    reason = unsupported_reason(config.attention_backend, q, config.attention_dropout, sets=sets)
-    if reason is not None:
-        raise InputError(f"model.attention_backend: {config.attention_backend}: {reason}; choose auto")
+    for window in distinct_windows(config, seq_length):
+        reason = unsupported_reason(config.attention_backend, q, config.attention_dropout, sets=sets, window=window)
+        if reason is not None:
+            raise InputError(f"model.attention_backend: {config.attention_backend}: {reason}; choose auto")
+
+
+def distinct_windows(config: ModelConfig, seq_length: int) -> list[Window]:
+    """The windows of a model's attention, each once; None where it is the whole sequence."""
+    return list(dict.fromkeys(window_bounds(window, seq_length) for window in config.windows))
 
 
 def build_attention_kernels(
-    config: BertConfig, batch: int, seq_length: int, dtype: torch.dtype, device: torch.device, sets: int = 1
+    config: ModelConfig, batch: int, seq_length: int, dtype: torch.dtype, device: torch.device, sets: int = 1
 ) -> None:
     """Run the model's attention so that its kernels exist on every host: with `sets` sets of edges, and without any.
 
@@ -80,11 +88,11 @@ def build_attention_kernels(
     heads = torch.arange(-1, seq_length - 1, device=device).expand(batch, *([sets] if sets > 1 else []), -1)
     winners = torch.arange(seq_length, device=device) % 64 == 0
     with first_of_each_host_first():
-        for edges in (heads, None):
+        for edges, window in itertools.product((heads, None), distinct_windows(config, seq_length)):
             q, k, v = (torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
             try:
                 out, *probabilities = dependency_attention(
-                    q, k, v, edges, dropout_p=config.attention_dropout, backend=config.attention_backend
+                    q, k, v, edges, dropout_p=config.attention_dropout, backend=config.attention_backend, window=window
                 )
             except ValueError as error:
                 reason = str(error).removeprefix("dependency_attention: ")

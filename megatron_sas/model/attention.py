@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from megatron_sas.kernels import dependency_attention, unsupported_reason
+from megatron_sas.kernels import dependency_attention, unsupported_reason, window_bounds
 from megatron_sas.kernels.cpu_linear import Linear
-from megatron_sas.model.config import BertConfig
+from megatron_sas.kernels.reference import Window
+from megatron_sas.model.config import ModelConfig
 
 QueryKeyObserver = Callable[[Tensor, Tensor], None]
 
@@ -19,19 +20,23 @@ class QueriesKeys(NamedTuple):
 
     q: Tensor  # (B, H, S, D)
     k: Tensor  # (B, H, S, D)
-    window: int | tuple[int, int] | None  # of local attention, as in `dependency_attention`
+    window: Window  # None, or how many keys before and after its position a query sees
 
 
 class SelfAttention(nn.Module):
-    """One projection to queries, keys and values, dependency attention, one projection back."""
+    """One projection to queries, keys and values, dependency attention, one projection back.
 
-    def __init__(self, config: BertConfig) -> None:
+    `window` is None or how many keys before and after its position a query sees.
+    """
+
+    def __init__(self, config: ModelConfig, *, bias: bool = True, window: Window = None) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         self.dropout_p = config.attention_dropout
         self.backend = config.attention_backend
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
-        self.output = Linear(config.hidden_size, config.hidden_size)
+        self.window = window
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=bias)
+        self.output = Linear(config.hidden_size, config.hidden_size, bias=bias)
 
     def forward(
         self,
@@ -39,29 +44,36 @@ class SelfAttention(nn.Module):
         heads: Tensor | None,
         seqlens: Tensor | None,
         observer: QueryKeyObserver | None = None,
-        *,
+        *positions: Tensor,
         queries_keys: bool = False,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, QueriesKeys | None]:
         """Output `(B, S, C)`, `to_head` and `to_dependent` `(B, H, S)` (None without `heads`), and if `queries_keys`
-        is true queries and keys `(B, H, S, D)` with their gradient.
+        is true queries and keys with their gradient.
 
         Heads `(B, sets, S)` give probabilities `(B, sets, H, S)`.
 
-        `observer` is called with queries and keys `(B, H, S, D)`: for evaluation, never while training.
+        `observer` is called with queries and keys `(B, H, S, D)`: for evaluation, never while training. `positions` is
+        what `project` needs besides.
         """
         batch, seq, hidden = x.shape
-        parts = self.qkv(x).split(hidden, dim=-1)
-        q, k, v = (part.view(batch, seq, self.num_heads, -1).transpose(1, 2) for part in parts)  # (B, H, S, D)
+        q, k, v = self.project(x, *positions)
         if observer is not None:
             observer(q, k)
         dropout_p, backend = self.dropout_p if self.training else 0.0, self.backend
         if not self.training and backend != "auto":
             # Chosen for training; evaluations have padding, and may run on another device.
             sets = heads.shape[1] if heads is not None and heads.dim() == 3 else 1
-            if unsupported_reason(backend, q, dropout_p, has_seqlens=seqlens is not None, sets=sets) is not None:
+            asked = {"has_seqlens": seqlens is not None, "sets": sets, "window": window_bounds(self.window, seq)}
+            if unsupported_reason(backend, q, dropout_p, **asked) is not None:
                 backend = "auto"
         out, to_head, to_dependent = dependency_attention(
-            q, k, v, heads, seqlens=seqlens, dropout_p=dropout_p, backend=backend
+            q, k, v, heads, seqlens=seqlens, dropout_p=dropout_p, backend=backend, window=self.window
         )
         out = self.output(out.transpose(1, 2).reshape(batch, seq, hidden))
-        return out, to_head, to_dependent, (q, k) if queries_keys else None
+        return out, to_head, to_dependent, QueriesKeys(q, k, self.window) if queries_keys else None
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `(B, H, S, D)` of `(B, S, C)`."""
+        batch, seq, hidden = x.shape
+        parts = self.qkv(x).split(hidden, dim=-1)
+        return tuple(part.view(batch, seq, self.num_heads, -1).transpose(1, 2) for part in parts)

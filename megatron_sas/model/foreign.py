@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megatron_sas.core.cli import InputError, first_line
 from megatron_sas.kernels.reference import entries, valid_heads
-from megatron_sas.model.bert import AttentionObserver, BertOutput
+from megatron_sas.model.base import AttentionObserver, ModelOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,7 +65,7 @@ class ForeignModel(nn.Module):
         seqlens: Tensor | None = None,
         masked_positions: Tensor | None = None,
         attention_observer: AttentionObserver | None = None,
-    ) -> BertOutput:
+    ) -> ModelOutput:
         """As `Bert.forward`. `heads` is `(B, S)`.
 
         Raises:
@@ -86,7 +86,7 @@ class ForeignModel(nn.Module):
                 to_dependent.append(along[1])
         hidden = output[0]  # (B, S, C)
         logits = None if masked_positions is None else self._logits(hidden, masked_positions, input_ids, seqlens)
-        return BertOutput(hidden, logits, tuple(to_head), tuple(to_dependent))
+        return ModelOutput(hidden, logits, tuple(to_head), tuple(to_dependent))
 
     def _encode(self, input_ids: Tensor, seqlens: Tensor | None, maps: bool) -> Any:
         return self.model.base_model(input_ids, attention_mask=_mask(input_ids, seqlens), output_attentions=maps)

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_sas.model.bert import BertOutput
+from megatron_sas.model.base import ModelOutput
 from megatron_sas.objective.base import EDGES, Batch, Counts, TermSection
 
 DIRECTIONS = ("both", "to_head", "to_dependent")
@@ -49,7 +49,7 @@ class EdgeTerm:
         mode = f"{section.mode}, p {section.p:g}" if section.mode == "uniform" else section.mode
         return f"mode {mode}, directions {section.directions}, reduction {section.reduction}"
 
-    def __call__(self, output: BertOutput, batch: Batch) -> Tensor:
+    def __call__(self, output: ModelOutput, batch: Batch) -> Tensor:
         """R of every sequence, `(B,)`."""
         section = self.section
         return attention_along(

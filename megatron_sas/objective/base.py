@@ -15,11 +15,11 @@ from torch import Tensor
 
 from megatron_sas.core.settings import Section
 from megatron_sas.data.mlm_dataset import IGNORED
-from megatron_sas.model.bert import BertOutput
+from megatron_sas.model.base import ModelOutput
 from megatron_sas.optim.schedules import AnySchedule, Stages, schedule_faults
 
 EDGES, QUERIES_KEYS = "edges", "queries_keys"
-"""What a term may need of BERT: probabilities along its edges; queries and keys of every layer."""
+"""What a term may need of the model: probabilities along its edges; queries and keys of every layer."""
 
 
 class TermSection(Section):
@@ -85,7 +85,7 @@ class Term(Protocol):
         """Heads `(B, S)` along which BERT must hand out its attention, -1 for none. Called for terms that need EDGES,
         which have `to_head` and `to_dependent` along them in the output that they are called with."""
 
-    def __call__(self, output: BertOutput, batch: Batch) -> Tensor:
+    def __call__(self, output: ModelOutput, batch: Batch) -> Tensor:
         """R of every sequence, `(B,)`, with gradient. `output` has what the term needs."""
 
     def metrics(self, total: float, counts: Counts) -> dict[str, float]:

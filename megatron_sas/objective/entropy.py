@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from megatron_sas.kernels import attention_entropy
-from megatron_sas.model.bert import BertOutput
+from megatron_sas.model.base import ModelOutput
 from megatron_sas.objective.base import QUERIES_KEYS, Batch, Counts, TermSection
 
 
@@ -37,7 +37,7 @@ class EntropyTerm:
         """What R is a mean of."""
         return "mean over layers, heads and tokens, in nats"
 
-    def __call__(self, output: BertOutput, batch: Batch) -> Tensor:
+    def __call__(self, output: ModelOutput, batch: Batch) -> Tensor:
         """R of every sequence, `(B,)`; 0 for a sequence of nothing but padding."""
         rows = batch.holds_text(self.padding_ids)  # (B, S)
         total = 0.0

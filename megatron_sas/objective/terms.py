@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_sas.core.settings import Section
-from megatron_sas.model.bert import BertOutput
+from megatron_sas.model.base import ModelOutput
 from megatron_sas.objective.base import EDGES, QUERIES_KEYS, Batch, Term
 from megatron_sas.objective.entropy import EntropyTerm
 from megatron_sas.objective.offset import OffsetTerm
@@ -66,11 +66,11 @@ class Needs:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `Bert`."""
+        """Keyword arguments of the model."""
         return {"heads": self.heads} | ({"queries_keys": True} if self._queries_keys else {})
 
-    def output_for(self, name: str, output: BertOutput) -> BertOutput:
-        """What BERT returned for `arguments`, with the probabilities along the edges of one term."""
+    def output_for(self, name: str, output: ModelOutput) -> ModelOutput:
+        """What the model returned for `arguments`, with the probabilities along the edges of one term."""
         if name not in self.edges or len(self.edges) == 1:
             return output
         return output.select(list(self.edges).index(name))

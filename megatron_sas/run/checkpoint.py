@@ -33,7 +33,7 @@ from megatron_sas.core import distributed
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import fsync_directory, fsync_file, remove, write_json_atomic, write_text_atomic
 from megatron_sas.core.manifest import read_manifest, write_manifest
-from megatron_sas.model.config import BertConfig
+from megatron_sas.model.config import ModelConfig
 from megatron_sas.run.directory import (
     CONFIG,
     LATEST,
@@ -135,7 +135,7 @@ def write_description(
     step: int,
     state: dict[str, Any],
     *,
-    bert_config: BertConfig,
+    bert_config: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
     config_yaml: str,
 ) -> None:

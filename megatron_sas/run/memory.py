@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_sas.model.bert import Bert
-from megatron_sas.model.config import BertConfig
+from megatron_sas.model.architectures import build_model
+from megatron_sas.model.config import ModelConfig
 from megatron_sas.optim.optimizers import OPTIMIZERS, moments_of
 
 FP32, BF16 = 4, 2
@@ -57,23 +57,23 @@ def show_bytes(count: float) -> str:
 
 
 @functools.cache
-def count_parameters(config: BertConfig) -> int:
+def count_parameters(config: ModelConfig) -> int:
     """Parameters of a model of this shape, without allocating it."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Bert(config).parameters())
+        return sum(parameter.numel() for parameter in build_model(config).parameters())
 
 
 @functools.cache
-def optimizer_bytes(config: BertConfig, optimizer: str) -> int:
+def optimizer_bytes(config: ModelConfig, optimizer: str) -> int:
     """What an optimizer keeps of all parameters of a model of this shape, without allocating it."""
     with torch.device("meta"):
-        named = list(Bert(config).named_parameters())
+        named = list(build_model(config).named_parameters())
     kept = (moment for name, p in named for moment in moments_of(OPTIMIZERS[optimizer], name, p).values())
     return sum(moment.nbytes for moment in kept)
 
 
 def estimate_memory(
-    config: BertConfig,
+    config: ModelConfig,
     *,
     world_size: int,
     zero_stage: int,
@@ -145,7 +145,7 @@ def estimate_memory(
 
 
 def activation_bytes(
-    config: BertConfig,
+    config: ModelConfig,
     *,
     micro_batch_size: int,
     seq_length: int,
@@ -158,20 +158,21 @@ def activation_bytes(
 ) -> float:
     """Bytes that one forward keeps for its backward, without the weights (and autocast's copies of them).
 
-    Per token and layer: queries, keys, values 3C; attention output C; input and output of both LayerNorms 4C; the inner
-    layer before and after GELU 2I; two dropout masks; a few float32 numbers per head. Under autocast the residual
-    stream and so the LayerNorms' inputs stay float32, and their outputs are kept as bf16. `compute`: bytes of a weight.
+    Per token and layer: what the architecture says (`ModelConfig.activations`), and a few float32 numbers per head.
+    Under autocast the residual stream and so the LayerNorms' inputs stay float32, and their outputs are kept as bf16.
+    `compute`: bytes of a weight.
     """
     c, heads, vocab = config.hidden_size, config.num_heads, config.padded_vocab_size
     inner = BF16 if autocast else compute  # of matrix products
     norm_input = FP32 if autocast else compute
-    mask = (1 if cuda else inner) if config.hidden_dropout > 0 else 0
-    layer = inner * (3 * c + c + 2 * c + 2 * config.intermediate_size) + norm_input * 2 * c + 2 * mask * c
+    mask = 1 if cuda else inner
+    kept = config.activations
+    layer = inner * kept.products + norm_input * kept.norms + mask * kept.masks
     layer += 4 * FP32 + FP32 * heads  # mean and deviation of the LayerNorms, logsumexp
     layer += edge_sets * (2 * FP32 * heads + 8)  # the two probabilities, int64 heads
     # Of a second pass: its output, queries in float32, logsumexp and entropy.
     layer += second_passes * (inner * c + (FP32 * c if inner == BF16 else 0) + 2 * FP32 * heads)
-    embeddings = 2 * norm_input * c + mask * c + 16
+    embeddings = 2 * norm_input * c + mask * config.embedding_dropout_masks + 16
     head = masked * inner * (4 * c + vocab)
     return micro_batch_size * seq_length * (config.num_layers * layer + embeddings) + head
 

@@ -20,8 +20,9 @@ from megatron_sas.core.cli import InputError, first_line
 from megatron_sas.core.files import obey_umask, write_json_atomic
 from megatron_sas.core.manifest import read_manifest, verify_manifest
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_digest
+from megatron_sas.model.architectures import ARCHITECTURES, DEFAULT, build_model
 from megatron_sas.model.bert import Bert
-from megatron_sas.model.config import BertConfig
+from megatron_sas.model.config import ModelConfig
 from megatron_sas.model.huggingface import from_hf_config, from_hf_state
 from megatron_sas.run.directory import (
     HF_CONFIG,
@@ -52,7 +53,7 @@ def load_model(
     """The model at `path` in evaluation mode, and its tokenizer.
 
     Args:
-        path: a Hugging Face `BertForMaskedLM` directory, a training checkpoint, or a run directory (newest checkpoint).
+        path: a Hugging Face directory, a training checkpoint, or a run directory (newest checkpoint).
 
     Raises:
         InputError: none of these, or the files do not fit each other.
@@ -64,7 +65,7 @@ def load_model(
             f"{tokenizer_path}: the tokenizer has {len(tokenizer)} entries but the model only {config.vocab_size}; "
             "they do not belong together"
         )
-    model = Bert(config)
+    model = build_model(config)
     load_state(model, state, where=str(path))
     return model.to(device=device, dtype=dtype).eval(), tokenizer
 
@@ -87,7 +88,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def read_model(path: str | Path) -> tuple[BertConfig, dict[str, Tensor], Path]:
+def read_model(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], Path]:
     """Configuration, our float32 state dict, and where the tokenizer is. See `load_model`."""
     path = find_model(path)
     if is_checkpoint(path):
@@ -113,7 +114,7 @@ def model_step(path: Path) -> int | None:
     return step_of(path.resolve())
 
 
-def read_checkpoint(path: Path) -> tuple[BertConfig, dict[str, Tensor], Path]:
+def read_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Tensor], Path]:
     """`read_model` for the directory of one training checkpoint; all files but the optimizer's are verified."""
     verify_checkpoint(path, with_optimizer=False)
     return read_model_config(path / MODEL_CONFIG), read_weights(path / MODEL_WEIGHTS), path / TOKENIZER_DIRECTORY
@@ -167,12 +168,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: {reason}; copy the model anew") from None
 
 
-def write_model_config(path: str | Path, config: BertConfig) -> None:
-    """Write `config` as JSON."""
-    write_json_atomic(path, asdict(config))
+def write_model_config(path: str | Path, config: ModelConfig) -> None:
+    """Write `config` as JSON; the architecture stands there unless it is the default, which earlier versions read."""
+    name = {} if config.architecture == DEFAULT else {"architecture": config.architecture}
+    write_json_atomic(path, name | asdict(config))
 
 
-def read_model_config(path: str | Path) -> BertConfig:
+def read_model_config(path: str | Path) -> ModelConfig:
     """Read what `write_model_config` wrote, also in earlier versions, which had pre-LN models besides.
 
     Raises:
@@ -181,8 +183,11 @@ def read_model_config(path: str | Path) -> BertConfig:
     values = _read_json(Path(path))
     if values.pop("norm_placement", "post") != "post":
         raise InputError(f"{path}: is of a pre-LN model, which only earlier versions read")
+    name = values.pop("architecture", DEFAULT)
+    if name not in ARCHITECTURES:
+        raise InputError(f"{path}: is of architecture {name!r}; this program has {', '.join(ARCHITECTURES)}")
     try:
-        return BertConfig(**values)
+        return ARCHITECTURES[name].CONFIG(**values)
     except TypeError as error:
         raise InputError(f"{path}: is not a configuration of this program ({error})") from None
 
@@ -198,22 +203,13 @@ def load_state(model: Bert, state: dict[str, Tensor], where: str) -> None:
     model.load_state_dict(state)
 
 
-def architecture_differences(found: BertConfig, wanted: BertConfig) -> list[str]:
+def architecture_differences(found: ModelConfig, wanted: ModelConfig) -> list[str]:
     """What keeps weights of architecture `found` from being used in `wanted`; dropout and kernels may differ."""
-    names = (
-        "num_layers",
-        "hidden_size",
-        "num_heads",
-        "intermediate_size",
-        "vocab_size",
-        "max_position_embeddings",
-        "type_vocab_size",
-        "layer_norm_eps",
-        "pad_token_id",
-    )
+    if found.architecture != wanted.architecture:
+        return [f"architecture {found.architecture} instead of {wanted.architecture}"]
     return [
         f"{name} {getattr(found, name)} instead of {getattr(wanted, name)}"
-        for name in names
+        for name in wanted.weights_depend_on
         if getattr(found, name) != getattr(wanted, name)
     ]
 
@@ -243,7 +239,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return state
 
 
-def _read_hf(path: Path) -> tuple[BertConfig, dict[str, Tensor]]:
+def _read_hf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     config = from_hf_config(_read_json(path / HF_CONFIG), str(path / HF_CONFIG))
     if (path / "model.safetensors").is_file():
         state = read_weights(path / "model.safetensors")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import psutil
 import torch
@@ -19,18 +19,30 @@ def flops_per_token(
     vocab_size: int,
     seq_length: int,
     mask_prob: float,
+    mlp_matrices: int = 2,
+    windows: Sequence[tuple[int, int] | None] | None = None,
 ) -> float:
-    """Floating-point operations of one token's forward and backward pass through a BERT.
+    """Floating-point operations of one token's forward and backward pass through an encoder.
 
-    A weight matrix costs 2 operations per weight forward and 4 backward. Counted are the four projections and the two
-    feed-forward matrices of each layer, the products QKᵀ and PV over the full square of the sequence, and, on the
-    `mask_prob` masked positions only, the transform and the decoder of the LM head. Norms, softmax, embeddings and
-    recomputation are not counted, as is the custom for model FLOPs (PaLM, Chowdhery et al. 2022, appendix B).
+    A weight matrix costs 2 operations per weight forward and 4 backward. Counted are the four projections and the
+    `mlp_matrices` feed-forward matrices of each layer, the products QKᵀ and PV over the full square of the sequence, or
+    in layers with a window of `windows` over what it shows of it, and, on the `mask_prob` masked positions only, the
+    transform and the decoder of the LM head. Norms, softmax, embeddings and recomputation are not counted, as is the
+    custom for model FLOPs (PaLM, Chowdhery et al. 2022, appendix B).
     """
-    encoder = 6 * num_layers * (4 * hidden_size**2 + 2 * hidden_size * intermediate_size)
-    attention = 3 * num_layers * 2 * (2 * seq_length * hidden_size)
+    encoder = 6 * num_layers * (4 * hidden_size**2 + mlp_matrices * hidden_size * intermediate_size)
+    keys = sum(seen_keys(seq_length, window) for window in windows or (None,) * num_layers)
+    attention = 3 * 2 * (2 * keys * hidden_size)
     head = 6 * mask_prob * (hidden_size**2 + hidden_size * vocab_size)
     return encoder + attention + head
+
+
+def seen_keys(seq_length: int, window: tuple[int, int] | None) -> float:
+    """Keys that a query sees, on average over the positions; `window` is None or keys before and after its own."""
+    if window is None:
+        return seq_length
+    hidden = sum(max(seq_length - 1 - side, 0) * max(seq_length - side, 0) / 2 for side in window)
+    return seq_length - hidden / seq_length
 
 
 # Dense peaks from NVIDIA's data sheets in operations per second: (pattern of the device name, bf16/fp16 with float32

@@ -29,8 +29,9 @@ from megatron_sas.evaluation.live import LiveEvaluation, shortages
 from megatron_sas.export.hf import write_hf
 from megatron_sas.launch.environment import other_threads, threads_of_processes
 from megatron_sas.launch.kernel_cache import build_attention_kernels, check_attention_backend
+from megatron_sas.model.architectures import build_model
 from megatron_sas.model.bert import Bert
-from megatron_sas.model.config import BertConfig
+from megatron_sas.model.config import ModelConfig
 from megatron_sas.objective.base import EDGES, Term
 from megatron_sas.objective.pretraining import MaskedLMWithTerms
 from megatron_sas.objective.terms import number_needing
@@ -250,7 +251,7 @@ def _build(config: Config, checkpoint: Path | None) -> RunState:
             f"train.steps: {train.steps} is less than the {counters['step']} updates that are already done"
         )
     check_same_data(counters.get("data", {}), packed, validation)
-    bert_config = config.bert_config(packed.tokenizer.vocab_size, packed.tokenizer.pad_id)
+    bert_config = config.shape(packed.tokenizer.vocab_size, packed.tokenizer.pad_id)
     bert = _model(bert_config, config, checkpoint, tokenizer)
     terms, max_length = config.terms(packed.tokenizer.special_ids), config.model.max_position_embeddings
     evaluation = LiveEvaluation(config.evaluation, Resources(tokenizer, validation, max_length, data.mask_prob, terms))
@@ -304,17 +305,19 @@ def measure_throughput(config: Config, state: RunState, device: torch.device, cl
             vocab_size=bert.vocab_size,
             seq_length=state.dataset.packed.seq_length,
             mask_prob=mean(config.masking_rate(), config.train.steps),
+            mlp_matrices=bert.mlp_matrices,
+            windows=bert.windows,
         ),
         peak_flops=None if peak is None else peak * distributed.world_size(),
     )
 
 
 def _model(
-    bert_config: BertConfig, config: Config, checkpoint: Path | None, tokenizer: PreTrainedTokenizerBase
+    bert_config: ModelConfig, config: Config, checkpoint: Path | None, tokenizer: PreTrainedTokenizerBase
 ) -> Bert:
     """The model with the run's weights, else those of `model.init_from`, else random ones; equal on every rank."""
     torch.manual_seed(config.seeds().init)
-    bert = Bert(bert_config)
+    bert = build_model(bert_config)
     if checkpoint is not None:
         _load_matching(bert, checkpoint, f"{checkpoint}: has", tokenizer)
     elif config.model.init_from is not None:

@@ -32,7 +32,7 @@ from megatron_sas.launch.environment import (
     number_of_processes,
     share_cores,
 )
-from megatron_sas.model.config import BertConfig
+from megatron_sas.model.config import ModelConfig
 from megatron_sas.objective.base import EDGES, QUERIES_KEYS
 from megatron_sas.objective.pretraining import MaskedLMWithTerms
 from megatron_sas.objective.terms import number_needing, weights
@@ -129,7 +129,7 @@ def _check_configured(config: Config, report: Report, faulty: Collection[str] = 
     if config.run.branch_from is not None and not faulty:  # which the run's own checkpoint replaces once there is one
         _, branch = report.check("branch", lambda: find_start(config, print), _describe_start) or (None, None)
     if packed is not None and sound("train", "checkpoint", "snapshots", "watch"):
-        shape = config.bert_config(packed.tokenizer.vocab_size, packed.tokenizer.pad_id)
+        shape = config.shape(packed.tokenizer.vocab_size, packed.tokenizer.pad_id)
         report.check("disk space", lambda: check_disk_space(config, count_parameters(shape), branch))
         if deepspeed is not None:
             estimate = _estimate(config, shape, packed.seq_length, world_size, deepspeed)
@@ -249,7 +249,7 @@ def check_memory(estimate: MemoryEstimate) -> str:
 
 
 def _estimate(
-    config: Config, shape: BertConfig, seq_length: int, world_size: int, deepspeed: dict[str, Any]
+    config: Config, shape: ModelConfig, seq_length: int, world_size: int, deepspeed: dict[str, Any]
 ) -> MemoryEstimate:
     return estimate_memory(
         shape,

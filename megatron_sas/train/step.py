@@ -21,6 +21,7 @@ from megatron_sas.data.masking import hash_u64
 from megatron_sas.data.mlm_dataset import Window
 from megatron_sas.kernels import choose_backend
 from megatron_sas.kernels.layer_norm import use_apex_layer_norm_
+from megatron_sas.launch.kernel_cache import distinct_windows
 from megatron_sas.model.bert import Bert
 from megatron_sas.objective.pretraining import MaskedLMWithTerms
 from megatron_sas.optim.optimizers import OPTIMIZERS, moments_of
@@ -106,13 +107,15 @@ class Engine:
         return contextlib.nullcontext()
 
     def attention_backend(self, seq_length: int) -> str:
-        """The kernel that training's attention takes, by name."""
+        """The kernel that training's attention takes, by name; where windows take another, both."""
         config = self.bert.config
         if config.attention_backend != "auto":
             return config.attention_backend
         dtype = torch.bfloat16 if self.train_section.precision == "bf16" else torch.float32
         probe = torch.empty(1, config.num_heads, seq_length, config.head_dim, dtype=dtype, device=self.device)
-        return choose_backend(probe, config.attention_dropout)
+        windows = distinct_windows(config, seq_length)
+        names = [choose_backend(probe, config.attention_dropout, window=window) for window in windows]
+        return " and ".join(dict.fromkeys(names))
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:

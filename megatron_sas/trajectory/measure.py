@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megatron_sas.model.bert import Bert
-    from megatron_sas.model.config import BertConfig
+    from megatron_sas.model.config import ModelConfig
 
 MASK_PROB = 0.15
 
@@ -70,7 +70,7 @@ class TrajectoryTask:
         InputError: an input is wrong or does not fit such models.
     """
 
-    def __init__(self, inputs: Inputs, config: BertConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, inputs: Inputs, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.inputs = inputs
         self.shape, self.digest = _shape(config, tokenizer), tokenizer_digest(tokenizer)
         max_length = config.max_position_embeddings
@@ -121,7 +121,7 @@ class TrajectoryTask:
         return values, items
 
 
-def _shape(config: BertConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _shape(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What all models of a trajectory have in common."""
     names = ("num_layers", "num_heads", "max_position_embeddings")
     return {"tokenizer": tokenizer_hash(tokenizer), **{name: getattr(config, name) for name in names}}

@@ -11,7 +11,14 @@ import torch
 from engine_runs import checkpoint, largest_difference, train, weights, write_inputs
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM, BertTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertForMaskedLM,
+    BertTokenizer,
+    ModernBertForMaskedLM,
+    PreTrainedTokenizerFast,
+)
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.manifest import write_manifest
@@ -331,3 +338,32 @@ def test_existing_outputs_are_overwritten_only_on_request_and_if_they_are_models
     from_hf(exported, tmp_path / "back")
     assert "exists already" in refused(from_hf, exported, tmp_path / "back")
     from_hf(exported, tmp_path / "back", overwrite=True)
+
+
+def test_a_modernbert_goes_to_transformers_and_back(tmp_path):
+    """Trained, exported, loaded without remote code, and read again tensor for tensor; nothing unknown is dropped."""
+    train(write_inputs(tmp_path, "modernbert"), tmp_path / "run", {"train.steps": 2})
+    to_hf(tmp_path / "run", tmp_path / "hf")
+    model, information = AutoModelForMaskedLM.from_pretrained(
+        tmp_path / "hf", output_loading_info=True, trust_remote_code=False
+    )
+    assert type(model) is ModernBertForMaskedLM
+    assert not any(information.values())
+    ids = torch.randint(65, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model.eval()(ids).logits.flatten(0, 1)
+    torch.testing.assert_close(logits, our_logits(tmp_path / "run", ids), rtol=0, atol=1e-5)
+    encoded = AutoTokenizer.from_pretrained(tmp_path / "hf")("w3 w59", return_tensors="pt")
+    assert set(encoded) == {"input_ids", "attention_mask"}
+    assert torch.isfinite(model(**encoded).logits).all()
+    from_hf(tmp_path / "hf", tmp_path / "back")
+    before, after = weights(tmp_path / "run", 2), read_model(tmp_path / "back")[1]
+    assert largest_difference(before, after) == 0.0
+    assert read_model(tmp_path / "back")[0] == read_model(tmp_path / "hf")[0]
+    card = (tmp_path / "hf/README.md").read_text()
+    assert "A ModernBERT masked language model: 2 layers" in card
+    assert "local attention (± 4 tokens) in 1 layers" in card and "embedding 0, attention 0, mlp 0.1" in card
+    file = tmp_path / "hf/model.safetensors"
+    save_file(load_file(file) | {"model.layers.0.attn.Wqkv.bias": torch.zeros(96)}, file)
+    with pytest.raises(InputError, match=r"unexpected \['model.layers.0.attn.Wqkv.bias'\]"):
+        from_hf(tmp_path / "hf", tmp_path / "again")

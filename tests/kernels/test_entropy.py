@@ -24,17 +24,28 @@ CASES = [
 @pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize("logit_scale", [0.0, 1.0, 5.0])
 def test_statistics_equal_those_of_the_map(backend, dtype, seq, dim, uneven, logit_scale):
+    check_statistics(backend, dtype, seq, dim, uneven, logit_scale, None)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), CASES)
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("window", [(4, 4), (0, 40)])
+def test_statistics_in_a_window_equal_those_of_the_map(backend, dtype, uneven, window):
+    check_statistics(backend, dtype, 150, 16, uneven, 1.0, window)
+
+
+def check_statistics(backend, dtype, seq, dim, uneven, logit_scale, window):
     sizes = {"batch": 3, "num_heads": 2, "seq": seq, "dim": dim, "logit_scale": logit_scale}
     case = make_case(seq, dtype=dtype, uneven=uneven, **sizes)
     q, k, _ = case.qkv
     first, some, none = torch.arange(seq).expand(3, -1) == 0, torch.rand(3, seq) < 0.2, torch.zeros(3, seq) > 0
     groups = [first, some, none]
-    probs = attention_probs(q, k, case.seqlens, dim**-0.5)
+    probs = attention_probs(q, k, case.seqlens, dim**-0.5, window)
     device = device_of(backend)
     seqlens = None if case.seqlens is None else case.seqlens.to(device)
     qk = [x.to(device, dtype) for x in (q, k)]
     on_device = [group.to(device) for group in groups]
-    entropy, to_groups = attention_statistics(*qk, seqlens=seqlens, groups=on_device, backend=backend)
+    entropy, to_groups = attention_statistics(*qk, seqlens=seqlens, groups=on_device, backend=backend, window=window)
     valid = case.valid_rows()[..., 0]
     exact = [torch.special.entr(probs).sum(-1)]
     exact += [(probs * (group & valid[:, 0])[:, None, None, :]).sum(-1) for group in groups]
@@ -84,7 +95,6 @@ def entropy_of_maps(q, k, seqlens, window) -> torch.Tensor:
 def test_entropy_and_its_gradient_equal_those_of_maps(seed, backend, dtype, batch, seq, window, uneven, logit_scale):
     """Rows beyond a sequence's length have no gradient, as their entropy is not specified."""
     torch.manual_seed(seed)
-    backend = "auto" if window is not None and backend == "sdpa" else backend
     exact = [(torch.randn(batch, 2, seq, 8) * logit_scale).to(dtype).double().requires_grad_() for _ in range(2)]
     lengths = torch.randint(0, seq + 1, (batch,)) if uneven else None
     limit = torch.full((batch,), seq) if lengths is None else lengths
@@ -144,5 +154,5 @@ def test_triton_has_the_gradient_too():
 
 def test_a_window_is_refused_by_a_backend_that_has_none():
     q = torch.zeros(1, 1, 9, 8)
-    with pytest.raises(ValueError, match="backend 'sdpa': torch's flash kernels are used without a window; choose"):
-        attention_entropy(q, q, window=2, backend="sdpa")
+    with pytest.raises(ValueError, match="backend 'cudnn': torch's flash kernels for GPUs are used without a window; ch"):
+        attention_entropy(q, q, window=2, backend="cudnn")

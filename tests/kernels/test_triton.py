@@ -58,6 +58,13 @@ def test_compiles_without_graph_break(dropout_p, directions):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("before, after", [(3, 3), (0, 12)])
+def test_operator_with_a_window_is_well_formed(before, after):
+    from megatron_sas.kernels.triton.attention import _forward
+
+    torch.library.opcheck(_forward, (*make_inputs(0.3, uneven=True), before, after))
+
+
 def test_equal_inputs_give_equal_bits():
     case = make_case(2, batch=1, num_heads=2, seq=70, dim=32, dtype=torch.float32, kind="one")
     results = []

@@ -48,6 +48,14 @@ def test_other_ways_to_call_them():
     assert len(compile_ahead("bf16:64:90:ones", "fp16:64:80:uneven", "bf16:64:80:plain")) == 9
 
 
+@pytest.mark.slow
+def test_windows_fit_every_gpu():
+    found = compile_ahead("bf16:64:90:window", "bf16:64:80:window", "fp32:64:86:window", "bf16:64:90:window:others")
+    for facts in found:
+        assert facts["shared_bytes"] <= SHARED_BYTES[facts["capability"]], facts
+        assert facts["dtype"] == "fp32" or facts["spilled_bytes"] == 0, facts
+
+
 @pytest.mark.full
 def test_hopper_tiles_of_bert():
     """bfloat16, heads of 64: something to choose from that spills no registers and serialises no matrix instruction."""

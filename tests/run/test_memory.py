@@ -11,8 +11,10 @@ from engine_runs import LAUNCHER_VARIABLES
 
 from megatron_sas.data.mlm_dataset import MicroBatch, Window
 from megatron_sas.launch.environment import initialize_distributed
+from megatron_sas.model.architectures import build_model
 from megatron_sas.model.bert import Bert
-from megatron_sas.model.config import BertConfig
+from megatron_sas.model.config import BertConfig, ModelConfig
+from megatron_sas.model.modernbert import ModernBertConfig
 from megatron_sas.objective.entropy import EntropySection, EntropyTerm
 from megatron_sas.objective.pretraining import MaskedLMWithTerms
 from megatron_sas.objective.sas import SasSection, SasTerm
@@ -50,7 +52,24 @@ def shape(layers: int, hidden: int, vocab: int, dropout: float = 0.1) -> BertCon
     )
 
 
-def micro_batch(config: BertConfig, size: int) -> MicroBatch:
+def modern(layers: int, hidden: int, vocab: int, dropout: float) -> ModernBertConfig:
+    """With every other layer's attention in a window."""
+    return ModernBertConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_heads=4,
+        intermediate_size=3 * hidden,
+        vocab_size=vocab,
+        max_position_embeddings=SEQ_LENGTH,
+        global_attn_every_n_layers=2,
+        local_attention=32,
+        embedding_dropout=dropout,
+        mlp_dropout=dropout,
+        pad_token_id=0,
+    )
+
+
+def micro_batch(config: ModelConfig, size: int) -> MicroBatch:
     ids = torch.randint(5, config.vocab_size, (size, SEQ_LENGTH))
     positions = torch.arange(0, ids.numel(), 7)
     heads = torch.randint(0, SEQ_LENGTH, ids.shape)
@@ -68,9 +87,10 @@ def device():
 @pytest.mark.parametrize("mode", ["fp32", "autocast", "bf16"])
 @pytest.mark.parametrize("size", [DEEP, BROAD], ids=["deep", "broad"])
 @pytest.mark.parametrize(("dropout", "beside"), [(0.0, {}), (0.1, {}), (0.1, ENTROPY)], ids=["0", "0.1", "entropy"])
-def test_activations_are_what_autograd_keeps(mode, size, dropout, beside):
-    config = shape(*size[:3], dropout)
-    module = MaskedLMWithTerms(Bert(config), SAS | beside).train()
+@pytest.mark.parametrize("kind", [shape, modern])
+def test_activations_are_what_autograd_keeps(mode, size, dropout, kind, beside):
+    config = kind(*size[:3], dropout)
+    module = MaskedLMWithTerms(build_model(config), SAS | beside).train()
     if mode == "bf16":
         module = module.bfloat16()
     batch = micro_batch(config, size[3])

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_sas.run.throughput import Throughput, flops_per_token, memory, peak_flops
+from megatron_sas.kernels.reference import in_window
+from megatron_sas.run.throughput import Throughput, flops_per_token, memory, peak_flops, seen_keys
 
 BASE = {
     "num_layers": 12,
@@ -29,6 +30,26 @@ def test_bert_base_figures():
     assert total - encoder_and_attention == pytest.approx(0.022, abs=5e-4)
     assert total == pytest.approx(0.588, abs=5e-4)
     assert 0.4 * 989e12 / flops_per_token(**BASE) == pytest.approx(673e3, rel=1e-3)
+
+
+@pytest.mark.parametrize("window", [(0, 0), (3, 3), (2, 7), (40, 40), (0, 9)])
+@pytest.mark.parametrize("seq", [1, 8, 21])
+def test_keys_in_a_window_are_counted(window, seq):
+    places = torch.arange(seq)
+    assert seen_keys(seq, window) * seq == pytest.approx(
+        float(in_window(places[:, None], places, window).sum()), rel=1e-12
+    )
+    assert seen_keys(seq, None) == seq
+
+
+def test_a_gated_block_and_windows_count():
+    """Layers of ModernBERT-base at S = 1024: three matrices in the feed-forward block, two of three layers local."""
+    modern = {"num_layers": 3, "hidden_size": 768, "intermediate_size": 1152, "vocab_size": 1, "mask_prob": 0}
+    windows = (None, (64, 64), (64, 64))
+    total = flops_per_token(**modern, seq_length=1024, mlp_matrices=3, windows=windows)
+    keys = 1024 + 2 * seen_keys(1024, (64, 64))
+    assert total == pytest.approx(6 * 3 * (4 * 768**2 + 3 * 768 * 1152) + 12 * keys * 768)
+    assert seen_keys(1024, (64, 64)) == pytest.approx(129, rel=0.04)
 
 
 @pytest.mark.parametrize("layers, width, inner, vocab, length", [(1, 16, 32, 50, 8), (3, 32, 128, 101, 20)])

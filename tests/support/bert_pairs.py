@@ -1,15 +1,18 @@
-"""Small random models: our BERT and transformers' with the same weights, and transformers' own."""
+"""Small random models: ours and transformers' with the same weights, and transformers' own."""
 
 from __future__ import annotations
 
 import torch
+import transformers
 from torch import Tensor
+from transformers import AutoConfig, BertForMaskedLM, PreTrainedModel
 from transformers import BertConfig as HFConfig
-from transformers import BertForMaskedLM
 
-from megatron_sas.model.bert import Bert
-from megatron_sas.model.config import BertConfig
+from megatron_sas.model.architectures import architecture_of, build_model
+from megatron_sas.model.base import MaskedLM
+from megatron_sas.model.config import BertConfig, ModelConfig
 from megatron_sas.model.huggingface import from_hf_state, to_hf_config, to_hf_state
+from megatron_sas.model.modernbert import ModernBertConfig
 
 SMALL = BertConfig(
     num_layers=3,
@@ -21,12 +24,22 @@ SMALL = BertConfig(
     hidden_dropout=0.0,
     attention_dropout=0.0,
 )
+SMALL_MODERN = ModernBertConfig(
+    num_layers=4,
+    hidden_size=48,
+    num_heads=4,
+    intermediate_size=40,
+    vocab_size=101,
+    max_position_embeddings=64,
+    local_attention=11,
+    pad_token_id=0,
+)
 
 
-def perturbed_bert(config: BertConfig, seed: int = 0) -> Bert:
+def perturbed_bert(config: ModelConfig, seed: int = 0) -> MaskedLM:
     """A model none of whose parameters has its initial value, with large enough weights for uneven attention."""
     torch.manual_seed(seed)
-    model = Bert(config)
+    model = build_model(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter += torch.randn_like(parameter) * (0.3 if "qkv.weight" in name else 0.1)
@@ -35,17 +48,18 @@ def perturbed_bert(config: BertConfig, seed: int = 0) -> Bert:
     return model
 
 
-def hf_twin(model: Bert, attention: str = "eager") -> BertForMaskedLM:
+def hf_twin(model: MaskedLM, attention: str = "eager") -> PreTrainedModel:
     """transformers' model with the weights of ours."""
     return hf_model(model.state_dict(), model.config, attention)
 
 
-def hf_model(state: dict[str, Tensor], config: BertConfig, attention: str = "eager") -> BertForMaskedLM:
+def hf_model(state: dict[str, Tensor], config: ModelConfig, attention: str = "eager") -> PreTrainedModel:
     """transformers' model with the weights `state` of ours."""
-    twin = BertForMaskedLM(HFConfig(**to_hf_config(config), attn_implementation=attention))
+    fields = AutoConfig.for_model(**to_hf_config(config), attn_implementation=attention)
+    twin = getattr(transformers, architecture_of(config).HF_CLASS)(fields)
     missing, unexpected = twin.load_state_dict(to_hf_state(state, config), strict=False)
     assert not unexpected
-    assert set(missing) <= {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
+    assert set(missing) <= {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "decoder.weight"}
     twin.tie_weights()
     return twin
 
@@ -57,11 +71,11 @@ def tiny_hf_bert(vocab_size: int, *, seed: int = 0, **fields: object) -> BertFor
     return BertForMaskedLM(HFConfig(vocab_size=vocab_size, **{**sizes, **fields}))
 
 
-def hf_gradients(twin: BertForMaskedLM, model: Bert) -> dict[str, Tensor]:
+def hf_gradients(twin: PreTrainedModel, model: MaskedLM) -> dict[str, Tensor]:
     """The twin's gradients under our names: query, key and value joined, vocabulary padded with zeros."""
     return from_hf_state({name: parameter.grad for name, parameter in twin.named_parameters()}, model.config)
 
 
-def random_ids(config: BertConfig, batch: int, seq: int, seed: int = 0) -> Tensor:
+def random_ids(config: ModelConfig, batch: int, seq: int, seed: int = 0) -> Tensor:
     """int64 `(B, S)` without the padding id."""
     return torch.randint(1, config.vocab_size, (batch, seq), generator=torch.Generator().manual_seed(seed))

@@ -35,7 +35,7 @@ ONES = {"num_maps": 1, "num_heads": 1, "seq": 1, "EVEN": False}
 UNEVEN = {"EVEN": False, "HAS_SEQLENS": True}
 DROPOUT = {"HAS_HEADS": False, "HAS_TO_HEAD": False, "HAS_TO_DEPENDENT": False}
 PLAIN = {**DROPOUT, "THRESHOLD": 0}
-CASES = {"step": {}, "ones": ONES, "uneven": UNEVEN, "dropout": DROPOUT, "plain": PLAIN}
+CASES = {"step": {}, "window": {"HAS_WINDOW": True}, "ones": ONES, "uneven": UNEVEN, "dropout": DROPOUT, "plain": PLAIN}
 
 
 def kernels_without_search(dim: int) -> dict[triton.JITFunction, list[triton.Config]]:
@@ -55,7 +55,7 @@ def compile_kernel(
     """Compile one kernel as a training step with dropout and both probabilities would, but for `changes`."""
     constants = {
         "D": dim, "BLOCK_D": dim, "THRESHOLD": dropout.drop_threshold(0.1),
-        "PRECISION": "ieee" if dtype == "fp32" else "tf32", "EVEN": True, "HAS_SEQLENS": False,
+        "PRECISION": "ieee" if dtype == "fp32" else "tf32", "EVEN": True, "HAS_SEQLENS": False, "HAS_WINDOW": False,
         "HAS_HEADS": True, "HAS_TO_HEAD": True, "HAS_TO_DEPENDENT": True, "HAS_HEAD": True, "HAS_DEPENDENT": True,
         **config.kwargs, **changes,
     }  # fmt: skip

@@ -23,6 +23,16 @@ from megatron_sas.run.records import read_records
 ROOT = Path(__file__).resolve().parents[2]
 SCENARIOS = ROOT / "tests" / "support" / "engine_scenarios.py"
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OF_ARCHITECTURE = {
+    "bert": {"hidden_dropout": 0.1},
+    "modernbert": {
+        "architecture": "modernbert",
+        "global_attn_every_n_layers": 2,
+        "local_attention": 8,
+        "mlp_dropout": 0.1,
+    },
+}
+"""Fields of `model` that only one architecture has."""
 
 
 def free_port() -> int:
@@ -35,7 +45,7 @@ def free_port() -> int:
             return probe.getsockname()[1]
 
 
-def write_inputs(directory: Path) -> Path:
+def write_inputs(directory: Path, architecture: str = "bert") -> Path:
     """Training and validation data, and the configuration of a run of 6 updates; returns the YAML file."""
     train, validation = write_packed(directory, seed=0), write_packed(directory, seed=1, sequences=10)
     config = {
@@ -47,8 +57,8 @@ def write_inputs(directory: Path) -> Path:
             "num_heads": 2,
             "intermediate_size": 64,
             "max_position_embeddings": 32,
-            "hidden_dropout": 0.1,
             "attention_dropout": 0.0,
+            **OF_ARCHITECTURE[architecture],
         },
         "data": {"train": train, "validation": validation},
         "sas": {"schedule": [{"start": 0, "end": 4, "value": 0.1}]},

@@ -15,8 +15,6 @@ from megatron_sas.kernels.reference import Window
 
 def unsupported_reason(q: Tensor, dropout_p: float, has_seqlens: bool, sets: int, window: Window) -> str | None:
     """Return why these kernels cannot take such inputs, or None when they can."""
-    if window is not None:
-        return "our Triton kernels have no window"
     if not HAS_TRITON:
         return "Triton is not installed (CUDA builds of torch bring it)"
     from megatron_sas.kernels.triton import attention

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_sas.kernels import dropout
 from megatron_sas.kernels.edges import add_entry_gradients_, edge_probs, row_sums
-from megatron_sas.kernels.reference import valid_heads
+from megatron_sas.kernels.reference import Window, valid_heads
 from megatron_sas.kernels.triton.backward import RANGE_BLOCK, grad_kv_kernel, grad_q_kernel, row_terms_kernel
 from megatron_sas.kernels.triton.forward import dropout_keys_kernel, finish_kernel, forward_kernel
 from megatron_sas.kernels.triton.parts import SEARCH_CLASSES
@@ -28,6 +28,7 @@ from megatron_sas.kernels.triton.parts import SEARCH_CLASSES
 INTERPRETED = triton.knobs.runtime.interpret  # Triton decides so when a kernel is defined
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+NO_WINDOW = (-1, -1)
 TOKEN_BLOCK = 256  # of kernels that read a few numbers a token
 
 
@@ -52,7 +53,7 @@ HALF_CONFIGS = {
 SINGLE_CONFIGS = {kernel: [_config(32, 16, 4, 1), _config(16, 32, 4, 1)] for kernel in HALF_CONFIGS}
 """Tile sizes for float32, which without TF32 has no matrix instructions: products are unrolled into registers."""
 
-_SEARCH_KEYS = ["BLOCK_D", *SEARCH_CLASSES, "THRESHOLD", "EVEN"]  # Triton adds the dtypes
+_SEARCH_KEYS = ["BLOCK_D", *SEARCH_CLASSES, "THRESHOLD", "EVEN", "HAS_WINDOW"]  # Triton adds the dtypes
 _SEARCHED = {
     kind: {
         kernel: triton.autotune(configs, key=_SEARCH_KEYS, cache_results=True)(kernel)
@@ -91,19 +92,20 @@ def _on_its_device(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 def run(
     q: Tensor, k: Tensor, v: Tensor, heads: Tensor | None, seqlens: Tensor | None, dropout_p: float, scale: float,
-    window: None,
+    window: Window,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See `Backend.run`."""
     seed = dropout.draw_seed(q.device) if dropout_p > 0.0 else None
-    out, to_head, to_dependent, *_ = _forward(q, k, v, heads, seqlens, seed, dropout_p, scale)
+    bounds = NO_WINDOW if window is None else window
+    out, to_head, to_dependent, *_ = _forward(q, k, v, heads, seqlens, seed, dropout_p, scale, *bounds)
     return (out, None, None) if heads is None else (out, to_head, to_dependent)
 
 
 def output_and_lse(
-    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, scale: float, window: None
+    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, scale: float, window: Window
 ) -> tuple[Tensor, Tensor]:
     """See `Backend.output_and_lse`."""
-    out, _, _, lse, _ = _forward(q, k, v, None, seqlens, None, 0.0, scale)
+    out, _, _, lse, _ = _forward(q, k, v, None, seqlens, None, 0.0, scale, *(window or NO_WINDOW))
     return out, lse * math.log(2)
 
 
@@ -111,12 +113,12 @@ def output_and_lse(
 @_on_its_device
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, heads: Tensor | None, seqlens: Tensor | None, seed: Tensor | None,
-    dropout_p: float, scale: float,
+    dropout_p: float, scale: float, before: int = -1, after: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out, to_head, to_dependent, the logsumexp in units of log 2 `(B, H, S)`, and dropout's keys `(2, B·H, S)`.
 
     Both probabilities are `(B, H, S)`, or `(B, sets, H, S)` for heads `(B, sets, S)`. Empty: these without heads, the
-    keys without dropout.
+    keys without dropout. `before` and `after` are how many keys a query sees, `NO_WINDOW` for all.
     """
     q, k, v = (_unit_stride(x) for x in (q, k, v))
     out, to_head, to_dependent, lse, keys = _forward_outputs(q, heads, seed)
@@ -132,16 +134,19 @@ def _forward(
         forward_kernel, lambda meta: (triton.cdiv(seq, meta["BLOCK_M"]) * maps,),
         q, k, v, _pointer(heads, q), _pointer(seqlens, q), keys, out, lse, first, second,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        maps, num_heads, seq, scale / math.log(2), 1.0 / (1.0 - dropout_p),
+        maps, num_heads, seq, scale / math.log(2), 1.0 / (1.0 - dropout_p), before, after,
         **_shape_constants(q, dropout_p), HAS_HEADS=heads is not None, HAS_SEQLENS=seqlens is not None,
+        HAS_WINDOW=before >= 0,
     )  # fmt: skip
     if heads is not None:
         finish_kernel[token_grid](
-            heads, _pointer(seqlens, q), lse, second, num_heads, seq, HAS_SEQLENS=seqlens is not None,
-            BLOCK=TOKEN_BLOCK,
+            heads, _pointer(seqlens, q), lse, second, num_heads, seq, before, after,
+            HAS_SEQLENS=seqlens is not None, HAS_WINDOW=before >= 0, BLOCK=TOKEN_BLOCK,
         )  # fmt: skip
     if further is not None:
-        to_head[:, 1:], to_dependent[:, 1:] = edge_probs(q, k, lse * math.log(2), further, scale)
+        to_head[:, 1:], to_dependent[:, 1:] = edge_probs(
+            q, k, lse * math.log(2), further, scale, (before, after) if before >= 0 else None
+        )
     return out, to_head, to_dependent, lse, keys
 
 
@@ -160,7 +165,7 @@ def _forward_outputs(q: Tensor, heads: Tensor | None, seed: Tensor | None) -> tu
 
 
 @_forward.register_fake
-def _(q, k, v, heads, seqlens, seed, dropout_p, scale):  # noqa: ANN001, ANN202
+def _(q, k, v, heads, seqlens, seed, dropout_p, scale, before=-1, after=-1):  # noqa: ANN001, ANN202
     return _forward_outputs(q, heads, seed)
 
 
@@ -170,6 +175,7 @@ def _backward(
     grad_out: Tensor, grad_to_head: Tensor | None, grad_to_dependent: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, heads: Tensor | None, seqlens: Tensor | None,
     out: Tensor, to_head: Tensor, to_dependent: Tensor, lse: Tensor, keys: Tensor, dropout_p: float, scale: float,
+    before: int, after: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v."""
     q, k, v, grad_out = (_unit_stride(x) for x in (q, k, v, grad_out))
@@ -207,6 +213,7 @@ def _backward(
     inputs = (q, k, v, *edges, keys, lse, delta, ranges, to_head, to_dependent, grad_out, *pointers)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *grad_q.stride()[:3])
     scalars = (*entry_strides, maps, num_heads, seq, scale, scale / math.log(2), 1.0 / (1.0 - dropout_p))
+    scalars, constants = (*scalars, before, after), constants | {"HAS_WINDOW": before >= 0}
     _launch(
         grad_kv_kernel, lambda meta: (triton.cdiv(seq, meta["BLOCK_N"]) * maps,),
         *inputs, grad_k, grad_v, *strides, *scalars, **constants, **which,
@@ -234,7 +241,7 @@ def _(grad_out, grad_to_head, grad_to_dependent, q, *_):  # noqa: ANN001, ANN202
 
 
 def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
-    q, k, v, heads, seqlens, _seed, ctx.dropout_p, ctx.scale = inputs
+    q, k, v, heads, seqlens, _seed, ctx.dropout_p, ctx.scale, *ctx.window = inputs
     ctx.save_for_backward(q, k, v, heads, seqlens, *output)
     ctx.set_materialize_grads(False)
 
@@ -246,9 +253,10 @@ def _autograd(ctx, grad_out, grad_to_head, grad_to_dependent, *_):  # noqa: ANN0
     if heads is None:
         grad_to_head = grad_to_dependent = None
     gradients = _backward(
-        grad_out, grad_to_head, grad_to_dependent, q, k, v, heads, seqlens, out, *rest, ctx.dropout_p, ctx.scale
-    )
-    return (*gradients, None, None, None, None, None)
+        grad_out, grad_to_head, grad_to_dependent, q, k, v, heads, seqlens, out, *rest, ctx.dropout_p, ctx.scale,
+        *ctx.window,
+    )  # fmt: skip
+    return (*gradients, *(None,) * 7)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -22,7 +22,9 @@ from megatron_sas.kernels.triton.parts import (
     load_heads,
     load_row,
     load_tile,
+    sees,
     store_tile,
+    tiles_to_see,
     valid_length,
 )
 
@@ -115,12 +117,12 @@ def grad_kv_kernel(
     # Strides of sequence, head and token.
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_dkb, stride_dkh, stride_dks, stride_thb, stride_thh, stride_tdb, stride_tdh,
-    # Sizes and factors: B·H, H, S, on gradients, on scores, on what dropout keeps; classes for the search.
-    num_maps, num_heads, seq, scale, score_scale, keep_scale, seq_class, maps_class,
+    # Sizes and factors: B·H, H, S, on gradients, on scores, on what dropout keeps; the window; classes for the search.
+    num_maps, num_heads, seq, scale, score_scale, keep_scale, before, after, seq_class, maps_class,
     # What is compiled for: the shape, the arguments that are there, dropout, precision, tile sizes.
     D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_TO_HEAD: tl.constexpr, HAS_TO_DEPENDENT: tl.constexpr,
-    HAS_SEQLENS: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_SEQLENS: tl.constexpr, HAS_WINDOW: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dK and dV of one block of BLOCK_N columns; tiles are transposed. `score_scale` is scale / ln 2."""
     block, number = block_and_map(seq, BLOCK_N)
@@ -158,14 +160,19 @@ def grad_kv_kernel(
         low, high = partner_range(RANGES, number, first, seq, BLOCK_N, OF_COLUMNS)
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # (columns, D)
     grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for start in range(0, seq, BLOCK_M):
+    # A key is seen from as many rows before it as queries see keys after them.
+    begin, end = tiles_to_see(first, BLOCK_N, after, before, seq, seq, BLOCK_M, HAS_WINDOW)
+    for start in range(begin, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         q = load_tile(Q, rows[None, :], dims[:, None], stride_qs, seq, D, EXACT)  # (D, rows)
         scores = tl.dot(k, q, input_precision=PRECISION)  # (columns, rows)
         # Beyond S the probability is exp2(-inf) = 0.
         lse = load_row(LSE, rows, seq, float("inf"), EVEN)
         probs = tl.exp2(scores * score_scale - lse[None, :])
-        if not FULL:
+        if HAS_WINDOW:
+            seen = sees(rows[None, :], columns[:, None], before, after, length, seq)
+            probs = tl.where(seen, probs, 0.0)
+        elif not FULL:
             probs = tl.where(columns[:, None] < length, probs, 0.0)
         grad_out = load_tile(GRAD_OUT, rows[:, None], dims[None, :], stride_gs, seq, D, EXACT)  # (rows, D)
         grad_probs = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
@@ -200,12 +207,12 @@ def grad_q_kernel(
     # Strides of sequence, head and token.
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs, stride_thb, stride_thh, stride_tdb, stride_tdh,
-    # Sizes and factors: B·H, H, S, on gradients, on scores, on what dropout keeps; classes for the search.
-    num_maps, num_heads, seq, scale, score_scale, keep_scale, seq_class, maps_class,
+    # Sizes and factors: B·H, H, S, on gradients, on scores, on what dropout keeps; the window; classes for the search.
+    num_maps, num_heads, seq, scale, score_scale, keep_scale, before, after, seq_class, maps_class,
     # What is compiled for: the shape, the arguments that are there, dropout, precision, tile sizes.
     D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_TO_HEAD: tl.constexpr, HAS_TO_DEPENDENT: tl.constexpr,
-    HAS_SEQLENS: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_SEQLENS: tl.constexpr, HAS_WINDOW: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """dQ of one block of BLOCK_M rows. `score_scale` is scale / ln 2."""
     block, number = block_and_map(seq, BLOCK_M)
@@ -242,12 +249,16 @@ def grad_q_kernel(
         )
         low, high = partner_range(RANGES, number, first, seq, BLOCK_M, OF_ROWS)
     grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # (rows, D)
-    for start in range(0, length, BLOCK_N):
+    begin, end = tiles_to_see(first, BLOCK_M, before, after, length, seq, BLOCK_N, HAS_WINDOW)
+    for start in range(begin, end, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         k = load_tile(K, columns[None, :], dims[:, None], stride_ks, seq, D, EXACT)  # (D, columns)
         scores = tl.dot(q, k, input_precision=PRECISION)  # (rows, columns)
         probs = tl.exp2(scores * score_scale - lse[:, None])
-        if not FULL:
+        if HAS_WINDOW:
+            seen = sees(rows[:, None], columns[None, :], before, after, length, seq)
+            probs = tl.where(seen, probs, 0.0)
+        elif not FULL:
             probs = tl.where(columns[None, :] < length, probs, 0.0)
         v = load_tile(V, columns[None, :], dims[:, None], stride_vs, seq, D, EXACT)  # (D, columns)
         grad_probs = tl.dot(grad_out, v, input_precision=PRECISION)

@@ -22,7 +22,9 @@ from megatron_sas.kernels.triton.parts import (
     load_heads,
     load_row,
     load_tile,
+    sees,
     store_tile,
+    tiles_to_see,
     valid_length,
 )
 
@@ -46,11 +48,13 @@ def forward_kernel(
     # Strides of sequence, head and token; a token's D numbers lie together.
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os,
-    # Sizes and factors: B·H, H, S, on scores and on what dropout keeps; the classes are read by the search only.
-    num_maps, num_heads, seq, scale, keep_scale, seq_class, maps_class,
+    # Sizes and factors: B·H, H, S, on scores and on what dropout keeps; keys that a query sees before and after it; the
+    # classes are read by the search only.
+    num_maps, num_heads, seq, scale, keep_scale, before, after, seq_class, maps_class,
     # What is compiled for: the shape, the arguments that are there, dropout, precision, tile sizes.
     D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_HEADS: tl.constexpr, HAS_SEQLENS: tl.constexpr,
-    THRESHOLD: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """One block of BLOCK_M query rows of one map.
 
@@ -90,15 +94,22 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # (rows, D)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)  # largest score so far, before scaling
     total = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, length, BLOCK_N):
+    begin, end = tiles_to_see(first, BLOCK_M, before, after, length, seq, BLOCK_N, HAS_WINDOW)
+    for start in range(begin, end, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         k = load_tile(K, columns[None, :], dims[:, None], stride_ks, seq, D, EXACT)  # (D, columns)
         scores = tl.dot(q, k, input_precision=PRECISION)  # (rows, columns)
-        if not FULL:
+        if HAS_WINDOW:
+            seen = sees(rows[:, None], columns[None, :], before, after, length, seq)
+            scores = tl.where(seen, scores, float("-inf"))
+        elif not FULL:
             scores = tl.where(columns[None, :] < length, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
-        probs = tl.exp2(scores * scale - (new_top * scale)[:, None])
-        shrink = tl.exp2((top - new_top) * scale)
+        base = new_top
+        if HAS_WINDOW:  # a row may see nothing of its first tiles
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        probs = tl.exp2(scores * scale - (base * scale)[:, None])
+        shrink = tl.exp2((top - base) * scale)
         total = total * shrink + tl.sum(probs, 1)
         if THRESHOLD > 0:
             column_keys = load_row(KEYS, columns, seq, 0, EVEN).to(tl.uint32, bitcast=True)
@@ -106,22 +117,31 @@ def forward_kernel(
         v = load_tile(V, columns[:, None], dims[None, :], stride_vs, seq, D, EXACT)  # (columns, D)
         acc = tl.dot(probs.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
+    if HAS_WINDOW:  # beyond S a row may see nothing
+        total = tl.where(rows < seq, total, 1.0)
     lse = top * scale + tl.log2(total)
     tl.store(LSE + at + rows, lse, mask=rows < seq)
     out = acc * (keep_scale / total)[:, None]
     store_tile(OUT + b * stride_ob + h * stride_oh, rows[:, None], dims[None, :], stride_os, seq, out, D, EXACT)
     if HAS_HEADS:
+        if HAS_WINDOW:
+            edge = edge & (heads >= rows - before) & (heads <= rows + after)
         tl.store(TO_HEAD + at + rows, tl.where(edge, tl.exp2(to_head - lse), 0.0), mask=rows < seq)
 
 
 @triton.jit
-def finish_kernel(HEADS, SEQLENS, LSE, TO_DEPENDENT, num_heads, seq, HAS_SEQLENS: tl.constexpr, BLOCK: tl.constexpr):
-    """TO_DEPENDENT: from scores to probabilities, 0 where there is no edge."""
+def finish_kernel(
+    HEADS, SEQLENS, LSE, TO_DEPENDENT, num_heads, seq, before, after,
+    HAS_SEQLENS: tl.constexpr, HAS_WINDOW: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """TO_DEPENDENT: from scores to probabilities, 0 where there is no edge, or none in the window."""
     block, number = block_and_map(seq, BLOCK)
     tokens = block * BLOCK + tl.arange(0, BLOCK)
     b, at = (number // num_heads).to(tl.int64), number.to(tl.int64) * seq
     heads = load_heads(HEADS + b * seq, tokens, edge_limit(SEQLENS, b, seq, HAS_SEQLENS))
     edge = heads >= 0
+    if HAS_WINDOW:
+        edge = edge & (tokens >= heads - before) & (tokens <= heads + after)
     lse = tl.load(LSE + at + tl.maximum(heads, 0), mask=edge, other=0.0)
     score = tl.load(TO_DEPENDENT + at + tokens, mask=edge, other=0.0)
     tl.store(TO_DEPENDENT + at + tokens, tl.where(edge, tl.exp2(score - lse), 0.0), mask=tokens < seq)

@@ -76,6 +76,24 @@ def edge_limit(SEQLENS, b, seq, HAS_SEQLENS: tl.constexpr):
 
 
 @triton.jit
+def tiles_to_see(first, size, before, after, limit, seq, STEP: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Begin and end of the tokens that `size` tokens from `first` on may see: a multiple of STEP, and `limit`, or where
+    the window ends. Padding sees all of its window, so that `limit` does not count there."""
+    begin, end = 0, limit
+    if HAS_WINDOW:
+        begin = tl.maximum(first - before, 0) // STEP * STEP
+        end = tl.minimum(seq, first + size + after)
+    return begin, end
+
+
+@triton.jit
+def sees(rows, columns, before, after, length, seq):
+    """Whether queries at `rows` see keys at `columns`, with a window; they broadcast."""
+    near = (columns >= rows - before) & (columns <= rows + after)
+    return near & ((columns < length) | ((rows >= length) & (columns < seq)))
+
+
+@triton.jit
 def load_heads(HEADS, tokens, limit):
     """int32 heads of `tokens`, -1 where there is no edge."""
     heads = tl.load(HEADS + tokens, mask=tokens < limit, other=-1).to(tl.int32)
