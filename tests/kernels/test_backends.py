@@ -66,7 +66,7 @@ def test_auto_is_the_first_of_the_table_that_can():
     assert choose_backend(q, 0.1) == "chunked"
     assert choose_backend(q.half(), 0.0) == "chunked"
     assert choose_backend(q, 0.0, sets=2) == "sdpa"
-    assert choose_backend(q, 0.0, window=(1, 1)) == "chunked"
+    assert choose_backend(q, 0.0, window=(1, 1)) == "sdpa"
     assert unsupported_reason("auto", q, 0.1) is None
     assert all(set(names) <= set(BACKENDS) for names in PREFERENCE.values())
 
