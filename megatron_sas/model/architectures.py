@@ -66,7 +66,7 @@ def read_section(values: Any, context: Any = None) -> Any:
     if not isinstance(values, Mapping):
         return values
     name = values.get("architecture", DEFAULT)
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         fault = PydanticCustomError("architecture", f"should be one of {', '.join(ARCHITECTURES)}")
         details = InitErrorDetails(type=fault, loc=("architecture",), input=name)
         raise ValidationError.from_exception_data("model", [details])
