@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_sas.config import Config, help_text, load_config
+from megatron_sas.config import Config, help_text, load_config, read_config
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.settings import When
 from megatron_sas.kernels import BACKENDS
@@ -131,11 +131,53 @@ checkpoint: {dense_every: 5}
             "watch.metrics: uas needs evaluation.treebank, and evaluation.every of at most watch.delta",
         ),
         ("watch: {metrics: [uas], delta: 10}", "watch.metrics: uas needs evaluation.treebank, and"),
+        ("model: {architecture: gpt}", "model.architecture: should be one of bert, modernbert, not 'gpt'"),
+        ("model: {architecture: [bert]}", "model.architecture: should be one of bert, modernbert, not ['bert']"),
+        ("model: {local_attention: 64}", "model.local_attention: only modernbert has this field; remove it"),
+        (
+            "model: {architecture: modernbert, hidden_dropout: 0.1}",
+            "model.hidden_dropout: only bert has this field; remove it",
+        ),
+        (
+            "model: {architecture: modernbert, local_atention: 9}",
+            "model.local_atention: unknown field; did you",
+        ),
+        (
+            "model: {architecture: modernbert, local_attention: 1}",
+            "model.local_attention: input should be greater than or equal to 2, not 1",
+        ),
+        (
+            "model: {architecture: modernbert, hidden_size: 60, num_heads: 4}",
+            "model.hidden_size: 60 makes heads of 15 numbers, and rotations need pairs",
+        ),
         ("model: {norm_placement: pre}", "model.norm_placement: 'pre' is no longer possible: LayerNorm comes after"),
     ],
 )
 def test_one_fault_is_one_line(tmp_path, section, message):
     assert fault(tmp_path, MINIMAL + section).startswith(f": {message}")
+
+
+def test_an_architecture_has_its_own_fields_and_defaults(tmp_path):
+    config = load(tmp_path, MINIMAL + "model: {architecture: modernbert, size: mini}", "--model.local_attention", "64")
+    shape = config.shape(70, 3)
+    assert (shape.architecture, shape.windows) == ("modernbert", (None, (32, 32), (32, 32), None))
+    assert (shape.attention_dropout, shape.hidden_size, shape.pad_token_id) == (0.0, 256, 3)
+    written = config.to_yaml()
+    assert load(tmp_path, written) == config
+    assert "architecture: modernbert" in written and "hidden_dropout" not in written
+    bert = load(tmp_path)
+    assert "architecture" not in bert.to_yaml()  # so that earlier versions read it
+    assert bert == load(tmp_path, MINIMAL + "model: {architecture: bert}")
+    assert "model.architecture" in bert.differences(config)
+
+
+def test_a_dry_run_goes_on_without_the_architecture(tmp_path):
+    """With the default one, and without the fields of another."""
+    path = tmp_path / "config.yaml"
+    path.write_text(MINIMAL + "model: {architecture: gpt, local_attention: 3}")
+    config, faults, faulty = read_config(path)
+    assert [fault.partition(":")[0] for fault in faults] == ["model.architecture"]
+    assert faulty == {"model.architecture"} and config.shape(70, 0).architecture == "bert"
 
 
 def test_backends_are_the_kernels():

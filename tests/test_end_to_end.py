@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import lzma
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -173,3 +175,101 @@ def test_wikipedia_with_two_processes(data_dir, tmp_path):
         *("--output", tmp_path / "blimp.json"),
     )
     assert len(json.loads((tmp_path / "blimp.json").read_text())["sets"]) == 67
+
+
+MODERN = """
+run: {output_dir: OUTPUT, seed: 5}
+model: {architecture: modernbert, size: tiny, max_position_embeddings: 32, global_attn_every_n_layers: 2,
+        local_attention: 8, mlp_dropout: 0.1}
+data: {train: DATA/train, validation: DATA/validation}
+sas: {schedule: [{start: 0, end: 20, value: 0.05}]}
+train: {steps: 40, global_batch_size: 16, micro_batch_size: 4, precision: fp32, learning_rate: 3.0e-3, warmup_steps: 5}
+checkpoint: {every: 10}
+snapshots: {every: 20}
+evaluation: {every: 20, treebank: CORPUS/treebank.conllu, blimp: CORPUS/blimp}
+logging: {every: 5}
+"""
+
+
+@pytest.mark.slow
+def test_modernbert_with_two_processes_from_corpus_to_report(tmp_path):
+    """Killed and resumed it is the run that was not; then every tool takes its snapshots, checkpoints and export."""
+    corpus, data = tmp_path / "corpus", tmp_path / "data"
+    sizes = ["--train-sentences", 3000, "--validation-sentences", 300, "--treebank-sentences", 60, "--pairs", 5]
+    tool("make_toy_corpus", "--output", corpus, *sizes)
+    for part in ("train", "validation"):
+        tool(
+            "preprocess_data",
+            *("--input", corpus / f"{part}.conllu", "--parser", "conllu", "--seq-length", 32),
+            *("--tokenizer", corpus / "vocab.txt", "--output", data / part),
+        )
+    runs = [tmp_path / "whole", tmp_path / "killed"]
+    commands = []
+    for path in runs:
+        text = MODERN.replace("OUTPUT", str(path)).replace("DATA", str(data)).replace("CORPUS", str(corpus))
+        (tmp_path / f"{path.name}.yaml").write_text(text)
+        commands.append([LAUNCHER, "--num_gpus", 2, "--master_port", free_port(), "pretrain_mlm.py"])
+        commands[-1] += ["--config", tmp_path / f"{path.name}.yaml"]
+    run(*commands[0])
+    kill_after(commands[1], runs[1] / "checkpoints" / "step_00000020" / "manifest.json")
+    assert not (runs[1] / "checkpoints" / "step_00000040").exists()
+    run(*commands[1])
+    last = [path / "checkpoints" / "step_00000040" for path in runs]
+    for name in ("model.safetensors", "optimizer-00000-of-00002.safetensors", "optimizer-00001-of-00002.safetensors"):
+        assert (last[0] / name).read_bytes() == (last[1] / name).read_bytes()
+    whole, killed = (evaluations(path) for path in runs)
+    for field in ("validation_mlm_loss", "validation_sas", "uas", "blimp"):
+        assert [r[field] for r in whole] == [r[field] for r in killed if r["step"] in (0, 20, 40)]
+    assert whole[-1]["validation_mlm_loss"] < whole[0]["validation_mlm_loss"] - 0.2
+
+    tool("convert_checkpoint", "to-hf", runs[1], tmp_path / "hf")
+    tool("convert_checkpoint", "from-hf", tmp_path / "hf", tmp_path / "back")
+    results = {}
+    for model in ("hf", "back", "killed"):
+        found = []
+        for name, option, data_file, key in TOOLS:
+            output = tmp_path / f"{model}-{name}.json"
+            tool(f"eval_{name}", "--model", tmp_path / model, option, corpus / data_file, "--output", output)
+            found.append(json.loads(output.read_text())[key])
+        results[model] = found
+    assert results["hf"] == results["back"] == results["killed"]
+    assert results["hf"] == pytest.approx([whole[-1]["uas"], whole[-1]["blimp"]], abs=0.02)
+    tool("eval_complexity", "--model", tmp_path / "hf", "--text", data / "validation", "--output", tmp_path / "c.json")
+    tool(
+        "eval_trajectory", runs[0], *("--treebank", corpus / "treebank.conllu", "--text", data / "validation"),
+        *("--output", tmp_path / "points"),
+    )  # fmt: skip
+    assert len((tmp_path / "points" / "summary.csv").read_text().splitlines()) == 6  # of 5 models
+    tool("analyze_trajectory", *runs, "--output", tmp_path / "report")
+    tool(
+        "visualize_attention", "--model", runs[0], *("--sentences", corpus / "treebank.conllu", "--limit", 2),
+        *("--output", tmp_path / "page.html"),
+    )  # fmt: skip
+    texts = [json.dumps({"sentence": "the dog sees a cat"[: 7 + i % 9], "label": i % 2}) for i in range(24)]
+    (tmp_path / "cola.jsonl").write_text("\n".join(texts) + "\n")
+    tool(
+        "finetune_glue", "--model", tmp_path / "hf", *("--task", "cola", "--seeds", 1, "--epochs", 1),
+        *("--train-file", tmp_path / "cola.jsonl", "--validation-file", tmp_path / "cola.jsonl"),
+        *("--output", tmp_path / "glue.json"),
+    )  # fmt: skip
+    assert json.loads((tmp_path / "glue.json").read_text())["seeds"][0]["train_loss"]
+
+
+TOOLS = (("syntax", "--treebank", "treebank.conllu", "uas"), ("blimp", "--blimp", "blimp", "blimp"))
+
+
+def kill_after(command: list[object], appears: Path) -> None:
+    """Start a program and kill it with all of its processes when a file appears."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    arguments = [str(argument) for argument in command]
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        while not appears.exists():
+            assert process.poll() is None, "ended before it could be killed"
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

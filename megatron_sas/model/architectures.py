@@ -44,7 +44,7 @@ ARCHITECTURES: dict[str, ArchitectureModule] = {
     "bert": bert,
     "modernbert": modernbert,
 }
-"""By name, which is also transformers' `model_type`."""
+"""By name, which is transformers' `model_type` where that has only one of them."""
 
 
 def architecture_of(config: ModelConfig) -> ArchitectureModule:
@@ -66,7 +66,7 @@ def read_section(values: Any, context: Any = None) -> Any:
     if not isinstance(values, Mapping):
         return values
     name = values.get("architecture", DEFAULT)
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         fault = PydanticCustomError("architecture", f"should be one of {', '.join(ARCHITECTURES)}")
         details = InitErrorDetails(type=fault, loc=("architecture",), input=name)
         raise ValidationError.from_exception_data("model", [details])

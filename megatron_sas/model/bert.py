@@ -82,6 +82,7 @@ class Layer(nn.Module):
         self.attention = SelfAttention(config)
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.up = Linear(config.hidden_size, config.intermediate_size)
+        self.activation = F.gelu
         self.down = Linear(config.intermediate_size, config.hidden_size)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -98,7 +99,7 @@ class Layer(nn.Module):
         """`(B, S, C)` to `(B, S, C)`, and what else `SelfAttention` returns."""
         attended, *handed_out = self.attention(x, heads, seqlens, observer, queries_keys=queries_keys)
         x = self.attention_norm(x + self.dropout(attended))
-        x = self.mlp_norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
+        x = self.mlp_norm(x + self.dropout(self.down(self.activation(self.up(x)))))
         return x, *handed_out
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -12,12 +14,9 @@ from megatron_sas.kernels.backends import PREFERENCE, Backend
 from megatron_sas.launch.kernel_cache import check_attention_backend
 from megatron_sas.model.attention import SelfAttention
 from megatron_sas.model.config import BertConfig
+from megatron_sas.model.modernbert import ModernBertConfig
 
-NO_WINDOW = {
-    "triton": "our Triton kernels have no window",
-    "sdpa": "torch's flash kernels are used without a window",
-    "cudnn": "torch's flash kernels are used without a window",
-}
+NO_WINDOW = dict.fromkeys(("sdpa", "cudnn"), "torch's flash kernels for GPUs are used without a window")
 
 
 def test_a_toy_backend_is_two_functions_and_one_line(monkeypatch):
@@ -79,6 +78,16 @@ def test_auto_on_a_gpu_without_triton(monkeypatch):
         assert choose_backend(q, 0.1) == "sdpa"
         assert choose_backend(q, 0.1, has_seqlens=True) == "chunked"
         assert choose_backend(q, 0.1, window=(8, 8)) == "chunked"
+
+
+def test_a_model_with_windows_is_refused_a_backend_without(monkeypatch):
+    """In one line, unless they are as wide as the sequence."""
+    monkeypatch.setitem(BACKENDS, "toy", Backend(reference.run, lambda *asked: "has no window" if asked[4] else None))
+    config = ModernBertConfig(num_layers=2, local_attention=8, attention_backend="toy")
+    with pytest.raises(InputError, match=r"^model.attention_backend: toy: has no window; choose auto$"):
+        check_attention_backend(config, 10, torch.float32, torch.device("cpu"))
+    check_attention_backend(config, 5, torch.float32, torch.device("cpu"))
+    check_attention_backend(replace(config, num_layers=1), 10, torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -14,6 +14,7 @@ from megatron_sas.kernels.backends import BACKENDS, Backend
 from megatron_sas.launch import kernel_cache
 from megatron_sas.launch.kernel_cache import CACHES, build_attention_kernels, use_local_caches
 from megatron_sas.model.config import BertConfig
+from megatron_sas.model.modernbert import ModernBertConfig
 
 
 @pytest.fixture
@@ -64,6 +65,22 @@ def test_kernels_are_run_with_and_without_edges(sets, monkeypatch):
     build_attention_kernels(config, 3, 16, torch.bfloat16, torch.device("cpu"), sets)
     shapes = ((3, 16) if sets == 1 else (3, 2, 16), None)
     assert calls == [((3, 2, 16, 16), torch.bfloat16, shape, 0.1) for shape in shapes]
+
+
+def test_kernels_are_run_with_every_window(monkeypatch):
+    seen = []
+
+    def spy(*arguments):
+        seen.append((arguments[3] is not None, arguments[-1]))
+        return BACKENDS["reference"].run(*arguments)
+
+    monkeypatch.setitem(BACKENDS, "spy", Backend(spy))
+    config = ModernBertConfig(
+        num_layers=5, num_heads=2, hidden_size=32, global_attn_every_n_layers=2, local_attention=6,
+        attention_backend="spy",
+    )  # fmt: skip
+    build_attention_kernels(config, 3, 16, torch.float32, torch.device("cpu"))
+    assert seen == [(True, None), (True, (3, 3)), (False, None), (False, (3, 3))]
 
 
 @pytest.mark.slow

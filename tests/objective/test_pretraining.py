@@ -12,8 +12,10 @@ from bert_pairs import hf_gradients, hf_twin
 from torch import Tensor
 from transformers import BertForMaskedLM
 
+from megatron_sas.model.architectures import build_model
 from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
+from megatron_sas.model.modernbert import ModernBertConfig
 from megatron_sas.objective.pretraining import MaskedLMWithTerms, mlm_loss_sum
 from megatron_sas.objective.sas import SasSection, SasTerm
 
@@ -232,18 +234,22 @@ def test_labels_outside_of_the_vocabulary_are_refused():
             mlm_loss_sum(torch.randn(2, 9), torch.tensor([3, label]))
 
 
+SMALL = {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "vocab_size": 70}
+CONFIGS = [
+    BertConfig(**SMALL, hidden_dropout=0.0, attention_dropout=0.0),
+    ModernBertConfig(**SMALL | {"num_layers": 3}, pad_token_id=0, global_attn_every_n_layers=2, local_attention=8),
+]
+
+
 @pytest.mark.parametrize("sas_scale", [0.0, 0.3])
-def test_compiled_parts_compute_the_same(sas_scale, monkeypatch):
+@pytest.mark.parametrize("config", CONFIGS, ids=["bert", "modernbert"])
+def test_compiled_parts_compute_the_same(sas_scale, config, monkeypatch):
     """Through the same tracing as on a GPU; only the generated code differs."""
     compiler = functools.partial(torch.compile, backend="aot_eager")
     results = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        config = BertConfig(
-            num_layers=2, hidden_size=32, num_heads=2, intermediate_size=64, vocab_size=70, hidden_dropout=0.0,
-            attention_dropout=0.0,
-        )  # fmt: skip
-        module = MaskedLMWithTerms(Bert(config), {"sas": SasTerm(SasSection())})
+        module = MaskedLMWithTerms(build_model(config), {"sas": SasTerm(SasSection())})
         names = list(module.state_dict())
         if compiled:
             with monkeypatch.context() as patch:

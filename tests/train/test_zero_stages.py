@@ -11,7 +11,7 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
-from engine_runs import ROOT, largest_difference, moments, records, train, weights
+from engine_runs import ROOT, largest_difference, moments, records, train, weights, write_inputs
 
 BETA = 0.9  # AdamW's first, by default
 CASES = [(0, None), (1, "zero1"), (1, "zero1_fp32_reduce"), (2, "zero2"), (3, "zero3"), (3, "zero3_offload")]
@@ -88,6 +88,28 @@ def test_clipping_is_the_yamls(config, tmp_path, stage, precision):
     train(config, run, overrides(stage, precision, **{"train.steps": 1, "train.grad_clip": 0.1}))
     assert norm(first_moments(run, 1)) / (1 - BETA) == pytest.approx(0.1, rel=1e-4)
     assert records(run)[1]["grad_norm"] > 2
+
+
+@pytest.mark.slow
+def test_a_modernbert_trains_alike_at_every_stage(tmp_path):
+    """And in bf16, and with Muon for its matrices."""
+    config, runs = write_inputs(tmp_path, "modernbert"), {}
+    cases = [(stage, precision, "adamw") for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
+    for stage, precision, optimizer in (*cases, (0, "fp32", "muon")):
+        name = f"{stage}-{precision}-{optimizer}"
+        more = {"train.steps": 2, "train.optimizer": optimizer, "model.mlp_dropout": 0.0, "evaluation.every": None}
+        train(config, tmp_path / name, {"train.zero_stage": stage, "train.precision": precision, **more})
+        runs[name] = records(tmp_path / name)[2]
+    expected = runs["0-fp32-adamw"]
+    for name, found in runs.items():
+        close = 1e-5 if "fp32-adamw" in name else 0.02
+        assert found["loss"] == pytest.approx(expected["loss"], rel=close), name
+        assert found["sas"] == pytest.approx(expected["sas"], rel=2 * close), name
+    decayed = [p.dim() for p in moments(tmp_path / "0-fp32-muon", 2).values()]
+    assert {1, 2} == set(decayed)
+    names = {name for name in moments(tmp_path / "0-fp32-muon", 2) if name.startswith("momentum_buffer.")}
+    of_a_layer = ("attention.qkv", "attention.output", "up", "down")
+    assert names == {f"momentum_buffer.layers.{i}.{part}.weight" for i in range(2) for part in of_a_layer}
 
 
 def test_deepspeed_alone_clips_and_ignores_what_it_does_not_know():
