@@ -86,6 +86,13 @@ def test_sources_and_parser(extended):
 
 
 @pytest.mark.slow
+def test_architecture_is_trained_exported_and_read_back(extended):
+    snapshot = json.loads((extended[0] / "whole" / "snapshots" / "step_00000006" / "config.json").read_text())
+    assert (snapshot["architectures"], snapshot["hidden_act"]) == (["BertForMaskedLM"], "relu")
+    assert snapshot["megatron_sas_architecture"] == "bert_relu"  # by which the trajectory's models were read
+
+
+@pytest.mark.slow
 def test_terms_mode_schedule_optimizer_and_backend(extended):
     directory, _ = extended
     records = read_records(directory / "whole" / "metrics.jsonl")

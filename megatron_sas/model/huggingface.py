@@ -11,7 +11,6 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.model.architectures import ARCHITECTURES, architecture_of
 from megatron_sas.model.config import ModelConfig
 
-
 HF_ARCHITECTURE = "megatron_sas_architecture"
 """In config.json, where transformers keeps what it does not know, also when it saves again."""
 
