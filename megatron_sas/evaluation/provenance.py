@@ -15,7 +15,7 @@ import megatron_sas
 from megatron_sas.core.files import sha256_file
 from megatron_sas.data.tokenizer import tokenizer_identity
 from megatron_sas.run.directory import MODEL_WEIGHTS
-from megatron_sas.run.reading import model_step
+from megatron_sas.run.reading import model_step, model_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -54,7 +54,7 @@ def provenance(path: Path, model: Bert, tokenizer: PreTrainedTokenizerFast) -> d
     device = next(model.parameters()).device
     return {
         **model_source(path),
-        "model_config": asdict(model.config),
+        "model_config": model_values(model.config),
         "tokenizer": {
             "class": type(tokenizer).__name__,
             "vocab_size": len(tokenizer),

@@ -169,9 +169,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def write_model_config(path: str | Path, config: ModelConfig) -> None:
-    """Write `config` as JSON; the architecture stands there unless it is the default, which earlier versions read."""
+    """Write `config` as JSON."""
+    write_json_atomic(path, model_values(config))
+
+
+def model_values(config: ModelConfig) -> dict[str, Any]:
+    """A configuration as JSON values; the architecture is among them unless it is the default, as in earlier files."""
     name = {} if config.architecture == DEFAULT else {"architecture": config.architecture}
-    write_json_atomic(path, name | asdict(config))
+    return name | asdict(config)
 
 
 def read_model_config(path: str | Path) -> ModelConfig:
