@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from megatron_sas.data.unknown import Unknown
     from megatron_sas.evaluation.batching import AfterBatch
     from megatron_sas.evaluation.items import Items
-    from megatron_sas.model.bert import Bert
+    from megatron_sas.model.base import MaskedLM
     from megatron_sas.objective.base import Term
 
 TEXT = "text"  # the input that evaluations share: held-out packed text
@@ -117,13 +117,13 @@ class Evaluation(ABC):
         self.section, self.resources = section, resources
 
     @abstractmethod
-    def run(self, model: Bert, after_batch: AfterBatch | None = None) -> dict[str, Any]:
+    def run(self, model: MaskedLM, after_batch: AfterBatch | None = None) -> dict[str, Any]:
         """What a training run records. A collective: every rank makes the same number of forwards.
 
         `after_batch` is called after each forward; an exception that it raises ends the evaluation.
         """
 
-    def measure(self, model: Bert) -> tuple[dict[str, Any], Items | None]:
+    def measure(self, model: MaskedLM) -> tuple[dict[str, Any], Items | None]:
         """What the point.json of a snapshot gets, and the single items behind it."""
         return self.run(model), None
 

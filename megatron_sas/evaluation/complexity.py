@@ -22,8 +22,7 @@ from megatron_sas.evaluation.base import Evaluation, Metric, Resources
 from megatron_sas.evaluation.batching import AfterBatch, evaluating
 from megatron_sas.evaluation.observers import AttentionStatistics, SasObserver, share_pass
 from megatron_sas.evaluation.text import TextBatch, packed_text, unknown_in
-from megatron_sas.model.base import ModelOutput
-from megatron_sas.model.bert import Bert
+from megatron_sas.model.base import MaskedLM, ModelOutput
 
 DISCARDED = 0.1  # share of the points, those with the largest μ, left out of the fit (Facco et al.)
 MIN_POINTS = 10
@@ -96,11 +95,11 @@ def weight_norm(model: torch.nn.Module) -> float:
 
 
 def cls_vectors(
-    model: Bert,
+    model: MaskedLM,
     batches: Iterable[TextBatch],
     num_texts: int,
     *,
-    run: Callable[[Bert, TextBatch], ModelOutput] = lambda model, batch: model(batch.input_ids),
+    run: Callable[[MaskedLM, TextBatch], ModelOutput] = lambda model, batch: model(batch.input_ids),
     after_batch: AfterBatch | None = None,
 ) -> Tensor:
     """Last hidden layer at [CLS] of every text: float32 (`num_texts`, C) on the model's device.
@@ -180,19 +179,19 @@ class ComplexityEvaluation(Evaluation):
         self.text = resources.text
         self.num_texts = min(section.complexity_sequences, self.text.num_sequences)
 
-    def run(self, model: Bert, after_batch: AfterBatch | None = None) -> dict[str, Any]:
+    def run(self, model: MaskedLM, after_batch: AfterBatch | None = None) -> dict[str, Any]:
         """See `Evaluation`."""
         result = self._dimension(model, after_batch=after_batch)
         values = (result["twonn"], result["standard_error"], result["duplicates"])
         return {metric.key: value for metric, value in zip(self.metrics, values, strict=True)}
 
-    def measure(self, model: Bert) -> tuple[dict[str, Any], None]:
+    def measure(self, model: MaskedLM) -> tuple[dict[str, Any], None]:
         """Also SAS on the data's own edges, and attention's entropy if nothing else gives it, in the same pass."""
         sas, statistics, info = SasObserver(), None, self.text.tokenizer
         if self.resources.text_gives_attention:
             statistics = AttentionStatistics(info.cls_id, info.sep_id)
 
-        def run(model: Bert, batch: TextBatch) -> ModelOutput:
+        def run(model: MaskedLM, batch: TextBatch) -> ModelOutput:
             output = share_pass(model, batch, statistics=statistics, heads=batch.heads)
             sas.add_output(batch.heads, output.to_head, output.to_dependent)
             return output
@@ -205,7 +204,7 @@ class ComplexityEvaluation(Evaluation):
             values["text_sas"] = along
         return values, None
 
-    def _dimension(self, model: Bert, **options: Any) -> dict[str, Any]:
+    def _dimension(self, model: MaskedLM, **options: Any) -> dict[str, Any]:
         batches = packed_text(self.text, num_sequences=self.num_texts, batch_tokens=self.section.batch_tokens)
         vectors = cls_vectors(model, batches, self.num_texts, **options)
         return intrinsic_dimension(vectors, self.text.tokens[: self.num_texts])

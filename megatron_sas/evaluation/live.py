@@ -11,7 +11,7 @@ from megatron_sas.evaluation.base import TEXT, Evaluation, Resources
 from megatron_sas.evaluation.batching import AfterBatch
 from megatron_sas.evaluation.registry import EVALUATIONS, live_metrics
 from megatron_sas.evaluation.section import EvaluationSection
-from megatron_sas.model.bert import Bert
+from megatron_sas.model.base import MaskedLM
 
 MOST_HEADS = 0.75
 
@@ -63,7 +63,7 @@ class LiveEvaluation:
         """Lines for the user about the inputs."""
         return [f"evaluation.{e.input}: {note}" for e in self.evaluations.values() for note in e.notes()]
 
-    def evaluate(self, model: Bert, after_batch: AfterBatch | None = None) -> dict[str, Any]:
+    def evaluate(self, model: MaskedLM, after_batch: AfterBatch | None = None) -> dict[str, Any]:
         """All metrics of one evaluation. A collective: every rank makes the same number of forwards.
 
         `after_batch` is called after each forward; an exception that it raises ends the evaluation.

@@ -22,7 +22,7 @@ from megatron_sas.evaluation.batching import AfterBatch
 from megatron_sas.evaluation.blimp_labels import MANY_TIES, canonical, means_over_sets
 from megatron_sas.evaluation.items import BlimpItems
 from megatron_sas.evaluation.pll import PllTask
-from megatron_sas.model.bert import Bert
+from megatron_sas.model.base import MaskedLM
 
 RESOLUTION = 2.0**-22  # of a score: a sum of float32 log-probabilities, whose last digits depend on the batch
 
@@ -252,14 +252,14 @@ class BlimpEvaluation(Evaluation):
         self.task = BlimpTask(pairs, resources.tokenizer, section.blimp_metric, limit, resources.max_length)
         self.unknown = self.task.pll.unknown
 
-    def run(self, model: Bert, after_batch: AfterBatch | None = None) -> dict[str, Any]:
+    def run(self, model: MaskedLM, after_batch: AfterBatch | None = None) -> dict[str, Any]:
         """See `Evaluation`."""
         result = self.task.evaluate(model, batch_tokens=self.section.batch_tokens, after_batch=after_batch)
         values = {metric.key: result[metric.point[-1]] for metric in self.metrics}
         names = ("accuracy", "num_pairs", "ties")
         return values | {SETS.key: {uid: {n: row[n] for n in names} for uid, row in result["sets"].items()}}
 
-    def measure(self, model: Bert) -> tuple[dict[str, Any], BlimpItems]:
+    def measure(self, model: MaskedLM) -> tuple[dict[str, Any], BlimpItems]:
         """The whole result of `BlimpTask.evaluate`."""
         task, started = self.task, time.perf_counter()
         scores = task.pll.score(model, batch_tokens=self.section.batch_tokens)

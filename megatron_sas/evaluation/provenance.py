@@ -15,12 +15,12 @@ import megatron_sas
 from megatron_sas.core.files import sha256_file
 from megatron_sas.data.tokenizer import tokenizer_identity
 from megatron_sas.run.directory import MODEL_WEIGHTS
-from megatron_sas.run.reading import model_step
+from megatron_sas.run.reading import model_step, model_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from megatron_sas.model.bert import Bert
+    from megatron_sas.model.base import MaskedLM
 
 WEIGHT_FILES = (MODEL_WEIGHTS, "model.safetensors.index.json", "pytorch_model.bin")  # in the order of `read_model`
 
@@ -47,14 +47,14 @@ def weights_sha256(path: Path) -> str | None:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def provenance(path: Path, model: Bert, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def provenance(path: Path, model: MaskedLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """Model, tokenizer, device and versions as JSON values; `path` as `model_source` takes it."""
     import transformers
 
     device = next(model.parameters()).device
     return {
         **model_source(path),
-        "model_config": asdict(model.config),
+        "model_config": model_values(model.config),
         "tokenizer": {
             "class": type(tokenizer).__name__,
             "vocab_size": len(tokenizer),

@@ -16,13 +16,15 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.evaluation.batching import evaluating
 from megatron_sas.evaluation.treebank import Sentence, TokenizedSentence, tokenize_words
 from megatron_sas.evaluation.uas import heads_of_pieces, word_attention
-from megatron_sas.model.bert import Bert
+from megatron_sas.model.base import MaskedLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def attention_maps(model: Bert, tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> tuple[list[str], Tensor]:
+def attention_maps(
+    model: MaskedLM, tokenizer: PreTrainedTokenizerBase, words: Sequence[str]
+) -> tuple[list[str], Tensor]:
     """The pieces of a sentence, and the attention between them: `[l, h, i, j]` is what piece i gives to piece j.
 
     Returns:
@@ -39,7 +41,7 @@ def attention_maps(model: Bert, tokenizer: PreTrainedTokenizerBase, words: Seque
     return tokenizer.convert_ids_to_tokens(tokenized.ids.tolist()), torch.stack(layers).cpu()
 
 
-def word_maps(model: Bert, sentence: TokenizedSentence) -> Tensor:
+def word_maps(model: MaskedLM, sentence: TokenizedSentence) -> Tensor:
     """Attention between the words of a sentence, float32 `(L, H, W, W)` on the CPU; see `word_attention`."""
     layers: list[Tensor] = []
     with evaluating(model) as device:
@@ -51,7 +53,7 @@ def word_maps(model: Bert, sentence: TokenizedSentence) -> Tensor:
     return torch.stack(layers).cpu()
 
 
-def edge_probabilities(model: Bert, tokenizer: PreTrainedTokenizerBase, sentence: Sentence) -> list[dict[str, Any]]:
+def edge_probabilities(model: MaskedLM, tokenizer: PreTrainedTokenizerBase, sentence: Sentence) -> list[dict[str, Any]]:
     """The attention probabilities along the edges of a parsed sentence, which the terms of the objective read.
 
     Returns:
@@ -86,7 +88,7 @@ def edge_probabilities(model: Bert, tokenizer: PreTrainedTokenizerBase, sentence
     ]
 
 
-def _tokenize(model: Bert, tokenizer: PreTrainedTokenizerBase, sentence: Sentence) -> TokenizedSentence:
+def _tokenize(model: MaskedLM, tokenizer: PreTrainedTokenizerBase, sentence: Sentence) -> TokenizedSentence:
     tokenized, longest = tokenize_words([sentence], tokenizer)[0], model.config.max_position_embeddings
     if len(tokenized.ids) > longest:
         raise InputError(f"sentence: has {len(tokenized.ids)} pieces, the model takes {longest}; give a shorter one")

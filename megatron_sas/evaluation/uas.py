@@ -30,7 +30,7 @@ from megatron_sas.evaluation.batching import AfterBatch, evaluating, shard_batch
 from megatron_sas.evaluation.items import UasItems
 from megatron_sas.evaluation.observers import AttentionStatistics, MapObserver, SasObserver, share_pass
 from megatron_sas.evaluation.treebank import Sentence, TokenizedSentence, Treebank, load_treebank, tokenize_words
-from megatron_sas.model.bert import Bert
+from megatron_sas.model.base import MaskedLM
 
 DIRECTIONS = ("dep->head", "head->dep")
 OFFSETS = (-1, 1, -2, 2, -3, 3)  # nearest first: of equally good baselines the shortest is reported
@@ -376,7 +376,7 @@ class UasEvaluation(Evaluation):
         self.task = TreebankTask(sentences, resources.tokenizer, resources.max_length)
         self.unknown = self.task.unknown
 
-    def run(self, model: Bert, after_batch: AfterBatch | None = None) -> dict[str, Any]:
+    def run(self, model: MaskedLM, after_batch: AfterBatch | None = None) -> dict[str, Any]:
         """See `Evaluation`; with `treebank_attention`, as `AttentionStatistics` gives it."""
         statistics = self.task.attention_statistics()
         options = {"batch_tokens": self.section.batch_tokens, "after_batch": after_batch, "statistics": statistics}
@@ -384,7 +384,7 @@ class UasEvaluation(Evaluation):
         values = {metric.key: result[metric.point[-1]] for metric in self.metrics}
         return {**values, "treebank_attention": statistics.result()}
 
-    def measure(self, model: Bert) -> tuple[dict[str, Any], UasItems]:
+    def measure(self, model: MaskedLM) -> tuple[dict[str, Any], UasItems]:
         """Also SAS and attention's entropy on these sentences, in the same pass."""
         task = self.task
         statistics, sas, uas = task.attention_statistics(), SasObserver(), UasObserver(task, keep_edges=True)

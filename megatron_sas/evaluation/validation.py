@@ -17,7 +17,7 @@ from megatron_sas.data.packed import PackedData
 from megatron_sas.evaluation.base import Evaluation, Metric
 from megatron_sas.evaluation.batching import AfterBatch, evaluating
 from megatron_sas.evaluation.observers import AttentionStatistics, share_pass
-from megatron_sas.model.bert import Bert
+from megatron_sas.model.base import MaskedLM
 from megatron_sas.objective.base import Batch, Term
 from megatron_sas.objective.pretraining import mlm_loss_sum
 from megatron_sas.objective.terms import TERMS, Needs
@@ -46,7 +46,7 @@ class _MaskedText:
 
 
 def evaluate_validation(
-    model: Bert,
+    model: MaskedLM,
     packed: PackedData,
     terms: Mapping[str, Term],
     *,
@@ -122,20 +122,20 @@ class ValidationEvaluation(Evaluation):
             return []
         return [f"validation_sequences: {wanted} are wanted, but {text.prefix} has {text.num_sequences}"]
 
-    def run(self, model: Bert, after_batch: AfterBatch | None = None) -> dict[str, Any]:
+    def run(self, model: MaskedLM, after_batch: AfterBatch | None = None) -> dict[str, Any]:
         """See `evaluate_validation`; with `validation_attention`, as `AttentionStatistics` gives it."""
         info = self.resources.text.tokenizer
         statistics = AttentionStatistics(info.cls_id, info.sep_id)
         values = self._evaluate(model, self.resources.terms, after_batch, statistics)
         return {**values, "validation_attention": statistics.result()}
 
-    def measure(self, model: Bert) -> tuple[dict[str, Any], None]:
+    def measure(self, model: MaskedLM) -> tuple[dict[str, Any], None]:
         """The loss alone."""
         return {LOSS.column: self._evaluate(model, {})[LOSS.key]}, None
 
     def _evaluate(
         self,
-        model: Bert,
+        model: MaskedLM,
         terms: Mapping[str, Term],
         after_batch: AfterBatch | None = None,
         statistics: AttentionStatistics | None = None,

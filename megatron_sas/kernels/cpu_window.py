@@ -7,6 +7,7 @@ B sequences, H heads, S tokens, D head dimension, n blocks of R queries and C ke
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,12 @@ class CpuFlashInWindow:
 
         Queries beyond the valid length see all keys in their window, those beyond S everything.
         """
-        rows, (before, after), batch = self.rows, self.margins, len(q)
+        if seqlens is None and not torch.compiler.is_compiling():
+            return _unpadded_mask(self, len(q), q.dtype)
+        return self._mask(seqlens, len(q), q.dtype)
+
+    def _mask(self, seqlens: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor:
+        rows, (before, after) = self.rows, self.margins
         first = torch.arange(0, self.seq, rows)[:, None, None]  # (n, 1, 1)
         row, column = first + torch.arange(rows)[:, None], first - before + torch.arange(rows + before + after)
         seen = in_window(row, column, self.window) & (column >= 0) & (column < self.seq)  # (n, R, C)
@@ -55,7 +61,7 @@ class CpuFlashInWindow:
             limit = seqlens.to(torch.int64).clamp(min=1).view(-1, 1, 1, 1)
             seen = seen & ((column < limit) | (row >= limit))  # (B, n, R, C)
         seen = (seen | (row >= self.seq)).expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
-        return torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, float("-inf"))
+        return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout_p: float, scale: float
@@ -103,3 +109,10 @@ class CpuFlashInWindow:
         for i, part in enumerate(parts.unbind(1)):
             total[:, :, i * self.rows : i * self.rows + length] += part
         return total[:, :, before : before + self.seq]
+
+
+@functools.lru_cache(maxsize=8)
+def _unpadded_mask(kernel: CpuFlashInWindow, batch: int, dtype: torch.dtype) -> Tensor:
+    """The mask without padding, which all local layers and all steps share."""
+    with torch.inference_mode(mode=False):  # a tensor made in that mode could not be kept for a backward
+        return kernel._mask(None, batch, dtype)

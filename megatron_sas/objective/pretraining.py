@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megatron_sas.data.mlm_dataset import IGNORED
-from megatron_sas.model.bert import Bert
+from megatron_sas.model.base import MaskedLM
 from megatron_sas.objective.base import Batch, Term
 from megatron_sas.objective.terms import Needs
 
@@ -43,7 +43,7 @@ class MaskedLMWithTerms(nn.Module):
     DeepSpeed switches off an autocast that it finds around its own forward.
     """
 
-    def __init__(self, bert: Bert, terms: Mapping[str, Term]) -> None:
+    def __init__(self, bert: MaskedLM, terms: Mapping[str, Term]) -> None:
         super().__init__()
         self.bert = bert
         self.terms = dict(terms)

@@ -21,7 +21,7 @@ from megatron_sas.core.files import obey_umask, write_json_atomic
 from megatron_sas.core.manifest import read_manifest, verify_manifest
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_digest
 from megatron_sas.model.architectures import ARCHITECTURES, DEFAULT, build_model
-from megatron_sas.model.bert import Bert
+from megatron_sas.model.base import MaskedLM
 from megatron_sas.model.config import ModelConfig
 from megatron_sas.model.huggingface import from_hf_config, from_hf_state
 from megatron_sas.run.directory import (
@@ -49,7 +49,7 @@ CONVERTED_STEP = "converted_step"
 
 def load_model(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[Bert, PreTrainedTokenizerBase]:
+) -> tuple[MaskedLM, PreTrainedTokenizerBase]:
     """The model at `path` in evaluation mode, and its tokenizer.
 
     Args:
@@ -169,9 +169,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def write_model_config(path: str | Path, config: ModelConfig) -> None:
-    """Write `config` as JSON; the architecture stands there unless it is the default, which earlier versions read."""
+    """Write `config` as JSON."""
+    write_json_atomic(path, model_values(config))
+
+
+def model_values(config: ModelConfig) -> dict[str, Any]:
+    """A configuration as JSON values; the architecture is among them unless it is the default, as in earlier files."""
     name = {} if config.architecture == DEFAULT else {"architecture": config.architecture}
-    write_json_atomic(path, name | asdict(config))
+    return name | asdict(config)
 
 
 def read_model_config(path: str | Path) -> ModelConfig:
@@ -192,7 +197,7 @@ def read_model_config(path: str | Path) -> ModelConfig:
         raise InputError(f"{path}: is not a configuration of this program ({error})") from None
 
 
-def load_state(model: Bert, state: dict[str, Tensor], where: str) -> None:
+def load_state(model: MaskedLM, state: dict[str, Tensor], where: str) -> None:
     """`model.load_state_dict`, with a one-line error."""
     own = model.state_dict()
     wrong = sorted(

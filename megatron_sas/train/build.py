@@ -30,7 +30,7 @@ from megatron_sas.export.hf import write_hf
 from megatron_sas.launch.environment import other_threads, threads_of_processes
 from megatron_sas.launch.kernel_cache import build_attention_kernels, check_attention_backend
 from megatron_sas.model.architectures import build_model
-from megatron_sas.model.bert import Bert
+from megatron_sas.model.base import MaskedLM
 from megatron_sas.model.config import ModelConfig
 from megatron_sas.objective.base import EDGES, Term
 from megatron_sas.objective.pretraining import MaskedLMWithTerms
@@ -64,7 +64,7 @@ class RunState:
     tokenizer: PreTrainedTokenizerBase
     identity: TokenizerIdentity  # the tokenizer's
     dataset: MLMDataset
-    bert: Bert
+    bert: MaskedLM
     terms: dict[str, Term]
     evaluation: LiveEvaluation
     checkpoint: Path | None  # that the run continues from, its own or its parent's
@@ -314,7 +314,7 @@ def measure_throughput(config: Config, state: RunState, device: torch.device, cl
 
 def _model(
     bert_config: ModelConfig, config: Config, checkpoint: Path | None, tokenizer: PreTrainedTokenizerBase
-) -> Bert:
+) -> MaskedLM:
     """The model with the run's weights, else those of `model.init_from`, else random ones; equal on every rank."""
     torch.manual_seed(config.seeds().init)
     bert = build_model(bert_config)
@@ -326,7 +326,7 @@ def _model(
     return bert
 
 
-def _load_matching(bert: Bert, source: Path, where: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def _load_matching(bert: MaskedLM, source: Path, where: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Load the weights at `source`; `where` begins the sentence that says what differs."""
     found, state, tokenizer_path = read_model(source)
     if differences := architecture_differences(found, bert.config):

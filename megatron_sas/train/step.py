@@ -22,7 +22,7 @@ from megatron_sas.data.mlm_dataset import Window
 from megatron_sas.kernels import choose_backend
 from megatron_sas.kernels.layer_norm import use_apex_layer_norm_
 from megatron_sas.launch.kernel_cache import distinct_windows
-from megatron_sas.model.bert import Bert
+from megatron_sas.model.base import MaskedLM
 from megatron_sas.objective.pretraining import MaskedLMWithTerms
 from megatron_sas.optim.optimizers import OPTIMIZERS, moments_of
 from megatron_sas.optim.section import TrainSection
@@ -96,7 +96,7 @@ class Engine:
         del self._initial
 
     @property
-    def bert(self) -> Bert:
+    def bert(self) -> MaskedLM:
         """The model. Under ZeRO-3 its parameters are gathered while a forward runs."""
         return self._engine.module.bert
 

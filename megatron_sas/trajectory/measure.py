@@ -25,7 +25,7 @@ from megatron_sas.run.reading import load_model
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from megatron_sas.model.bert import Bert
+    from megatron_sas.model.base import MaskedLM
     from megatron_sas.model.config import ModelConfig
 
 MASK_PROB = 0.15
@@ -94,7 +94,7 @@ class TrajectoryTask:
         named = [(getattr(self.inputs.section, e.input, ""), e.notes()) for e in self.evaluations.values()]
         return [f"{path}: {note}" for path, notes in named for note in notes]
 
-    def load(self, path: Path, device: torch.device) -> Bert:
+    def load(self, path: Path, device: torch.device) -> MaskedLM:
         """A model of the trajectory. Raises `InputError` when it cannot be read or is of another kind."""
         model, tokenizer = load_model(path, device)
         shape = _shape(model.config, tokenizer)
@@ -105,7 +105,7 @@ class TrajectoryTask:
             raise InputError(f"{path}: differs from the other models in {', '.join(different)}; measure it elsewhere")
         return model
 
-    def measure(self, model: Bert) -> tuple[dict[str, Any], dict[str, Items]]:
+    def measure(self, model: MaskedLM) -> tuple[dict[str, Any], dict[str, Items]]:
         """The numbers of point.json (but `step` and `model`), and the items by evaluation."""
         started = time.perf_counter()
         values: dict[str, Any] = {WEIGHT_NORM.key: weight_norm(model)}

@@ -15,7 +15,7 @@ from megatron_sas.trajectory.step_names import REMEDY, last_number, step_by_patt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from megatron_sas.model.bert import Bert
+    from megatron_sas.model.base import MaskedLM
 
 
 def list_models(
@@ -51,7 +51,7 @@ def list_models(
     return sorted(models.items())
 
 
-def model_at(path: str | Path, step: int, device: str = "cpu") -> tuple[Bert, PreTrainedTokenizerBase]:
+def model_at(path: str | Path, step: int, device: str = "cpu") -> tuple[MaskedLM, PreTrainedTokenizerBase]:
     """The model of a run (or in a folder) after `step` updates, in evaluation mode, and its tokenizer.
 
     A snapshot or a checkpoint, of the run or, before its branch, of an ancestor: whatever `list_models` lists.

@@ -25,7 +25,7 @@ from megatron_sas.evaluation.uas import (
     evaluate_uas,
     predicted_heads,
 )
-from megatron_sas.model.bert import Bert
+from megatron_sas.model.base import MaskedLM
 
 MAX_ATTENTION_BYTES = 24 * 2**20  # of a page, in base64: a browser opens that at once, and mail programs still take it
 Place = tuple[int, int]  # (layer, head), both from 0
@@ -107,7 +107,7 @@ def check_size(num_models: int, num_heads: int, sentences: Sequence[Sentence]) -
 
 
 def view(
-    model: Bert,
+    model: MaskedLM,
     task: TreebankTask,
     sentences: Sequence[Sentence],
     pieces: Sequence[TokenizedSentence],
