@@ -7,7 +7,7 @@ against log μ through the origin.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,9 @@ from megatron_sas.core import distributed
 from megatron_sas.core.settings import Section
 from megatron_sas.data.packed import PackedData
 from megatron_sas.evaluation.base import Evaluation, Metric, Resources
-from megatron_sas.evaluation.batching import AfterBatch, evaluating
-from megatron_sas.evaluation.observers import AttentionStatistics, SasObserver, share_pass
+from megatron_sas.evaluation.batching import Encoder, evaluating
+from megatron_sas.evaluation.observers import AttentionStatistics, Observer, SasOfEdges, share_pass
 from megatron_sas.evaluation.text import TextBatch, packed_text, unknown_in
-from megatron_sas.model.bert import Bert, BertOutput
 
 DISCARDED = 0.1  # share of the points, those with the largest μ, left out of the fit (Facco et al.)
 MIN_POINTS = 10
@@ -95,27 +94,21 @@ def weight_norm(model: torch.nn.Module) -> float:
 
 
 def cls_vectors(
-    model: Bert,
-    batches: Iterable[TextBatch],
-    num_texts: int,
-    *,
-    run: Callable[[Bert, TextBatch], BertOutput] = lambda model, batch: model(batch.input_ids),
-    after_batch: AfterBatch | None = None,
+    model: Encoder, batches: Iterable[TextBatch], num_texts: int, observers: Sequence[Observer] = ()
 ) -> Tensor:
     """Last hidden layer at [CLS] of every text: float32 (`num_texts`, C) on the model's device.
 
     Under a process group `batches` are this rank's, equally many on every rank, and every rank returns all vectors.
-    `run` makes the forward pass; `after_batch` is called after each.
     """
+    result = None
     with evaluating(model) as device:
-        result = torch.zeros(num_texts, model.config.hidden_size, dtype=torch.float32, device=device)
         for batch in batches:
             batch = batch.to(device)
-            hidden = run(model, batch).hidden
+            hidden = share_pass(model, batch, observers).hidden
+            if result is None:
+                result = torch.zeros(num_texts, hidden.shape[2], dtype=torch.float32, device=device)
             if batch.counts:
                 result[batch.numbers] = hidden[:, 0].float()
-            if after_batch is not None:
-                after_batch()
     return distributed.all_reduce_sum_(result)
 
 
@@ -154,11 +147,6 @@ class ComplexityEvaluation(Evaluation):
     )
 
     @classmethod
-    def wanted(cls, section: ComplexitySettings) -> bool:
-        """Where a number of sequences is given."""
-        return section.complexity_sequences is not None
-
-    @classmethod
     def shortages(cls, section: ComplexitySettings, text: PackedData) -> list[str]:
         """Fewer sequences than were asked for, or too few for an estimate."""
         there, wanted, found = text.num_sequences, section.complexity_sequences, []
@@ -179,32 +167,27 @@ class ComplexityEvaluation(Evaluation):
         self.text = resources.text
         self.num_texts = min(section.complexity_sequences, self.text.num_sequences)
 
-    def run(self, model: Bert, after_batch: AfterBatch | None = None) -> dict[str, Any]:
+    def run(self, model: Encoder) -> dict[str, Any]:
         """See `Evaluation`."""
-        result = self._dimension(model, after_batch=after_batch)
+        result = self._dimension(model, [])
         values = (result["twonn"], result["standard_error"], result["duplicates"])
         return {metric.key: value for metric, value in zip(self.metrics, values, strict=True)}
 
-    def measure(self, model: Bert) -> tuple[dict[str, Any], None]:
+    def measure(self, model: Encoder) -> tuple[dict[str, Any], None]:
         """Also SAS on the data's own edges, and attention's entropy if nothing else gives it, in the same pass."""
-        sas, statistics, info = SasObserver(), None, self.text.tokenizer
-        if self.resources.text_gives_attention:
-            statistics = AttentionStatistics(info.cls_id, info.sep_id)
-
-        def run(model: Bert, batch: TextBatch) -> BertOutput:
-            output = share_pass(model, batch, statistics=statistics, heads=batch.heads)
-            sas.add_output(batch.heads, output.to_head, output.to_dependent)
-            return output
-
-        values: dict[str, Any] = {"intrinsic_dimension": self._dimension(model, run=run)}
-        values["text_unknown"] = unknown_in(self.text, self.num_texts).record()
+        sas, info = SasOfEdges(), self.text.tokenizer
+        statistics = AttentionStatistics(info.cls_id, info.sep_id) if self.resources.text_gives_attention else None
+        values: dict[str, Any] = {
+            "intrinsic_dimension": self._dimension(model, [sas] if statistics is None else [sas, statistics]),
+            "text_unknown": unknown_in(self.text, self.num_texts).record(),
+        }
         if statistics is not None:
             values |= statistics.point()
         if (along := sas.result()) is not None:
             values["text_sas"] = along
         return values, None
 
-    def _dimension(self, model: Bert, **options: Any) -> dict[str, Any]:
+    def _dimension(self, model: Encoder, observers: Sequence[Observer]) -> dict[str, Any]:
         batches = packed_text(self.text, num_sequences=self.num_texts, batch_tokens=self.section.batch_tokens)
-        vectors = cls_vectors(model, batches, self.num_texts, **options)
+        vectors = cls_vectors(model, batches, self.num_texts, observers)
         return intrinsic_dimension(vectors, self.text.tokens[: self.num_texts])

@@ -19,24 +19,21 @@ from megatron_sas.data.mlm_dataset import validation_batches
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import plain_text_tokenizer, tokenizer_identity
 from megatron_sas.data.unknown import Unknown
+from megatron_sas.evaluation.batching import TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class TextBatch:
-    """B texts of S tokens; all tensors int64. Without `counts` it is for a rank that has no text left."""
+@dataclass(frozen=True, kw_only=True)
+class TextBatch(TokenBatch):
+    """B texts of S tokens without padding."""
 
-    numbers: Tensor  # (B,), which texts these are
-    input_ids: Tensor  # (B, S)
-    heads: Tensor  # (B, S), -1 where no dependency is known
-    counts: bool = True
-    seqlens: None = None  # no padding
+    numbers: Tensor  # int64 (B,), which texts these are
 
     def to(self, device: torch.device) -> TextBatch:
         """A copy on `device`."""
-        names = ("numbers", "input_ids", "heads")
+        names = ("numbers", "input_ids", "dep_heads")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
@@ -64,7 +61,7 @@ def unknown_in(packed: PackedData, num_sequences: int) -> Unknown:
 
 
 def packed_text(packed: PackedData, *, num_sequences: int, batch_tokens: int) -> Iterator[TextBatch]:
-    """This rank's share of the first `num_sequences` sequences; every rank yields `packed_forwards` batches."""
+    """This rank's share of the first `num_sequences` sequences; every rank yields equally many batches."""
     for batch in validation_batches(
         packed,
         micro_batch_size=max(1, batch_tokens // packed.seq_length),
@@ -76,13 +73,7 @@ def packed_text(packed: PackedData, *, num_sequences: int, batch_tokens: int) ->
     ):
         counts = bool((batch.sample_ids >= 0).any())
         rows = batch.sample_ids >= 0 if counts else slice(0, 1)
-        yield TextBatch(batch.sample_ids[rows], batch.input_ids[rows], batch.heads[rows], counts)
-
-
-def packed_forwards(packed: PackedData, *, num_sequences: int, batch_tokens: int) -> int:
-    """How many batches `packed_text` yields on every rank."""
-    per_round = max(1, batch_tokens // packed.seq_length) * distributed.world_size()
-    return -(-min(num_sequences, packed.num_sequences) // per_round)
+        yield TextBatch(batch.input_ids[rows], batch.heads[rows], counts, numbers=batch.sample_ids[rows])
 
 
 def pack_file(
@@ -120,4 +111,4 @@ def plain_text(rows: np.ndarray, batch_tokens: int) -> list[TextBatch]:
     """Sequences (N, S) of token ids as batches, all on every rank."""
     ids = torch.from_numpy(rows)
     numbers = torch.arange(len(ids)).split(max(1, batch_tokens // ids.shape[1]))
-    return [TextBatch(part, ids[part], torch.full_like(ids[part], -1)) for part in numbers]
+    return [TextBatch(ids[part], torch.full_like(ids[part], -1), numbers=part) for part in numbers]

@@ -64,8 +64,7 @@ def measure_models(
         report(f"skipped step {step}: {fault}")
         bad.add(step)
 
-    reference = _first_readable(models, leave_out)
-    task = _make_task(inputs, reference)
+    reference, task = _first_task(inputs, models, leave_out)
     for note in task.notes():
         report(note)
     settings = {"source": os.path.relpath(source.resolve(), output.resolve()), **task.settings()}
@@ -90,21 +89,18 @@ def measure_models(
     return len(bad)
 
 
-def _first_readable(models: Sequence[Model], leave_out: Callable[[int, str], None]) -> Path:
-    """The first model that can be read: it decides about tokenizer and shape."""
+def _first_task(
+    inputs: Inputs, models: Sequence[Model], leave_out: Callable[[int, str], None]
+) -> tuple[Path, TrajectoryTask]:
+    """The first model that can be read, which decides about tokenizer and shape, and the task for such models."""
     for step, path in models:
         try:
-            load_model(path)
+            model, tokenizer = load_model(path)
         except (InputError, OSError) as error:
             leave_out(step, _line(error))
         else:
-            return path
+            return path, TrajectoryTask(inputs, model.config, tokenizer)
     raise InputError(f"none of the {len(models)} models from {models[0][1]} on can be read; give others")
-
-
-def _make_task(inputs: Inputs, reference: Path) -> TrajectoryTask:
-    model, tokenizer = load_model(reference)
-    return TrajectoryTask(inputs, model.config, tokenizer)
 
 
 def _measure(task: TrajectoryTask, step: int, path: Path, output: Path, device: str | None) -> str | None:
@@ -128,25 +124,22 @@ def _check_not_moved(models: Sequence[Model], output: Path) -> None:
     """Refuse models that have points at other steps: their names were read in another way, or others follow now.
 
     Raises:
-        InputError: there is such a model; its old point would stand beside the new one.
+        InputError: there is such a model; its old point would stand next to the new one.
     """
     steps = {str(path.resolve()): step for step, path in models}
     for old in point_steps(output):
-        with contextlib.suppress(InputError):  # a damaged point is measured again
+        try:
             path = read_point(output, old).get("model")
-            if (new := steps.get(path, old)) != old:
-                break
-    else:
-        return
-    raise InputError(f"{output}: has {path} as step {old}, which is step {new} now; choose another --output")
+        except InputError:  # a damaged point is measured again
+            continue
+        if (new := steps.get(path, old)) != old:
+            raise InputError(f"{output}: has {path} as step {old}, which is step {new} now; choose another --output")
 
 
 def _is_measured(output: Path, step: int, path: Path) -> bool:
     """Whether the output has a whole point of the very weights that are at `path`."""
-    if not is_whole(output, step):
-        return False
     try:
-        return read_point(output, step).get("model_sha256") == weights_sha256(path)
+        return is_whole(output, step) and read_point(output, step).get("model_sha256") == weights_sha256(path)
     except (OSError, ValueError, KeyError, TypeError):
         return False  # measuring it says what is wrong
 
@@ -188,7 +181,8 @@ def _start_worker(inputs: Inputs, reference: Path, output: Path, threads: int) -
     end_with_parent()
     torch.set_num_threads(threads)
     global _worker
-    _worker = (_make_task(inputs, reference), output)
+    model, tokenizer = load_model(reference)
+    _worker = (TrajectoryTask(inputs, model.config, tokenizer), output)
 
 
 def _measure_in_worker(step: int, path: Path, device: str | None) -> str | None:

@@ -10,9 +10,8 @@ from engine_runs import ROOT, launch, write_inputs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_sas.config import help_text
-from megatron_sas.evaluation.live import evaluation_line
+from megatron_sas.evaluation.live import EvaluationSection, evaluation_line
 from megatron_sas.evaluation.registry import EVALUATIONS, live_metrics, snapshot_metrics
-from megatron_sas.evaluation.section import EvaluationSection
 from megatron_sas.run.records import read_records
 
 SCRIPT = ROOT / "tests" / "support" / "further_evaluation.py"

@@ -32,25 +32,19 @@ class NormEvaluation(Evaluation):
     settings = NormSettings
     metrics = (Metric("hidden_norm", "norm of hidden vectors", direction=1, title="Hidden norm", printed="norm"),)
 
-    @classmethod
-    def wanted(cls, section: NormSettings) -> bool:
-        return section.norm_sequences is not None
-
-    def run(self, model, after_batch=None) -> dict[str, Any]:
+    def run(self, model) -> dict[str, Any]:
         sizes = {"num_sequences": self.section.norm_sequences, "batch_tokens": self.section.batch_tokens}
         norms = []
         with evaluating(model) as device:
             for batch in packed_text(self.resources.text, **sizes):
                 norms.append(float(model(batch.to(device).input_ids).hidden.norm(dim=-1).mean()))
-                if after_batch is not None:
-                    after_batch()
         return {"hidden_norm": sum(norms) / len(norms)}
 
 
 def main(config: Path, directory: Path, text: str) -> None:
     from megatron_sas.evaluation.registry import EVALUATIONS
 
-    assert "megatron_sas.evaluation.section" not in sys.modules  # so that this is what a line there would be
+    assert "megatron_sas.evaluation.live" not in sys.modules  # so that this is what a line there would be
     EVALUATIONS["norm"] = NormEvaluation
     run, report = directory / "run", directory / "report"
     overrides = ("--evaluation.norm_sequences", "5", "--logging.tensorboard", "true", "--snapshots.every", "2")
