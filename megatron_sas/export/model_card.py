@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from megatron_sas.evaluation.uas import UAS
 from megatron_sas.model.config import BertConfig
 from megatron_sas.objective.terms import TERMS
 from megatron_sas.optim.optimizers import OPTIMIZERS
-from megatron_sas.optim.schedules import read_schedule
 from megatron_sas.optim.section import TrainSection
 from megatron_sas.run.directory import CONFIG, STATE, run_of
 
@@ -39,11 +39,11 @@ def model_card(checkpoint: Path, config: BertConfig, dtype: str) -> str:
         dtype: how the exported weights are stored, "fp32" or "bf16".
     """
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    run = _read_run(checkpoint)
+    path = checkpoint / CONFIG
+    run = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     name = Path(run["run"]["output_dir"]).name if run else checkpoint.name
-    front = ["---", "library_name: transformers", "pipeline_tag: fill-mask", "tags:", "- bert", "- megatron_sas", "---"]
     parts = [
-        *front,
+        *("---", "library_name: transformers", "pipeline_tag: fill-mask", "tags:", "- bert", "- megatron_sas", "---"),
         "",
         f"# {name}, step {state['step']:,}",
         "",
@@ -58,15 +58,9 @@ def model_card(checkpoint: Path, config: BertConfig, dtype: str) -> str:
         *_table(_training(state, run, config)),
     ]
     if run is not None:
-        parts += ["", *_data(state, run)]
-        parts += _evaluation(checkpoint, state["step"])
+        parts += ["", *_data(state, run), *_evaluation(checkpoint, state["step"])]
         parts += ["", "## Complete configuration", "", "```yaml", yaml.safe_dump(run, sort_keys=False).rstrip(), "```"]
     return "\n".join(parts) + "\n"
-
-
-def _read_run(checkpoint: Path) -> dict[str, Any] | None:
-    path = checkpoint / CONFIG
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _table(rows: dict[str, Any]) -> list[str]:
@@ -104,32 +98,18 @@ def _training(state: dict[str, Any], run: dict[str, Any] | None, config: BertCon
 
 
 def _terms(run: dict[str, Any]) -> dict[str, str]:
-    """λ and R of the run's terms; their names are told where there are several."""
-    rows, found = {}, [name for name in TERMS if name in run]
-    for name in found:
-        which = f" of {name}" if len(found) > 1 else ""
-        rows[f"λ{which}"] = describe_schedule(run[name]["schedule"])
-        rows[f"R{which}"] = TERMS[name](TERMS[name].section_class(**run[name])).describe()
+    """λ and R of the run's terms, which are named where there are several."""
+    sections = {name: TERMS[name].section_class(**run[name]) for name in TERMS if name in run}
+    rows = {}
+    for name, section in sections.items():
+        which = f" of {name}" if len(sections) > 1 else ""
+        rows |= {f"λ{which}": section.schedule.describe(), f"R{which}": TERMS[name](section).describe()}
     return rows
 
 
 def _describe_link(link: dict[str, Any]) -> str:
     changed = ", ".join(link["changed"]) or "nothing"
     return f"`{link['parent_run']}` at update {link['step']:,}, where {changed} changed"
-
-
-def describe_schedule(stages: list[dict[str, Any]] | dict[str, Any]) -> str:
-    """λ by completed updates in words, from the schedule as the configuration's YAML has it."""
-    if isinstance(stages, dict):
-        return read_schedule(stages).describe()
-    parts = []
-    for stage in sorted(stages, key=lambda s: s["start"]):
-        value = f"{stage['value']:g}"
-        if stage.get("end_value") is not None:
-            value += f" to {stage['end_value']:g}, linearly,"
-        until = f"until update {stage['end']:,}" if stage.get("end") is not None else "on"
-        parts.append(f"{value} from update {stage['start']:,} {until}")
-    return "; ".join(parts) + "; otherwise 0" if parts else "0 throughout"
 
 
 def _data(state: dict[str, Any], run: dict[str, Any]) -> list[str]:
@@ -157,22 +137,17 @@ def _inline(value: Any) -> str:
 
 def _evaluation(checkpoint: Path, step: int) -> list[str]:
     """The run's evaluation at `step`, if the checkpoint still lies in its run and the run evaluated then."""
-    run = run_of(checkpoint)
-    path = run.records
-    if checkpoint.resolve().parent != run.checkpoints or not path.is_file():
+    run, found = run_of(checkpoint), None
+    if checkpoint.resolve().parent != run.checkpoints or not run.records.is_file():
         return []
-    found = None
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    for line in run.records.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # a line that a killed run left unfinished
             record = json.loads(line)
-        except ValueError:  # a line that a killed run left unfinished
-            continue
-        if record.get("kind") == "evaluation" and record.get("step") == step:
-            found = record
+            if (record.get("kind"), record.get("step")) == ("evaluation", step):
+                found = renew_record(record)
     if found is None:
         return []
     metrics = [metric for metric in live_metrics() if metric.label]
-    found = renew_record(found)
     rows = {m.label: f"{found[m.key]:{m.format}}" for m in metrics if isinstance(found.get(m.key), float)}
     for metric in (metric for metric in metrics if metric.each):
         table = found.get(metric.key) or {}
