@@ -25,7 +25,7 @@ from megatron_sas.evaluation.text import TextBatch, packed_text, unknown_in
 
 DISCARDED = 0.1  # share of the points, those with the largest μ, left out of the fit (Facco et al.)
 MIN_POINTS = 10
-BLOCK_ELEMENTS = 2**24  # distances in memory at once, and as many coordinates: 128 MiB each
+ENOUGH_POINTS = 100  # below this the standard error is a tenth of the value or more
 RESAMPLES = 200
 
 TWONN = Metric(
@@ -66,26 +66,20 @@ def intrinsic_dimension(vectors: Tensor, texts: np.ndarray | None = None) -> dic
     return {"twonn": twonn, "standard_error": error, **result}
 
 
-def two_nearest(points: Tensor, block_elements: int = BLOCK_ELEMENTS) -> Tensor:
+def two_nearest(points: Tensor) -> Tensor:
     """Distances of each of N distinct points (N, C) to the two nearest others, ascending: float64 (N, 2).
 
-    Neighbours are found from |a|² + |b|² - 2ab in blocks of rows, and their distances computed anew from the
-    differences, which do not cancel. A block has at most `block_elements` distances and coordinates.
+    scikit-learn finds neighbours from |a|² + |b|² - 2ab; their distances are computed from the differences, which do
+    not cancel.
     """
+    from sklearn.neighbors import NearestNeighbors  # takes a second to import
+
     points = points.double()
     points = points - points.mean(dim=0)
-    norms = points.square().sum(dim=1)
-    rows = max(1, block_elements // max(len(points), 2 * points.shape[1]))
-    result = points.new_empty(len(points), 2)
-    for start in range(0, len(points), rows):
-        block = points[start : start + rows]
-        squared = torch.addmm(norms[None], block, points.T, alpha=-2.0)  # without |a|², the same for a whole row
-        own = torch.arange(len(block), device=points.device)
-        squared[own, start + own] = float("inf")
-        neighbours = squared.topk(2, dim=1, largest=False).indices
-        distances = (points[neighbours] - block[:, None]).norm(dim=2)
-        result[start : start + rows] = distances.sort(dim=1).values
-    return result
+    search = NearestNeighbors(algorithm="brute").fit(points.cpu().numpy())
+    neighbours = torch.from_numpy(search.kneighbors(n_neighbors=2, return_distance=False)).to(points.device)
+    distances = torch.stack([(points - points[number]).norm(dim=1) for number in neighbours.T], dim=1)
+    return distances.sort(dim=1).values
 
 
 def weight_norm(model: torch.nn.Module) -> float:
@@ -124,10 +118,6 @@ def _slope(log_mu: np.ndarray) -> float:
     return float(x @ y / (x @ x))
 
 
-ENOUGH_POINTS = 100
-"""Below this the standard error of TwoNN is a tenth of its value or more."""
-
-
 class ComplexitySettings(Section):
     """Of the intrinsic dimension."""
 
@@ -149,12 +139,12 @@ class ComplexityEvaluation(Evaluation):
     @classmethod
     def shortages(cls, section: ComplexitySettings, text: PackedData) -> list[str]:
         """Fewer sequences than were asked for, or too few for an estimate."""
-        there, wanted, found = text.num_sequences, section.complexity_sequences, []
+        there, wanted, phrases = text.num_sequences, section.complexity_sequences, []
         if there < wanted:
-            found.append(f"complexity_sequences: {wanted} are wanted, but {text.prefix} has {there}")
+            phrases.append(f"{wanted} are wanted, but {text.prefix} has {there}")
         if (points := min(there, wanted)) < ENOUGH_POINTS:
-            found.append(f"complexity_sequences: TwoNN of {points} points says little; give it {ENOUGH_POINTS} or more")
-        return found
+            phrases.append(f"TwoNN of {points} points says little; give it {ENOUGH_POINTS} or more")
+        return [f"complexity_sequences: {phrase}" for phrase in phrases]
 
     @classmethod
     def faults(cls, section: ComplexitySettings, has_text: bool) -> list[str]:
