@@ -76,7 +76,7 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def evaluation_pass(arguments: argparse.Namespace, model: torch.nn.Module, forwards: int, name: str) -> Iterator[None]:
-    """Evaluate in the block, in the precision asked for and with a bar over so many forward passes."""
+    """Evaluate in the block: in the precision asked for, with a progress bar over `forwards` forward passes."""
     import torch
 
     from megatron_sas.evaluation.batching import after_each_forward

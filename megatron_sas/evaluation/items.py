@@ -70,7 +70,7 @@ class UasItems:
         return np.array_equal(self.edges, other.edges)
 
     def resampler(self, replicates: int, seed: int) -> Callable[[UasItems], np.ndarray]:
-        """Draw whole sentences, as their edges stand or fall together; each replicate chooses the best heads anew."""
+        """Draw whole sentences, as their edges stand or fall together; each replicate chooses its best heads."""
         sentences, sentence = np.unique(self.edges[:, 0], return_inverse=True)
         drawn = draws(np.random.default_rng([seed, 0]), len(sentences), replicates)
         order = np.argsort(self.edges[:, 1], kind="stable")

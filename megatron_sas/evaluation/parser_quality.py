@@ -1,6 +1,6 @@
 """How good a parser's edges are: its parse of a treebank's text, brought onto the gold words by character.
 
-The same alignment that gives pieces their edges (`corpus/build/align.py`) takes gold words as its pieces here. A gold
+The same alignment that gives tokens their edges (`corpus/build/align.py`) takes gold words as its tokens here. A gold
 word that is not the first in a parser's word, or has no characters of its own, has no predicted head: that is wrong.
 """
 

@@ -1,8 +1,8 @@
 """Pseudo-log-likelihoods of sentences under a masked LM (Salazar et al. 2020; Kauf & Ivanova 2023).
 
 A sentence scores the sum over its tokens of log p(token | the others), one masked copy of the sentence per token;
-[CLS] and [SEP] stay visible and are not scored. The variant `within_word_l2r` also masks the later pieces of the
-token's own word.
+[CLS] and [SEP] stay visible and are not scored. The variant `within_word_l2r` also masks the later tokens of the
+token's word.
 """
 
 from __future__ import annotations

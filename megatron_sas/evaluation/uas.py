@@ -84,8 +84,10 @@ class TreebankTask:
         self.relations: list[str] = sorted({relation for *_, relation in edges})
         number = {relation: index for index, relation in enumerate(self.relations)}
         self.edges = np.array([(n, dependent, head, number[name]) for n, dependent, head, name in edges], np.int64)
-        sentence, dependents, heads, relations = self.edges.T
-        self._first_edges = np.searchsorted(sentence, np.arange(len(kept) + 1))
+        self._edge_of_word = [np.full(sentence.num_words, -1) for sentence in self.sentences]  # its number, -1 = none
+        for edge, (n, dependent, *_) in enumerate(edges):
+            self._edge_of_word[n][dependent] = edge
+        _, dependents, heads, relations = self.edges.T
         self.edge_counts = np.bincount(relations)
         # A head lies inside its sentence, so an offset that leaves the sentence can never equal it: it counts as wrong.
         self.baseline_counts = np.stack(
@@ -148,13 +150,11 @@ class TreebankTask:
         num_words = torch.tensor([sentence.num_words for sentence in sentences])
         most = int(num_words.max())
         owner = _padded([sentence.words for sentence in sentences], -1)
-        numbers = np.concatenate([np.arange(*self._first_edges[index : index + 2]) for index in indices])
-        numbers = numbers[: None if counts else 0]
-        sizes = self._first_edges[indices + 1] - self._first_edges[indices]
-        _, dependents, dep_heads, relations = self.edges[numbers].T
-        rows = np.repeat(np.arange(len(indices)), sizes)[: len(numbers)] * most + dependents
         absent = torch.arange(most) >= num_words[:, None]
         excluded = torch.eye(most, dtype=torch.bool) | absent[:, None, :] | absent[:, :, None]
+        edges = _padded([self._edge_of_word[index] for index in indices], -1).flatten()  # (B·W,)
+        rows = torch.nonzero(edges >= 0)[: None if counts else 0, 0]
+        gold, relation = torch.from_numpy(self.edges)[edges[rows], 2:].T
         return TreebankBatch(
             input_ids=_padded([sentence.ids for sentence in sentences], self.pad_token_id).to(device),
             dep_heads=_padded([self.dep_heads[index] for index in indices], -1).to(device),
@@ -163,11 +163,10 @@ class TreebankTask:
             owner=owner.masked_fill(owner < 0, most).to(device),
             num_words=most,
             excluded=excluded[:, None].to(device),
-            **{
-                name: torch.from_numpy(np.ascontiguousarray(array)).to(device)
-                for name, array in {"rows": rows, "gold": dep_heads, "relation": relations}.items()
-            },
-            edge_numbers=torch.from_numpy(numbers),
+            rows=rows.to(device),
+            gold=gold.to(device),
+            relation=relation.to(device),
+            edge_numbers=edges[rows],
         )
 
     def summarize(self, correct: np.ndarray) -> dict:
@@ -290,26 +289,6 @@ def _best(correct: np.ndarray) -> tuple[int, dict]:
     layer, head, direction = np.unravel_index(correct.transpose(1, 2, 0).argmax(), correct.transpose(1, 2, 0).shape)
     place = {"layer": int(layer), "head": int(head), "direction": DIRECTIONS[direction]}
     return int(correct[direction, layer, head]), place
-
-
-def heads_of_pieces(sentence: Sentence, tokenized: TokenizedSentence) -> np.ndarray:
-    """int64 (S,): where the first piece of a word has a head, that word's first piece; elsewhere -1."""
-    first = np.array([np.argmax(tokenized.words == word) for word in range(tokenized.num_words)])
-    heads = np.full(len(tokenized.ids), -1, np.int64)
-    for word, head in enumerate(sentence.heads):
-        if head >= 0:
-            heads[first[word]] = first[head]
-    return heads
-
-
-def _counted_edges(sentence: Sentence) -> list[tuple[int, int, str]]:
-    """(dependent, head, relation without subtype) of every word whose relation counts."""
-    edges = []
-    for dependent, (head, full_relation) in enumerate(zip(sentence.heads, sentence.deprels, strict=True)):
-        relation = full_relation.split(":")[0]
-        if head >= 0 and relation.lower() not in UNCOUNTED_RELATIONS:
-            edges.append((dependent, head, relation))
-    return edges
 
 
 def dep_heads_of_tokens(sentence: Sentence, tokenized: TokenizedSentence) -> np.ndarray:

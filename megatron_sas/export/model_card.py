@@ -137,20 +137,20 @@ def _inline(value: Any) -> str:
 
 def _evaluation(checkpoint: Path, step: int) -> list[str]:
     """The run's evaluation at `step`, if the checkpoint still lies in its run and the run evaluated then."""
-    run, found = run_of(checkpoint), None
+    run, record = run_of(checkpoint), None
     if checkpoint.resolve().parent != run.checkpoints or not run.records.is_file():
         return []
     for line in run.records.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError):  # a line that a killed run left unfinished
-            record = json.loads(line)
-            if (record.get("kind"), record.get("step")) == ("evaluation", step):
-                found = renew_record(record)
-    if found is None:
+            values = json.loads(line)
+            if (values.get("kind"), values.get("step")) == ("evaluation", step):
+                record = renew_record(values)
+    if record is None:
         return []
     metrics = [metric for metric in live_metrics() if metric.label]
-    rows = {m.label: f"{found[m.key]:{m.format}}" for m in metrics if isinstance(found.get(m.key), float)}
+    rows = {m.label: f"{record[m.key]:{m.format}}" for m in metrics if isinstance(record.get(m.key), float)}
     for metric in (metric for metric in metrics if metric.each):
-        table = found.get(metric.key) or {}
+        table = record.get(metric.key) or {}
         rows |= {metric.label.format(row): f"{value:{metric.format}}" for row, value in table.items()}
     note = "The heads behind UAS are the best ones on the treebank itself: compare with the same run's step 0."
-    return ["", "## Evaluation at this step", "", *_table(rows), *(["", note] if UAS.key in found else [])]
+    return ["", "## Evaluation at this step", "", *_table(rows), *(["", note] if UAS.key in record else [])]
