@@ -112,7 +112,7 @@ def inputs_of(arguments: argparse.Namespace) -> Inputs:
         **{name: getattr(arguments, name) for name in SETTINGS},
         **{name: getattr(arguments, name, info.default) for name, info in further_settings().items()},
     )
-    if inputs.text is None and not any(e.wanted(inputs.section) for e in EVALUATIONS.values() if e.input != TEXT):
+    if inputs.text is None and not any(e.wanted(inputs) for e in EVALUATIONS.values() if e.input != TEXT):
         raise InputError("nothing to measure on; give --treebank, --blimp or --text")
     return inputs
 

@@ -15,7 +15,7 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.build.pack import Packer
 from megatron_sas.corpus.readers.base import Reading
 from megatron_sas.corpus.readers.registry import read_units
-from megatron_sas.data.mlm_dataset import validation_batches
+from megatron_sas.data.mlm_dataset import MicroBatch, validation_batches
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import plain_text_tokenizer, tokenizer_identity
 from megatron_sas.data.unknown import Unknown
@@ -23,6 +23,8 @@ from megatron_sas.evaluation.batching import TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+VALIDATION_SEED = 0x76616C  # not the run's seed: runs with different seeds are validated on the same masks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,18 +64,17 @@ def unknown_in(packed: PackedData, num_sequences: int) -> Unknown:
 
 def packed_text(packed: PackedData, *, num_sequences: int, batch_tokens: int) -> Iterator[TextBatch]:
     """This rank's share of the first `num_sequences` sequences; every rank yields equally many batches."""
-    for batch in validation_batches(
-        packed,
-        micro_batch_size=max(1, batch_tokens // packed.seq_length),
-        num_sequences=num_sequences,
-        seed=0,
-        mask_prob=0.0,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-    ):
+    for batch in micro_batches(packed, num_sequences, batch_tokens, mask_prob=0.0):
         counts = bool((batch.sample_ids >= 0).any())
         rows = batch.sample_ids >= 0 if counts else slice(0, 1)
         yield TextBatch(batch.input_ids[rows], batch.heads[rows], counts, numbers=batch.sample_ids[rows])
+
+
+def micro_batches(packed: PackedData, num_sequences: int, batch_tokens: int, mask_prob: float) -> Iterator[MicroBatch]:
+    """This rank's `validation_batches` of at most `batch_tokens` tokens, or of one sequence, masked always alike."""
+    size, rank, world_size = max(1, batch_tokens // packed.seq_length), distributed.rank(), distributed.world_size()
+    sizes = {"micro_batch_size": size, "num_sequences": num_sequences, "rank": rank, "world_size": world_size}
+    return validation_batches(packed, **sizes, seed=VALIDATION_SEED, mask_prob=mask_prob)
 
 
 def pack_file(

@@ -10,17 +10,15 @@ from pydantic import Field
 
 from megatron_sas.core import distributed
 from megatron_sas.core.settings import Section
-from megatron_sas.data.mlm_dataset import validation_batches
 from megatron_sas.data.packed import PackedData
 from megatron_sas.evaluation.base import Evaluation, Metric
 from megatron_sas.evaluation.batching import TokenBatch, evaluating
 from megatron_sas.evaluation.observers import AttentionStatistics, Observer, share_pass
+from megatron_sas.evaluation.text import micro_batches
 from megatron_sas.model.bert import Bert
 from megatron_sas.objective.base import Batch, Term
 from megatron_sas.objective.pretraining import mlm_loss_sum
 from megatron_sas.objective.terms import TERMS, EdgeSets
-
-VALIDATION_SEED = 0x76616C  # not the run's seed: runs with different seeds are validated on the same masks
 
 LOSS = Metric(
     "validation_mlm_loss",
@@ -72,20 +70,12 @@ class ValidationEvaluation(Evaluation):
 
     def _evaluate(self, model: Bert, terms: Mapping[str, Term], observers: Sequence[Observer]) -> dict[str, float]:
         """On the first sequences, shared among the ranks: all make the same number of forward passes."""
-        text = self.resources.text
-        batches = validation_batches(
-            text,
-            micro_batch_size=max(1, self.section.batch_tokens // text.seq_length),
-            num_sequences=self.section.validation_sequences,
-            seed=VALIDATION_SEED,
-            mask_prob=self.resources.mask_prob,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-        )
+        text, section = self.resources.text, self.section
+        sizes = (section.validation_sequences, section.batch_tokens)
         with evaluating(model) as device:
             # The loss, masked tokens, sequences, and R of each term.
             sums = torch.zeros(3 + len(terms), dtype=torch.float64, device=device)
-            for batch in batches:
+            for batch in micro_batches(text, *sizes, self.resources.mask_prob):
                 inputs = (batch.input_ids, batch.masked_positions, batch.labels, batch.heads)
                 seen = Batch(*(tensor.to(device) for tensor in inputs))
                 sets = EdgeSets(terms, seen)

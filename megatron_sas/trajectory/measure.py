@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,32 +29,22 @@ if TYPE_CHECKING:
 MASK_PROB = 0.15
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(EvaluationSection):
     """What to measure on: what training evaluates on, by the same settings, and a text, each if it is given."""
 
-    section: EvaluationSection
     text: str | None = None  # prefix of packed data
     precision: str = "fp32"
 
     @classmethod
-    def of(
-        cls,
-        *,
-        text: str | None = None,
-        text_sequences: int = 1000,
-        precision: str = "fp32",
-        batch_tokens: int = 4096,
-        **settings: Any,
-    ) -> Inputs:
-        """From fields of the section `evaluation`; of the text the first `text_sequences` count.
+    def of(cls, *, text_sequences: int = 1000, batch_tokens: int = 4096, **settings: Any) -> Inputs:
+        """From fields; of the text the first `text_sequences` count.
 
         Raises:
             InputError: a field has a wrong value.
         """
         sizes = {"validation_sequences": text_sequences, "complexity_sequences": text_sequences}
         try:
-            return cls(EvaluationSection(batch_tokens=batch_tokens, **sizes, **settings), text, precision)
+            return cls(batch_tokens=batch_tokens, **sizes, **settings)
         except ValidationError as error:
             fault = error.errors()[0]
             raise InputError(f"{fault['loc'][0]}: {fault['msg'].lower()}, not {fault['input']!r}") from None
@@ -73,9 +62,9 @@ class TrajectoryTask:
         self.shape, self.digest = _shape(config, tokenizer), tokenizer_digest(tokenizer)
         longest = config.max_position_embeddings
         self.text = None if inputs.text is None else open_packed_text(inputs.text, tokenizer, longest)
-        alone = not UasEvaluation.wanted(inputs.section)
+        alone = not UasEvaluation.wanted(inputs)
         resources = Resources(tokenizer, self.text, longest, MASK_PROB, text_gives_attention=alone)
-        self.evaluations = prepare(inputs.section, resources)
+        self.evaluations = prepare(inputs, resources)
 
     def settings(self) -> dict[str, Any]:
         """What decides the measurements, as JSON values; checksums rather than paths identify inputs."""
@@ -85,14 +74,14 @@ class TrajectoryTask:
             sources[TEXT] = {
                 "prefix": str(Path(self.inputs.text).resolve()),
                 "fingerprint": self.text.fingerprint,
-                "sequences": min(self.inputs.section.validation_sequences, self.text.num_sequences),
+                "sequences": min(self.inputs.validation_sequences, self.text.num_sequences),
                 "mask_prob": MASK_PROB,
             }
         return {**sources, "model": self.shape, "precision": self.inputs.precision}
 
     def notes(self) -> list[str]:
         """Lines for the user about the inputs."""
-        return [f"{getattr(self.inputs.section, e.input)}: {n}" for e in self.evaluations.values() for n in e.notes()]
+        return [f"{getattr(self.inputs, e.input)}: {n}" for e in self.evaluations.values() for n in e.notes()]
 
     def load(self, path: Path, device: torch.device) -> Bert:
         """A model of the trajectory. Raises `InputError` when it cannot be read or is of another kind."""

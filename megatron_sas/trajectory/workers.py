@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -156,12 +157,12 @@ def _at_once(
     """(step, fault) of every model as it is done, measured by several processes."""
     threads = max(1, torch.get_num_threads() // workers)
     gpus = torch.cuda.device_count() if device in (None, "cuda") and torch.cuda.is_available() else 0
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (inputs, reference, output, threads))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (threads,))
     try:
         futures = {}
         for number, (step, path) in enumerate(models):
             where = f"cuda:{number % gpus}" if gpus else device
-            futures[pool.submit(_measure_in_worker, step, path, where)] = step
+            futures[pool.submit(_measure_in_worker, inputs, reference, step, path, output, where)] = step
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool:
@@ -172,19 +173,21 @@ def _at_once(
         pool.shutdown(wait=True, cancel_futures=True)  # models under way are finished: their points count
 
 
-_worker: tuple[TrajectoryTask, Path] | None = None
-
-
-def _start_worker(inputs: Inputs, reference: Path, output: Path, threads: int) -> None:
+def _start_worker(threads: int) -> None:
     """Runs once in every worker process."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once, without a traceback
     end_with_parent()
     torch.set_num_threads(threads)
-    global _worker
+
+
+@functools.cache
+def _task(inputs: Inputs, reference: Path) -> TrajectoryTask:
+    """The task of a worker process, made once."""
     model, tokenizer = load_model(reference)
-    _worker = (TrajectoryTask(inputs, model.config, tokenizer), output)
+    return TrajectoryTask(inputs, model.config, tokenizer)
 
 
-def _measure_in_worker(step: int, path: Path, device: str | None) -> str | None:
-    task, output = _worker
-    return _measure(task, step, path, output, device)
+def _measure_in_worker(
+    inputs: Inputs, reference: Path, step: int, path: Path, output: Path, device: str | None
+) -> str | None:
+    return _measure(_task(inputs, reference), step, path, output, device)
