@@ -22,8 +22,8 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.core.settings import FAULT_SEPARATOR, PARTLY, Section
 from megatron_sas.core.yaml_file import Dumper, Loader, read_yaml
 from megatron_sas.data.mixture import DataSection
+from megatron_sas.evaluation.live import EvaluationSection
 from megatron_sas.evaluation.registry import EVALUATIONS
-from megatron_sas.evaluation.section import EvaluationSection
 from megatron_sas.model.architectures import ARCHITECTURES, read_section
 from megatron_sas.model.bert import BertSection
 from megatron_sas.model.config import ModelConfig

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from browser import browser  # noqa: F401 (a fixture)
 from interpreter import interpret_kernels
+from measured_run import measured_run, numbered_models, one_thread, run_inputs, small_run  # noqa: F401 (fixtures)
 from small_data import make_packed, vocab_file, wordless_tokenizer  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,10 +7,9 @@ import argparse
 from pathlib import Path
 
 import _checkout
-from megatron_sas.core.cli import progress, run_main
-from megatron_sas.core.files import write_json_atomic
+from megatron_sas.core.cli import run_main
 from megatron_sas.evaluation.blimp_labels import MANY_TIES, METRICS
-from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, precision
+from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, evaluation_pass, write_result
 
 DESCRIPTION = """\
 Score both sentences of every minimal pair and count how often the good one scores strictly higher (chance is 0.5);
@@ -23,25 +22,18 @@ A sentence's score is the sum over its tokens of log p(token | all others), one 
 def main() -> None:
     arguments = parse_arguments()
     from megatron_sas.evaluation.minimal_pairs import BlimpTask, load_blimp, sha256_folder
-    from megatron_sas.evaluation.provenance import provenance
     from megatron_sas.run.reading import load_model
 
     device = check_arguments(arguments)
     data = load_blimp(arguments.blimp)
     model, tokenizer = load_model(arguments.model, device)
     task = BlimpTask(data, tokenizer, arguments.metric, arguments.pairs_per_set, model.config.max_position_embeddings)
-    total = task.num_forwards(arguments.batch_tokens)
-    with precision(arguments, device), progress(total=total, unit="batch", desc="BLiMP") as bar:
-        result = task.evaluate(model, batch_tokens=arguments.batch_tokens, after_batch=bar.update)
+    total = task.pll.num_forwards(arguments.batch_tokens)
+    with evaluation_pass(arguments, model, total, "BLiMP"):
+        result = task.evaluate(model, batch_tokens=arguments.batch_tokens)
     print("\n".join([*table(result), task.pll.unknown.line("these sentences")]))
-    record = {
-        **provenance(arguments.model, model, tokenizer),
-        "precision": arguments.precision,
-        "data": {"path": str(arguments.blimp.resolve()), "sha256": sha256_folder(arguments.blimp)},
-        **result,
-    }
-    write_json_atomic(arguments.output, record)
-    print(f"wrote {arguments.output}")
+    data = {"path": str(arguments.blimp.resolve()), "sha256": sha256_folder(arguments.blimp)}
+    write_result(arguments, model, tokenizer, {"data": data, **result})
 
 
 def table(result: dict) -> list[str]:

@@ -7,11 +7,11 @@ import argparse
 from pathlib import Path
 
 import _checkout
-from megatron_sas.core.cli import InputError, progress, run_main
-from megatron_sas.core.files import sha256_file, write_json_atomic
+from megatron_sas.core.cli import InputError, run_main
+from megatron_sas.core.files import sha256_file
 from megatron_sas.corpus.readers.registry import READERS_BY_SCHEME
 from megatron_sas.data.unknown import Unknown
-from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, precision
+from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, evaluation_pass, write_result
 
 DESCRIPTION = """\
 Read the vector of [CLS] in the last hidden layer of many sequences of text (nothing is masked) and estimate on how many
@@ -32,15 +32,7 @@ def main() -> None:
     if arguments.text.startswith(tuple(READERS_BY_SCHEME)):
         raise InputError("--text: is a file or packed data; pack the dataset with tools/preprocess_data.py")
     from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
-    from megatron_sas.evaluation.provenance import provenance
-    from megatron_sas.evaluation.text import (
-        open_packed_text,
-        pack_file,
-        packed_forwards,
-        packed_text,
-        plain_text,
-        unknown_in,
-    )
+    from megatron_sas.evaluation.text import open_packed_text, pack_file, packed_text, plain_text, unknown_in
     from megatron_sas.run.reading import load_model
 
     model, tokenizer = load_model(arguments.model, device)
@@ -50,8 +42,7 @@ def main() -> None:
             raise InputError("--seq-length: packed data has its own sequence length; leave it out")
         packed = open_packed_text(arguments.text, tokenizer, longest)
         total, seq_length = min(arguments.num_texts, packed.num_sequences), packed.seq_length
-        sizes = {"num_sequences": total, "batch_tokens": arguments.batch_tokens}
-        batches, forwards = packed_text(packed, **sizes), packed_forwards(packed, **sizes)
+        batches = packed_text(packed, num_sequences=total, batch_tokens=arguments.batch_tokens)
         unknown = unknown_in(packed, total)
         rows = packed.tokens[:total]
         text = {"prefix": str(Path(arguments.text).resolve()), "fingerprint": packed.fingerprint}
@@ -67,25 +58,21 @@ def main() -> None:
             text_field=arguments.text_field,
         )
         total, batches = len(rows), plain_text(rows, arguments.batch_tokens)
-        forwards = len(batches)
         special = (tokenizer.cls_token_id, tokenizer.sep_token_id)
         unknown = Unknown.of(rows, tokenizer.unk_token_id, special)
         text = {"path": str(Path(arguments.text).resolve()), "sha256": sha256_file(arguments.text)}
-    with precision(arguments, device), progress(total=forwards, unit="batch", desc="complexity") as bar:
-        vectors = cls_vectors(model, batches, total, after_batch=bar.update)
-    result = intrinsic_dimension(vectors, rows)
-    norm = weight_norm(model)
+    forwards = -(-total // max(1, arguments.batch_tokens // seq_length))
+    with evaluation_pass(arguments, model, forwards, "complexity"):
+        vectors = cls_vectors(model, batches, total)
+    result, norm = intrinsic_dimension(vectors, rows), weight_norm(model)
     print("\n".join([*lines(result, norm, total, seq_length), unknown.line("this text")]))
-    record = {
-        **provenance(arguments.model, model, tokenizer),
-        "precision": arguments.precision,
+    values = {
         "text": {**text, "sequences": total, "seq_length": seq_length},
         "unknown": unknown.record(),
         "intrinsic_dimension": result,
         "weight_norm": norm,
     }
-    write_json_atomic(arguments.output, record)
-    print(f"wrote {arguments.output}")
+    write_result(arguments, model, tokenizer, values)
 
 
 def lines(result: dict, norm: float, total: int, seq_length: int) -> list[str]:

@@ -5,17 +5,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import _checkout
-from megatron_sas.core.cli import InputError, progress, run_main
-from megatron_sas.core.files import sha256_file, write_json_atomic
+from megatron_sas.core.cli import InputError, run_main
+from megatron_sas.core.files import sha256_file
 from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.data.tokenizer import tokenizer_identity
-from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, precision
-
-if TYPE_CHECKING:
-    from megatron_sas.evaluation.uas import TreebankTask
+from megatron_sas.evaluation.command_line import check_arguments, evaluation_parser, evaluation_pass, write_result
 
 DESCRIPTION = """\
 For every word, take the other word that it attends to most (dep->head) or that attends to it most (head->dep) as its
@@ -34,7 +30,7 @@ UNTRAINED_NOTE = (
 
 def main() -> None:
     arguments = parse_arguments()
-    from megatron_sas.evaluation.provenance import model_source, provenance
+    from megatron_sas.evaluation.provenance import model_source
     from megatron_sas.evaluation.treebank import load_treebank
     from megatron_sas.evaluation.uas import TreebankTask
     from megatron_sas.run.reading import load_model
@@ -43,7 +39,7 @@ def main() -> None:
     sentences = load_treebank(arguments.treebank)
     model, tokenizer = load_model(arguments.model, device)
     task = TreebankTask(sentences, tokenizer, model.config.max_position_embeddings)
-    untrained = None
+    total, untrained = task.num_forwards(arguments.batch_tokens), None
     if arguments.untrained is not None:
         other, other_tokenizer = load_model(arguments.untrained, device)
         if (
@@ -54,28 +50,15 @@ def main() -> None:
                 f"{arguments.untrained}: tokenizer or maximum length differs from that of {arguments.model}; "
                 "give step 0 of the same run"
             )
-        with precision(arguments, device):
-            untrained = evaluate(task, other, arguments.batch_tokens, "untrained model")
+        with evaluation_pass(arguments, other, total, "untrained model"):
+            untrained = task.evaluate(other, batch_tokens=arguments.batch_tokens)
         untrained = {**model_source(arguments.untrained), **untrained}
-    with precision(arguments, device):
-        result = evaluate(task, model, arguments.batch_tokens, "syntax")
+    with evaluation_pass(arguments, model, total, "syntax"):
+        result = task.evaluate(model, batch_tokens=arguments.batch_tokens)
     print("\n".join([*table(result, untrained), task.unknown.line("these words")]))
-    record = {
-        **provenance(arguments.model, model, tokenizer),
-        "precision": arguments.precision,
-        "treebank": {"path": str(arguments.treebank.resolve()), "sha256": sha256_file(arguments.treebank)},
-        **result,
-        "untrained": untrained,
-        "note": UNTRAINED_NOTE,
-    }
-    write_json_atomic(arguments.output, record)
-    print(f"wrote {arguments.output}")
-
-
-def evaluate(task: TreebankTask, model, batch_tokens: int, name: str) -> dict:  # noqa: ANN001
-    """The task's result, with a progress bar."""
-    with progress(total=task.num_forwards(batch_tokens), unit="batch", desc=name) as bar:
-        return task.evaluate(model, batch_tokens=batch_tokens, after_batch=bar.update)
+    treebank = {"path": str(arguments.treebank.resolve()), "sha256": sha256_file(arguments.treebank)}
+    values = {"treebank": treebank, **result, "untrained": untrained, "note": UNTRAINED_NOTE}
+    write_result(arguments, model, tokenizer, values)
 
 
 def table(result: dict, untrained: dict | None) -> list[str]:

@@ -80,13 +80,13 @@ def unknown_lines(point: dict) -> list[str]:
     """How much of each input the tokenizer does not know: the same in all points, absent from those of old versions."""
     from megatron_sas.evaluation.registry import EVALUATIONS
 
-    found = {
+    records = {
         f"--{evaluation.input}": point.get(evaluation.metrics[0].point[0], {}).get("unknown")
         for evaluation in EVALUATIONS.values()
         if evaluation.items is not None
     }
-    found["--text"] = point.get("text_unknown")
-    return [Unknown.from_record(record).line(name) for name, record in found.items() if record is not None]
+    records["--text"] = point.get("text_unknown")
+    return [Unknown.from_record(record).line(name) for name, record in records.items() if record is not None]
 
 
 def check_numbers(arguments: argparse.Namespace) -> None:
@@ -112,7 +112,7 @@ def inputs_of(arguments: argparse.Namespace) -> Inputs:
         **{name: getattr(arguments, name) for name in SETTINGS},
         **{name: getattr(arguments, name, info.default) for name, info in further_settings().items()},
     )
-    if inputs.text is None and not any(e.wanted(inputs.section) for e in EVALUATIONS.values() if e.input != TEXT):
+    if inputs.text is None and not any(e.wanted(inputs) for e in EVALUATIONS.values() if e.input != TEXT):
         raise InputError("nothing to measure on; give --treebank, --blimp or --text")
     return inputs
 

@@ -19,14 +19,11 @@ from megatron_sas.core.device import DEVICE_HELP, choose_device
 from megatron_sas.core.files import write_json_atomic
 from megatron_sas.data.unknown import Unknown
 from megatron_sas.evaluation.command_line import add_model_argument, check_output
-from megatron_sas.glue.data import Columns, Examples, read_file, read_hub, task_files
-from megatron_sas.glue.settings import FORMAT, Settings
-from megatron_sas.glue.tasks import NOT_AVERAGED, TASKS, Task
+from megatron_sas.glue.data import Columns, read_file, read_hub, task_files
+from megatron_sas.glue.tasks import FORMAT, NOT_AVERAGED, TASKS, Settings, Task
 
 if TYPE_CHECKING:
     import torch
-
-    from megatron_sas.glue.finetune import Pretrained
 
 DESCRIPTION = """\
 Data come from --data, a folder like the GLUE download (CoLA/train.tsv, CoLA/dev.tsv, ...), from --train-file and
@@ -69,7 +66,7 @@ def run_task(
     device: torch.device,
 ) -> dict:
     """Fine-tune with the seeds that are not done yet, write the result, and return it."""
-    from megatron_sas.glue.finetune import Pretrained, encode, finetune, identity
+    from megatron_sas.glue.finetune import Pretrained, encode, finetune, identity, record
 
     columns = Columns(arguments.text_columns, arguments.label_column)
     if files is None:
@@ -84,6 +81,10 @@ def run_task(
         if arguments.overwrite:
             partial.unlink(missing_ok=True)
         done = {} if arguments.overwrite else finished_seeds(output, wanted) | finished_seeds(partial, wanted)
+
+    def result() -> dict:
+        return record(task, pretrained, train, validation, settings, [done[seed] for seed in sorted(done)], device)
+
     missing = [seed for seed in arguments.seeds if seed not in done]
     if missing:
         max_length = wanted["settings"]["max_length"]
@@ -98,18 +99,17 @@ def run_task(
                 )
                 with alone(output):
                     done |= finished_seeds(partial, wanted)
-                    write_json_atomic(partial, described(task, pretrained, train, validation, settings, done, device))
+                    write_json_atomic(partial, result())
     with alone(output):
         written = {} if arguments.overwrite else finished_seeds(output, wanted)
         done |= written | finished_seeds(partial, wanted)
-        result = described(task, pretrained, train, validation, settings, done, device)
         if done.keys() - written.keys():
-            write_json_atomic(output, result)
+            write_json_atomic(output, result())
             print(f"wrote {output}")
         else:
             print(f"{output}: has these seeds already")
         partial.unlink(missing_ok=True)
-    return result
+    return result()
 
 
 @contextlib.contextmanager
@@ -130,42 +130,16 @@ def alone(output: Path) -> Iterator[None]:
             return
 
 
-def described(
-    task: Task,
-    pretrained: Pretrained,
-    train: Examples,
-    validation: list[Examples],
-    settings: Settings,
-    done: dict[int, dict],
-    device: torch.device,
-) -> dict:
-    """The result with what it was made on."""
-    import torch
-    import transformers
-
-    import megatron_sas
-    from megatron_sas.glue.finetune import record
-
-    seeds = [done[seed] for seed in sorted(done)]
-    versions = {name: module.__version__ for name, module in
-                (("megatron_sas", megatron_sas), ("torch", torch), ("transformers", transformers))}  # fmt: skip
-    return {
-        **record(task, pretrained, train, validation, settings, seeds),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "versions": versions,
-    }
-
-
 def finished_seeds(path: Path, wanted: dict) -> dict[int, dict]:
     """Results by seed from an output or partial output; `InputError` when it is of another experiment."""
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["format"] != FORMAT:
             raise ValueError
-        different = [name for name, value in wanted.items() if found.get(name) != value]
-        seeds = {seed["seed"]: seed for seed in found["seeds"]}
+        different = [name for name, value in wanted.items() if stored.get(name) != value]
+        seeds = {seed["seed"]: seed for seed in stored["seeds"]}
     except (ValueError, KeyError, TypeError, OSError):
         raise InputError(f"{path}: is not a result of this tool; choose another output or pass --overwrite") from None
     if different:

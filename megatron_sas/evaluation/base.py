@@ -1,8 +1,4 @@
-"""What an evaluation is. To add one, write it in one file and add a line to `EVALUATIONS` (`registry.py`).
-
-An evaluation owns its fields of the configuration's section `evaluation`, the code that measures, and the names of its
-metrics. Training records, prints and plots them by what is written here; so do the tables and figures that come later.
-"""
+"""What an evaluation is. To add one, write it in one file and add a line to `EVALUATIONS` (`registry.py`)."""
 
 from __future__ import annotations
 
@@ -17,9 +13,8 @@ if TYPE_CHECKING:
     from megatron_sas.core.settings import Section
     from megatron_sas.data.packed import PackedData
     from megatron_sas.data.unknown import Unknown
-    from megatron_sas.evaluation.batching import AfterBatch
+    from megatron_sas.evaluation.batching import Encoder
     from megatron_sas.evaluation.items import Items
-    from megatron_sas.model.base import MaskedLM
     from megatron_sas.objective.base import Term
 
 TEXT = "text"  # the input that evaluations share: held-out packed text
@@ -77,9 +72,10 @@ class Resources:
 class Evaluation(ABC):
     """Something measured on a model, prepared once and run many times.
 
-    `input` names what it is measured on, in a trajectory's settings: `TEXT`, or an input of its own, which `source`
-    then describes. `metrics[0]` is the one that the others belong to: reports take them all from the same source, live
-    or measured. `item_counts` names a table of its records and the field in which each row of that counts its items.
+    It owns its fields of the section `evaluation`, what it measures, and the names of its metrics. `input` names what
+    it is measured on, in a trajectory's settings: `TEXT`, or an input of its own, which `source` then describes.
+    `metrics[0]` is the one that the others belong to: reports take them all from the same source, live or measured.
+    `item_counts` names a table of its records and the field in which each row of that counts its items.
     """
 
     settings: ClassVar[type[Section]]  # its fields of the section `evaluation`
@@ -90,9 +86,9 @@ class Evaluation(ABC):
     unknown: Unknown | None = None  # how much of an input of its own the tokenizer does not know
 
     @classmethod
-    @abstractmethod
     def wanted(cls, section: Any) -> bool:
-        """Whether a section with these settings asks for it, given that there is `TEXT` where it needs that."""
+        """Whether the section asks for it, given that there is `TEXT` where it needs that: by its first setting."""
+        return getattr(section, next(iter(cls.settings.model_fields))) is not None
 
     @classmethod
     def shortages(cls, section: Any, text: PackedData) -> list[str]:
@@ -117,13 +113,10 @@ class Evaluation(ABC):
         self.section, self.resources = section, resources
 
     @abstractmethod
-    def run(self, model: MaskedLM, after_batch: AfterBatch | None = None) -> dict[str, Any]:
-        """What a training run records. A collective: every rank makes the same number of forwards.
+    def run(self, model: Encoder) -> dict[str, Any]:
+        """What a training run records. A collective: every rank makes the same number of forward passes."""
 
-        `after_batch` is called after each forward; an exception that it raises ends the evaluation.
-        """
-
-    def measure(self, model: MaskedLM) -> tuple[dict[str, Any], Items | None]:
+    def measure(self, model: Encoder) -> tuple[dict[str, Any], Items | None]:
         """What the point.json of a snapshot gets, and the single items behind it."""
         return self.run(model), None
 

@@ -1,17 +1,54 @@
-"""How every evaluation feeds a model: evaluation mode, and the same number of forward passes on every rank."""
+"""How evaluations run a model: what they ask of it, in evaluation mode, and equally often on every rank."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from megatron_sas.core.distributed import rank, world_size
+from megatron_sas.model.base import AttentionObserver, ModelOutput, QueryKeyObserver
 
 Batch = TypeVar("Batch")
-AfterBatch = Callable[[], None]  # called once after each forward pass, equally often on every rank
+
+
+class Encoder(Protocol):
+    """All that an evaluation asks of a model, which is an `nn.Module`: `MaskedLM`, or another one behind this call.
+
+    The observers give UAS, SAS and the entropy of attention, `masked_positions` pseudo-log-likelihoods and the loss,
+    and `hidden` of the output the intrinsic dimension.
+    """
+
+    shows_queries: bool
+    """Whether `query_key_observer` is called; without, attention is only to be had as maps."""
+    no_maps: str | None
+    """Why neither observer can be called, in words that fit behind the model's class; None: they can."""
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        *,
+        heads: Tensor | None = None,
+        seqlens: Tensor | None = None,
+        masked_positions: Tensor | None = None,
+        attention_observer: AttentionObserver | None = None,
+        query_key_observer: QueryKeyObserver | None = None,
+    ) -> ModelOutput:
+        """See `MaskedLM.forward`."""
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """B sequences of S tokens, and which of them are only run because other ranks run some."""
+
+    input_ids: Tensor  # int64 (B, S)
+    dep_heads: Tensor  # int64 (B, S), dependency heads, -1 = none
+    counts: bool | Tensor = True  # false for the batch, or bool (B,) for its rows, where they do not count
+    seqlens: Tensor | None = None  # int64 (B,), valid lengths; None: all of S
 
 
 def shard_batches(
@@ -44,3 +81,17 @@ def evaluating(model: torch.nn.Module) -> Iterator[torch.device]:
             yield next(model.parameters()).device
     finally:
         model.train(was_training)
+
+
+@contextlib.contextmanager
+def after_each_forward(model: torch.nn.Module, call: Callable[[], object]) -> Iterator[None]:
+    """Call `call` after every forward pass of `model` in the block; an exception that it raises ends the evaluation."""
+
+    def hook(*_: object) -> None:  # what a hook returns would replace the model's output
+        call()
+
+    handle = model.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

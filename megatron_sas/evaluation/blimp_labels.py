@@ -52,7 +52,8 @@ def renew_record(record: dict[str, Any]) -> dict[str, Any]:
     means are merged by these. Of other sets they cannot be: means over some of the sets are left out, and named in
     `blimp_unmerged`.
     """
-    changed: dict[str, Any] = {}
+    record = dict(record)
+    is_complete = len(record.get("blimp_sets") or {}) == ALL_SETS
     for kind, table in TABLES.items():
         means = record.get(f"blimp_{table}")
         if not isinstance(means, dict) or not means.keys() & SPELLINGS[kind].keys():
@@ -60,12 +61,12 @@ def renew_record(record: dict[str, Any]) -> dict[str, Any]:
         groups: dict[str, list[str]] = {}
         for name in means:
             groups.setdefault(canonical(kind, name), []).append(name)
-        merged = {name: means[names[0]] for name, names in groups.items() if len(names) == 1}
-        for name in groups.keys() - merged.keys():
-            if len(record.get("blimp_sets") or {}) == ALL_SETS:
-                weights = [SETS[old] for old in groups[name]]
-                merged[name] = float(np.average([means[old] for old in groups[name]], weights=weights))
+        renewed = record[f"blimp_{table}"] = {}
+        for name, old in sorted(groups.items()):
+            if len(old) == 1:
+                renewed[name] = means[old[0]]
+            elif is_complete:
+                renewed[name] = float(np.average([means[o] for o in old], weights=[SETS[o] for o in old]))
             else:
-                changed.setdefault("blimp_unmerged", []).append(name)
-        changed[f"blimp_{table}"] = dict(sorted(merged.items()))
-    return record | changed
+                record["blimp_unmerged"] = [*record.get("blimp_unmerged", []), name]
+    return record

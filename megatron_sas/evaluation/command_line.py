@@ -1,20 +1,22 @@
-"""The arguments that all evaluation tools share."""
+"""What all evaluation tools share: their arguments, the bar over forward passes, and the file that they write."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from megatron_sas.core.cli import InputError
+from megatron_sas.core.cli import InputError, progress
 from megatron_sas.core.device import DEVICE_HELP, choose_device
-from megatron_sas.core.files import check_absent
+from megatron_sas.core.files import check_absent, write_json_atomic
 from megatron_sas.run.directory import newest_of_run
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
 
 def evaluation_parser(description: str, batch_tokens: int) -> argparse.ArgumentParser:
@@ -24,34 +26,22 @@ def evaluation_parser(description: str, batch_tokens: int) -> argparse.ArgumentP
     )
     add_model_argument(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.json", help="where to write the result")
-    parser.add_argument(
-        "--batch-tokens",
-        type=int,
-        default=batch_tokens,
-        metavar="N",
-        help=f"tokens a batch, with padding ({batch_tokens})",
-    )
+    text = f"tokens a batch, with padding ({batch_tokens})"
+    parser.add_argument("--batch-tokens", type=int, default=batch_tokens, metavar="N", help=text)
     parser.add_argument("--device", help=DEVICE_HELP)
-    parser.add_argument(
-        "--precision",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="bf16: matrix products in bfloat16, faster on GPUs and good to two or three digits (fp32)",
-    )
+    text = "bf16: matrix products in bfloat16, faster on GPUs and good to two or three digits (fp32)"
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     return parser
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
     """Add --model, one model in any form."""
-    parser.add_argument(
-        "--model",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="a Hugging Face directory (BertForMaskedLM, ModernBertForMaskedLM), a training checkpoint, or a run (its "
-        "newest checkpoint)",
+    text = (
+        "a Hugging Face directory of any masked language model that transformers has, a training checkpoint, or a run "
+        "(its newest checkpoint)"
     )
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help=text)
 
 
 def check_arguments(arguments: argparse.Namespace) -> torch.device:
@@ -87,8 +77,28 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise InputError(f"{path}: cannot be written in {folder} ({error.strerror}); choose another --output") from None
 
 
-def precision(arguments: argparse.Namespace, device: torch.device) -> contextlib.AbstractContextManager:
-    """The context in which the model computes."""
+@contextlib.contextmanager
+def evaluation_pass(arguments: argparse.Namespace, model: torch.nn.Module, forwards: int, name: str) -> Iterator[None]:
+    """Evaluate in the block: in the precision asked for, with a progress bar over `forwards` forward passes."""
     import torch
 
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=arguments.precision == "bf16")
+    from megatron_sas.evaluation.batching import after_each_forward
+
+    device, is_bf16 = next(model.parameters()).device, arguments.precision == "bf16"
+    with (
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16),
+        progress(total=forwards, unit="batch", desc=name) as bar,
+        after_each_forward(model, bar.update),
+    ):
+        yield
+
+
+def write_result(
+    arguments: argparse.Namespace, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, values: dict[str, Any]
+) -> None:
+    """Write --output: which model was measured, and the values."""
+    from megatron_sas.evaluation.provenance import provenance
+
+    source = provenance(arguments.model, model, tokenizer)
+    write_json_atomic(arguments.output, {**source, "precision": arguments.precision, **values})
+    print(f"wrote {arguments.output}")

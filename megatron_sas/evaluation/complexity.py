@@ -7,7 +7,7 @@ against log μ through the origin.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,13 @@ from megatron_sas.core import distributed
 from megatron_sas.core.settings import Section
 from megatron_sas.data.packed import PackedData
 from megatron_sas.evaluation.base import Evaluation, Metric, Resources
-from megatron_sas.evaluation.batching import AfterBatch, evaluating
-from megatron_sas.evaluation.observers import AttentionStatistics, SasObserver, share_pass
+from megatron_sas.evaluation.batching import Encoder, evaluating
+from megatron_sas.evaluation.observers import AttentionStatistics, Observer, SasOfEdges, share_pass
 from megatron_sas.evaluation.text import TextBatch, packed_text, unknown_in
-from megatron_sas.model.base import MaskedLM, ModelOutput
 
 DISCARDED = 0.1  # share of the points, those with the largest μ, left out of the fit (Facco et al.)
 MIN_POINTS = 10
-BLOCK_ELEMENTS = 2**24  # distances in memory at once, and as many coordinates: 128 MiB each
+ENOUGH_POINTS = 100  # below this the standard error is a tenth of the value or more
 RESAMPLES = 200
 
 TWONN = Metric(
@@ -67,26 +66,20 @@ def intrinsic_dimension(vectors: Tensor, texts: np.ndarray | None = None) -> dic
     return {"twonn": twonn, "standard_error": error, **result}
 
 
-def two_nearest(points: Tensor, block_elements: int = BLOCK_ELEMENTS) -> Tensor:
+def two_nearest(points: Tensor) -> Tensor:
     """Distances of each of N distinct points (N, C) to the two nearest others, ascending: float64 (N, 2).
 
-    Neighbours are found from |a|² + |b|² - 2ab in blocks of rows, and their distances computed anew from the
-    differences, which do not cancel. A block has at most `block_elements` distances and coordinates.
+    scikit-learn finds neighbours from |a|² + |b|² - 2ab; their distances are computed from the differences, which do
+    not cancel.
     """
+    from sklearn.neighbors import NearestNeighbors  # takes a second to import
+
     points = points.double()
     points = points - points.mean(dim=0)
-    norms = points.square().sum(dim=1)
-    rows = max(1, block_elements // max(len(points), 2 * points.shape[1]))
-    result = points.new_empty(len(points), 2)
-    for start in range(0, len(points), rows):
-        block = points[start : start + rows]
-        squared = torch.addmm(norms[None], block, points.T, alpha=-2.0)  # without |a|², the same for a whole row
-        own = torch.arange(len(block), device=points.device)
-        squared[own, start + own] = float("inf")
-        neighbours = squared.topk(2, dim=1, largest=False).indices
-        distances = (points[neighbours] - block[:, None]).norm(dim=2)
-        result[start : start + rows] = distances.sort(dim=1).values
-    return result
+    search = NearestNeighbors(algorithm="brute").fit(points.cpu().numpy())
+    neighbours = torch.from_numpy(search.kneighbors(n_neighbors=2, return_distance=False)).to(points.device)
+    distances = torch.stack([(points - points[number]).norm(dim=1) for number in neighbours.T], dim=1)
+    return distances.sort(dim=1).values
 
 
 def weight_norm(model: torch.nn.Module) -> float:
@@ -95,27 +88,21 @@ def weight_norm(model: torch.nn.Module) -> float:
 
 
 def cls_vectors(
-    model: MaskedLM,
-    batches: Iterable[TextBatch],
-    num_texts: int,
-    *,
-    run: Callable[[MaskedLM, TextBatch], ModelOutput] = lambda model, batch: model(batch.input_ids),
-    after_batch: AfterBatch | None = None,
+    model: Encoder, batches: Iterable[TextBatch], num_texts: int, observers: Sequence[Observer] = ()
 ) -> Tensor:
     """Last hidden layer at [CLS] of every text: float32 (`num_texts`, C) on the model's device.
 
     Under a process group `batches` are this rank's, equally many on every rank, and every rank returns all vectors.
-    `run` makes the forward pass; `after_batch` is called after each.
     """
+    result = None
     with evaluating(model) as device:
-        result = torch.zeros(num_texts, model.config.hidden_size, dtype=torch.float32, device=device)
         for batch in batches:
             batch = batch.to(device)
-            hidden = run(model, batch).hidden
+            hidden = share_pass(model, batch, observers).hidden
+            if result is None:
+                result = torch.zeros(num_texts, hidden.shape[2], dtype=torch.float32, device=device)
             if batch.counts:
                 result[batch.numbers] = hidden[:, 0].float()
-            if after_batch is not None:
-                after_batch()
     return distributed.all_reduce_sum_(result)
 
 
@@ -129,10 +116,6 @@ def _slope(log_mu: np.ndarray) -> float:
     x = log_mu[: _num_fitted(count)]
     y = -np.log1p(-np.arange(1, len(x) + 1) / count)
     return float(x @ y / (x @ x))
-
-
-ENOUGH_POINTS = 100
-"""Below this the standard error of TwoNN is a tenth of its value or more."""
 
 
 class ComplexitySettings(Section):
@@ -154,19 +137,14 @@ class ComplexityEvaluation(Evaluation):
     )
 
     @classmethod
-    def wanted(cls, section: ComplexitySettings) -> bool:
-        """Where a number of sequences is given."""
-        return section.complexity_sequences is not None
-
-    @classmethod
     def shortages(cls, section: ComplexitySettings, text: PackedData) -> list[str]:
         """Fewer sequences than were asked for, or too few for an estimate."""
-        there, wanted, found = text.num_sequences, section.complexity_sequences, []
+        there, wanted, phrases = text.num_sequences, section.complexity_sequences, []
         if there < wanted:
-            found.append(f"complexity_sequences: {wanted} are wanted, but {text.prefix} has {there}")
+            phrases.append(f"{wanted} are wanted, but {text.prefix} has {there}")
         if (points := min(there, wanted)) < ENOUGH_POINTS:
-            found.append(f"complexity_sequences: TwoNN of {points} points says little; give it {ENOUGH_POINTS} or more")
-        return found
+            phrases.append(f"TwoNN of {points} points says little; give it {ENOUGH_POINTS} or more")
+        return [f"complexity_sequences: {phrase}" for phrase in phrases]
 
     @classmethod
     def faults(cls, section: ComplexitySettings, has_text: bool) -> list[str]:
@@ -179,32 +157,28 @@ class ComplexityEvaluation(Evaluation):
         self.text = resources.text
         self.num_texts = min(section.complexity_sequences, self.text.num_sequences)
 
-    def run(self, model: MaskedLM, after_batch: AfterBatch | None = None) -> dict[str, Any]:
+    def run(self, model: Encoder) -> dict[str, Any]:
         """See `Evaluation`."""
-        result = self._dimension(model, after_batch=after_batch)
+        result = self._dimension(model, [])
         values = (result["twonn"], result["standard_error"], result["duplicates"])
         return {metric.key: value for metric, value in zip(self.metrics, values, strict=True)}
 
-    def measure(self, model: MaskedLM) -> tuple[dict[str, Any], None]:
+    def measure(self, model: Encoder) -> tuple[dict[str, Any], None]:
         """Also SAS on the data's own edges, and attention's entropy if nothing else gives it, in the same pass."""
-        sas, statistics, info = SasObserver(), None, self.text.tokenizer
-        if self.resources.text_gives_attention:
-            statistics = AttentionStatistics(info.cls_id, info.sep_id)
-
-        def run(model: MaskedLM, batch: TextBatch) -> ModelOutput:
-            output = share_pass(model, batch, statistics=statistics, heads=batch.heads)
-            sas.add_output(batch.heads, output.to_head, output.to_dependent)
-            return output
-
-        values: dict[str, Any] = {"intrinsic_dimension": self._dimension(model, run=run)}
-        values["text_unknown"] = unknown_in(self.text, self.num_texts).record()
+        sas, info = SasOfEdges(), self.text.tokenizer
+        statistics = AttentionStatistics(info.cls_id, info.sep_id) if self.resources.text_gives_attention else None
+        observers = [] if model.no_maps else [sas, *([] if statistics is None else [statistics])]
+        values: dict[str, Any] = {
+            "intrinsic_dimension": self._dimension(model, observers),
+            "text_unknown": unknown_in(self.text, self.num_texts).record(),
+        }
         if statistics is not None:
             values |= statistics.point()
         if (along := sas.result()) is not None:
             values["text_sas"] = along
         return values, None
 
-    def _dimension(self, model: MaskedLM, **options: Any) -> dict[str, Any]:
+    def _dimension(self, model: Encoder, observers: Sequence[Observer]) -> dict[str, Any]:
         batches = packed_text(self.text, num_sequences=self.num_texts, batch_tokens=self.section.batch_tokens)
-        vectors = cls_vectors(model, batches, self.num_texts, **options)
+        vectors = cls_vectors(model, batches, self.num_texts, observers)
         return intrinsic_dimension(vectors, self.text.tokens[: self.num_texts])

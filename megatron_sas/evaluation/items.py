@@ -1,14 +1,14 @@
 """Which edges and which minimal pairs a model got right: as arrays of an items.npz, and resampled.
 
-A sampler draws the same items in every model, so that what is common to all of them cancels.
+A resampler draws the same items in every model, so that what is common to all of them cancels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -20,23 +20,16 @@ class Items(Protocol):
         """As arrays of an items.npz, whose names tell the evaluation."""
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Items | None:
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self | None:
         """What `arrays` gave; None where there is nothing of this kind. Raises `KeyError` where a part is missing."""
 
     def __len__(self) -> int: ...
 
-    def sampler(self, replicates: int, seed: int) -> Sampler:
-        """One that draws from these items with replacement."""
+    def are_those_of(self, other: Self) -> bool:
+        """Whether `other` are results on the same items."""
 
-
-class Sampler(Protocol):
-    """Draws the same items in every model."""
-
-    def takes(self, items: Items) -> bool:
-        """Whether `items` are results on the same items."""
-
-    def values(self, items: Items) -> np.ndarray:
-        """The metric of each replicate, float64 (B,)."""
+    def resampler(self, replicates: int, seed: int) -> Callable[[Self], np.ndarray]:
+        """Draw from these items with replacement: a function that gives the metric of each replicate, float64 (B,)."""
 
 
 def draws(rng: np.random.Generator, count: int, replicates: int) -> np.ndarray:
@@ -47,13 +40,10 @@ def draws(rng: np.random.Generator, count: int, replicates: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class UasItems:
-    """Which edges each head got right. Edge e is one of sentence `edges[e, 0]` and has relation `edges[e, 1]`.
+    """Which edges each head got right. Edge e is one of sentence `edges[e, 0]` and has relation `edges[e, 1]`."""
 
-    `edges` int32 (E, 2), sentences numbered as in the treebank; `correct` bool (E, 2, L, H), direction dep->head first.
-    """
-
-    edges: np.ndarray
-    correct: np.ndarray
+    edges: np.ndarray  # int32 (E, 2), sentences numbered as in the treebank
+    correct: np.ndarray  # bool (E, 2, L, H), direction dep->head first
 
     def __len__(self) -> int:
         return len(self.correct)
@@ -75,44 +65,36 @@ class UasItems:
         bits = np.unpackbits(arrays["uas_correct"], axis=1, count=math.prod(shape))
         return cls(arrays["uas_edges"], bits.reshape(-1, *shape).astype(bool))
 
-    def sampler(self, replicates: int, seed: int) -> UasSampler:
+    def are_those_of(self, other: UasItems) -> bool:
         """See `Items`."""
-        return UasSampler(self, replicates, seed)
+        return np.array_equal(self.edges, other.edges)
 
-
-class UasSampler:
-    """Draws whole sentences, as their edges stand or fall together, and chooses the best heads in every replicate."""
-
-    def __init__(self, items: UasItems, replicates: int, seed: int) -> None:
-        self.edges = items.edges
-        sentences, sentence = np.unique(items.edges[:, 0], return_inverse=True)
-        rng = np.random.default_rng([seed, 0])
-        drawn = draws(rng, len(sentences), replicates)
-        order = np.argsort(items.edges[:, 1], kind="stable")
-        bounds = np.flatnonzero(np.diff(items.edges[order, 1], prepend=-1))
+    def resampler(self, replicates: int, seed: int) -> Callable[[UasItems], np.ndarray]:
+        """Draw whole sentences, as their edges stand or fall together; each replicate chooses its best heads."""
+        sentences, sentence = np.unique(self.edges[:, 0], return_inverse=True)
+        drawn = draws(np.random.default_rng([seed, 0]), len(sentences), replicates)
+        order = np.argsort(self.edges[:, 1], kind="stable")
+        bounds = np.flatnonzero(np.diff(self.edges[order, 1], prepend=-1))
         # One matrix (B, edges) per relation; float32 counts edges exactly up to 2²⁴.
-        self.parts = [(edges, drawn[:, sentence[edges]].astype(np.float32)) for edges in np.split(order, bounds[1:])]
+        parts = [(edges, drawn[:, sentence[edges]].astype(np.float32)) for edges in np.split(order, bounds[1:])]
 
-    def takes(self, items: UasItems) -> bool:
-        """Whether `items` are of the same edges."""
-        return np.array_equal(self.edges, items.edges)
+        def uas(items: UasItems) -> np.ndarray:
+            hits, total = 0.0, 0.0
+            for edges, weights in parts:
+                correct = items.correct[edges].reshape(len(edges), -1).astype(np.float32)
+                hits = hits + (weights @ correct).max(axis=1).astype(np.float64)
+                total = total + weights.sum(axis=1, dtype=np.float64)
+            return hits / total
 
-    def values(self, items: UasItems) -> np.ndarray:
-        """UAS of each replicate, float64 (B,): best head per relation, weighted by the edges drawn."""
-        hits, total = 0.0, 0.0
-        for edges, weights in self.parts:
-            correct = items.correct[edges].reshape(len(edges), -1).astype(np.float32)
-            hits = hits + (weights @ correct).max(axis=1).astype(np.float64)
-            total = total + weights.sum(axis=1, dtype=np.float64)
-        return hits / total
+        return uas
 
 
 @dataclass(frozen=True)
 class BlimpItems:
-    """Which minimal pairs were right: `correct` bool (P,), `sets` int16 (P,) numbers into `names`."""
+    """Which minimal pairs were right."""
 
-    correct: np.ndarray
-    sets: np.ndarray
+    correct: np.ndarray  # bool (P,)
+    sets: np.ndarray  # int16 (P,), numbers into `names`
     names: list[str]
 
     def __len__(self) -> int:
@@ -133,29 +115,21 @@ class BlimpItems:
             return None
         return cls(arrays["blimp_correct"], arrays["blimp_set"], arrays["blimp_names"].tolist())
 
-    def sampler(self, replicates: int, seed: int) -> BlimpSampler:
+    def are_those_of(self, other: BlimpItems) -> bool:
         """See `Items`."""
-        return BlimpSampler(self, replicates, seed)
+        return np.array_equal(self.sets, other.sets)
 
-
-class BlimpSampler:
-    """Draws pairs within each set."""
-
-    def __init__(self, items: BlimpItems, replicates: int, seed: int) -> None:
-        self.sets = items.sets
-        self.parts = []
-        for index in np.unique(items.sets):
-            pairs = np.flatnonzero(items.sets == index)
+    def resampler(self, replicates: int, seed: int) -> Callable[[BlimpItems], np.ndarray]:
+        """Draw pairs within each set; the metric is the mean accuracy over the sets."""
+        parts = []
+        for index in np.unique(self.sets):
+            pairs = np.flatnonzero(self.sets == index)
             rng = np.random.default_rng([seed, 1, int(index)])
-            self.parts.append((pairs, draws(rng, len(pairs), replicates).astype(np.float32)))
+            parts.append((pairs, draws(rng, len(pairs), replicates).astype(np.float32)))
 
-    def takes(self, items: BlimpItems) -> bool:
-        """Whether `items` are of the same pairs."""
-        return np.array_equal(self.sets, items.sets)
+        def accuracy(items: BlimpItems) -> np.ndarray:
+            correct = items.correct.astype(np.float32)
+            of_sets = [weights @ correct[pairs] / len(pairs) for pairs, weights in parts]
+            return np.mean(of_sets, axis=0, dtype=np.float64)
 
-    def values(self, items: BlimpItems) -> np.ndarray:
-        """Mean accuracy over the sets of each replicate, float64 (B,)."""
-        correct = items.correct.astype(np.float32)
-        return np.mean(
-            [weights @ correct[pairs] / len(pairs) for pairs, weights in self.parts], axis=0, dtype=np.float64
-        )
+        return accuracy

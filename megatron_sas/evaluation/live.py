@@ -1,19 +1,27 @@
-"""Everything that is evaluated while a model trains, prepared once."""
+"""Everything that is evaluated while a model trains: the section `evaluation`, and what it asks for, prepared once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from pydantic import Field
+
+from megatron_sas.core.settings import When
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.unknown import Unknown
 from megatron_sas.evaluation.base import TEXT, Evaluation, Resources
-from megatron_sas.evaluation.batching import AfterBatch
-from megatron_sas.evaluation.registry import EVALUATIONS, live_metrics
-from megatron_sas.evaluation.section import EvaluationSection
-from megatron_sas.model.base import MaskedLM
+from megatron_sas.evaluation.batching import Encoder, after_each_forward
+from megatron_sas.evaluation.registry import EVALUATIONS, live_metrics, own_input_first
 
 MOST_HEADS = 0.75
+
+
+class EvaluationSection(*(evaluation.settings for evaluation in reversed(own_input_first())), When):
+    """When and on what the model is evaluated while it trains."""
+
+    batch_tokens: int = Field(16_384, description="tokens per evaluation forward", ge=1)
 
 
 def prepare(section: EvaluationSection, resources: Resources) -> dict[str, Evaluation]:
@@ -31,12 +39,8 @@ def prepare(section: EvaluationSection, resources: Resources) -> dict[str, Evalu
 
 def shortages(section: EvaluationSection, text: PackedData | None) -> list[str]:
     """What a section asks for and the held-out text cannot give, a phrase each."""
-    return [
-        f"evaluation.{phrase}"
-        for evaluation in EVALUATIONS.values()
-        if text is not None and evaluation.wanted(section)
-        for phrase in evaluation.shortages(section, text)
-    ]
+    wanted = [evaluation for evaluation in EVALUATIONS.values() if text is not None and evaluation.wanted(section)]
+    return [f"evaluation.{phrase}" for evaluation in wanted for phrase in evaluation.shortages(section, text)]
 
 
 class LiveEvaluation:
@@ -63,14 +67,15 @@ class LiveEvaluation:
         """Lines for the user about the inputs."""
         return [f"evaluation.{e.input}: {note}" for e in self.evaluations.values() for note in e.notes()]
 
-    def evaluate(self, model: MaskedLM, after_batch: AfterBatch | None = None) -> dict[str, Any]:
-        """All metrics of one evaluation. A collective: every rank makes the same number of forwards.
+    def evaluate(self, model: Encoder, after_batch: Callable[[], object] | None = None) -> dict[str, Any]:
+        """All metrics of one evaluation. A collective: every rank makes the same number of forward passes.
 
-        `after_batch` is called after each forward; an exception that it raises ends the evaluation.
+        `after_batch` is called after each of them; an exception that it raises ends the evaluation.
         """
         values: dict[str, Any] = {}
-        for evaluation in self.evaluations.values():
-            values |= evaluation.run(model, after_batch)
+        with after_each_forward(model, after_batch) if after_batch else contextlib.nullcontext():
+            for evaluation in self.evaluations.values():
+                values |= evaluation.run(model)
         return values
 
 

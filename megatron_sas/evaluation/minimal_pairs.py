@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from megatron_sas.core.cli import InputError
@@ -18,17 +17,15 @@ from megatron_sas.core.files import sha256_file
 from megatron_sas.core.settings import Section
 from megatron_sas.corpus.readers.text_lines import is_encodable, parse_json
 from megatron_sas.evaluation.base import Evaluation, Metric, Resources
-from megatron_sas.evaluation.batching import AfterBatch
+from megatron_sas.evaluation.batching import Encoder
 from megatron_sas.evaluation.blimp_labels import MANY_TIES, canonical, means_over_sets
+from megatron_sas.evaluation.files import numbered_lines, read_text
 from megatron_sas.evaluation.items import BlimpItems
 from megatron_sas.evaluation.pll import PllTask
-from megatron_sas.model.base import MaskedLM
 
 RESOLUTION = 2.0**-22  # of a score: a sum of float32 log-probabilities, whose last digits depend on the batch
 
-BLIMP = Metric(
-    "blimp", "minimal pairs", direction=1, title="BLiMP", printed="blimp", point=("blimp", "blimp"), chance=0.5
-)
+BLIMP = Metric("blimp", "minimal pairs", 1, title="BLiMP", printed="blimp", point=("blimp", "blimp"), chance=0.5)
 TIES = Metric("blimp_ties", point=("blimp", "num_ties"))
 FIELDS = Metric("blimp_fields", "minimal pairs, {}", point=("blimp", "fields"), each="blimp_{}")
 TERMS = Metric("blimp_terms", point=("blimp", "terms"))
@@ -80,6 +77,8 @@ def sha256_folder(directory: Path) -> str:
 class BlimpTask:
     """Minimal pairs prepared for one tokenizer, to be evaluated many times; all pairs or the first few of each set.
 
+    Scores are float64 (2 · pairs,): good, bad, good, bad, …, set after set.
+
     Raises `InputError` for a sentence that does not fit `max_length` tokens or has none, and for `pairs_per_set` below
     1.
     """
@@ -95,72 +94,63 @@ class BlimpTask:
         if pairs_per_set is not None and pairs_per_set < 1:
             raise InputError(f"pairs_per_set: {pairs_per_set} is below 1; leave it out to use all pairs")
         self.metric, self.pairs_per_set = metric, pairs_per_set
-        self.sets = [PairSet(s.uid, s.field, s.term, s.pairs[:pairs_per_set]) for s in data]
+        self.sets = [replace(s, pairs=s.pairs[:pairs_per_set]) for s in data]
         sentences = [sentence for s in self.sets for pair in s.pairs for sentence in pair]
         names = [f"{s.uid}: pair {index}" for s in self.sets for index in range(len(s.pairs)) for _ in range(2)]
         self.pll = PllTask(sentences, tokenizer, metric, max_length, names)
 
-    def num_forwards(self, batch_tokens: int) -> int:
-        """Forward passes that `evaluate` makes on every rank."""
-        return self.pll.num_forwards(batch_tokens)
-
-    def evaluate(
-        self, model: torch.nn.Module, *, batch_tokens: int = 8192, after_batch: AfterBatch | None = None
-    ) -> dict:
+    def evaluate(self, model: Encoder, *, batch_tokens: int = 8192) -> dict:
         """Score all pairs and summarise.
 
-        Every rank returns the same numbers (but for `seconds`). `after_batch` runs after each forward pass.
+        Every rank returns the same numbers (but for `seconds`).
 
         Keys: `blimp` (mean over the sets), `fields` and `terms` (means over the sets within each), `sets` (accuracy,
         correct, num_pairs, ties, identical, field, linguistics_term), `metric`, `pairs_per_set`, `num_sets`,
         `num_pairs`, `num_ties` (pairs that the scores do not decide: they count as wrong), `num_identical` (those of
         them whose two sentences are the same to the tokenizer), `num_sentences`, `num_masked_copies`,
-        `num_non_finite` (sentences whose score is not a number: their pairs count as wrong), `unknown` (pieces that
+        `num_non_finite` (sentences whose score is not a number: their pairs count as wrong), `unknown` (tokens that
         are [UNK]), `seconds`, `sentences_per_second`.
         """
+        return self.evaluate_with_items(model, batch_tokens)[0]
+
+    def evaluate_with_items(self, model: Encoder, batch_tokens: int) -> tuple[dict, BlimpItems]:
+        """The result of `evaluate`, and which pairs were right."""
         started = time.perf_counter()
-        scores = self.pll.score(model, batch_tokens=batch_tokens, after_batch=after_batch)
-        return self.summarize(scores, time.perf_counter() - started)
+        scores = self.pll.score(model, batch_tokens=batch_tokens)
+        result = self.summarize(scores, time.perf_counter() - started)
+        set_numbers = np.repeat(np.arange(len(self.sets), dtype=np.int16), [len(s.pairs) for s in self.sets])
+        return result, BlimpItems(self._decide(scores)[0], set_numbers, [s.uid for s in self.sets])
 
-    def correct_pairs(self, scores: np.ndarray) -> np.ndarray:
-        """Whether the good sentence of each pair scores strictly higher: bool (pairs,), set after set."""
-        return (scores[0::2] > scores[1::2]) & ~self.tied_pairs(scores)
+    def _decide(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Whether each pair's good sentence scores strictly higher, and whether its scores are a tie: bool (pairs,).
 
-    def tied_pairs(self, scores: np.ndarray) -> np.ndarray:
-        """Whether a pair's scores differ by less than rounding makes them differ: bool (pairs,), set after set.
-
-        A model that has no preference would otherwise seem to have one, by which batches its sentences were in.
+        They are where they differ by less than rounding makes them differ: a model that has no preference would
+        otherwise seem to have one, by which batches its sentences were in.
         """
         good, bad = scores[0::2], scores[1::2]
         finite = np.isfinite(good) & np.isfinite(bad)
         distance = np.abs(np.subtract(good, bad, where=finite, out=np.full(len(good), np.inf)))
-        return finite & (distance <= RESOLUTION * np.maximum(np.abs(good), np.abs(bad)))
-
-    def identical_pairs(self) -> np.ndarray:
-        """Whether a pair's two sentences have the same tokens: bool (pairs,), set after set."""
-        return self.pll.first_equal[0::2] == self.pll.first_equal[1::2]
-
-    def sets_of_pairs(self) -> np.ndarray:
-        """The number in `sets` of each pair's set: int16 (pairs,)."""
-        return np.repeat(np.arange(len(self.sets), dtype=np.int16), [len(s.pairs) for s in self.sets])
+        ties = finite & (distance <= RESOLUTION * np.maximum(np.abs(good), np.abs(bad)))
+        return (good > bad) & ~ties, ties
 
     def summarize(self, scores: np.ndarray, seconds: float) -> dict:
-        """The result of `evaluate` from sentence scores, float64 (2 · pairs,): good, bad, good, bad, …"""
-        good_wins, ties, identical = self.correct_pairs(scores), self.tied_pairs(scores), self.identical_pairs()
-        sets, first = {}, 0
-        for pair_set in self.sets:
-            total = len(pair_set.pairs)
-            here = slice(first, first + total)
-            first += total
-            sets[pair_set.uid] = {
-                "accuracy": int(good_wins[here].sum()) / total,
-                "correct": int(good_wins[here].sum()),
-                "num_pairs": total,
-                "ties": int(ties[here].sum()),
-                "identical": int(identical[here].sum()),
-                "field": pair_set.field,
-                "linguistics_term": pair_set.term,
+        """The result of `evaluate` from the scores of the sentences."""
+        correct, ties = self._decide(scores)
+        identical = self.pll.first_equal[0::2] == self.pll.first_equal[1::2]
+        ends = np.cumsum([len(s.pairs) for s in self.sets])
+        by_set = zip(self.sets, *(np.split(flags, ends[:-1]) for flags in (correct, ties, identical)), strict=True)
+        sets = {
+            s.uid: {
+                "accuracy": int(right.sum()) / len(right),
+                "correct": int(right.sum()),
+                "num_pairs": len(right),
+                "ties": int(tied.sum()),
+                "identical": int(same.sum()),
+                "field": s.field,
+                "linguistics_term": s.term,
             }
+            for s, right, tied, same in by_set
+        }
         return {
             BLIMP.key: float(np.mean([result["accuracy"] for result in sets.values()])),
             "fields": means_over_sets(sets, "field"),
@@ -169,7 +159,7 @@ class BlimpTask:
             "metric": self.metric,
             "pairs_per_set": self.pairs_per_set,
             "num_sets": len(sets),
-            "num_pairs": len(good_wins),
+            "num_pairs": len(correct),
             "num_ties": int(ties.sum()),
             "num_identical": int(identical.sum()),
             "num_sentences": len(scores),
@@ -183,19 +173,11 @@ class BlimpTask:
 
 def _read_set(path: Path) -> PairSet:
     pairs, labels = [], None
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert the file") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        value = _parse_pair(line, f"{path}:{number}")
+    for line, where in numbered_lines(path, read_text(path)):
+        value = _parse_pair(line, where)
         here = (value["UID"], *(canonical(kind, value[kind]) for kind in ("field", "linguistics_term")))
         if labels is not None and here != labels:
-            raise InputError(
-                f"{path}:{number}: UID, field and linguistics_term are {here}, above {labels}; one set a file"
-            )
+            raise InputError(f"{where}: UID, field and linguistics_term are {here}, above {labels}; one set a file")
         labels = here
         pairs.append((value["sentence_good"], value["sentence_bad"]))
     if labels is None:
@@ -217,10 +199,8 @@ def _parse_pair(line: str, where: str) -> dict:
 
 def many_ties(values: Mapping[str, Any]) -> tuple[int, int] | None:
     """(ties, pairs) of an evaluation record, if its ties are more than one may pass over."""
-    ties = values.get(TIES.key)
-    if not ties:
-        return None
-    pairs = sum(row["num_pairs"] for row in (values.get(SETS.key) or {}).values())
+    ties, sets = values.get(TIES.key) or 0, values.get(SETS.key) or {}
+    pairs = sum(row["num_pairs"] for row in sets.values())
     return (ties, pairs) if ties > MANY_TIES * pairs else None
 
 
@@ -241,30 +221,22 @@ class BlimpEvaluation(Evaluation):
     items = BlimpItems
     item_counts = (SETS.key, "num_pairs")
 
-    @classmethod
-    def wanted(cls, section: BlimpSettings) -> bool:
-        """Where a directory is given."""
-        return section.blimp is not None
-
     def __init__(self, section: Any, resources: Resources) -> None:
         super().__init__(section, resources)
         pairs, limit = load_blimp(section.blimp), section.blimp_pairs_per_set
         self.task = BlimpTask(pairs, resources.tokenizer, section.blimp_metric, limit, resources.max_length)
         self.unknown = self.task.pll.unknown
 
-    def run(self, model: MaskedLM, after_batch: AfterBatch | None = None) -> dict[str, Any]:
+    def run(self, model: Encoder) -> dict[str, Any]:
         """See `Evaluation`."""
-        result = self.task.evaluate(model, batch_tokens=self.section.batch_tokens, after_batch=after_batch)
+        result = self.task.evaluate(model, batch_tokens=self.section.batch_tokens)
         values = {metric.key: result[metric.point[-1]] for metric in self.metrics}
         names = ("accuracy", "num_pairs", "ties")
         return values | {SETS.key: {uid: {n: row[n] for n in names} for uid, row in result["sets"].items()}}
 
-    def measure(self, model: MaskedLM) -> tuple[dict[str, Any], BlimpItems]:
+    def measure(self, model: Encoder) -> tuple[dict[str, Any], BlimpItems]:
         """The whole result of `BlimpTask.evaluate`."""
-        task, started = self.task, time.perf_counter()
-        scores = task.pll.score(model, batch_tokens=self.section.batch_tokens)
-        result = task.summarize(scores, time.perf_counter() - started)
-        items = BlimpItems(task.correct_pairs(scores), task.sets_of_pairs(), [s.uid for s in task.sets])
+        result, items = self.task.evaluate_with_items(model, self.section.batch_tokens)
         return {BLIMP.point[0]: result}, items
 
     def source(self) -> dict[str, Any]:

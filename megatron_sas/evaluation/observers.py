@@ -7,16 +7,17 @@ layers, H heads, D head dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from megatron_sas.core.distributed import all_reduce_sum_
 from megatron_sas.evaluation.base import Metric
-from megatron_sas.kernels import attention_statistics
+from megatron_sas.evaluation.batching import Encoder, TokenBatch
+from megatron_sas.kernels import attention_statistics, map_statistics
 from megatron_sas.kernels.reference import Window
+from megatron_sas.model.base import ModelOutput
 
 COLLAPSED = 0.25
 """A head with less than this share of the largest possible entropy gives almost all of its attention to few tokens."""
@@ -35,81 +36,82 @@ OBSERVED = (
 """What observers give of a snapshot, on whatever input is there."""
 
 
-class TokenBatch(Protocol):
-    """What observers need to know about a batch besides its maps."""
+class Observer:
+    """Adds up over batches what it `reads` of attention.
 
-    input_ids: Tensor  # int64 (B, S)
-    seqlens: Tensor | None  # int64 (B,), valid lengths; None: all of S
-    heads: Tensor  # int64 (B, S), dependency heads, -1 = none
-    counts: bool | Tensor  # false for a batch, or bool (B,) for rows, that are only run because other ranks run one
+    "maps": every layer's map, float32 (B, H, S, S) before dropout, which is formed only if somebody reads it;
+    "queries": every layer's queries and keys, each (B, H, S, D), and its window, or its map where a model shows no
+    queries; "edges": the probabilities along `dep_heads`, which the model returns.
+    """
 
+    reads: ClassVar[Literal["maps", "queries", "edges"]] = "maps"
 
-class MapObserver(Protocol):
-    """Something that adds up what it measures over batches."""
+    def observe(self, batch: TokenBatch, layer: int, *seen: Any) -> None:
+        """Look at one layer; layers come in order."""
 
-    def observe(self, batch: Any, layer: int, probs: Tensor) -> None:
-        """Look at one layer's maps, float32 (B, H, S, S) before dropout; layers come in order."""
-
-    def end_batch(self, batch: Any) -> None:
+    def end_batch(self, batch: TokenBatch, output: ModelOutput) -> None:
         """All layers of a batch have been observed."""
 
 
-def share_pass(
-    model: torch.nn.Module,
-    batch: Any,
-    observers: Sequence[MapObserver] = (),
-    statistics: AttentionStatistics | None = None,
-    **inputs: Any,
-) -> Any:
-    """One forward pass of `batch.input_ids` and `inputs` that feeds all observers; returns the model's output.
+def share_pass(model: Encoder, batch: TokenBatch, observers: Sequence[Observer] = (), **inputs: Any) -> ModelOutput:
+    """One forward pass of a batch, with `inputs`, that feeds all observers; returns the model's output."""
+    of_queries = [observer for observer in observers if observer.reads == "queries" and model.shows_queries]
+    of_maps = [observer for observer in observers if observer.reads != "edges" and observer not in of_queries]
 
-    Maps are formed only for `observers`.
-    """
-
-    def observe(layer: int, probs: Tensor) -> None:
-        for observer in observers:
+    def observe_map(layer: int, probs: Tensor) -> None:
+        for observer in of_maps:
             observer.observe(batch, layer, probs)
 
-    if observers:
-        inputs["attention_observer"] = observe
-    if statistics is not None:
-        inputs["query_key_observer"] = partial(statistics.observe, batch)
+    def observe_queries(layer: int, q: Tensor, k: Tensor, window: Window) -> None:
+        for observer in of_queries:
+            observer.observe(batch, layer, q, k, window)
+
+    if of_maps:
+        inputs["attention_observer"] = observe_map
+    if of_queries:
+        inputs["query_key_observer"] = observe_queries
+    if any(observer.reads == "edges" for observer in observers):
+        inputs["heads"] = batch.dep_heads
     output = model(batch.input_ids, seqlens=batch.seqlens, **inputs)
-    for observer in (*observers, *([] if statistics is None else [statistics])):
-        observer.end_batch(batch)
+    for observer in observers:
+        observer.end_batch(batch, output)
     return output
 
 
-class AttentionStatistics:
+class AttentionStatistics(Observer):
     """Entropy of every head's attention, in nats, and its attention to [CLS] and to [SEP].
 
     Averaged over all tokens that are no padding; [CLS] and [SEP] count like other tokens, as queries and as keys. From
-    queries and keys, without maps (`kernels/entropy.py`).
+    queries and keys, without maps (`kernels/entropy.py`), where the model shows them.
     """
+
+    reads = "queries"
 
     def __init__(self, cls_id: int, sep_id: int) -> None:
         self._special_ids = (cls_id, sep_id)
-        self._sums: dict[int, Tensor] = {}  # float64 (3, H) by layer: entropy, to [CLS], to [SEP]
-        self._tokens: Tensor | None = None  # float64 (2,): tokens, and the sum of their largest possible entropies
+        self._sums: dict[int, Tensor | float] = {}  # float64 (3, H) by layer: entropy, to [CLS], to [SEP]
+        self._tokens: Tensor | float = 0.0  # float64 (2,): tokens, and the sum of their largest possible entropies
 
-    def observe(self, batch: TokenBatch, layer: int, q: Tensor, k: Tensor, window: Window) -> None:
-        """Add one layer's queries and keys `(B, H, S, D)`; `window` is that of its attention."""
+    def observe(self, batch: TokenBatch, layer: int, *seen: Any) -> None:
+        """See `Observer`."""
         groups = [batch.input_ids == special for special in self._special_ids]
-        entropy, (to_cls, to_sep) = attention_statistics(q, k, seqlens=batch.seqlens, groups=groups, window=window)
+        if len(seen) == 1:
+            entropy, (to_cls, to_sep) = map_statistics(*seen, groups)
+        else:
+            q, k, window = seen
+            entropy, (to_cls, to_sep) = attention_statistics(q, k, seqlens=batch.seqlens, groups=groups, window=window)
         total = torch.stack([entropy, to_cls, to_sep]).double()  # (3, B, H, S)
         if batch.seqlens is not None:
-            valid = torch.arange(q.shape[2], device=q.device) < batch.seqlens[:, None]
+            valid = torch.arange(total.shape[3], device=total.device) < batch.seqlens[:, None]
             total = total.masked_fill(~valid[:, None], 0.0)
-        total = torch.einsum("cbhs,b->ch", total, _rows_that_count(batch))
-        self._sums[layer] = self._sums[layer] + total if layer in self._sums else total
+        self._sums[layer] = self._sums.get(layer, 0.0) + torch.einsum("cbhs,b->ch", total, _rows_that_count(batch))
 
-    def end_batch(self, batch: TokenBatch) -> None:
-        """All layers of a batch have been observed."""
+    def end_batch(self, batch: TokenBatch, output: ModelOutput) -> None:
+        """See `Observer`."""
         rows, seq = batch.input_ids.shape
         lengths = torch.full((rows,), seq) if batch.seqlens is None else batch.seqlens
         lengths = lengths.to(batch.input_ids.device, torch.float64) * _rows_that_count(batch)
-        tokens = torch.stack([lengths.sum(), torch.xlogy(lengths, lengths).sum()])
-        self._tokens = tokens if self._tokens is None else self._tokens + tokens
+        self._tokens = self._tokens + torch.stack([lengths.sum(), torch.xlogy(lengths, lengths).sum()])
 
     def result(self, threshold: float = COLLAPSED) -> dict[str, Any]:
         """`entropy`, `to_cls` and `to_sep`, each with the `mean` over heads and `per_head` [L][H]; and two numbers.
@@ -121,13 +123,12 @@ class AttentionStatistics:
         reduced = all_reduce_sum_(torch.cat([sums.flatten(), self._tokens]))
         tokens, uniform = reduced[-2:].tolist()
         means = (reduced[:-2] / tokens).view_as(sums).cpu()
-        result: dict[str, Any] = {
-            name: {"mean": float(per_head.mean()), "per_head": per_head.tolist()}
-            for name, per_head in zip(("entropy", "to_cls", "to_sep"), means, strict=True)
-        }
         collapsed = means[0] < threshold * uniform / tokens
         return {
-            **result,
+            **{
+                name: {"mean": float(per_head.mean()), "per_head": per_head.tolist()}
+                for name, per_head in zip(("entropy", "to_cls", "to_sep"), means, strict=True)
+            },
             "uniform_entropy": uniform / tokens,
             "collapsed_heads": float(collapsed.double().mean()),
         }
@@ -143,47 +144,16 @@ def _rows_that_count(batch: TokenBatch) -> Tensor:
     return counts.expand(len(batch.input_ids))
 
 
-class SasObserver:
+class _SasObserver(Observer):
     """Attention along edges as the regularizer measures it, per edge: maximum and mean over layers and heads."""
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None  # float64 (4,), in the order of `result`
+        self._sums: Tensor | float = 0.0  # float64 (4,), in the order of `result`
         self._edges = 0
-        self._best: Tensor | None = None  # (2, edges of the batch): maximum over the layers so far
-        self._total: Tensor | None = None  # (2,), float64: sum over edges, heads and layers so far
-        self._num_heads = 0  # of the layers so far
-
-    def observe(self, batch: TokenBatch, layer: int, probs: Tensor) -> None:
-        """See `MapObserver`."""
-        if not batch.counts:
-            return
-        row, dependent = torch.nonzero(batch.heads >= 0, as_tuple=True)
-        head = batch.heads[row, dependent]
-        # Indexing with a slice between puts the edges first: (edges, H).
-        along = torch.stack([probs[row, :, dependent, head], probs[row, :, head, dependent]])  # (2, edges, H)
-        best, total = along.amax(dim=-1), along.sum(dim=(1, 2), dtype=torch.float64)
-        first = layer == 0
-        self._best = best if first else torch.maximum(self._best, best)
-        self._total = total if first else self._total + total
-        self._num_heads = along.shape[-1] + (0 if first else self._num_heads)
-
-    def end_batch(self, batch: TokenBatch) -> None:
-        """See `MapObserver`."""
-        if not batch.counts:
-            return
-        self._add(self._best.sum(dim=1, dtype=torch.float64), self._total / self._num_heads, self._best.shape[1])
-
-    def add_output(self, heads: Tensor, to_head: Sequence[Tensor], to_dependent: Sequence[Tensor]) -> None:
-        """Add a batch from what the model returns for `heads` (B, S), (B, H, S) per layer, 0 without an edge."""
-        along = torch.stack([torch.cat(tuple(to_head), dim=1), torch.cat(tuple(to_dependent), dim=1)])  # (2, B, L·H, S)
-        best = along.amax(dim=2).sum(dim=(1, 2), dtype=torch.float64)
-        mean = along.sum(dim=(1, 2, 3), dtype=torch.float64) / along.shape[2]
-        self._add(best, mean, int((heads >= 0).sum()))
 
     def _add(self, best: Tensor, mean: Tensor, edges: int) -> None:
         """Add a batch: sums over its edges of the maxima and of the means, float64 (2,) each, to head first."""
-        sums = torch.cat([best, mean])
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._sums = self._sums + torch.cat([best, mean])
         self._edges += edges
 
     def result(self) -> dict[str, Any] | None:
@@ -197,3 +167,43 @@ class SasObserver:
         names = ("to_head", "to_dependent", "uniform_to_head", "uniform_to_dependent")
         means = (self._sums / self._edges).tolist()
         return {**dict(zip(names, means, strict=True)), "num_edges": self._edges}
+
+
+class SasOfMaps(_SasObserver):
+    """SAS read off the maps, where these are formed anyway."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._layers: list[Tensor] = []  # float32 (2, edges, H) of the layers so far
+
+    def observe(self, batch: TokenBatch, layer: int, *seen: Any) -> None:
+        """See `Observer`."""
+        (probs,) = seen
+        row, dependent = torch.nonzero(batch.dep_heads >= 0, as_tuple=True)
+        head = batch.dep_heads[row, dependent]
+        # Indexing with a slice between puts the edges first: (edges, H).
+        self._layers.append(torch.stack([probs[row, :, dependent, head], probs[row, :, head, dependent]]))
+
+    def end_batch(self, batch: TokenBatch, output: ModelOutput) -> None:
+        """See `Observer`."""
+        best = torch.stack([along.amax(dim=-1) for along in self._layers]).amax(dim=0)  # (2, edges)
+        total = sum(along.sum(dim=(1, 2), dtype=torch.float64) for along in self._layers)
+        if batch.counts:
+            num_heads = sum(along.shape[-1] for along in self._layers)
+            self._add(best.sum(dim=1, dtype=torch.float64), total / num_heads, best.shape[1])
+        self._layers.clear()
+
+
+class SasOfEdges(_SasObserver):
+    """SAS from the probabilities along edges that the model returns, (B, H, S) per layer, 0 without an edge."""
+
+    reads = "edges"
+
+    def end_batch(self, batch: TokenBatch, output: ModelOutput) -> None:
+        """See `Observer`."""
+        if not batch.counts:
+            return
+        along = torch.stack([torch.cat(output.to_head, dim=1), torch.cat(output.to_dependent, dim=1)])  # (2, B, L·H, S)
+        best = along.amax(dim=2).sum(dim=(1, 2), dtype=torch.float64)
+        mean = along.sum(dim=(1, 2, 3), dtype=torch.float64) / along.shape[2]
+        self._add(best, mean, int((batch.dep_heads >= 0).sum()))

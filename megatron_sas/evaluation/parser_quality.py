@@ -1,6 +1,6 @@
 """How good a parser's edges are: its parse of a treebank's text, brought onto the gold words by character.
 
-The same alignment that gives pieces their edges (`corpus/build/align.py`) takes gold words as its pieces here. A gold
+The same alignment that gives tokens their edges (`corpus/build/align.py`) takes gold words as its tokens here. A gold
 word that is not the first in a parser's word, or has no characters of its own, has no predicted head: that is wrong.
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.build.align import align
 from megatron_sas.corpus.parsers.base import Parse, Parser, RelationNames
+from megatron_sas.corpus.parsers.conllu import ConlluParser
 from megatron_sas.corpus.readers.conllu import ConlluSentence
 from megatron_sas.data.packed import WORD_START
 
@@ -42,12 +43,11 @@ _CLEARNLP_ONLY = {"dobj", "pobj", "prep"}
 
 @dataclass
 class GoldUnit:
-    """One text for the parser with its gold words: `parse.relations` are zeros, `relations` (W,) the names without
-    subtype."""
+    """One text for the parser with its gold words."""
 
     text: str
     parse: Parse
-    relations: list[str]
+    relations: list[str]  # (W,), without subtype
 
 
 def gold_units(sentences: Iterable[ConlluSentence], paragraphs: bool) -> list[GoldUnit]:
@@ -63,20 +63,10 @@ def gold_units(sentences: Iterable[ConlluSentence], paragraphs: bool) -> list[Go
 
 def _unit(sentences: list[ConlluSentence]) -> GoldUnit:
     parses, characters, words = [], 0, 0
-    for sentence in sentences:
-        spans = np.array(sentence.spans, dtype=np.int64)
-        count = len(spans)
-        parse = Parse(
-            starts=spans[:, 0],
-            ends=spans[:, 1],
-            heads=np.array(sentence.heads, dtype=np.int64),
-            relations=np.zeros(count, dtype=np.int64),
-            sentence_starts=np.arange(count) == 0,
-            is_word=np.ones(count, dtype=bool),
-        )
+    for sentence, parse in zip(sentences, ConlluParser().parse(sentences, [], RelationNames()), strict=True):
         parses.append(parse.shifted(characters, words))
         characters += len(sentence.text) + 1
-        words += count
+        words += len(sentence.words)
     relations = [name.split(":")[0] for sentence in sentences for name in sentence.deprels]
     return GoldUnit(" ".join(sentence.text for sentence in sentences), Parse.concatenate(parses), relations)
 
@@ -138,10 +128,8 @@ def _summary(
     correct_edges = everything["uas"] - table.get("root", Counter())["uas"]
     return {
         "words": everything["count"],
-        "uas": everything["uas"] / everything["count"],
-        "las": everything["las"] / everything["count"],
-        "uas_without_punct": inner["uas"] / inner["count"],
-        "las_without_punct": inner["las"] / inner["count"],
+        **_rates(everything),
+        **{f"{name}_without_punct": rate for name, rate in _rates(inner).items()},
         "uuas": everything["either"] / everything["edges"],
         "edge_precision": correct_edges / max(1, totals["predicted edges"]),
         "words_without_prediction": totals["words without prediction"],
@@ -149,14 +137,18 @@ def _summary(
         "relations": {
             relation: {
                 "count": row["count"],
-                "uas": row["uas"] / row["count"],
+                "uas": _rates(row)["uas"],
                 "uuas": row["either"] / row["edges"] if row["edges"] else None,
-                "las": row["las"] / row["count"],
+                "las": _rates(row)["las"],
                 "predicted": dict(labels[relation].most_common()),
             }
             for relation, row in sorted(table.items(), key=lambda item: (-item[1]["count"], item[0]))
         },
     }
+
+
+def _rates(row: Counter[str]) -> dict[str, float]:
+    return {name: row[name] / row["count"] for name in ("uas", "las")}
 
 
 def evaluate_parser(units: Sequence[GoldUnit], parser: Parser) -> dict[str, Any]:

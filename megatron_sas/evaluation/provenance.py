@@ -39,10 +39,10 @@ def weights_sha256(path: Path) -> str | None:
     Raises:
         OSError, ValueError: a file cannot be read.
     """
-    found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
-    if found is None or found.suffix != ".json":
-        return found and sha256_file(found)
-    shards = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
+    file = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+    if file is None or file.suffix != ".json":
+        return file and sha256_file(file)
+    shards = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
     lines = "".join(f"{name} {sha256_file(path / Path(name).name)}\n" for name in shards)
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -52,17 +52,13 @@ def provenance(path: Path, model: MaskedLM, tokenizer: PreTrainedTokenizerFast) 
     import transformers
 
     device = next(model.parameters()).device
+    is_gpu = device.type == "cuda"
     return {
         **model_source(path),
         "model_config": model_values(model.config),
-        "tokenizer": {
-            "class": type(tokenizer).__name__,
-            "vocab_size": len(tokenizer),
-            **asdict(tokenizer_identity(tokenizer)),
-        },
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type} ({platform.machine()})",
+        "tokenizer": {"class": type(tokenizer).__name__, "vocab_size": len(tokenizer)}
+        | asdict(tokenizer_identity(tokenizer)),
+        "device": torch.cuda.get_device_name(device) if is_gpu else f"{device.type} ({platform.machine()})",
         "versions": {
             "megatron_sas": megatron_sas.__version__,
             "python": platform.python_version(),

@@ -15,28 +15,27 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.build.pack import Packer
 from megatron_sas.corpus.readers.base import Reading
 from megatron_sas.corpus.readers.registry import read_units
-from megatron_sas.data.mlm_dataset import validation_batches
+from megatron_sas.data.mlm_dataset import MicroBatch, validation_batches
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import plain_text_tokenizer, tokenizer_identity
 from megatron_sas.data.unknown import Unknown
+from megatron_sas.evaluation.batching import TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+VALIDATION_SEED = 0x76616C  # not the run's seed: runs with different seeds are validated on the same masks
 
-@dataclass(frozen=True)
-class TextBatch:
-    """B texts of S tokens; all tensors int64. Without `counts` it is for a rank that has no text left."""
 
-    numbers: Tensor  # (B,), which texts these are
-    input_ids: Tensor  # (B, S)
-    heads: Tensor  # (B, S), -1 where no dependency is known
-    counts: bool = True
-    seqlens: None = None  # no padding
+@dataclass(frozen=True, kw_only=True)
+class TextBatch(TokenBatch):
+    """B texts of S tokens without padding."""
+
+    numbers: Tensor  # int64 (B,), which texts these are
 
     def to(self, device: torch.device) -> TextBatch:
         """A copy on `device`."""
-        names = ("numbers", "input_ids", "heads")
+        names = ("numbers", "input_ids", "dep_heads")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
@@ -64,25 +63,18 @@ def unknown_in(packed: PackedData, num_sequences: int) -> Unknown:
 
 
 def packed_text(packed: PackedData, *, num_sequences: int, batch_tokens: int) -> Iterator[TextBatch]:
-    """This rank's share of the first `num_sequences` sequences; every rank yields `packed_forwards` batches."""
-    for batch in validation_batches(
-        packed,
-        micro_batch_size=max(1, batch_tokens // packed.seq_length),
-        num_sequences=num_sequences,
-        seed=0,
-        mask_prob=0.0,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-    ):
+    """This rank's share of the first `num_sequences` sequences; every rank yields equally many batches."""
+    for batch in micro_batches(packed, num_sequences, batch_tokens, mask_prob=0.0):
         counts = bool((batch.sample_ids >= 0).any())
         rows = batch.sample_ids >= 0 if counts else slice(0, 1)
-        yield TextBatch(batch.sample_ids[rows], batch.input_ids[rows], batch.heads[rows], counts)
+        yield TextBatch(batch.input_ids[rows], batch.heads[rows], counts, numbers=batch.sample_ids[rows])
 
 
-def packed_forwards(packed: PackedData, *, num_sequences: int, batch_tokens: int) -> int:
-    """How many batches `packed_text` yields on every rank."""
-    per_round = max(1, batch_tokens // packed.seq_length) * distributed.world_size()
-    return -(-min(num_sequences, packed.num_sequences) // per_round)
+def micro_batches(packed: PackedData, num_sequences: int, batch_tokens: int, mask_prob: float) -> Iterator[MicroBatch]:
+    """This rank's `validation_batches` of at most `batch_tokens` tokens, or of one sequence, masked always alike."""
+    size, rank, world_size = max(1, batch_tokens // packed.seq_length), distributed.rank(), distributed.world_size()
+    sizes = {"micro_batch_size": size, "num_sequences": num_sequences, "rank": rank, "world_size": world_size}
+    return validation_batches(packed, **sizes, seed=VALIDATION_SEED, mask_prob=mask_prob)
 
 
 def pack_file(
@@ -120,4 +112,4 @@ def plain_text(rows: np.ndarray, batch_tokens: int) -> list[TextBatch]:
     """Sequences (N, S) of token ids as batches, all on every rank."""
     ids = torch.from_numpy(rows)
     numbers = torch.arange(len(ids)).split(max(1, batch_tokens // ids.shape[1]))
-    return [TextBatch(part, ids[part], torch.full_like(ids[part], -1)) for part in numbers]
+    return [TextBatch(ids[part], torch.full_like(ids[part], -1), numbers=part) for part in numbers]

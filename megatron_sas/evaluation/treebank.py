@@ -1,4 +1,4 @@
-"""Treebanks to evaluate on: sentences with gold dependency heads, read from CoNLL-U or JSON, cut into word pieces."""
+"""Treebanks to evaluate on: sentences with gold dependency heads, read from CoNLL-U or JSON, cut into tokens."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from megatron_sas.corpus.readers.conllu import read_conllu
 from megatron_sas.corpus.readers.text_lines import is_encodable, parse_json
 from megatron_sas.corpus.readers.trees import check_blanked, is_blanked, tree_fault
 from megatron_sas.data.tokenizer import encode_texts, space_before_words
+from megatron_sas.evaluation.files import numbered_lines, read_text
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,10 @@ class Treebank(list[Sentence]):
 
 @dataclass(frozen=True)
 class TokenizedSentence:
-    """A sentence as `[CLS] pieces [SEP]`. All arrays are int64.
+    """A sentence as `[CLS] tokens [SEP]`."""
 
-    `ids` (S,) holds token ids, `words` (S,) the index of the word each piece belongs to, -1 for [CLS] and [SEP].
-    """
-
-    ids: np.ndarray
-    words: np.ndarray
+    ids: np.ndarray  # int64 (S,)
+    words: np.ndarray  # int64 (S,), index of the word that each token belongs to, -1 for [CLS] and [SEP]
     num_words: int
 
 
@@ -76,23 +74,16 @@ def tokenize_words(sentences: Sequence[Sentence], tokenizer: Any) -> list[Tokeni
     has one. `tokenizer` is a fast Hugging Face tokenizer with [CLS] and [SEP]. Each distinct word is tokenised once.
     """
     space = space_before_words(tokenizer)
-    spaced = [[space * (index > 0) + word for index, word in enumerate(s.words)] for s in sentences]
+    spaced = [[space * (index > 0) + word for index, word in enumerate(sentence.words)] for sentence in sentences]
     vocabulary = list(dict.fromkeys(word for words in spaced for word in words))
-    encodings = encode_texts(vocabulary, tokenizer)
-    ids = {word: encoding.ids for word, encoding in zip(vocabulary, encodings, strict=True)}
-    return [_join([ids[word] for word in words], tokenizer) for words in spaced]
-
-
-def _join(ids_of_words: Sequence[list[int]], tokenizer: Any) -> TokenizedSentence:
-    """A sentence from the ids of its words."""
-    ids, words = [tokenizer.cls_token_id], [-1]
-    for index, of_word in enumerate(ids_of_words):
-        of_word = of_word or [tokenizer.unk_token_id]
-        ids.extend(of_word)
-        words.extend([index] * len(of_word))
-    ids.append(tokenizer.sep_token_id)
-    words.append(-1)
-    return TokenizedSentence(np.array(ids, np.int64), np.array(words, np.int64), len(ids_of_words))
+    encodings = zip(vocabulary, encode_texts(vocabulary, tokenizer), strict=True)
+    tokens = {word: encoding.ids or [tokenizer.unk_token_id] for word, encoding in encodings}
+    result = []
+    for words in spaced:
+        ids = [tokenizer.cls_token_id, *(i for word in words for i in tokens[word]), tokenizer.sep_token_id]
+        owners = [-1, *(n for n, word in enumerate(words) for _ in tokens[word]), -1]
+        result.append(TokenizedSentence(np.array(ids, np.int64), np.array(owners, np.int64), len(words)))
+    return result
 
 
 def _read_conllu(path: Path) -> tuple[list[Sentence], int]:
@@ -118,17 +109,11 @@ TREEBANK_READERS: dict[str, Callable[[Path], tuple[list[Sentence], int]]] = {
 
 def _json_values(path: Path) -> Iterator[tuple[Any, str]]:
     """Yield (value, where) for each line, or for each element when the file is one JSON array."""
-    try:
-        text = path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert the file") from None
+    text = read_text(path)
     if text.lstrip().startswith("["):
-        for index, value in enumerate(parse_json(text, str(path))):
-            yield value, f"{path}: element {index}"
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield parse_json(line, f"{path}:{number}"), f"{path}:{number}"
+        yield from ((value, f"{path}: element {n}") for n, value in enumerate(parse_json(text, str(path))))
+    else:
+        yield from ((parse_json(line, where), where) for line, where in numbered_lines(path, text))
 
 
 def _check_sentence(value: Any, where: str) -> Sentence:

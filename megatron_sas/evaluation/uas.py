@@ -1,6 +1,6 @@
 """How well single attention heads follow syntactic dependencies: UAS after Clark et al. (2019).
 
-Word-level attention sums over the pieces attended to and averages over the pieces attending. In direction `dep->head`
+Word-level attention sums over the tokens attended to and averages over the tokens attending. In direction `dep->head`
 a word predicts as its head the other word it attends to most; in `head->dep` the other word that attends to it most.
 [CLS], [SEP] and the word itself are never predicted, ties go to the first word. Each relation keeps its best (layer,
 head, direction).
@@ -12,12 +12,15 @@ treated like any other relation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.distributed import all_reduce_sum_
@@ -26,26 +29,17 @@ from megatron_sas.core.settings import Section
 from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.data.unknown import Unknown
 from megatron_sas.evaluation.base import Evaluation, Metric, Resources
-from megatron_sas.evaluation.batching import AfterBatch, evaluating, shard_batches
+from megatron_sas.evaluation.batching import Encoder, TokenBatch, evaluating, shard_batches
 from megatron_sas.evaluation.items import UasItems
-from megatron_sas.evaluation.observers import AttentionStatistics, MapObserver, SasObserver, share_pass
-from megatron_sas.evaluation.treebank import Sentence, TokenizedSentence, Treebank, load_treebank, tokenize_words
-from megatron_sas.model.base import MaskedLM
+from megatron_sas.evaluation.observers import AttentionStatistics, Observer, SasOfMaps, share_pass
+from megatron_sas.evaluation.treebank import Sentence, TokenizedSentence, load_treebank, tokenize_words
 
 DIRECTIONS = ("dep->head", "head->dep")
 OFFSETS = (-1, 1, -2, 2, -3, 3)  # nearest first: of equally good baselines the shortest is reported
 UNCOUNTED_RELATIONS = frozenset({"root", "punct"})
 MIN_EDGES_IN_TABLE = 100
 
-UAS = Metric(
-    "uas",
-    "UAS, each relation's best head",
-    direction=1,
-    title="UAS",
-    printed="uas",
-    point=("uas", "uas"),
-    watched=True,
-)
+UAS = Metric("uas", "UAS, each relation's best head", 1, title="UAS", printed="uas", point=("uas", "uas"), watched=True)
 BASELINE = Metric("uas_baseline", "UAS of the best fixed offsets", point=("uas", "uas_baseline"))
 SINGLE_HEAD = Metric("uas_single_head", "UAS of the best single head", point=("uas", "uas_single_head"))
 RELATIONS = Metric("uas_relations", point=("uas", "relations"))
@@ -56,11 +50,12 @@ class TreebankTask:
 
     `sentences` are the `TokenizedSentence`s that fit `max_length` tokens with [CLS] and [SEP], the others are counted
     in `num_skipped` (and in `num_blanked` those that `load_treebank` has left out); sentence n is number `numbers[n]`
-    of those given. `unknown` counts the pieces that are [UNK]. `heads[n]` int64 (S,) holds all its dependencies from
-    first piece to first piece (-1 = none). Those that count for UAS are `edges[n]`: word `edges[n][0, e]` depends on
-    word `edges[n][1, e]` by `relations[edges[n][2, e]]`. `edge_counts` (R,) and `baseline_counts` (R, 6) are int64:
-    edges of each relation, and how many of them each of `OFFSETS` (the head is the word that many places further
-    right) gets right.
+    of those given. `unknown` counts the tokens that are [UNK]. `dep_heads[n]` int64 (S,) holds all its dependencies
+    from first token to first token (-1 = none).
+
+    Those that count for UAS are rows of `edges`, int64 (E, 4): in sentence n, word d depends on word h by
+    `relations[r]`. `edge_counts` (R,) and `baseline_counts` (R, 6) are int64: edges of each relation, and how many of
+    them each of `OFFSETS` (the head is the word that many places further right) gets right.
 
     Raises `InputError` when no sentence fits or none has an edge that counts.
     """
@@ -72,42 +67,36 @@ class TreebankTask:
             raise InputError(
                 f"treebank: no sentence fits the model's maximum of {max_length} tokens; use shorter sentences"
             )
-        self.numbers = kept
+        self.numbers = np.array(kept)
         self.sentences: list[TokenizedSentence] = [tokenized[index] for index in kept]
-        self.heads = [heads_of_pieces(sentences[index], tokenized[index]) for index in kept]
+        self.dep_heads = [dep_heads_of_tokens(sentences[index], tokenized[index]) for index in kept]
         self.num_skipped = len(sentences) - len(kept)
-        self.num_blanked = sentences.num_blanked if isinstance(sentences, Treebank) else 0
+        self.num_blanked: int = getattr(sentences, "num_blanked", 0)
         self.pad_token_id: int = tokenizer.pad_token_id
-        self.cls_token_id: int = tokenizer.cls_token_id
-        self.sep_token_id: int = tokenizer.sep_token_id
-        pieces = np.concatenate([sentence.ids[1:-1] for sentence in self.sentences])
-        self.unknown = Unknown.of(pieces, tokenizer.unk_token_id)
-        counted = [_counted_edges(sentences[index]) for index in kept]
-        self.relations: list[str] = sorted({relation for edges in counted for _, _, relation in edges})
-        if not self.relations:
+        self.special_ids: tuple[int, int] = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        tokens = np.concatenate([sentence.ids[1:-1] for sentence in self.sentences])
+        self.unknown = Unknown.of(tokens, tokenizer.unk_token_id)
+        edges = [(n, *edge) for n, index in enumerate(kept) for edge in _counted_edges(sentences[index])]
+        if not edges:
             raise InputError(
                 "treebank: no dependency to score (root and punct do not count); check heads and relations"
             )
+        self.relations: list[str] = sorted({relation for *_, relation in edges})
         number = {relation: index for index, relation in enumerate(self.relations)}
-        self.edges: list[np.ndarray] = [
-            np.array([(dependent, head, number[relation]) for dependent, head, relation in edges], np.int64)
-            .reshape(-1, 3)
-            .T
-            for edges in counted
-        ]
-        self.first_edges = np.cumsum([0] + [edges.shape[1] for edges in self.edges])  # number of each sentence's first
-        dependents, heads, relations = np.concatenate(self.edges, axis=1)
-        self.edge_counts = np.bincount(relations, minlength=len(self.relations))
+        self.edges = np.array([(n, dependent, head, number[name]) for n, dependent, head, name in edges], np.int64)
+        self._edge_of_word = [np.full(sentence.num_words, -1) for sentence in self.sentences]  # its number, -1 = none
+        for edge, (n, dependent, *_) in enumerate(edges):
+            self._edge_of_word[n][dependent] = edge
+        _, dependents, heads, relations = self.edges.T
+        self.edge_counts = np.bincount(relations)
         # A head lies inside its sentence, so an offset that leaves the sentence can never equal it: it counts as wrong.
         self.baseline_counts = np.stack(
-            [np.bincount(relations[heads - dependents == offset], minlength=len(self.relations)) for offset in OFFSETS],
-            axis=1,
+            [np.bincount(relations[heads - dependents == offset], minlength=len(number)) for offset in OFFSETS], axis=1
         )
 
     def edge_list(self) -> np.ndarray:
         """Number of the sentence among those given, and relation, of every edge that counts: int32 (E, 2)."""
-        sentences = np.repeat(self.numbers, np.diff(self.first_edges))
-        return np.stack([sentences, np.concatenate(self.edges, axis=1)[2]], axis=1).astype(np.int32)
+        return np.stack([self.numbers[self.edges[:, 0]], self.edges[:, 3]], axis=1).astype(np.int32)
 
     def batches(self, batch_tokens: int) -> list[np.ndarray]:
         """Indices into `sentences`, longest first, batches of at most `batch_tokens` tokens with padding (or one)."""
@@ -126,73 +115,99 @@ class TreebankTask:
 
     def attention_statistics(self) -> AttentionStatistics:
         """What measures attention's entropy on these sentences."""
-        return AttentionStatistics(self.cls_token_id, self.sep_token_id)
+        return AttentionStatistics(*self.special_ids)
 
-    def evaluate(self, model: torch.nn.Module, **options: Any) -> dict:
-        """`evaluate_uas` of this treebank."""
-        return evaluate_uas(model, self, **options)
+    def evaluate(self, model: Encoder, *, batch_tokens: int = 4096, observers: Sequence[Observer] = ()) -> dict:
+        """Accuracy of every attention head at every relation, the best of them per relation, and UAS.
+
+        The treebank is shared among the ranks of the process group and every rank returns the whole result.
+        `observers` see the same forward passes.
+
+        Keys: `uas` (edge-weighted mean over all relations of the best head's accuracy), `uas_baseline` (the same of
+        the best fixed offset), `uas_single_head` (the best single head over all edges) with `single_head` (which),
+        `num_sentences`, `num_skipped`, `num_blanked`, `num_edges`, `unknown` (tokens that are [UNK]), `relations` (by
+        falling count: count, accuracy, layer, head, direction, baseline, baseline_offset, in_table) and `counts` with
+        the edges that each head got right, nested lists `correct[relation][direction][layer][head]` and the names on
+        their axes. Layers and heads count from 0; of equally good ones the lowest (layer, head) is named,
+        `dep->head` first.
+        """
+        uas = UasObserver(self)
+        self.observe(model, shard_batches(self.batches(batch_tokens)), [uas, *observers])
+        return self.summarize(uas.counts())
+
+    def observe(
+        self, model: Encoder, batches: Sequence[tuple[np.ndarray, bool]], observers: Sequence[Observer]
+    ) -> None:
+        """Show the attention of `batches` to all observers, in one forward pass a batch."""
+        with evaluating(model) as device:
+            for indices, counts in batches:
+                share_pass(model, self._batch(indices, counts, device), observers)
+
+    def _batch(self, indices: np.ndarray, counts: bool, device: torch.device) -> TreebankBatch:
+        """The sentences `indices`; a batch that does not count has no edges."""
+        sentences = [self.sentences[index] for index in indices]
+        lengths = torch.tensor([len(sentence.ids) for sentence in sentences])
+        num_words = torch.tensor([sentence.num_words for sentence in sentences])
+        most = int(num_words.max())
+        owner = _padded([sentence.words for sentence in sentences], -1)
+        absent = torch.arange(most) >= num_words[:, None]
+        excluded = torch.eye(most, dtype=torch.bool) | absent[:, None, :] | absent[:, :, None]
+        edges = _padded([self._edge_of_word[index] for index in indices], -1).flatten()  # (B·W,)
+        rows = torch.nonzero(edges >= 0)[: None if counts else 0, 0]
+        gold, relation = torch.from_numpy(self.edges)[edges[rows], 2:].T
+        return TreebankBatch(
+            input_ids=_padded([sentence.ids for sentence in sentences], self.pad_token_id).to(device),
+            dep_heads=_padded([self.dep_heads[index] for index in indices], -1).to(device),
+            counts=counts,
+            seqlens=None if bool((lengths == lengths.max()).all()) else lengths.to(device),
+            owner=owner.masked_fill(owner < 0, most).to(device),
+            num_words=most,
+            excluded=excluded[:, None].to(device),
+            rows=rows.to(device),
+            gold=gold.to(device),
+            relation=relation.to(device),
+            edge_numbers=edges[rows],
+        )
+
+    def summarize(self, correct: np.ndarray) -> dict:
+        """The result of `evaluate` from `correct`, int64 (R, 2, L, H)."""
+        relations, best_correct = {}, 0
+        for index in sorted(range(len(correct)), key=lambda i: (-self.edge_counts[i], self.relations[i])):
+            count = int(self.edge_counts[index])
+            hits, place = _best(correct[index])
+            offset = int(self.baseline_counts[index].argmax())
+            best_correct += hits
+            relations[self.relations[index]] = {
+                "count": count,
+                "accuracy": hits / count,
+                **place,
+                "baseline": int(self.baseline_counts[index, offset]) / count,
+                "baseline_offset": OFFSETS[offset],
+                "in_table": count >= MIN_EDGES_IN_TABLE,
+            }
+        num_edges = len(self.edges)
+        single_hits, single_head = _best(correct.sum(axis=0))
+        return {
+            UAS.key: best_correct / num_edges,
+            BASELINE.key: int(self.baseline_counts.max(axis=1).sum()) / num_edges,
+            SINGLE_HEAD.key: single_hits / num_edges,
+            "single_head": single_head,
+            "num_sentences": len(self.sentences),
+            "num_skipped": self.num_skipped,
+            "num_blanked": self.num_blanked,
+            "num_edges": num_edges,
+            "unknown": self.unknown.record(),
+            "relations": relations,
+            "counts": {"relations": self.relations, "directions": list(DIRECTIONS), "correct": correct.tolist()},
+        }
 
 
-def evaluate_uas(
-    model: torch.nn.Module,
-    task: TreebankTask,
-    *,
-    batch_tokens: int = 4096,
-    after_batch: AfterBatch | None = None,
-    statistics: AttentionStatistics | None = None,
-) -> dict:
-    """Accuracy of every attention head at every relation, the best of them per relation, and UAS.
+def word_attention(probs: Tensor, owner: Tensor, num_words: int) -> Tensor:
+    """Attention between words from attention between tokens (Clark et al. 2019, section 4.1).
 
-    `model` is called as `model(input_ids, seqlens=..., attention_observer=...)`. The treebank is shared among the
-    ranks of the process group and every rank returns the whole result; `after_batch` is called after each of
-    `task.num_forwards` passes, which also feed `statistics`.
-
-    Keys: `uas` (edge-weighted mean over all relations of the best head's accuracy), `uas_baseline` (the same of the
-    best fixed offset), `uas_single_head` (the best single head over all edges) with `single_head` (which),
-    `num_sentences`, `num_skipped`, `num_blanked`, `num_edges`, `unknown` (pieces that are [UNK]), `relations` (by
-    falling count: count, accuracy, layer, head, direction, baseline, baseline_offset, in_table) and `counts` with the
-    edges that each head got right, nested lists `correct[relation][direction][layer][head]` beside the names on their
-    axes. Layers and heads count from 0; of equally good ones the lowest (layer, head) is named, `dep->head` first.
-    """
-    correct = count_correct(model, task, shard_batches(task.batches(batch_tokens)), after_batch, statistics)
-    return summarize(task, all_reduce_sum_(correct).cpu().numpy())
-
-
-def count_correct(
-    model: torch.nn.Module,
-    task: TreebankTask,
-    batches: Sequence[tuple[np.ndarray, bool]],
-    after_batch: AfterBatch | None = None,
-    statistics: AttentionStatistics | None = None,
-) -> torch.Tensor:
-    """Edges that each head gets right in `batches`, int64 (R, 2, L, H) on the model's device."""
-    observer = UasObserver(task)
-    observe_treebank(model, task, batches, [observer], after_batch, statistics)
-    return observer.counts()
-
-
-def observe_treebank(
-    model: torch.nn.Module,
-    task: TreebankTask,
-    batches: Sequence[tuple[np.ndarray, bool]],
-    observers: Sequence[MapObserver],
-    after_batch: AfterBatch | None = None,
-    statistics: AttentionStatistics | None = None,
-) -> None:
-    """Show the attention of `batches` to all observers and `statistics`, in one forward pass a batch."""
-    with evaluating(model) as device:
-        for indices, counts in batches:
-            share_pass(model, TreebankBatch(task, indices, counts, device), observers, statistics)
-            if after_batch is not None:
-                after_batch()
-
-
-def word_attention(probs: torch.Tensor, owner: torch.Tensor, num_words: int) -> torch.Tensor:
-    """Attention between words from attention between pieces (Clark et al. 2019, section 4.1).
-
-    `probs` float32 (B, H, S, S); `owner` int64 (B, S), the word of each piece, `num_words` for pieces of none. Returns
-    float32 (B, H, W, W): summed over the pieces attended to, averaged over the pieces attending; 0 for words without
-    pieces.
+    `probs` float32 (B, H, S, S); `owner` int64 (B, S), the word of each token, `num_words` for tokens of none. Returns
+    float32 (B, H, W, W): summed over the tokens attended to, averaged over the tokens attending; 0 for words without
+    tokens.
 
     Scattered rather than multiplied by indicator matrices: some 30 times as fast on a CPU, and free of the reduced
     precision (TF32, autocast) that a training loop may have chosen for matrix products.
@@ -202,11 +217,11 @@ def word_attention(probs: torch.Tensor, owner: torch.Tensor, num_words: int) -> 
     to_words = probs.new_zeros(batch, heads, seq, num_words + 1).scatter_add_(3, columns, probs)
     rows = owner[:, None, :, None].expand_as(to_words)
     words = probs.new_zeros(batch, heads, num_words + 1, num_words + 1).scatter_add_(2, rows, to_words)
-    pieces = probs.new_zeros(batch, num_words + 1).scatter_add_(1, owner, probs.new_ones(batch, seq)).clamp(min=1)
-    return (words / pieces[:, None, :, None])[:, :, :-1, :-1]
+    tokens = probs.new_zeros(batch, num_words + 1).scatter_add_(1, owner, probs.new_ones(batch, seq)).clamp(min=1)
+    return (words / tokens[:, None, :, None])[:, :, :-1, :-1]
 
 
-def predicted_heads(words: torch.Tensor, excluded: torch.Tensor) -> torch.Tensor:
+def predicted_heads(words: Tensor, excluded: Tensor) -> Tensor:
     """The word that each head takes for the head of each word, int64 (2, B, H, W), by `DIRECTIONS`.
 
     `words` (B, H, W, W) is what `word_attention` returns; `excluded`, bool and broadcast to it, is true where word w
@@ -217,56 +232,41 @@ def predicted_heads(words: torch.Tensor, excluded: torch.Tensor) -> torch.Tensor
     return torch.stack([attention.argmax(dim=-1) for attention in (words, words.transpose(-1, -2))])
 
 
-class TreebankBatch:
-    """Tensors of one batch of sentences on the model's device. Without `counts` it has no edges."""
+@dataclass(frozen=True, kw_only=True)
+class TreebankBatch(TokenBatch):
+    """B sentences of at most W words, and their edges that count, none where the batch does not."""
 
-    def __init__(self, task: TreebankTask, indices: np.ndarray, counts: bool, device: torch.device) -> None:
-        sentences = [task.sentences[index] for index in indices]
-        lengths = np.array([len(sentence.ids) for sentence in sentences])
-        num_words = np.array([sentence.num_words for sentence in sentences])
-        seq, words = int(lengths.max()), int(num_words.max())
-        ids = np.full((len(sentences), seq), task.pad_token_id, np.int64)
-        owner = np.full((len(sentences), seq), words, np.int64)
-        heads = np.full((len(sentences), seq), -1, np.int64)
-        for row, (index, sentence) in enumerate(zip(indices, sentences, strict=True)):
-            ids[row, : len(sentence.ids)] = sentence.ids
-            heads[row, : len(sentence.ids)] = task.heads[index]
-            owner[row, : len(sentence.ids)] = np.where(sentence.words < 0, words, sentence.words)
-        edges = [task.edges[index] + np.array([[row * words], [0], [0]]) for row, index in enumerate(indices)]
-        rows, gold, relation = np.concatenate(edges, axis=1)[:, : None if counts else 0]
-        numbers = np.concatenate([np.arange(task.first_edges[i], task.first_edges[i + 1]) for i in indices])
-
-        def to_device(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-        self.counts = counts
-        self.input_ids, self.heads = to_device(ids), to_device(heads)
-        self.seqlens = None if (lengths == seq).all() else to_device(lengths)
-        self.owner, self.num_words = to_device(owner), words
-        absent = np.arange(words) >= num_words[:, None]
-        itself = np.eye(words, dtype=bool)
-        self.excluded = to_device(itself | absent[:, None, :] | absent[:, :, None])[:, None]  # (B, 1, W, W)
-        self.rows, self.gold, self.relation = to_device(rows), to_device(gold), to_device(relation)  # each (edges,)
-        self.edge_numbers = torch.from_numpy(numbers[: None if counts else 0])  # int64 (edges,) on the CPU
+    owner: Tensor  # int64 (B, S), the word of each token, W for tokens of none
+    num_words: int  # W
+    excluded: Tensor  # bool (B, 1, W, W), see `predicted_heads`
+    rows: Tensor  # int64 (edges,), dependents as flat indices into (B, W)
+    gold: Tensor  # int64 (edges,), their heads
+    relation: Tensor  # int64 (edges,)
+    edge_numbers: Tensor  # int64 (edges,) on the CPU, rows of `TreebankTask.edges`
 
 
-class UasObserver:
+def _padded(rows: Sequence[np.ndarray], value: int) -> Tensor:
+    return pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True, padding_value=value)
+
+
+class UasObserver(Observer):
     """Adds up the edges that each head gets right, and with `keep_edges` remembers which these are."""
 
     def __init__(self, task: TreebankTask, keep_edges: bool = False) -> None:
         self._task, self._keep_edges = task, keep_edges
-        self._counts: dict[int, torch.Tensor] = {}  # int64 (2, R, H) by layer
-        self._edges: dict[int, torch.Tensor] = {}  # bool (E, 2, H) by layer, on the CPU
+        self._counts: dict[int, Tensor] = {}  # int64 (2, R, H) by layer
+        self._edges: dict[int, Tensor] = {}  # bool (E, 2, H) by layer, on the CPU
 
-    def observe(self, batch: TreebankBatch, layer: int, probs: torch.Tensor) -> None:
-        """See `MapObserver`."""
+    def observe(self, batch: TreebankBatch, layer: int, *seen: Tensor) -> None:
+        """See `Observer`."""
+        (probs,) = seen
         num_heads = probs.shape[1]
         words = word_attention(probs, batch.owner, batch.num_words)
         if layer not in self._counts:
             shape = (2, len(self._task.relations), num_heads)
             self._counts[layer] = torch.zeros(shape, dtype=torch.int64, device=probs.device)
             if self._keep_edges:
-                self._edges[layer] = torch.zeros(int(self._task.edge_counts.sum()), 2, num_heads, dtype=torch.bool)
+                self._edges[layer] = torch.zeros(len(self._task.edges), 2, num_heads, dtype=torch.bool)
         for direction, predicted in enumerate(predicted_heads(words, batch.excluded)):  # (B, H, W)
             predicted = predicted.transpose(1, 2).reshape(-1, num_heads)[batch.rows]  # (edges, H)
             correct = predicted == batch.gold.unsqueeze(1)
@@ -274,52 +274,14 @@ class UasObserver:
             if self._keep_edges:
                 self._edges[layer][batch.edge_numbers, direction] = correct.cpu()
 
-    def end_batch(self, batch: TreebankBatch) -> None:
-        """Nothing is left to do after the last layer."""
-
-    def counts(self) -> torch.Tensor:
-        """Right edges by relation, int64 (R, 2, L, H) on the model's device."""
-        layers = [self._counts[layer] for layer in sorted(self._counts)]
-        return torch.stack(layers).permute(2, 1, 0, 3).contiguous()
+    def counts(self) -> np.ndarray:
+        """Right edges by relation, int64 (R, 2, L, H). A collective: every rank gets those of all ranks."""
+        counts = torch.stack([self._counts[layer] for layer in sorted(self._counts)])  # (L, 2, R, H)
+        return all_reduce_sum_(counts.permute(2, 1, 0, 3).contiguous()).cpu().numpy()
 
     def edges(self) -> np.ndarray:
-        """Whether each edge is right, bool (E, 2, L, H) in the order of `TreebankTask.edge_list`."""
+        """Whether each edge is right, bool (E, 2, L, H) in the order of `TreebankTask.edges`."""
         return torch.stack([self._edges[layer] for layer in sorted(self._edges)], dim=2).numpy()
-
-
-def summarize(task: TreebankTask, correct: np.ndarray) -> dict:
-    """The result of `evaluate_uas` from `correct`, int64 (R, 2, L, H)."""
-    relations, best_correct = {}, 0
-    for index in sorted(
-        range(len(task.relations)), key=lambda index: (-task.edge_counts[index], task.relations[index])
-    ):
-        count = int(task.edge_counts[index])
-        hits, place = _best(correct[index])
-        offset = int(task.baseline_counts[index].argmax())
-        best_correct += hits
-        relations[task.relations[index]] = {
-            "count": count,
-            "accuracy": hits / count,
-            **place,
-            "baseline": int(task.baseline_counts[index, offset]) / count,
-            "baseline_offset": OFFSETS[offset],
-            "in_table": count >= MIN_EDGES_IN_TABLE,
-        }
-    num_edges = int(task.edge_counts.sum())
-    single_hits, single_head = _best(correct.sum(axis=0))
-    return {
-        UAS.key: best_correct / num_edges,
-        BASELINE.key: int(task.baseline_counts.max(axis=1).sum()) / num_edges,
-        SINGLE_HEAD.key: single_hits / num_edges,
-        "single_head": single_head,
-        "num_sentences": len(task.sentences),
-        "num_skipped": task.num_skipped,
-        "num_blanked": task.num_blanked,
-        "num_edges": num_edges,
-        "unknown": task.unknown.record(),
-        "relations": relations,
-        "counts": {"relations": task.relations, "directions": list(DIRECTIONS), "correct": correct.tolist()},
-    }
 
 
 def _best(correct: np.ndarray) -> tuple[int, dict]:
@@ -329,24 +291,21 @@ def _best(correct: np.ndarray) -> tuple[int, dict]:
     return int(correct[direction, layer, head]), place
 
 
-def heads_of_pieces(sentence: Sentence, tokenized: TokenizedSentence) -> np.ndarray:
-    """int64 (S,): where the first piece of a word has a head, that word's first piece; elsewhere -1."""
-    first = np.array([np.argmax(tokenized.words == word) for word in range(tokenized.num_words)])
-    heads = np.full(len(tokenized.ids), -1, np.int64)
-    for word, head in enumerate(sentence.heads):
-        if head >= 0:
-            heads[first[word]] = first[head]
-    return heads
+def dep_heads_of_tokens(sentence: Sentence, tokenized: TokenizedSentence) -> np.ndarray:
+    """int64 (S,): where the first token of a word has a head, that word's first token; elsewhere -1."""
+    _, first = np.unique(tokenized.words, return_index=True)
+    first = first[1:]  # without [CLS], whose word is -1
+    words = np.flatnonzero(np.array(sentence.heads) >= 0)
+    dep_heads = np.full(len(tokenized.ids), -1, np.int64)
+    dep_heads[first[words]] = first[np.array(sentence.heads)[words]]
+    return dep_heads
 
 
 def _counted_edges(sentence: Sentence) -> list[tuple[int, int, str]]:
     """(dependent, head, relation without subtype) of every word whose relation counts."""
-    edges = []
-    for dependent, (head, full_relation) in enumerate(zip(sentence.heads, sentence.deprels, strict=True)):
-        relation = full_relation.split(":")[0]
-        if head >= 0 and relation.lower() not in UNCOUNTED_RELATIONS:
-            edges.append((dependent, head, relation))
-    return edges
+    words = enumerate(zip(sentence.heads, sentence.deprels, strict=True))
+    edges = [(dependent, head, name.split(":")[0]) for dependent, (head, name) in words if head >= 0]
+    return [edge for edge in edges if edge[2].lower() not in UNCOUNTED_RELATIONS]
 
 
 class UasSettings(Section):
@@ -365,32 +324,25 @@ class UasEvaluation(Evaluation):
     items = UasItems
     item_counts = (RELATIONS.key, "count")
 
-    @classmethod
-    def wanted(cls, section: UasSettings) -> bool:
-        """Where a treebank is given."""
-        return section.treebank is not None
-
     def __init__(self, section: Any, resources: Resources) -> None:
         super().__init__(section, resources)
         sentences = load_treebank(section.treebank, section.treebank_sentences)
         self.task = TreebankTask(sentences, resources.tokenizer, resources.max_length)
         self.unknown = self.task.unknown
 
-    def run(self, model: MaskedLM, after_batch: AfterBatch | None = None) -> dict[str, Any]:
+    def run(self, model: Encoder) -> dict[str, Any]:
         """See `Evaluation`; with `treebank_attention`, as `AttentionStatistics` gives it."""
         statistics = self.task.attention_statistics()
-        options = {"batch_tokens": self.section.batch_tokens, "after_batch": after_batch, "statistics": statistics}
-        result = self.task.evaluate(model, **options)
+        result = self.task.evaluate(model, batch_tokens=self.section.batch_tokens, observers=[statistics])
         values = {metric.key: result[metric.point[-1]] for metric in self.metrics}
         return {**values, "treebank_attention": statistics.result()}
 
-    def measure(self, model: MaskedLM) -> tuple[dict[str, Any], UasItems]:
+    def measure(self, model: Encoder) -> tuple[dict[str, Any], UasItems]:
         """Also SAS and attention's entropy on these sentences, in the same pass."""
         task = self.task
-        statistics, sas, uas = task.attention_statistics(), SasObserver(), UasObserver(task, keep_edges=True)
-        batches = shard_batches(task.batches(self.section.batch_tokens))
-        observe_treebank(model, task, batches, [sas, uas], statistics=statistics)
-        values = {UAS.point[0]: summarize(task, uas.counts().cpu().numpy()), **statistics.point(), "sas": sas.result()}
+        statistics, sas, uas = task.attention_statistics(), SasOfMaps(), UasObserver(task, keep_edges=True)
+        task.observe(model, shard_batches(task.batches(self.section.batch_tokens)), [sas, uas, statistics])
+        values = {UAS.point[0]: task.summarize(uas.counts()), **statistics.point(), "sas": sas.result()}
         return values, UasItems(task.edge_list(), uas.edges())
 
     def source(self) -> dict[str, Any]:

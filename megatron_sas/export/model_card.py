@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,6 @@ from megatron_sas.model.config import ModelConfig
 from megatron_sas.objective.masking import MaskingSection
 from megatron_sas.objective.terms import TERMS
 from megatron_sas.optim.optimizers import OPTIMIZERS
-from megatron_sas.optim.schedules import read_schedule
 from megatron_sas.optim.section import TrainSection
 from megatron_sas.run.directory import CONFIG, STATE, describe_seeds, run_of
 
@@ -43,12 +43,12 @@ def model_card(checkpoint: Path, config: ModelConfig, dtype: str) -> str:
         dtype: how the exported weights are stored, "fp32" or "bf16".
     """
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    run = _read_run(checkpoint)
+    path = checkpoint / CONFIG
+    run = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     name = Path(run["run"]["output_dir"]).name if run else checkpoint.name
-    front = ["---", "library_name: transformers", "pipeline_tag: fill-mask", "tags:"]
-    front += [f"- {config.architecture}", "- megatron_sas", "---"]
     parts = [
-        *front,
+        *("---", "library_name: transformers", "pipeline_tag: fill-mask", "tags:"),
+        *(f"- {config.architecture}", "- megatron_sas", "---"),
         "",
         f"# {name}, step {state['step']:,}",
         "",
@@ -64,15 +64,9 @@ def model_card(checkpoint: Path, config: ModelConfig, dtype: str) -> str:
         *_table(_training(state, run, config)),
     ]
     if run is not None:
-        parts += ["", *_data(state, run)]
-        parts += _evaluation(checkpoint, state["step"])
+        parts += ["", *_data(state, run), *_evaluation(checkpoint, state["step"])]
         parts += ["", "## Complete configuration", "", "```yaml", yaml.safe_dump(run, sort_keys=False).rstrip(), "```"]
     return "\n".join(parts) + "\n"
-
-
-def _read_run(checkpoint: Path) -> dict[str, Any] | None:
-    path = checkpoint / CONFIG
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _table(rows: dict[str, Any]) -> list[str]:
@@ -130,32 +124,18 @@ def _dropout(config: ModelConfig) -> str:
 
 
 def _terms(run: dict[str, Any]) -> dict[str, str]:
-    """λ and R of the run's terms; their names are told where there are several."""
-    rows, found = {}, [name for name in TERMS if name in run]
-    for name in found:
-        which = f" of {name}" if len(found) > 1 else ""
-        rows[f"λ{which}"] = describe_schedule(run[name]["schedule"])
-        rows[f"R{which}"] = TERMS[name](TERMS[name].section_class(**run[name])).describe()
+    """λ and R of the run's terms, which are named where there are several."""
+    sections = {name: TERMS[name].section_class(**run[name]) for name in TERMS if name in run}
+    rows = {}
+    for name, section in sections.items():
+        which = f" of {name}" if len(sections) > 1 else ""
+        rows |= {f"λ{which}": section.schedule.describe(), f"R{which}": TERMS[name](section).describe()}
     return rows
 
 
 def _describe_link(link: dict[str, Any]) -> str:
     changed = ", ".join(link["changed"]) or "nothing"
     return f"`{link['parent_run']}` at update {link['step']:,}, where {changed} changed"
-
-
-def describe_schedule(stages: list[dict[str, Any]] | dict[str, Any]) -> str:
-    """λ by completed updates in words, from the schedule as the configuration's YAML has it."""
-    if isinstance(stages, dict):
-        return read_schedule(stages).describe()
-    parts = []
-    for stage in sorted(stages, key=lambda s: s["start"]):
-        value = f"{stage['value']:g}"
-        if stage.get("end_value") is not None:
-            value += f" to {stage['end_value']:g}, linearly,"
-        until = f"until update {stage['end']:,}" if stage.get("end") is not None else "on"
-        parts.append(f"{value} from update {stage['start']:,} {until}")
-    return "; ".join(parts) + "; otherwise 0" if parts else "0 throughout"
 
 
 def _data(state: dict[str, Any], run: dict[str, Any]) -> list[str]:
@@ -183,25 +163,20 @@ def _inline(value: Any) -> str:
 
 def _evaluation(checkpoint: Path, step: int) -> list[str]:
     """The run's evaluation at `step`, if the checkpoint still lies in its run and the run evaluated then."""
-    run = run_of(checkpoint)
-    path = run.records
-    if checkpoint.resolve().parent != run.checkpoints or not path.is_file():
+    run, record = run_of(checkpoint), None
+    if checkpoint.resolve().parent != run.checkpoints or not run.records.is_file():
         return []
-    found = None
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # a line that a killed run left unfinished
-            continue
-        if record.get("kind") == "evaluation" and record.get("step") == step:
-            found = record
-    if found is None:
+    for line in run.records.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # a line that a killed run left unfinished
+            values = json.loads(line)
+            if (values.get("kind"), values.get("step")) == ("evaluation", step):
+                record = renew_record(values)
+    if record is None:
         return []
     metrics = [metric for metric in live_metrics() if metric.label]
-    found = renew_record(found)
-    rows = {m.label: f"{found[m.key]:{m.format}}" for m in metrics if isinstance(found.get(m.key), float)}
+    rows = {m.label: f"{record[m.key]:{m.format}}" for m in metrics if isinstance(record.get(m.key), float)}
     for metric in (metric for metric in metrics if metric.each):
-        table = found.get(metric.key) or {}
+        table = record.get(metric.key) or {}
         rows |= {metric.label.format(row): f"{value:{metric.format}}" for row, value in table.items()}
     note = "The heads behind UAS are the best ones on the treebank itself: compare with the same run's step 0."
-    return ["", "## Evaluation at this step", "", *_table(rows), *(["", note] if UAS.key in found else [])]
+    return ["", "## Evaluation at this step", "", *_table(rows), *(["", note] if UAS.key in record else [])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.readers.hub import read_rows
 from megatron_sas.corpus.readers.text_lines import is_encodable, parse_json
+from megatron_sas.evaluation.files import numbered_lines, read_text
 from megatron_sas.glue.tasks import SCORE_RANGE, Task
 
 HUB = "nyu-mll/glue"
@@ -24,12 +26,11 @@ MAX_BAD_SHARE = 0.01  # QQP as distributed has a few lines with too few columns;
 
 @dataclass(frozen=True)
 class Examples:
-    """`texts[k]` is the k-th example's sentence or pair; `labels` (N,) int64 class numbers or float32 scores; `source`
-    says where they are from, path or the hub's name and split, and has the SHA-256 of texts and labels."""
+    """The N examples of a file or a split of the hub."""
 
-    texts: list[tuple[str, ...]]
-    labels: np.ndarray
-    source: dict[str, str]
+    texts: list[tuple[str, ...]]  # a sentence or a pair each
+    labels: np.ndarray  # (N,), int64 class numbers or float32 scores
+    source: dict[str, str]  # path, or the hub's name and split; and the SHA-256 of texts and labels
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -66,15 +67,11 @@ def read_file(task: Task, path: str | Path, columns: Columns | None = None) -> E
     path, columns = Path(path), columns or Columns()
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a .tsv or .jsonl file")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert the file") from None
-    lines = [(number, line.rstrip("\r")) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
+    lines = list(numbered_lines(path, read_text(path)))
     if path.suffix == ".tsv":
         rows = _tsv_rows(task, path, lines, columns)
     elif path.suffix == ".jsonl":
-        rows = _json_rows(path, lines)
+        rows = ((where, _json_object(line, where)) for line, where in lines)
     else:
         raise InputError(f"{path}: unknown kind of file {path.suffix!r}; name it .tsv or .jsonl")
     return _examples(task, rows, columns, {"path": str(path.resolve())}, str(path))
@@ -98,38 +95,38 @@ def read_hub(task: Task, split: str, hub: str = HUB) -> Examples:
 
 
 def _tsv_rows(
-    task: Task, path: Path, lines: list[tuple[int, str]], columns: Columns
+    task: Task, path: Path, lines: list[tuple[str, str]], columns: Columns
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    table = [(number, line.split("\t")) for number, line in lines]
+    table = [(where, line.split("\t")) for line, where in lines]
     names = table[0][1] if table else []
-    known = {name for group in (*task.text, task.label) for name in group} | set(columns.text or ()) | {columns.label}
-    if task.positions is not None and columns == Columns() and not known & set(names):
-        wanted = dict(zip([group[0] for group in (*task.text, task.label)], task.positions, strict=True))
+    groups = (*task.text, task.label)
+    known = {*itertools.chain(*groups), *(columns.text or ()), columns.label} & set(names)
+    if task.positions is not None and columns == Columns() and not known:
+        places = dict(zip([group[0] for group in groups], task.positions, strict=True))
     else:
-        wanted = {name: place for place, name in enumerate(names)}
+        places = {name: place for place, name in enumerate(names)}
+        last = max((places[name] for name in known), default=0)
+        places = {name: place for name, place in places.items() if place <= last}
         table = table[1:]
-        last = max((wanted[name] for name in known & set(names)), default=0)
-        wanted = {name: place for name, place in wanted.items() if place <= last}
-    width = 1 + max(wanted.values(), default=0)
-    short = [number for number, cells in table if len(cells) < width]
+    width = 1 + max(places.values(), default=0)
+    short = [where for where, cells in table if len(cells) < width]
     if len(short) > MAX_BAD_SHARE * len(table):
         raise InputError(
-            f"{path}:{short[0]}: fewer than the {width} tab-separated columns that {task.name} needs, as {len(short)} "
+            f"{short[0]}: fewer than the {width} tab-separated columns that {task.name} needs, as {len(short)} "
             f"of {len(table)} lines; is it another task's file?"
         )
     if short:
         print(f"{path}: left out {len(short)} of {len(table)} lines with too few columns", file=sys.stderr)
-    for number, cells in table:
+    for where, cells in table:
         if len(cells) >= width:
-            yield f"{path}:{number}", {name: cells[place] for name, place in wanted.items()}
+            yield where, {name: cells[place] for name, place in places.items()}
 
 
-def _json_rows(path: Path, lines: list[tuple[int, str]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in lines:
-        row = parse_json(line, f"{path}:{number}")
-        if not isinstance(row, dict):
-            raise InputError(f"{path}:{number}: not a JSON object; write one example a line")
-        yield f"{path}:{number}", row
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    row = parse_json(line, where)
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: not a JSON object; write one example a line")
+    return row
 
 
 def _examples(task: Task, rows: Any, columns: Columns, source: dict[str, str], where: str) -> Examples:

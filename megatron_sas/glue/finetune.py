@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,16 @@ import numpy as np
 import torch
 import transformers
 from tokenizers.processors import TemplateProcessing
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+import megatron_sas
 from megatron_sas.core.cli import InputError
 from megatron_sas.data.tokenizer import plain_text_tokenizer
 from megatron_sas.data.unknown import Unknown
 from megatron_sas.evaluation.provenance import weights_sha256
 from megatron_sas.glue.data import Examples
-from megatron_sas.glue.settings import FORMAT, Settings
-from megatron_sas.glue.tasks import MISMATCHED, Task
+from megatron_sas.glue.tasks import FORMAT, MISMATCHED, Settings, Task
 from megatron_sas.model.architectures import architecture_of
 from megatron_sas.model.huggingface import to_hf_config, to_hf_state
 from megatron_sas.optim.param_groups import decay_groups
@@ -80,11 +81,11 @@ def _surround_texts(tokenizer: PreTrainedTokenizerBase) -> None:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples as token ids and token types, lists of N lists, and their labels (N,)."""
+    """N examples as tokens."""
 
     ids: list[list[int]]
     types: list[list[int]] | None  # None: the model takes none
-    labels: np.ndarray
+    labels: np.ndarray  # (N,)
     unknown: Unknown
 
 
@@ -97,10 +98,9 @@ def encode(examples: Examples, pretrained: Pretrained, max_length: int) -> Encod
     ids = [encoding.ids for encoding in encodings]
     types = [encoding.type_ids for encoding in encodings]
     if pretrained.type_vocab_size < 2:
-        types = [[0] * len(row) for row in types] if pretrained.type_vocab_size else None
+        types = [[0] * len(row) for row in ids] if pretrained.type_vocab_size else None
     special = (tokenizer.cls_token_id, tokenizer.sep_token_id)
-    unknown = Unknown.of(np.concatenate([np.array(row) for row in ids]), tokenizer.unk_token_id, special)
-    return Encoded(ids, types, examples.labels, unknown)
+    return Encoded(ids, types, examples.labels, Unknown.of(np.concatenate(ids), tokenizer.unk_token_id, special))
 
 
 def finetune(
@@ -117,10 +117,10 @@ def finetune(
 
     Everything random (new layers, order, dropout) follows from `seed`, so on a CPU the result is the same every time.
     Returns `seed`, `metrics` (of the last epoch), `best_epoch` (from 1, the first with the highest `task.metric`),
-    `epochs` (the metrics of each), `train_loss` (mean of each) and `unknown` (pieces of all texts that are [UNK]).
-    Metrics on a second validation set end with
-    "_mismatched". Raises `InputError` when the loss is no longer finite.
+    `epochs` (the metrics of each), `train_loss` (mean of each) and `unknown` (tokens of all texts that are [UNK]).
+    Metrics on a second validation set end with "_mismatched". Raises `InputError` when the loss is no longer finite.
     """
+    pad_token_id, is_bf16 = pretrained.tokenizer.pad_token_id, settings.precision == "bf16"
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
     model = pretrained.fresh().to(device)
@@ -133,8 +133,8 @@ def finetune(
         model.train()
         losses_sum = torch.zeros((), dtype=torch.float64, device=device)
         for rows in torch.randperm(len(train.ids), generator=order).split(settings.batch_size):
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bf16"):
-                loss = model(**_batch(train, rows.tolist(), pretrained.tokenizer.pad_token_id, device)).loss
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16):
+                loss = model(**_batch(train, rows.tolist(), pad_token_id, device)).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
             optimizer.step()
@@ -151,8 +151,8 @@ def finetune(
         losses.append(total / len(train.ids))
         scores: dict[str, float] = {}
         for number, examples in enumerate(validation):
-            found = task.score(examples.labels, predict(model, examples, settings, pretrained.tokenizer.pad_token_id))
-            scores |= {name + MISMATCHED * number: value for name, value in found.items()}
+            of_set = task.score(examples.labels, predict(model, examples, settings, pad_token_id))
+            scores |= {name + MISMATCHED * number: value for name, value in of_set.items()}
         epochs.append(scores)
     best = max(range(len(epochs)), key=lambda epoch: epochs[epoch][task.metric])
     unknown = sum((examples.unknown for examples in validation), train.unknown)
@@ -170,17 +170,15 @@ def predict(model: PreTrainedModel, examples: Encoded, settings: Settings, pad_t
     """Class numbers int64 (N,), or scores float32 (N,)."""
     model.eval()
     device = next(model.parameters()).device
-    lengths = np.array([len(row) for row in examples.ids])
-    outputs: list[np.ndarray] = [np.empty(0)] * len(lengths)
+    longest_first = np.argsort([-len(row) for row in examples.ids], kind="stable")
+    logits, size = [], 4 * settings.batch_size
     with torch.no_grad():
-        for rows in _chunks(np.argsort(-lengths, kind="stable").tolist(), 4 * settings.batch_size):
-            batch = _batch(examples, rows, pad_token_id, device)
+        for start in range(0, len(longest_first), size):
+            batch = _batch(examples, longest_first[start : start + size].tolist(), pad_token_id, device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bf16"):
-                logits = model(**batch).logits.float().cpu().numpy()
-            for row, values in zip(rows, logits, strict=True):
-                outputs[row] = values
-    stacked = np.stack(outputs)
-    return stacked[:, 0] if stacked.shape[1] == 1 else stacked.argmax(axis=1)
+                logits.append(model(**batch).logits.float().cpu().numpy())
+    outputs = np.concatenate(logits)[np.argsort(longest_first)]
+    return outputs[:, 0] if outputs.shape[1] == 1 else outputs.argmax(axis=1)
 
 
 def record(
@@ -190,10 +188,11 @@ def record(
     validation: Sequence[Examples],
     settings: Settings,
     seeds: list[dict[str, Any]],
+    device: torch.device,
 ) -> dict[str, Any]:
     """The result file: mean and standard error (null for one seed) of the task's metric over the seeds."""
     values = np.array([seed["metrics"][task.metric] for seed in seeds])
-    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    modules = {"megatron_sas": megatron_sas, "torch": torch, "transformers": transformers}
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -201,11 +200,13 @@ def record(
         "metric": task.metric,
         "seeds": seeds,
         "mean": float(values.mean()) if len(values) else None,
-        "standard_error": error,
+        "standard_error": float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None,
         **identity(task, pretrained, train, validation, settings),
         "model_step": model_step(pretrained.path),
         "train_examples": len(train),
         **{f"validation_examples{MISMATCHED * n}": len(examples) for n, examples in enumerate(validation)},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": {name: module.__version__ for name, module in modules.items()},
     }
 
 
@@ -223,20 +224,13 @@ def identity(
 
 
 def _batch(examples: Encoded, rows: Sequence[int], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    longest = max(len(examples.ids[row]) for row in rows)
-
     def padded(lists: list[list[int]], value: int) -> torch.Tensor:
-        return torch.tensor([lists[row] + [value] * (longest - len(lists[row])) for row in rows], device=device)
+        return pad_sequence([torch.tensor(row) for row in lists], batch_first=True, padding_value=value).to(device)
 
-    mask = [[1] * len(examples.ids[row]) + [0] * (longest - len(examples.ids[row])) for row in rows]
+    ids = [examples.ids[row] for row in rows]
     return {
-        "input_ids": padded(examples.ids, pad_token_id),
-        **({} if examples.types is None else {"token_type_ids": padded(examples.types, 0)}),
-        "attention_mask": torch.tensor(mask, device=device),
+        "input_ids": padded(ids, pad_token_id),
+        **({} if examples.types is None else {"token_type_ids": padded([examples.types[row] for row in rows], 0)}),
+        "attention_mask": padded([[1] * len(row) for row in ids], 0),
         "labels": torch.from_numpy(examples.labels[np.asarray(rows)]).to(device),
     }
-
-
-def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]

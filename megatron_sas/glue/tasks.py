@@ -1,4 +1,4 @@
-"""The tasks of GLUE (Wang et al. 2019): what their files look like, and how they are scored.
+"""The tasks of GLUE (Wang et al. 2019): what their files look like, how they are scored, and how to fine-tune on them.
 
 Scores are those of scikit-learn and SciPy, which the metric script "glue" of the library `evaluate` calls too; that
 script is downloaded when it is used, and compute nodes often have no network.
@@ -6,27 +6,29 @@ script is downloaded when it is used, and compute nodes often have no network.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_sas.core.cli import InputError
 from megatron_sas.evaluation.base import Metric
+
+FORMAT = "megatron_sas glue"
 
 
 @dataclass(frozen=True)
 class Task:
-    """`text` has one entry (single sentences) or two (pairs); each entry lists the names a column may have, `label`
-    likewise. `classes` are the names of the labels 0, 1, …; empty for scores (regression). `positions` are text and
-    label columns of a TSV file without header. `folder` and the file names are those of the GLUE download."""
+    """One task; `folder` and the names of files are those of the GLUE download."""
 
     name: str
     folder: str
-    text: tuple[tuple[str, ...], ...]
-    label: tuple[str, ...]
-    classes: tuple[str, ...]
+    text: tuple[tuple[str, ...], ...]  # the names that a column may have, of single sentences or of each of a pair
+    label: tuple[str, ...]  # likewise
+    classes: tuple[str, ...]  # names of the labels 0, 1, …; empty for scores (regression)
     metric: str  # the one that stands for the task
-    positions: tuple[int, ...] | None = None
+    positions: tuple[int, ...] | None = None  # text and label columns of a TSV file without header
     validation: tuple[str, ...] = ("dev.tsv",)
     hub_validation: tuple[str, ...] = ("validation",)
 
@@ -106,3 +108,31 @@ _SCORES: dict[str, Callable[[np.ndarray, np.ndarray], dict[str, float]]] = {
     "stsb": _correlations,
     **dict.fromkeys(("sst2", "mnli", "qnli", "rte", "wnli"), _accuracy),
 }
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to fine-tune; the defaults are those that transformers' examples use for GLUE, with a warm-up."""
+
+    learning_rate: float = 2e-5
+    batch_size: int = 32
+    epochs: int = 3
+    max_length: int = 128
+    warmup_share: float = 0.1
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "batch_size", "epochs", "max_length", "grad_clip"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"--{name.replace('_', '-')}: {getattr(self, name)} is not above 0")
+        if not 0 <= self.warmup_share < 1:
+            raise InputError(f"--warmup-share: {self.warmup_share} is not a share from 0 to below 1")
+        if self.weight_decay < 0:
+            raise InputError(f"--weight-decay: {self.weight_decay} is below 0")
+
+    def rate(self, step: int, steps: int) -> float:
+        """The factor of the learning rate for update `step` of `steps`, both from 0: linear warm-up, linear decay."""
+        warmup = math.ceil(self.warmup_share * steps)
+        return step / warmup if step < warmup else (steps - step) / max(1, steps - warmup)

@@ -101,6 +101,11 @@ def attention_statistics(
         return entropy, [_attention_to(group, q, k, lse, scale, bounds) for group in groups]
 
 
+def map_statistics(probs: Tensor, groups: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """What `attention_statistics` returns, from maps `(batch, heads, seq, seq)`; `groups` must leave out padding."""
+    return -torch.xlogy(probs, probs).sum(-1), [(probs * group[:, None, None]).sum(-1) for group in groups]
+
+
 def _entropy_and_lse(
     q: Tensor, k: Tensor, seqlens: Tensor | None, scale: float, window: Window, backend: str
 ) -> tuple[Tensor, Tensor]:

@@ -62,6 +62,7 @@ class LMHead(nn.Module):
 class MaskedLM(nn.Module):
     """An encoder with its masked-LM head. A subclass makes the parts, by these names."""
 
+    shows_queries, no_maps = True, None  # see `evaluation.batching.Encoder`
     embeddings: nn.Module  # with `word`, the word embedding
     layers: nn.ModuleList
     head: LMHead

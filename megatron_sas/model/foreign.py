@@ -44,6 +44,8 @@ class ForeignModel(nn.Module):
     `no_maps` says why the model gives no attention maps, or is None.
     """
 
+    shows_queries = False
+
     def __init__(self, model: PreTrainedModel) -> None:
         """Wrap a model in evaluation mode, and find out by a short forward pass what it gives."""
         super().__init__()
@@ -73,7 +75,7 @@ class ForeignModel(nn.Module):
         """
         wants_maps = heads is not None or attention_observer is not None
         if wants_maps and self.no_maps:
-            raise InputError(f"{self.config.architecture}: {self.no_maps}")
+            raise InputError(f"{self.config.architecture}: {self.no_maps}; leave out what reads attention, UAS too")
         output = self._encode(input_ids, seqlens, wants_maps)
         to_head, to_dependent = [], []
         for layer, maps in enumerate(output.attentions if wants_maps else ()):

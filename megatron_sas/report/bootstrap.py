@@ -7,12 +7,13 @@ is common to all steps cancels, and the same in every run with the same items.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.evaluation.items import Sampler
+from megatron_sas.evaluation.items import Items
 from megatron_sas.evaluation.registry import EVALUATIONS
 from megatron_sas.onsets.offline import onset_steps
 from megatron_sas.report.trajectories import Run
@@ -45,21 +46,22 @@ def resample_curves(run: Run, replicates: int, seed: int) -> dict[str, ItemCurve
         return {}
     rows: dict[str, list[np.ndarray]] = {}
     steps: dict[str, list[int]] = {}
-    samplers: dict[str, Sampler] = {}
+    first: dict[str, Items] = {}
+    resample: dict[str, Callable[[Items], np.ndarray]] = {}
     directory = run.measured.directory
     for step in run.measured.item_steps:
         for evaluation, items in read_items(directory, step).items():
             name = EVALUATIONS[evaluation].metrics[0].name
             if name not in run.item_metrics or not len(items):
                 continue
-            if name not in samplers:
-                samplers[name] = items.sampler(replicates, seed)
-            if not samplers[name].takes(items):
+            if name not in first:
+                first[name], resample[name] = items, items.resampler(replicates, seed)
+            if not items.are_those_of(first[name]):
                 where = point_directory(directory, step)
                 raise InputError(f"{where}: other items than in the run's first point; measure the run again")
-            rows.setdefault(name, []).append(samplers[name].values(items))
+            rows.setdefault(name, []).append(resample[name](items))
             steps.setdefault(name, []).append(step)
-    return {name: ItemCurves(np.array(steps[name], np.float64), np.stack(rows[name], axis=1)) for name in samplers}
+    return {name: ItemCurves(np.array(steps[name], np.float64), np.stack(rows[name], axis=1)) for name in rows}
 
 
 def onset_interval(curves: ItemCurves, delta: float, sign: int = 1, confidence: float = 0.95) -> ItemOnset:

@@ -23,7 +23,8 @@ from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_digest
 from megatron_sas.model.architectures import ARCHITECTURES, DEFAULT, build_model
 from megatron_sas.model.base import MaskedLM
 from megatron_sas.model.config import ModelConfig
-from megatron_sas.model.huggingface import from_hf_config, from_hf_state
+from megatron_sas.model.foreign import ForeignModel, load_foreign
+from megatron_sas.model.huggingface import from_hf_config, from_hf_state, hf_architecture
 from megatron_sas.run.directory import (
     HF_CONFIG,
     MODEL_CONFIG,
@@ -49,24 +50,29 @@ CONVERTED_STEP = "converted_step"
 
 def load_model(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[MaskedLM, PreTrainedTokenizerBase]:
+) -> tuple[MaskedLM | ForeignModel, PreTrainedTokenizerBase]:
     """The model at `path` in evaluation mode, and its tokenizer.
 
     Args:
-        path: a Hugging Face directory, a training checkpoint, or a run directory (newest checkpoint).
+        path: a training checkpoint, a run directory (newest checkpoint), or a Hugging Face directory. A masked LM in
+            one whose architecture is none of ours is computed by transformers (`model/foreign.py`).
 
     Raises:
         InputError: none of these, or the files do not fit each other.
     """
-    config, state, tokenizer_path = read_model(path)
+    path = find_model(path)
+    if not is_checkpoint(path) and hf_architecture(_read_json(path / HF_CONFIG)) not in ARCHITECTURES:
+        model, tokenizer_path = load_foreign(path), path
+    else:
+        config, state, tokenizer_path = read_model(path)
+        model = build_model(config)
+        load_state(model, state, where=str(path))
     tokenizer = read_tokenizer(tokenizer_path)
-    if len(tokenizer) > config.vocab_size:
+    if len(tokenizer) > model.config.vocab_size:
         raise InputError(
-            f"{tokenizer_path}: the tokenizer has {len(tokenizer)} entries but the model only {config.vocab_size}; "
-            "they do not belong together"
+            f"{tokenizer_path}: the tokenizer has {len(tokenizer)} entries but the model only "
+            f"{model.config.vocab_size}; they do not belong together"
         )
-    model = build_model(config)
-    load_state(model, state, where=str(path))
     return model.to(device=device, dtype=dtype).eval(), tokenizer
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +14,8 @@ from megatron_sas.data.tokenizer import tokenizer_digest, tokenizer_hash
 from megatron_sas.evaluation.base import TEXT, Resources
 from megatron_sas.evaluation.complexity import WEIGHT_NORM, weight_norm
 from megatron_sas.evaluation.items import Items
-from megatron_sas.evaluation.live import prepare
+from megatron_sas.evaluation.live import EvaluationSection, prepare
 from megatron_sas.evaluation.registry import EVALUATIONS
-from megatron_sas.evaluation.section import EvaluationSection
 from megatron_sas.evaluation.text import open_packed_text
 from megatron_sas.evaluation.uas import UasEvaluation
 from megatron_sas.run.reading import load_model
@@ -31,36 +29,25 @@ if TYPE_CHECKING:
 MASK_PROB = 0.15
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(EvaluationSection):
     """What to measure on: what training evaluates on, by the same settings, and a text, each if it is given."""
 
-    section: EvaluationSection
     text: str | None = None  # prefix of packed data
     precision: str = "fp32"
 
     @classmethod
-    def of(
-        cls,
-        *,
-        text: str | None = None,
-        text_sequences: int = 1000,
-        precision: str = "fp32",
-        batch_tokens: int = 4096,
-        **settings: Any,
-    ) -> Inputs:
-        """From fields of the section `evaluation`; of the text the first `text_sequences` count.
+    def of(cls, *, text_sequences: int = 1000, batch_tokens: int = 4096, **settings: Any) -> Inputs:
+        """From fields; of the text the first `text_sequences` count.
 
         Raises:
             InputError: a field has a wrong value.
         """
-        sizes = {f"{name}_sequences": text_sequences for name in ("validation", "complexity")}
+        sizes = {"validation_sequences": text_sequences, "complexity_sequences": text_sequences}
         try:
-            section = EvaluationSection(batch_tokens=batch_tokens, **sizes, **settings)
+            return cls(batch_tokens=batch_tokens, **sizes, **settings)
         except ValidationError as error:
             fault = error.errors()[0]
             raise InputError(f"{fault['loc'][0]}: {fault['msg'].lower()}, not {fault['input']!r}") from None
-        return cls(section, text, precision)
 
 
 class TrajectoryTask:
@@ -73,26 +60,28 @@ class TrajectoryTask:
     def __init__(self, inputs: Inputs, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.inputs = inputs
         self.shape, self.digest = _shape(config, tokenizer), tokenizer_digest(tokenizer)
-        max_length = config.max_position_embeddings
-        self.text = None if inputs.text is None else open_packed_text(inputs.text, tokenizer, max_length)
-        alone = not UasEvaluation.wanted(inputs.section)
-        resources = Resources(tokenizer, self.text, max_length, MASK_PROB, text_gives_attention=alone)
-        self.evaluations = prepare(inputs.section, resources)
+        longest = config.max_position_embeddings
+        self.text = None if inputs.text is None else open_packed_text(inputs.text, tokenizer, longest)
+        alone = not UasEvaluation.wanted(inputs)
+        resources = Resources(tokenizer, self.text, longest, MASK_PROB, text_gives_attention=alone)
+        self.evaluations = prepare(inputs, resources)
 
     def settings(self) -> dict[str, Any]:
         """What decides the measurements, as JSON values; checksums rather than paths identify inputs."""
         sources: dict[str, Any] = {e.input: None for e in EVALUATIONS.values()}
         sources |= {e.input: e.source() for e in self.evaluations.values() if e.input != TEXT}
         if self.text is not None:
-            number = min(self.inputs.section.validation_sequences, self.text.num_sequences)
-            place = {"prefix": str(Path(self.inputs.text).resolve()), "fingerprint": self.text.fingerprint}
-            sources[TEXT] = {**place, "sequences": number, "mask_prob": MASK_PROB}
+            sources[TEXT] = {
+                "prefix": str(Path(self.inputs.text).resolve()),
+                "fingerprint": self.text.fingerprint,
+                "sequences": min(self.inputs.validation_sequences, self.text.num_sequences),
+                "mask_prob": MASK_PROB,
+            }
         return {**sources, "model": self.shape, "precision": self.inputs.precision}
 
     def notes(self) -> list[str]:
         """Lines for the user about the inputs."""
-        named = [(getattr(self.inputs.section, e.input, ""), e.notes()) for e in self.evaluations.values()]
-        return [f"{path}: {note}" for path, notes in named for note in notes]
+        return [f"{getattr(self.inputs, e.input)}: {n}" for e in self.evaluations.values() for n in e.notes()]
 
     def load(self, path: Path, device: torch.device) -> MaskedLM:
         """A model of the trajectory. Raises `InputError` when it cannot be read or is of another kind."""
@@ -117,8 +106,7 @@ class TrajectoryTask:
                 values |= numbers
                 if single is not None:
                     items[name] = single
-        values["seconds"] = time.perf_counter() - started
-        return values, items
+        return values | {"seconds": time.perf_counter() - started}, items
 
 
 def _shape(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

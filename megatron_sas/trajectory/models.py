@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +28,7 @@ def list_models(
         path: a run directory: its snapshots and checkpoints and, if it is a branch (lineage.json), those of its
             ancestors up to the branch; where a step has both, the snapshot. Or a folder of model directories
             (Hugging Face or checkpoints): the step is what the models record, if all do, or what their names say
-            (`steps_of_names`), with k, M and B as thousand, million and billion (`seed_0-step_20k` is 20000). Or one
-            model: its step is what it records, or the last number in its name, else 0.
+            (`steps_of_names`). Or one model: its step is what it records, or the last number in its name, else 0.
         step_pattern: a regular expression whose group is the step in a name of a folder; goes before all else.
         report: gets a line about steps that had to be guessed or moved.
 
@@ -67,23 +67,19 @@ def model_at(path: str | Path, step: int, device: str = "cpu") -> tuple[MaskedLM
 
 
 def _models_of_run(path: Path) -> dict[int, Path]:
-    """Models by step; of several at one step a snapshot before a checkpoint, the run's own before a parent's."""
-    lineage = [RunDirectory(path)]
-    limits: list[int | None] = [None]  # up to which step the models of each are part of this run's past
-    while lineage[-1].lineage.is_file():
-        where = lineage[-1].lineage
-        parent, step = lineage[-1].parent()
+    """Models by step. If several share a step, prefer snapshots to checkpoints, and the run's own to its parent's."""
+    lineage: list[tuple[RunDirectory, float]] = [(RunDirectory(path), math.inf)]  # up to which step its models count
+    while (run := lineage[-1][0]).lineage.is_file():
+        parent, step = run.parent()
         if not parent.is_dir():
-            raise InputError(f"{where}: the parent run {parent} is not there; put it back or correct parent_run")
-        if parent in [member.path.resolve() for member in lineage]:
-            raise InputError(f"{where}: {parent} is also a descendant of this run; correct parent_run")
-        lineage.append(RunDirectory(parent))
-        limits.append(step if limits[-1] is None else min(step, limits[-1]))
+            raise InputError(f"{run.lineage}: the parent run {parent} is not there; put it back or correct parent_run")
+        if parent in [member.path.resolve() for member, _ in lineage]:
+            raise InputError(f"{run.lineage}: {parent} is also a descendant of this run; correct parent_run")
+        lineage.append((RunDirectory(parent), min(step, lineage[-1][1])))
     models: dict[int, Path] = {}
-    for snapshots in (False, True):
-        for member, limit in zip(reversed(lineage), reversed(limits), strict=True):
-            found = steps_in(member.snapshots if snapshots else member.checkpoints)
-            models |= {step: model for step, model in found.items() if limit is None or step <= limit}
+    for kind in ("checkpoints", "snapshots"):
+        for run, limit in reversed(lineage):
+            models |= {step: model for step, model in steps_in(getattr(run, kind)).items() if step <= limit}
     return models
 
 
@@ -91,8 +87,6 @@ def _models_in_folder(folder: Path, pattern: re.Pattern[str] | None, report: Cal
     directories = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and is_model(path))
     names = [directory.name for directory in directories]
     recorded = [_recorded_step(directory) for directory in directories]
-    if not names:
-        return {}
     if pattern is not None:
         steps = [step_by_pattern(name, pattern, f"{folder}/{name}") for name in names]
     elif None not in recorded:

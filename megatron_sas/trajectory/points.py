@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from megatron_sas.evaluation.blimp_labels import renew_result
 from megatron_sas.evaluation.items import Items
 from megatron_sas.evaluation.minimal_pairs import BLIMP
 from megatron_sas.evaluation.registry import EVALUATIONS
+from megatron_sas.run.directory import step_name, step_of
 
 TRAJECTORY = "trajectory"
 """Where in a run's directory the measurements of its models go, unless they are wanted elsewhere."""
@@ -35,8 +35,6 @@ POINTS = "points"
 POINT = "point.json"
 ITEMS = "items.npz"
 HINTS = ("path", "prefix")  # where inputs were: they may move, their checksums decide
-
-_STEP = re.compile(r"step_(\d{8,})")
 
 
 @contextlib.contextmanager
@@ -77,7 +75,7 @@ def read_settings(directory: str | Path) -> dict[str, Any]:
 
 def point_directory(directory: str | Path, step: int) -> Path:
     """Where the measurements of one model are."""
-    return Path(directory) / POINTS / f"step_{step:08d}"
+    return Path(directory) / POINTS / step_name(step)
 
 
 def write_point(directory: str | Path, step: int, values: dict[str, Any], items: Mapping[str, Items]) -> None:
@@ -115,8 +113,8 @@ def is_whole(directory: str | Path, step: int) -> bool:
 
 def point_steps(directory: str | Path) -> list[int]:
     """The steps of all points, damaged ones too, rising."""
-    names = [path.name for path in (Path(directory) / POINTS).glob("step_*")]
-    return sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))
+    steps = (step_of(path) for path in (Path(directory) / POINTS).glob("step_*"))
+    return sorted(step for step in steps if step is not None)
 
 
 def read_points(directory: str | Path) -> list[dict[str, Any]]:
@@ -125,18 +123,15 @@ def read_points(directory: str | Path) -> list[dict[str, Any]]:
 
 
 def read_items(directory: str | Path, step: int) -> dict[str, Items]:
-    """The items of one point, by evaluation, as far as they were measured item by item.
-
-    Raises `InputError` when they are not there or damaged."""
+    """The items of one point by evaluation, of those that have some. Raises `InputError` when they are damaged."""
     path = point_directory(directory, step) / ITEMS
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        kinds = {name: evaluation.items for name, evaluation in EVALUATIONS.items() if evaluation.items is not None}
-        found = {name: kind.from_arrays(arrays) for name, kind in kinds.items()}
+        every = {name: e.items.from_arrays(arrays) for name, e in EVALUATIONS.items() if e.items is not None}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: cannot be read ({error}); remove the directory and measure again") from None
-    return {name: items for name, items in found.items() if items is not None}
+    return {name: items for name, items in every.items() if items is not None}
 
 
 def _is_foreign(path: Path) -> bool:
@@ -144,15 +139,15 @@ def _is_foreign(path: Path) -> bool:
     return path.name not in (POINTS, LOCK) and not path.name.startswith(f".{SETTINGS}.")
 
 
-def _check_same_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _check_same_settings(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Compare as JSON values, without hints."""
-    found, wanted = _without_hints(found), _without_hints(json.loads(json.dumps(wanted)))
-    different = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-    if different:
-        raise InputError(
-            f"{path}: was measured with another {different[0]} ({json.dumps(found.get(different[0]))}, now "
-            f"{json.dumps(wanted.get(different[0]))}); give the same or choose another --output"
-        )
+    stored, wanted = _without_hints(stored), _without_hints(json.loads(json.dumps(wanted)))
+    for name in sorted(stored.keys() | wanted.keys()):
+        if (before := stored.get(name)) != (now := wanted.get(name)):
+            raise InputError(
+                f"{path}: was measured with another {name} ({json.dumps(before)}, now {json.dumps(now)}); give the "
+                "same or choose another --output"
+            )
 
 
 def _without_hints(value: Any) -> Any:

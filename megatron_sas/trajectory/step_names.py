@@ -47,7 +47,7 @@ class _Name:
 def steps_of_names(names: Sequence[str], folder: str, report: Callable[[str], None] = lambda line: None) -> list[int]:
     """The step of each model in a folder by its name, or its place in the order of names if none has a number.
 
-    A phase that follows another one counts on from its last step in the folder: `ext2000` beside `step599525` is
+    A phase that follows another one counts on from its last step in the folder: `ext2000` next to `step599525` is
     601525. `report` gets a line about that, and about the order of names.
 
     Raises:
@@ -78,8 +78,8 @@ def step_by_pattern(name: str, pattern: re.Pattern[str], where: str) -> int:
     Raises:
         InputError: it finds none, or what it finds is no whole number.
     """
-    found = pattern.search(name)
-    text = found["step" if "step" in pattern.groupindex else 1] if found else None
+    match = pattern.search(name)
+    text = match["step" if "step" in pattern.groupindex else 1] if match else None
     if text is None:
         raise InputError(f"{where}: --step-pattern {pattern.pattern!r} does not find a step in it; correct the pattern")
     number = _NUMBER.fullmatch(text)

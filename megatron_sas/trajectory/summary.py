@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_sas.core.files import write_json_atomic, write_text_atomic
-from megatron_sas.evaluation.base import Metric
 from megatron_sas.evaluation.registry import snapshot_metrics
 from megatron_sas.evaluation.uas import UAS
 from megatron_sas.trajectory.points import read_points
@@ -34,24 +32,21 @@ def write_summary(directory: str | Path) -> None:
 def heads_over_time(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Which head serves which relation in the end, and since when.
 
-    `points` have `step` and `uas` (as `evaluate_uas` returns it), by rising step, of one treebank and model shape.
+    `points` have `step` and `uas` (of `TreebankTask.evaluate`), by rising step, of one treebank and model shape.
 
     Returns `steps` and, by falling number of edges, `relations`: `count`, `baseline` and `baseline_offset` (the best
     fixed offset), `layer`, `head` and `direction` of the best head at the last point, its `accuracy` at every point,
     `since` (the first step from which it stays above the baseline up to the end; None if it is not above it there),
     and `best`: [layer, head, direction, accuracy] of the best head at every point.
     """
-    steps = [point["step"] for point in points]
-    last = points[-1][UAS.point[0]]
-    names = last["counts"]["relations"]
-    directions = last["counts"]["directions"]
-    correct = np.array([point[UAS.point[0]]["counts"]["correct"] for point in points])  # (points, R, 2, L, H)
+    steps, results = [point["step"] for point in points], [point[UAS.point[0]] for point in points]
+    last, counts = results[-1], results[-1]["counts"]
+    correct = np.array([result["counts"]["correct"] for result in results])  # (points, R, 2, L, H)
     relations = {}
     for name, row in last["relations"].items():
-        index = names.index(name)
-        place = (directions.index(row["direction"]), row["layer"], row["head"])
-        accuracy = correct[:, index][:, *place] / row["count"]
-        best = [point[UAS.point[0]]["relations"][name] for point in points]
+        place = (counts["directions"].index(row["direction"]), row["layer"], row["head"])
+        accuracy = correct[:, counts["relations"].index(name)][:, *place] / row["count"]
+        best = [result["relations"][name] for result in results]
         relations[name] = {
             **{key: row[key] for key in ("count", "baseline", "baseline_offset", "layer", "head", "direction")},
             "since": _since(steps, accuracy > row["baseline"]),
@@ -63,24 +58,20 @@ def heads_over_time(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def summary_table(points: Sequence[Mapping[str, Any]]) -> str:
     """CSV with a line a point: step, every number that was measured, and columns for the rows of some tables."""
-    columns: dict[str, Callable[[Mapping[str, Any]], Any]] = {}
+    columns: dict[str, list[Any]] = {"step": [point["step"] for point in points]}
+    tables: dict[str, list[Any]] = {}
     for metric in snapshot_metrics():
         values = [metric.in_point(point) for point in points]
-        if not metric.each and any(value is not None and not isinstance(value, Mapping) for value in values):
-            columns[metric.column] = metric.in_point
-    for metric in snapshot_metrics():
-        rows = sorted({row for point in points for row in metric.in_point(point) or {}}) if metric.each else []
-        columns |= {metric.each.format(row): partial(_row, metric, row) for row in rows}
+        if metric.each:
+            rows = sorted({row for value in values for row in value or {}})
+            tables |= {metric.each.format(row): [(value or {}).get(row) for value in values] for row in rows}
+        elif any(value is not None and not isinstance(value, Mapping) for value in values):
+            columns[metric.column] = values
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["step", *columns])
-    for point in points:
-        writer.writerow([point["step"], *(value(point) for value in columns.values())])
+    writer.writerow([*columns, *tables])
+    writer.writerows(zip(*columns.values(), *tables.values(), strict=True))
     return table.getvalue()
-
-
-def _row(metric: Metric, row: str, point: Mapping[str, Any]) -> Any:
-    return (metric.in_point(point) or {}).get(row)
 
 
 def _since(steps: Sequence[int], above: np.ndarray) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -64,8 +65,7 @@ def measure_models(
         report(f"skipped step {step}: {fault}")
         bad.add(step)
 
-    reference = _first_readable(models, leave_out)
-    task = _make_task(inputs, reference)
+    reference, task = _first_task(inputs, models, leave_out)
     for note in task.notes():
         report(note)
     settings = {"source": os.path.relpath(source.resolve(), output.resolve()), **task.settings()}
@@ -90,21 +90,18 @@ def measure_models(
     return len(bad)
 
 
-def _first_readable(models: Sequence[Model], leave_out: Callable[[int, str], None]) -> Path:
-    """The first model that can be read: it decides about tokenizer and shape."""
+def _first_task(
+    inputs: Inputs, models: Sequence[Model], leave_out: Callable[[int, str], None]
+) -> tuple[Path, TrajectoryTask]:
+    """The first model that can be read, which decides about tokenizer and shape, and the task for such models."""
     for step, path in models:
         try:
-            load_model(path)
+            model, tokenizer = load_model(path)
         except (InputError, OSError) as error:
             leave_out(step, _line(error))
         else:
-            return path
+            return path, TrajectoryTask(inputs, model.config, tokenizer)
     raise InputError(f"none of the {len(models)} models from {models[0][1]} on can be read; give others")
-
-
-def _make_task(inputs: Inputs, reference: Path) -> TrajectoryTask:
-    model, tokenizer = load_model(reference)
-    return TrajectoryTask(inputs, model.config, tokenizer)
 
 
 def _measure(task: TrajectoryTask, step: int, path: Path, output: Path, device: str | None) -> str | None:
@@ -128,25 +125,22 @@ def _check_not_moved(models: Sequence[Model], output: Path) -> None:
     """Refuse models that have points at other steps: their names were read in another way, or others follow now.
 
     Raises:
-        InputError: there is such a model; its old point would stand beside the new one.
+        InputError: there is such a model; its old point would stand next to the new one.
     """
     steps = {str(path.resolve()): step for step, path in models}
     for old in point_steps(output):
-        with contextlib.suppress(InputError):  # a damaged point is measured again
+        try:
             path = read_point(output, old).get("model")
-            if (new := steps.get(path, old)) != old:
-                break
-    else:
-        return
-    raise InputError(f"{output}: has {path} as step {old}, which is step {new} now; choose another --output")
+        except InputError:  # a damaged point is measured again
+            continue
+        if (new := steps.get(path, old)) != old:
+            raise InputError(f"{output}: has {path} as step {old}, which is step {new} now; choose another --output")
 
 
 def _is_measured(output: Path, step: int, path: Path) -> bool:
     """Whether the output has a whole point of the very weights that are at `path`."""
-    if not is_whole(output, step):
-        return False
     try:
-        return read_point(output, step).get("model_sha256") == weights_sha256(path)
+        return is_whole(output, step) and read_point(output, step).get("model_sha256") == weights_sha256(path)
     except (OSError, ValueError, KeyError, TypeError):
         return False  # measuring it says what is wrong
 
@@ -163,12 +157,12 @@ def _at_once(
     """(step, fault) of every model as it is done, measured by several processes."""
     threads = max(1, torch.get_num_threads() // workers)
     gpus = torch.cuda.device_count() if device in (None, "cuda") and torch.cuda.is_available() else 0
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (inputs, reference, output, threads))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (threads,))
     try:
         futures = {}
         for number, (step, path) in enumerate(models):
             where = f"cuda:{number % gpus}" if gpus else device
-            futures[pool.submit(_measure_in_worker, step, path, where)] = step
+            futures[pool.submit(_measure_in_worker, inputs, reference, step, path, output, where)] = step
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool:
@@ -179,18 +173,21 @@ def _at_once(
         pool.shutdown(wait=True, cancel_futures=True)  # models under way are finished: their points count
 
 
-_worker: tuple[TrajectoryTask, Path] | None = None
-
-
-def _start_worker(inputs: Inputs, reference: Path, output: Path, threads: int) -> None:
+def _start_worker(threads: int) -> None:
     """Runs once in every worker process."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once, without a traceback
     end_with_parent()
     torch.set_num_threads(threads)
-    global _worker
-    _worker = (_make_task(inputs, reference), output)
 
 
-def _measure_in_worker(step: int, path: Path, device: str | None) -> str | None:
-    task, output = _worker
-    return _measure(task, step, path, output, device)
+@functools.cache
+def _task(inputs: Inputs, reference: Path) -> TrajectoryTask:
+    """The task of a worker process, made once."""
+    model, tokenizer = load_model(reference)
+    return TrajectoryTask(inputs, model.config, tokenizer)
+
+
+def _measure_in_worker(
+    inputs: Inputs, reference: Path, step: int, path: Path, output: Path, device: str | None
+) -> str | None:
+    return _measure(_task(inputs, reference), step, path, output, device)

@@ -22,7 +22,6 @@ from megatron_sas.evaluation.uas import (
     DIRECTIONS,
     UNCOUNTED_RELATIONS,
     TreebankTask,
-    evaluate_uas,
     predicted_heads,
 )
 from megatron_sas.model.base import MaskedLM
@@ -33,8 +32,8 @@ Place = tuple[int, int]  # (layer, head), both from 0
 
 @dataclass(frozen=True)
 class ModelView:
-    """One model's part of a page. `relations[name]` is `evaluate_uas`'s row; `predictions` and `attention` have one
-    entry per sentence, see `predict` and `quantise`."""
+    """One model's part of a page. `relations` are those of `TreebankTask.evaluate`; `predictions` and `attention` have
+    one entry per sentence, see `predict` and `quantise`."""
 
     uas: float
     uas_baseline: float
@@ -116,7 +115,7 @@ def view(
     batch_tokens: int,
 ) -> tuple[ModelView, list[Place]]:
     """One model's part of a page, and the heads whose attention it holds: `heads`, or those that serve this model."""
-    result = evaluate_uas(model, task, batch_tokens=batch_tokens)
+    result = task.evaluate(model, batch_tokens=batch_tokens)
     relations = result["relations"]
     if heads is None:
         heads = serving_heads(sentences, relations, max_heads)

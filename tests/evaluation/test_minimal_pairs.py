@@ -13,7 +13,7 @@ import torch
 from tokenizers import pre_tokenizers
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.evaluation.batching import shard_batches
+from megatron_sas.evaluation.batching import after_each_forward, shard_batches
 from megatron_sas.evaluation.blimp_labels import renew_record
 from megatron_sas.evaluation.minimal_pairs import BlimpTask, PairSet, load_blimp
 from megatron_sas.evaluation.pll import METRICS, PllTask
@@ -111,12 +111,13 @@ def test_ranks_share_the_work_and_give_the_same_sums(adapter, tokenizer):
         torch.testing.assert_close(sum(parts), whole, atol=0, rtol=0)  # same batches: bit for bit
 
 
-def test_forwards_and_the_callback_are_as_announced(adapter, tokenizer):
+def test_forwards_are_as_announced_and_keep_to_the_budget(adapter, tokenizer):
     task, calls = PllTask(SENTENCES, tokenizer), []
-    task.score(adapter, batch_tokens=60, after_batch=lambda: calls.append(1))
+    with after_each_forward(adapter, lambda: calls.append(1)):
+        task.score(adapter, batch_tokens=60)
     assert len(calls) == adapter.forwards == task.num_forwards(60)
-    for number, start, stop in task.batches(60):
-        ids, _, _ = task._groups[number].copies(start, stop, tokenizer.mask_token_id)
+    for start, stop in task.batches(60):
+        ids, _, _ = task.copies(start, stop)
         assert len(ids) == 1 or ids.size <= 60
 
 

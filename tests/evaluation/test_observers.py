@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sas.evaluation.batching import shard_batches
-from megatron_sas.evaluation.observers import SasObserver
+from megatron_sas.evaluation.batching import TokenBatch, shard_batches
+from megatron_sas.evaluation.observers import SasOfEdges, SasOfMaps, share_pass
 from megatron_sas.evaluation.treebank import Sentence, load_treebank
-from megatron_sas.evaluation.uas import TreebankTask, UasObserver, evaluate_uas, observe_treebank
+from megatron_sas.evaluation.uas import TreebankTask, UasObserver
 from megatron_sas.objective.along_edges import attention_along
 from megatron_sas.run.reading import load_model
 
@@ -46,13 +46,13 @@ def naive(hf_model, tokenizer, data_dir):
 
 
 def test_one_pass_gives_entropy_sas_and_uas(adapter, model_directory, hf_model, tokenizer, task, data_dir):
-    statistics, sas, uas = task.attention_statistics(), SasObserver(), UasObserver(task, keep_edges=True)
+    statistics, sas, uas = task.attention_statistics(), SasOfMaps(), UasObserver(task, keep_edges=True)
     model, _ = load_model(model_directory)
     forwards = []
     model.register_forward_pre_hook(lambda *_: forwards.append(1))
     batches = shard_batches(task.batches(500))
     assert sum(task.sentences[i].ids.size for i in batches[0][0]) < 500, "some batch should have padding"
-    observe_treebank(model, task, batches, [sas, uas], statistics=statistics)
+    task.observe(model, batches, [statistics, sas, uas])
     assert len(forwards) == len(batches)
 
     expected, largest, maxima, means, edges = naive(hf_model, tokenizer, data_dir)
@@ -68,7 +68,7 @@ def test_one_pass_gives_entropy_sas_and_uas(adapter, model_directory, hf_model, 
     assert [along["to_head"], along["to_dependent"]] == pytest.approx(maxima, rel=1e-5)
     assert [along["uniform_to_head"], along["uniform_to_dependent"]] == pytest.approx(means, rel=1e-5)
 
-    expected = evaluate_uas(adapter, task, batch_tokens=500)["counts"]["correct"]
+    expected = task.evaluate(adapter, batch_tokens=500)["counts"]["correct"]
     assert uas.counts().tolist() == expected
     bits, listed = uas.edges(), task.edge_list()
     assert bits.shape == (len(listed), 2, *np.shape(expected)[2:])
@@ -85,19 +85,19 @@ def test_edges_are_listed_by_sentence_of_the_treebank(tokenizer):
     task = TreebankTask(sentences, tokenizer, 20)
     assert task.relations == ["det", "nsubj"]
     assert task.edge_list().tolist() == [[1, 0], [1, 1], [2, 1]]
-    assert task.heads[1].tolist() == [-1, 2, -1, 2, -1]
+    assert task.dep_heads[1].tolist() == [-1, 2, -1, 2, -1]
 
 
 def test_sas_is_the_regularizers_own_term(model_directory, task):
     """Read off whole maps here, off the kernel's edge probabilities there."""
     model, _ = load_model(model_directory)
-    sas = SasObserver()
-    observe_treebank(model, task, shard_batches(task.batches(500)), [sas])
+    sas = SasOfMaps()
+    task.observe(model, shard_batches(task.batches(500)), [sas])
     result, totals = sas.result(), {}
     for direction in ("to_head", "to_dependent"):
         for mode in ("max", "uniform"):
             total = 0.0
-            for ids, heads in zip((s.ids for s in task.sentences), task.heads, strict=True):
+            for ids, heads in zip((s.ids for s in task.sentences), task.dep_heads, strict=True):
                 with torch.no_grad():
                     output = model(torch.from_numpy(ids)[None], heads=torch.from_numpy(heads)[None])
                 term = attention_along(output.to_head, output.to_dependent, mode=mode, directions=direction)
@@ -111,29 +111,26 @@ def test_a_rank_without_sentences_adds_nothing(model_directory, task):
     batches = task.batches(500)
     results = []
     for dealt in (shard_batches(batches), [*shard_batches(batches), (batches[0], False)]):
-        statistics, sas, uas = task.attention_statistics(), SasObserver(), UasObserver(task)
-        observe_treebank(model, task, dealt, [sas, uas], statistics=statistics)
+        statistics, sas, uas = task.attention_statistics(), SasOfMaps(), UasObserver(task)
+        task.observe(model, dealt, [statistics, sas, uas])
         results.append((statistics.result(), sas.result(), uas.counts().tolist()))
     assert results[0] == results[1]
 
 
-def test_without_edges_there_is_no_sas(adapter, tokenizer, task):
-    class Batch:
-        seqlens, counts = None, True
-        heads = torch.full((2, 5), -1)
-
-    sas = SasObserver()
-    sas.observe(Batch, 0, torch.full((2, 3, 5, 5), 0.2))
-    sas.end_batch(Batch)
-    assert sas.result() is None
+def test_without_edges_there_is_no_sas(model_directory):
+    model, _ = load_model(model_directory)
+    observers = [SasOfMaps(), SasOfEdges()]
+    with torch.no_grad():
+        share_pass(model, TokenBatch(torch.full((2, 5), 7), torch.full((2, 5), -1)), observers)
+    assert [sas.result() for sas in observers] == [None, None]
 
 
 def test_sas_of_maps_and_of_the_models_output_agree(model_directory, task):
     model, _ = load_model(model_directory)
-    maps, output = SasObserver(), SasObserver()
-    observe_treebank(model, task, shard_batches(task.batches(500)), [maps])
-    for ids, heads in zip((s.ids for s in task.sentences), task.heads, strict=True):
+    maps, output = SasOfMaps(), SasOfEdges()
+    task.observe(model, shard_batches(task.batches(500)), [maps])
+    for ids, dep_heads in zip((s.ids for s in task.sentences), task.dep_heads, strict=True):
+        batch = TokenBatch(torch.from_numpy(ids)[None], torch.from_numpy(dep_heads)[None])
         with torch.no_grad():
-            result = model(torch.from_numpy(ids)[None], heads=torch.from_numpy(heads)[None])
-        output.add_output(torch.from_numpy(heads)[None], result.to_head, result.to_dependent)
+            share_pass(model, batch, [output])
     assert output.result() == pytest.approx(maps.result(), rel=1e-5)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megatron_sas.config import help_text
-from megatron_sas.evaluation.live import evaluation_line
+from megatron_sas.evaluation.live import EvaluationSection, evaluation_line
 from megatron_sas.evaluation.registry import EVALUATIONS, live_metrics, snapshot_metrics
-from megatron_sas.evaluation.section import EvaluationSection
 
 
 def test_every_setting_is_in_the_section_and_in_the_help():

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.evaluation.batching import shard_batches
+from megatron_sas.evaluation.batching import after_each_forward, shard_batches
 from megatron_sas.evaluation.treebank import Sentence, load_treebank
-from megatron_sas.evaluation.uas import DIRECTIONS, OFFSETS, TreebankTask, count_correct, evaluate_uas, word_attention
+from megatron_sas.evaluation.uas import DIRECTIONS, OFFSETS, TreebankTask, UasObserver, word_attention
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def as_counter(task, counts):
 def test_counts_equal_a_naive_computation_from_eager_maps(adapter, hf_model, tokenizer, ewt):
     sentences, max_length = ewt[:80], 40
     task = TreebankTask(sentences, tokenizer, max_length)
-    result = evaluate_uas(adapter, task, batch_tokens=500)
+    result = task.evaluate(adapter, batch_tokens=500)
     correct, edges, near_ties, skipped = naive_counts(hf_model, tokenizer, sentences, max_length)
     ours = as_counter(task, np.array(result["counts"]["correct"]))
 
@@ -115,6 +115,12 @@ def test_our_model_gives_the_counts_of_hugging_face(adapter, model_directory, to
     assert np.abs(ours - theirs).sum() <= 5  # of some 30,000 predictions: near ties
 
 
+def count_correct(model, task, batches):
+    observer = UasObserver(task)
+    task.observe(model, batches, [observer])
+    return observer.counts()
+
+
 def test_neither_batches_nor_ranks_change_the_counts(adapter, tokenizer, ewt):
     task = TreebankTask(ewt[:60], tokenizer, 160)
     whole = count_correct(adapter, task, shard_batches(task.batches(2000), 0, 1))
@@ -122,14 +128,15 @@ def test_neither_batches_nor_ranks_change_the_counts(adapter, tokenizer, ewt):
         parts = [
             count_correct(adapter, task, shard_batches(task.batches(batch_tokens), r, ranks)) for r in range(ranks)
         ]
-        assert (sum(parts) - whole).abs().sum() <= 5, (batch_tokens, ranks)
+        assert np.abs(sum(parts) - whole).sum() <= 5, (batch_tokens, ranks)
 
 
-def test_forwards_and_the_callback_are_as_announced(adapter, tokenizer, ewt):
+def test_forwards_are_as_announced_and_the_model_evaluates_in_evaluation_mode(adapter, tokenizer, ewt):
     task = TreebankTask(ewt[:30], tokenizer, 160)
     calls = []
     adapter.train()
-    task.evaluate(adapter, batch_tokens=200, after_batch=lambda: calls.append(adapter.training))
+    with after_each_forward(adapter, lambda: calls.append(adapter.training)):
+        task.evaluate(adapter, batch_tokens=200)
     assert len(calls) == adapter.forwards == task.num_forwards(200) > 1
     assert not any(calls)
     assert adapter.training

@@ -24,7 +24,6 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.core.manifest import write_manifest
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash, tokenizer_identity
 from megatron_sas.export.hf import from_hf, to_hf
-from megatron_sas.export.model_card import describe_schedule
 from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
 from megatron_sas.run.reading import FORMAT, VERSION, load_model, read_model, write_model_config, write_weights
@@ -147,7 +146,7 @@ def test_the_model_card_says_how_the_model_came_about(run, exported, tmp_path):
         "# toy-run, step 3",
         "| updates | 3 |",
         f"| tokens | {3 * 8 * 32} |",
-        "| λ | 0.1 from update 0 until update 4; otherwise 0 |",
+        "| λ | 0.1 in steps 0 to 4, then 0 |",
         "| R | mode max, directions both, reduction sequence |",
         "| seed | 1234 |",
         "| sequences | 24 of 32 tokens |",
@@ -163,22 +162,6 @@ def test_the_model_card_says_how_the_model_came_about(run, exported, tmp_path):
     shutil.copytree(checkpoint(run, 3), tmp_path / "moved")  # a checkpoint without its run has no evaluation
     to_hf(tmp_path / "moved", tmp_path / "moved-hf")
     assert "Evaluation" not in (tmp_path / "moved-hf" / "README.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("stages", "words"),
-    [
-        ([], "0 throughout"),
-        ([{"start": 0, "value": -0.02}], "-0.02 from update 0 on; otherwise 0"),
-        (
-            [{"start": 3000, "value": 0.5, "end": 4000, "end_value": 0.0}, {"start": 0, "value": 0.001, "end": 3000}],
-            "0.001 from update 0 until update 3,000; 0.5 to 0, linearly, from update 3,000 until update 4,000; "
-            "otherwise 0",
-        ),
-    ],
-)
-def test_schedules_in_words(stages, words):
-    assert describe_schedule(stages) == words
 
 
 def refused(function, *arguments, **options) -> str:

@@ -1,18 +1,16 @@
-"""tools/eval_syntax.py and tools/eval_blimp.py from the command line, on a small random model."""
+"""tools/eval_syntax.py and tools/eval_blimp.py as commands in this process, on a small random model."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from bert_pairs import tiny_hf_bert
+from tool_calls import exit_code
 from transformers import BertTokenizerFast
 
 from megatron_sas.core.cli import InputError
@@ -23,19 +21,21 @@ from megatron_sas.evaluation.treebank import load_treebank
 from megatron_sas.evaluation.uas import TreebankTask
 from megatron_sas.run.reading import load_model
 
-ROOT = Path(__file__).resolve().parents[2]
 WORDS = "the a old dog dogs cat cats saw see sees bark barks run runs .".split()  # noqa: SIM905
 PAIR = {"field": "morphology", "linguistics_term": "agreement", "UID": "agreement_1"}
 
 
-def run_tool(name, *arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "tools" / name, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT.parent,
-        env={**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"},
-    )
+@pytest.fixture
+def run_tool(capsys):
+    """Runs a tool in this process; gives its exit code and what it printed."""
+
+    def run(name, *arguments):
+        capsys.readouterr()
+        code = exit_code(name, *arguments)
+        printed = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=printed.out, stderr=printed.err)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +72,10 @@ def inputs(tmp_path_factory):
     return path
 
 
-@pytest.mark.slow
-def test_syntax_writes_the_result_and_prints_the_table(inputs, tmp_path):
+def test_syntax_writes_the_result_and_prints_the_table(run_tool, inputs, tmp_path):
     output = tmp_path / "syntax.json"
     model, treebank = inputs / "model", inputs / "treebank.jsonl"
-    done = run_tool("eval_syntax.py", "--model", model, "--treebank", treebank, "--output", output, "--device", "cpu")
+    done = run_tool("eval_syntax", "--model", model, "--treebank", treebank, "--output", output, "--device", "cpu")
     assert (done.returncode, done.stderr) == (0, "")
     record = json.loads(output.read_text())
     own_model, tokenizer = load_model(model)
@@ -104,20 +103,19 @@ def test_syntax_writes_the_result_and_prints_the_table(inputs, tmp_path):
     assert record["unknown"]["num_unknown"] == 0 and "0 of 420 pieces of these words are [UNK] (0.00%)" in lines
 
     arguments = ("--model", model, "--treebank", treebank, "--output", output)
-    refused = run_tool("eval_syntax.py", *arguments)
+    refused = run_tool("eval_syntax", *arguments)
     assert refused.returncode == 2
     assert refused.stderr == f"error: {output}: exists already; choose another output or pass --overwrite\n"
-    beside = run_tool("eval_syntax.py", *arguments, "--untrained", model, "--overwrite")
+    beside = run_tool("eval_syntax", *arguments, "--untrained", model, "--overwrite")
     assert beside.returncode == 0, beside.stderr
     assert json.loads(output.read_text())["untrained"]["uas"] == record["uas"]
     assert f"untrained model  {record['uas']:.4f}" in beside.stdout
 
 
-@pytest.mark.slow
-def test_blimp_writes_the_result_and_prints_the_table(inputs, tmp_path):
+def test_blimp_writes_the_result_and_prints_the_table(run_tool, inputs, tmp_path):
     output = tmp_path / "blimp.json"
     arguments = ("--model", inputs / "model", "--blimp", inputs / "blimp", "--output", output)
-    done = run_tool("eval_blimp.py", *arguments, "--metric", "within_word_l2r", "--pairs-per-set", 2)
+    done = run_tool("eval_blimp", *arguments, "--metric", "within_word_l2r", "--pairs-per-set", 2)
     assert (done.returncode, done.stderr) == (0, "")
     record = json.loads(output.read_text())
     model, tokenizer = load_model(inputs / "model")
@@ -136,13 +134,12 @@ def test_blimp_writes_the_result_and_prints_the_table(inputs, tmp_path):
     assert "  agreement " in done.stdout
 
 
-@pytest.mark.slow
-def test_ties_are_printed_with_a_warning_and_recorded_per_set(inputs, tmp_path):
+def test_ties_are_printed_with_a_warning_and_recorded_per_set(run_tool, inputs, tmp_path):
     shutil.copytree(inputs / "blimp", tmp_path / "blimp")
     line = {**PAIR, "UID": "same", "sentence_good": "The dog barks.", "sentence_bad": "The dog barks."}
     (tmp_path / "blimp" / "same.jsonl").write_text(json.dumps(line) + "\n")
     arguments = ("--model", inputs / "model", "--blimp", tmp_path / "blimp", "--output", tmp_path / "out.json")
-    done = run_tool("eval_blimp.py", *arguments)
+    done = run_tool("eval_blimp", *arguments)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out.json").read_text())
     assert {uid: (row["ties"], row["identical"]) for uid, row in record["sets"].items()} == {
@@ -153,13 +150,12 @@ def test_ties_are_printed_with_a_warning_and_recorded_per_set(inputs, tmp_path):
     assert "warning: 1 ties, which count as wrong; 1 pairs of identical sentences" in done.stdout
 
 
-@pytest.mark.slow
-def test_bf16_is_close_and_recorded(inputs, tmp_path):
+def test_bf16_is_close_and_recorded(run_tool, inputs, tmp_path):
     sentences = load_blimp(inputs / "blimp")
     model, tokenizer = load_model(inputs / "model", torch.device("cpu"))
     exact = BlimpTask(sentences, tokenizer).evaluate(model)
     done = run_tool(
-        "eval_blimp.py", "--model", inputs / "model", "--blimp", inputs / "blimp", "--output", tmp_path / "out.json",
+        "eval_blimp", "--model", inputs / "model", "--blimp", inputs / "blimp", "--output", tmp_path / "out.json",
         "--precision", "bf16",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -180,25 +176,25 @@ def test_outputs_that_cannot_be_written_are_refused_before_any_work(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_bad_input_is_one_line_and_leaves_nothing(inputs, tmp_path):
+def test_bad_input_is_one_line_and_leaves_nothing(run_tool, inputs, tmp_path):
     output = tmp_path / "out" / "result.json"
     syntax = {"--model": inputs / "model", "--treebank": inputs / "treebank.jsonl", "--output": output}
     blimp = {"--model": inputs / "model", "--blimp": inputs / "blimp", "--output": output}
     shutil.copytree(inputs / "model", tmp_path / "wordless")
     (tmp_path / "wordless" / "tokenizer.json").unlink()
     for tool, good, change, message in [
-        ("eval_blimp.py", blimp, {"--model": tmp_path / "wordless"}, "no word is among the tokenizer's 5 entries"),
-        ("eval_syntax.py", syntax, {"--model": tmp_path / "none"}, "none: no such directory"),
-        ("eval_syntax.py", syntax, {"--untrained": inputs / "other"}, "other: tokenizer or maximum length differs"),
+        ("eval_blimp", blimp, {"--model": tmp_path / "wordless"}, "no word is among the tokenizer's 5 entries"),
+        ("eval_syntax", syntax, {"--model": tmp_path / "none"}, "none: no such directory"),
+        ("eval_syntax", syntax, {"--untrained": inputs / "other"}, "other: tokenizer or maximum length differs"),
         (
-            "eval_syntax.py",
+            "eval_syntax",
             syntax,
             {"--model": tmp_path / "missing", "--output": tmp_path},
             f"{tmp_path}: is a directory",
         ),
-        ("eval_syntax.py", syntax, {"--device": "cuda:99"}, "--device: 'cuda:99' is not available here"),
-        ("eval_blimp.py", blimp, {"--blimp": tmp_path}, "no .jsonl files in it"),
-        ("eval_blimp.py", blimp, {"--pairs-per-set": 0}, "pairs_per_set: 0 is below 1"),
+        ("eval_syntax", syntax, {"--device": "cuda:99"}, "--device: 'cuda:99' is not available here"),
+        ("eval_blimp", blimp, {"--blimp": tmp_path}, "no .jsonl files in it"),
+        ("eval_blimp", blimp, {"--pairs-per-set": 0}, "pairs_per_set: 0 is below 1"),
     ]:
         arguments = [item for pair in {**good, **change}.items() for item in pair]
         done = run_tool(tool, *arguments)

@@ -11,7 +11,7 @@ from megatron_sas.config import load_config
 from megatron_sas.data.mlm_dataset import validation_batches
 from megatron_sas.data.packed import PackedData
 from megatron_sas.evaluation import observers
-from megatron_sas.evaluation.validation import VALIDATION_SEED
+from megatron_sas.evaluation.text import VALIDATION_SEED
 from megatron_sas.run.reading import load_model
 from megatron_sas.run.records import read_records
 
