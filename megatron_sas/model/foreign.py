@@ -149,15 +149,16 @@ def load_foreign(path: Path) -> ForeignModel:
     if config.is_encoder_decoder or getattr(config, "is_decoder", False):
         raise InputError(f"{kind} is a decoder or has one; give an encoder")
     try:
-        model, info = AutoModelForMaskedLM.from_pretrained(
-            path,
-            config=config,
-            trust_remote_code=False,
-            local_files_only=True,
-            attn_implementation="eager",
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        with _without_progress_bar():
+            model, info = AutoModelForMaskedLM.from_pretrained(
+                path,
+                config=config,
+                trust_remote_code=False,
+                local_files_only=True,
+                attn_implementation="eager",
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
     except Exception as error:
         raise InputError(f"{path}: transformers cannot load it ({first_line(error)})") from None
     if missing := sorted(info["missing_keys"]):
@@ -168,6 +169,20 @@ def load_foreign(path: Path) -> ForeignModel:
             f"{path}: {sorted(others)[0]} is no part of a {type(model).__name__}; give the files as they were saved"
         )
     return ForeignModel(model.eval())
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """A trajectory loads many models, and has a bar of its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _mask(input_ids: Tensor, seqlens: Tensor | None) -> Tensor:
