@@ -17,9 +17,11 @@ from torch import Tensor
 from megatron_sas.core.cli import InputError
 from megatron_sas.export.hf import to_hf
 from megatron_sas.kernels.reference import attention_probs
+from megatron_sas.model.architectures import build_model
 from megatron_sas.model.attention import QueriesKeys
 from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
+from megatron_sas.model.modernbert import ModernBertConfig
 from megatron_sas.objective.base import Batch, Counts
 from megatron_sas.objective.entropy import EntropySection, EntropyTerm
 from megatron_sas.objective.offset import OffsetSection, OffsetTerm
@@ -113,6 +115,29 @@ def test_local_layers_have_the_entropy_of_what_they_see():
     wanted = [x for q, k, _ in layers for x in (q, k)]
     for mine, true in zip(*(torch.autograd.grad(x.sum(), wanted) for x in (found, expected)), strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-7, atol=1e-9)
+
+
+def test_a_modernbert_has_the_entropy_of_its_own_maps():
+    """Global and local layers, with rotated queries and keys; gradients of all weights."""
+    inputs, real = make_batch(2, 24, 5)
+    config = ModernBertConfig(
+        num_layers=4, hidden_size=32, num_heads=4, intermediate_size=48, vocab_size=61, max_position_embeddings=64,
+        local_attention=6, pad_token_id=PAD,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    module = MaskedLMWithTerms(build_model(config), {"entropy": EntropyTerm(EntropySection(), SPECIAL)}).double()
+    parts = module(*vars(inputs).values(), mlm_scale=0.0, term_scales={"entropy": -0.3})
+    parts.loss.backward()
+    found = {name: p.grad.clone() for name, p in module.bert.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    maps = []
+    module.bert(inputs.input_ids, attention_observer=lambda layer, probs: maps.append(probs))
+    expected = by_maps(torch.stack(maps), real).sum()
+    torch.testing.assert_close(parts.term_sums["entropy"], expected.detach(), rtol=1e-9, atol=1e-12)
+    (-0.3 * expected).backward()
+    for name, parameter in module.bert.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-7, atol=1e-9)
 
 
 def test_a_sequence_of_padding_counts_nothing():
