@@ -20,10 +20,11 @@ _NEXT_TO_NOTHING = 64  # bytes: an archive of nothing has some 30, and so the sa
 
 
 class Documents:
-    """The documents of the packed data `prefix`, by its header."""
+    """The documents of the packed data `prefix`, by its header. `settings`: those of the data or of their parts, [{}]
+    where none are known (imported data)."""
 
     def __init__(self, prefix: str, header: dict[str, Any]) -> None:
-        self.prefix = prefix
+        self.prefix, self.header = prefix, header
         self.content = set(_fingerprints(header))
         self.inputs = dict(_inputs(header))  # what tells an input from all others: its name
         self.settings = _settings(header) or [{}]

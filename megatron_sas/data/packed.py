@@ -168,6 +168,20 @@ class PackedData:
         return self.num_sequences
 
 
+def check_same_form(field: str, part: PackedData, first: PackedData) -> None:
+    """Raise `InputError`, with the name of the field, for data of other tokenizers or lengths, which do not mix."""
+    if not part.tokenizer.identity.matches(first.tokenizer.identity):
+        raise InputError(
+            f"{field}: {part.prefix} and {first.prefix} were made with different tokenizers; preprocess with one "
+            "--tokenizer"
+        )
+    if part.seq_length != first.seq_length:
+        raise InputError(
+            f"{field}: {part.prefix} has sequences of {part.seq_length} tokens, {first.prefix} of {first.seq_length}; "
+            "preprocess with one --seq-length"
+        )
+
+
 def packed_header(prefix: str | Path) -> dict[str, Any]:
     """PREFIX.json; `InputError` when it is missing or no header of packed data that this program reads."""
     path = f"{prefix}.json"

@@ -64,19 +64,10 @@ def gold_units(sentences: Iterable[ConlluSentence], paragraphs: bool) -> list[Go
 def _unit(sentences: list[ConlluSentence]) -> GoldUnit:
     parses, characters, words = [], 0, 0
     for sentence in sentences:
-        spans = np.array(sentence.spans, dtype=np.int64)
-        count = len(spans)
-        parse = Parse(
-            starts=spans[:, 0],
-            ends=spans[:, 1],
-            heads=np.array(sentence.heads, dtype=np.int64),
-            relations=np.zeros(count, dtype=np.int64),
-            sentence_starts=np.arange(count) == 0,
-            is_word=np.ones(count, dtype=bool),
-        )
+        parse = Parse.of_words(sentence.spans, sentence.heads, np.zeros(len(sentence.words)))
         parses.append(parse.shifted(characters, words))
         characters += len(sentence.text) + 1
-        words += count
+        words += len(sentence.words)
     relations = [name.split(":")[0] for sentence in sentences for name in sentence.deprels]
     return GoldUnit(" ".join(sentence.text for sentence in sentences), Parse.concatenate(parses), relations)
 

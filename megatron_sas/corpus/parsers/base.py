@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -28,6 +29,16 @@ class Parse:
     relations: np.ndarray
     sentence_starts: np.ndarray
     is_word: np.ndarray
+
+    @classmethod
+    def of_words(
+        cls, spans: ArrayLike, heads: ArrayLike, relations: ArrayLike, sentence_starts: ArrayLike | None = None
+    ) -> Parse:
+        """Words, with no white space among them, that have the characters `spans` (W, 2); by default one sentence."""
+        spans = np.array(spans, dtype=np.int64).reshape(-1, 2)
+        starts = np.arange(len(spans)) == 0 if sentence_starts is None else np.array(sentence_starts, dtype=bool)
+        heads, relations = np.array(heads, dtype=np.int64), np.array(relations, dtype=np.int64)
+        return cls(spans[:, 0], spans[:, 1], heads, relations, starts, np.ones(len(spans), dtype=bool))
 
     def shifted(self, characters: int, words: int) -> Parse:
         """The same words `characters` further on, after `words` other words."""
@@ -83,8 +94,3 @@ class Parser(ABC):
     @abstractmethod
     def parse(self, contents: list[Any], encodings: list[Encoding], names: RelationNames) -> Iterator[Parse]:
         """Parse units in order; `encodings` are the same units as the tokenizer cut them."""
-
-    @staticmethod
-    def text(content: Any) -> str:
-        """The text of a unit's content: a paragraph is its own."""
-        return content

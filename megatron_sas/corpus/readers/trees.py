@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 from megatron_sas.core.cli import InputError
 
@@ -34,6 +35,16 @@ def tree_fault(heads: Sequence[int]) -> tuple[int, str] | None:
         for visited in path:
             state[visited] = 2
     return None
+
+
+def word_spans(words: Sequence[str], token: str, start: int, end: int) -> list[tuple[int, int]]:
+    """Characters [start, end) of each word of a token, which has those from `start` to `end`.
+
+    They follow each other if the words spell the token; else the first has all and the others an empty span.
+    """
+    if "".join(words) == token and len(token) == end - start:
+        return list(pairwise(accumulate(map(len, words), initial=start)))
+    return [(start, end)] + [(end, end)] * (len(words) - 1)
 
 
 def is_blanked(words: Sequence[str]) -> bool:

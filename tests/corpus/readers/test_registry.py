@@ -97,7 +97,7 @@ def test_long_paragraphs_are_cut_at_spaces(tmp_path):
     parts = [unit.content for unit in read_units([str(path)], reading)]
     assert "".join("".join(parts).split()) == "".join(text.split())
     assert all(len(part) <= 20 for part in parts) and parts[0] == "word word word word"
-    assert reading.paragraphs_cut == len(parts) - 1
+    assert reading.counts["paragraphs_cut"] == len(parts) - 1
 
 
 def test_conllu(tmp_path):
@@ -141,7 +141,7 @@ def test_control_characters_are_taken_out(tmp_path):
     path.write_text(json.dumps({"text": "a\x00b\x0bc\r\n\ufeffd\te\x85f \x1b[1mg"}) + "\n")
     reading = Reading()
     assert [unit.content for unit in read_units([str(path)], reading)] == ["ab c", "d\te f [1mg"]
-    assert reading.paragraphs_with_controls == 2
+    assert reading.counts["paragraphs_with_controls"] == 2
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
