@@ -1,8 +1,8 @@
 """A tokenised Hugging Face dataset with dependency heads, as the paper published it → packed data.
 
-Columns: `input_ids`, `heads` (position of the head's first piece in the same row) and `relns` (number or name of the
-relation); -1 is none. Rows `[CLS] … [SEP]` of exactly the sequence length are taken as they are; the pieces of all
-others (shorter, longer, padded) are packed anew.
+Columns: `input_ids`, `heads` (position of the head's first token in the same row) and `relns` (number or name of the
+relation); -1 is none. Rows `[CLS] … [SEP]` of exactly the sequence length are taken as they are; all others (shorter,
+longer, padded) are packed again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_sas.core.cli import InputError, progress
 from megatron_sas.corpus.build.pack import Packer
-from megatron_sas.corpus.build.packed_writer import PackedWriter, check_seq_length, relation_number
+from megatron_sas.corpus.build.packed_writer import MAX_RELATIONS, PackedWriter, check_seq_length
 from megatron_sas.corpus.build.skipped import add_example
 from megatron_sas.corpus.parsers.base import RelationNames
 from megatron_sas.corpus.readers.hub import read_rows
@@ -68,7 +68,7 @@ def import_dataset(
     relations: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write packed data and return its header, whose `counts` say what could be used and what was left out.
+    """Write packed data and return its header, whose `counts` are of what was used and what was left out.
 
     The arguments are those of `tools/import_dataset.py`, whose --help explains each.
 
@@ -165,7 +165,7 @@ class _Reader:
             self._given = Path(relations).read_text(encoding="utf-8").split()
             if not self._given:
                 raise InputError(f"--relations {relations}: is empty; give a name a line, that of number 0 first")
-        self.names = RelationNames()
+        self.names = RelationNames(MAX_RELATIONS)
         self.counts: Counter[str] = Counter()
 
     def __call__(self, tokens: list[int], heads: list[int], relations: list[Any]) -> _Row:
@@ -205,7 +205,7 @@ class _Reader:
             if value >= len(self._given):
                 raise InputError(f"--relations: names {len(self._given)} relations, but the dataset has number {value}")
             value = self._given[value]
-        return relation_number(self.names, value)
+        return self.names.number(value)
 
 
 def _word_starts(was_word: np.ndarray, special: np.ndarray, continuation: np.ndarray) -> np.ndarray:
@@ -238,7 +238,7 @@ def _boundaries(words: np.ndarray, heads: np.ndarray, special: np.ndarray) -> np
 
 
 def _pack(packer: Packer, row: _Row, special_ids: tuple[int, ...]) -> int:
-    """Hand the runs between special tokens to the packer, each as a document of its own; returns edges between them."""
+    """Hand the runs between special tokens to the packer, each as a document; returns how many edges lead across."""
     special = np.isin(row.tokens, special_ids)
     run = np.cumsum(special)
     edge = row.heads >= 0  # neither at special tokens nor to them

@@ -109,7 +109,7 @@ class MixedData:
 
     @property
     def header(self) -> dict[str, Any]:
-        """What the parts' headers say of their origin, together."""
+        """The parts' records of their origin, together."""
         headers, counts = [part.header for part in self.parts], Counter()
         for header in headers:
             counts.update(header.get("counts", {}))

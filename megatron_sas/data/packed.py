@@ -33,7 +33,7 @@ class TokenizerIdentity:
     digest: str | None = None
 
     def matches(self, other: TokenizerIdentity) -> bool:
-        """Whether both are of the same tokenizer, as far as both say."""
+        """Whether both are of the same tokenizer, by what both record."""
         return self.hash == other.hash and (None in (self.digest, other.digest) or self.digest == other.digest)
 
 
@@ -138,7 +138,7 @@ class PackedData:
             raise InputError(
                 f"{path}: was made for other tokens than those of {self.prefix}.bin; run tools/make_control.py again"
             )
-        for name, digest in header.get("base_files", {}).items():  # streams of earlier versions do not say
+        for name, digest in header.get("base_files", {}).items():  # streams of earlier versions have none
             if self.header["files"][name].get("sha256") != digest:
                 raise InputError(
                     f"{path}: was made from another {self.prefix}.{name} than the present one; run "

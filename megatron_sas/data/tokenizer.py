@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SPECIAL_NAMES = ("pad", "unk", "cls", "sep", "mask")
 
-# Cut into pieces for `tokenizer_digest`, which headers and checkpoints hold: never change it.
+# Cut into tokens for `tokenizer_digest`, which headers and checkpoints hold: never change it.
 _PROBE = (
     "The QUICK brown Fox's e-mail: café, CAFÉ, cafe\u0301, naïve, Straße, STRASSE, İstanbul, ﬁne",
     "  spaces  two\tTab\u00a0no-break\u3000wide\u200bzero\u00adsoft \u2581 ##ing ▁the Ġthe ",
@@ -125,9 +125,9 @@ def _from_directory(path: Path) -> PreTrainedTokenizerFast:
 
 
 def _warn_of_other_reading(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Say on stderr, once, when a tokenizer does something else than its tokenizer.json says.
+    """Warn on stderr, once, about a tokenizer that does something else than its tokenizer.json holds.
 
-    transformers 5 rebuilds BERT's tokenizers from tokenizer_config.json, and lower-cases where that says nothing.
+    transformers 5 rebuilds BERT's tokenizers from tokenizer_config.json, and lower-cases where that has no setting.
     """
     file = path / "tokenizer.json"
     if path in _warned or not file.is_file() or not getattr(tokenizer, "is_fast", False):
@@ -185,7 +185,7 @@ def _os_errors(directory: Path) -> Iterator[None]:
 
 
 def knows_words(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether it cuts text into words before it cuts these into pieces; some take a whole text for one word."""
+    """Whether it cuts text into words before it cuts these into tokens; some take a whole text for one word."""
     backend = tokenizer.backend_tokenizer
     text = "a b" if backend.normalizer is None else backend.normalizer.normalize_str("a b")
     return backend.pre_tokenizer is not None and len(backend.pre_tokenizer.pre_tokenize_str(text)) > 1
@@ -296,7 +296,7 @@ def plain_text_tokenizer(serialised: str) -> Tokenizer:
 
 
 def _without_special_tokens(parts: dict[str, Any]) -> dict[str, Any]:
-    """A serialised tokenizer whose model cannot use its special tokens as pieces of a text.
+    """A serialised tokenizer whose model cannot use its special tokens for a text.
 
     `encode_special_tokens` alone keeps the text in front of the model whole, but "[SEP]" is among the model's own
     entries: a unigram model gives it the best score of all, and others find it where text is cut at white space only.

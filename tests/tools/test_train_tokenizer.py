@@ -9,7 +9,7 @@ import lzma
 import numpy as np
 import pytest
 import torch
-from engine_runs import launch, train, write_inputs
+from engine_runs import train, write_inputs
 from tool_calls import run_tool
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -49,22 +49,11 @@ def write_pairs(directory):
 
 
 @pytest.mark.parametrize(("kind", "size"), [("wordpiece", 45), ("unigram", 30), ("bpe", 45)])
-def test_every_kind_trains_and_evaluates(kind, size, tmp_path):
+def test_every_kind_trains_and_evaluates(kind, size, tmp_path, capsys):
     corpus, pairs = write_corpus(tmp_path / "corpus.conllu"), write_pairs(tmp_path / "blimp")
     tokenizer_path = tmp_path / "tokenizer"
-    printed = launch(
-        *(
-            "tools/train_tokenizer.py",
-            "--input",
-            corpus,
-            "--type",
-            kind,
-            "--vocab-size",
-            size,
-            "--output",
-            tokenizer_path,
-        )
-    )
+    arguments = ("--input", corpus, "--type", kind, "--vocab-size", size, "--output", tokenizer_path)
+    printed = run_tool(capsys, "train_tokenizer", *arguments).stdout
     assert f"{tokenizer_path}: {kind} with {size} entries from 384 paragraphs" in printed
 
     header, _ = preprocess(

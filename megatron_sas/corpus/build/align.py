@@ -48,7 +48,7 @@ def align(token_starts: np.ndarray, token_ends: np.ndarray, parse: Parse, text: 
         token_starts, token_ends: (P,) int64 character offsets in `text`, ascending. parse: words of `text`.
     """
     words = _containing_word(token_starts, parse)
-    # Some tokenizers count the space before a word to its first piece. Only such pieces can begin outside all words.
+    # Some tokenizers count the space before a word to its first token. Only such tokens can begin outside all words.
     outside = (words < 0) | ~np.append(parse.is_word, False)[words]
     if outside.any():
         spans = zip(token_starts[outside], token_ends[outside], strict=True)

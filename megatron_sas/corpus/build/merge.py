@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sas.core.cli import InputError, progress
-from megatron_sas.corpus.build.packed_writer import PackedWriter, relation_number
+from megatron_sas.corpus.build.packed_writer import MAX_RELATIONS, PackedWriter
 from megatron_sas.corpus.build.skipped import EXAMPLES
 from megatron_sas.corpus.parsers.base import RelationNames
 from megatron_sas.corpus.readers.registry import dataset_of
@@ -45,7 +45,7 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
     headers = [part.header for part in parts]
     differing = [name for name in ("settings", "parser") if any(h.get(name) != headers[0].get(name) for h in headers)]
     first = PackedData(filled[0].prefix)
-    names, entries = RelationNames(), []
+    names, entries = RelationNames(MAX_RELATIONS), []
     total = sum(header["num_sequences"] for header in headers)
     with (
         PackedWriter(output, first.seq_length, first.tokenizer, overwrite) as writer,
@@ -54,7 +54,7 @@ def merge(prefixes: list[str], output: str, overwrite: bool = False) -> dict[str
         for part in (PackedData(documents.prefix) for documents in filled):
             check_same_form("--inputs", part, first)
             part.verify()
-            numbers = np.array([relation_number(names, name) for name in part.relations], np.uint8)
+            numbers = np.array([names.number(name) for name in part.relations], np.uint8)
             for start in range(0, len(part), _BLOCK):
                 rows = slice(start, start + _BLOCK)
                 writer.add(part.tokens[rows], part.heads[rows], part.boundaries[rows], numbers[part.deprels[rows]])
@@ -101,7 +101,7 @@ def _check_versions(parts: list[Documents]) -> None:
 
 
 def _joined(headers: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the headers say of the data's origin and content, together."""
+    """The headers' records of the data's origin and content, together."""
     parsers = [header.get("parser") or {"name": "unknown"} for header in headers]
     same = all(parser == parsers[0] for parser in parsers)
     counts, report = Counter(), {}

@@ -1,6 +1,6 @@
 """Writing packed data (docs/architecture.md, "Packed data"): all of it appears at the end, or nothing.
 
-The files grow in a hidden folder beside the output and are renamed when they are complete, the header last. A process
+The files grow in a hidden folder next to the output and are renamed when they are complete, the header last. A process
 that is killed leaves its folder behind; the next one that writes the same output removes it.
 """
 
@@ -23,7 +23,6 @@ import numpy as np
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import check_absent, fsync_directory, fsync_file, write_json_atomic
-from megatron_sas.corpus.parsers.base import RelationNames
 from megatron_sas.corpus.readers.text_lines import check_file_name
 from megatron_sas.data.checksums import describe_file
 from megatron_sas.data.indexed_dataset import token_dtype, write_index
@@ -105,14 +104,6 @@ def publish(files: dict[Path, Path]) -> None:
         fsync_directory(header[1].parent)
 
 
-def relation_number(names: RelationNames, name: str) -> int:
-    """The number of a relation's name; `InputError` when a byte cannot hold one more."""
-    number = names.number(name)
-    if number > MAX_RELATIONS:
-        raise InputError(f"there are more than {MAX_RELATIONS} relation names; merge some of them in the parses")
-    return number
-
-
 def check_seq_length(seq_length: int) -> None:
     """Refuse sequences that the format cannot hold (`InputError`)."""
     if not MIN_SEQ_LENGTH <= seq_length <= MAX_SEQ_LENGTH:
@@ -121,7 +112,7 @@ def check_seq_length(seq_length: int) -> None:
 
 @contextlib.contextmanager
 def temporary_folder(prefix: Path) -> Iterator[Path]:
-    """A folder beside the output (so that renaming out of it is atomic), removed in every case but a kill."""
+    """A folder next to the output (so that renaming out of it is atomic), removed in every case but a kill."""
     remove_leftovers(prefix)
     folder = Path(tempfile.mkdtemp(dir=prefix.parent, prefix=f".{prefix.name}.", suffix=".tmp"))
     try:

@@ -16,7 +16,7 @@ from megatron_sas.core.cli import InputError, progress
 from megatron_sas.core.files import sha256_file
 from megatron_sas.corpus.build.documents import Exclusions, Selection, Split
 from megatron_sas.corpus.build.pack import Packer
-from megatron_sas.corpus.build.packed_writer import PackedWriter, check_seq_length, relation_number
+from megatron_sas.corpus.build.packed_writer import MAX_RELATIONS, PackedWriter, check_seq_length
 from megatron_sas.corpus.build.skipped import Report, SkipReport, add_example
 from megatron_sas.corpus.build.workers import CHUNK_CHARACTERS, ChunkResult, WorkerSettings, chunks, process_chunks
 from megatron_sas.corpus.parsers.base import RelationNames
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _FOREIGN = "foreign to the tokenizer"
 _LONG_WORD = "a word too long for the tokenizer, now one [UNK]"
-# In the header; docs/data.md explains them.
+# In the header, in this order.
 COUNTS = (
     *("documents", "empty_documents", "unparsed_documents", "documents_of_other_split", "documents_excluded"),
     *("sentences", "words", "words_without_piece", "edges_without_piece", "words_too_long", "words_cut"),
@@ -66,8 +66,7 @@ def preprocess(
 ) -> tuple[dict[str, Any], float]:
     """Make packed data from text and return its header and the seconds that reading, parsing and packing took.
 
-    Everything is written in a temporary folder beside the output and renamed at the end, the header last. The bytes
-    depend on the inputs, the tokenizer, the parser and the settings in `provenance_of`, not on `workers`.
+    The bytes depend on the inputs, the tokenizer, the parser and the settings in `provenance_of`, not on `workers`.
 
     Args:
         provenance: `provenance_of(settings)`, if it is known already.
@@ -133,7 +132,7 @@ def tokenizer_of(settings: PreprocessSettings) -> PreTrainedTokenizerFast:
 
 
 def provenance_of(settings: PreprocessSettings) -> dict[str, Any]:
-    """What the header says of the data's origin: parser, inputs (with their hashes), and the settings that matter.
+    """The header's record of the data's origin: parser, inputs (with their hashes), and the settings that matter.
 
     Equal provenance, tokenizer and sequence length mean equal data.
     """
@@ -157,7 +156,7 @@ def provenance_of(settings: PreprocessSettings) -> dict[str, Any]:
 def remarks(header: dict[str, Any], *, warnings_only: bool = False) -> list[str]:
     """What a user should read about packed data, by its header: the share of [UNK], and words that are too long.
 
-    With `warnings_only` the share only if it is high. Headers of earlier versions say nothing of either.
+    With `warnings_only` the share only if it is high. Headers of earlier versions have neither.
     """
     counts, lines = header["counts"], []
     unknown = Unknown(counts["pieces"], counts.get("pieces_unknown", 0))
@@ -173,7 +172,7 @@ def _pack_inputs(
     settings: PreprocessSettings, selection: Selection, worker: WorkerSettings, packer: Packer, chunk_characters: int
 ) -> tuple[dict[str, int], list[str], Report]:
     """Read, parse, align and pack everything; returns the counts, the relation names and what was found wrong."""
-    reading, names = settings.reading(), RelationNames()
+    reading, names = settings.reading(), RelationNames(MAX_RELATIONS)
     skipped, found, counts = reading.skipped, {}, Counter()
     with progress(unit=" words", unit_scale=True, desc="preprocessing") as bar:
         used = _used(selection.apply(read_units(settings.inputs, reading)), skipped)
@@ -215,7 +214,7 @@ def _pack(packer: Packer, units: list[Unit], result: ChunkResult, names: Relatio
     used, first = np.unique(result.streams[3], return_index=True)
     numbers = np.zeros(len(result.names), dtype=np.uint8)
     for local in used[np.argsort(first)]:
-        numbers[local] = relation_number(names, result.names[local])
+        numbers[local] = names.number(result.names[local])
     streams = [*result.streams[:3], numbers[result.streams[3]]]
     starts = [number for number, unit in enumerate(units) if unit.starts_document and number]
     for begin, end in pairwise([0, *starts, len(units)]):  # the first may continue a document of the chunk before

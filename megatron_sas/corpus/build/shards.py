@@ -1,4 +1,4 @@
-"""Shards in, shards out: every input becomes packed data of its own, whole or absent, left alone when it is done."""
+"""Shards in, shards out: every input becomes its own packed data, whole or absent, left alone when it is done."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def preprocess_shards(
             output made with other settings is such a failure (unless `overwrite`), and is left as it is.
     """
     check_settings(settings)
-    tokenizer_of(settings)  # what is wrong with it or the parser is said once, not for every shard
+    tokenizer_of(settings)  # a fault of it or the parser is reported once, not for every shard
     describe_parser(settings.parser)
     names = [reader_of(name).output_name(name) for name in settings.inputs]
     if (double := repeated_name(names)) is not None:

@@ -1,4 +1,4 @@
-"""What every reader of inputs shares: the units it yields, how it reads, and what it says of an input by its name."""
+"""What every reader of inputs shares: the units it yields, how it reads, and what it derives from an input's name."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Reading:
     text_field: str = "text"
     on_error: OnError = None
     skipped: SkipReport = field(default_factory=SkipReport)
-    rows_per_document: int | None = None  # a document is so many records, whatever the input says
+    rows_per_document: int | None = None  # a document is this many records, whatever the input marks
     line_breaks: LineBreaks = "auto"  # whether a line is a paragraph, or a part of one
     max_unit_characters: int = MAX_UNIT_CHARACTERS
     counts: Counter[str] = field(default_factory=Counter)
@@ -163,7 +163,7 @@ def check_share(option: str, value: float) -> None:
 class Reader:
     """Reads the files of one suffix. Readers of datasets replace the methods, each of which takes an input's name.
 
-    `remark`: what --help says of it. `gold`: its units are sentences with heads, for the parser that takes these.
+    `remark`: its note in --help. `gold`: its units are sentences with heads, for the parser that takes these.
     """
 
     units: Callable[[str, Reading], Iterator[Unit]]

@@ -39,7 +39,7 @@ def check_name(name: str) -> re.Match[str]:
 def open_dataset(name: str, block: int = 1) -> Any:
     """The dataset `hf:NAME[@REVISION][:CONFIG]:SPLIT[@k/n]`: NAME on the hub or a folder of files (streamed), or a
     folder that `save_to_disk` wrote (memory-mapped). Part k of n is every n-th file where there are that many, else
-    every n-th row group of Parquet files, else (said on stderr) every n-th row; of a saved dataset every n-th row.
+    every n-th row group of Parquet files, else (noted on stderr) every n-th row; of a saved dataset every n-th row.
     Where `block` rows belong together (more than one), it is the k-th range of these or every n-th block of rows.
 
     Raises:
@@ -72,7 +72,7 @@ def dataset_version(name: str) -> dict[str, Any]:
     with _opened(name) as (match, source, saved):
         if saved:
             return _content(entry["filename"] for entry in source.cache_files)
-        _stream(source, match["split"])  # a wrong split is said before anything is read
+        _stream(source, match["split"])  # a wrong split is reported before anything is read
         if Path(match["dataset"]).is_dir():
             files = {str(split): paths for split, paths in source.config.data_files.items()}
             splits = files if match["split"] == "all" else match["split"].split("+")
@@ -106,7 +106,7 @@ def _opened(name: str) -> Iterator[tuple[re.Match[str], Any, bool]]:
         yield match, *_source(name, match)
     except InputError:
         raise
-    except Exception as error:  # the library raises many kinds for wrong names, and its own text says which
+    except Exception as error:  # the library raises many kinds for wrong names; its own text explains
         remedy = "; without a network give a folder of its files" if isinstance(error, ConnectionError) else ""
         raise InputError(f"--input {name}: cannot be opened ({kind_and_reason(error)}){remedy}") from error
 

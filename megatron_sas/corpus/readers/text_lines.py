@@ -37,7 +37,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def is_encodable(text: str) -> bool:
-    """Whether UTF-8 can say it: no half of a surrogate pair, as JSON may have and names of files in other encodings."""
+    """Whether it has no half of a surrogate pair, as JSON may have and file names in other encodings."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -46,7 +46,7 @@ def is_encodable(text: str) -> bool:
 
 
 def check_file_name(name: str | Path) -> None:
-    """Refuse a name that headers and reports could not say (`InputError`)."""
+    """Refuse a name that headers and reports cannot hold (`InputError`)."""
     if not is_encodable(str(name)):
         raise InputError(f"{name}: the name is not UTF-8; rename it")
 
@@ -99,7 +99,7 @@ COMPRESSED: dict[str, Callable[[BinaryIO], BinaryIO]] = {
 
 
 def without_compression(name: str | Path) -> Path:
-    """A file's name without the suffix of its compression: the one it then has says what it holds."""
+    """A file's name without the suffix of its compression: the suffix left tells the kind of content."""
     path = Path(name)
     return path.with_suffix("") if path.suffix in COMPRESSED else path
 

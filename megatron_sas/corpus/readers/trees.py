@@ -57,7 +57,7 @@ def is_blanked(words: Sequence[str]) -> bool:
 
 
 def blanked_note(count: int) -> str:
-    """What a tool says of the sentences that it left out for `is_blanked`; "" for none."""
+    """A line for the log about sentences that were left out for `is_blanked`; "" for none."""
     return f"{count:,} sentences left out, whose words are blanked ({BLANK})" if count else ""
 
 
