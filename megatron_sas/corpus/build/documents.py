@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -118,40 +119,44 @@ class Selection:
         if self.split is None and self.exclusions is None:
             yield from units
             return
-        documents: Counter[str] = Counter()  # by input, so far
-        held: list[Unit] = []  # the beginning of a document that is not decided yet
-        size, decision = 0, None
-        for unit in units:
-            if unit.starts_document:
-                if held and self._is_selected(held):
-                    yield from held
-                held, size, decision = [], 0, True if self.split is None else None
-                if self.exclusions and documents[unit.input] in self.exclusions.excluded[unit.input]:
-                    decision = False
-                    self.counts["documents_excluded"] += 1
-                documents[unit.input] += 1
-            if decision is None:
-                held.append(unit)
-                size += len(unit.text)
-                if size >= self.key_characters:
-                    decision = self._is_selected(held)
-                    if decision:
-                        yield from held
-                    held = []
-            elif decision:
-                yield unit
-        if held and self._is_selected(held):
-            yield from held
+        seen: Counter[str] = Counter()  # documents of each input
+        for document in _documents(units):
+            first = next(document)
+            number = seen[first.input]
+            seen[first.input] += 1
+            if self.exclusions and number in self.exclusions.excluded[first.input]:
+                self.counts["documents_excluded"] += 1
+            else:
+                yield from self._of_split(first, document)
         for name, count in (self.exclusions.documents if self.exclusions else {}).items():
-            if documents[name] != count:
+            if seen[name] != count:
                 raise InputError(
-                    f"{name}: {documents[name]} documents, but {count} when it was surveyed; run "
+                    f"{name}: {seen[name]} documents, but {count} when it was surveyed; run "
                     "tools/survey_corpus.py again with the same --text-field and --on-error"
                 )
 
-    def _is_selected(self, document: list[Unit]) -> bool:
-        validation = is_validation(text_as_read(document), self.validation_share, self.key_characters)
-        if validation == (self.split == "validation"):
-            return True
-        self.counts["documents_of_other_split"] += 1
-        return False
+    def _of_split(self, first: Unit, rest: Iterator[Unit]) -> Iterator[Unit]:
+        """The document, if it is on our side of the split."""
+        beginning, size = [first], len(first.text)
+        if self.split is not None:
+            while size < self.key_characters and (unit := next(rest, None)) is not None:
+                beginning.append(unit)
+                size += len(unit.text)
+            validation = is_validation(text_as_read(beginning), self.validation_share, self.key_characters)
+            if validation != (self.split == "validation"):
+                self.counts["documents_of_other_split"] += 1
+                return
+        yield from beginning
+        yield from rest
+
+
+def _documents(units: Iterable[Unit]) -> Iterator[Iterator[Unit]]:
+    """The units of each document, to be taken before the next."""
+    current = 0
+
+    def number_of(unit: Unit) -> int:
+        nonlocal current
+        current += unit.starts_document
+        return current
+
+    return (document for _, document in itertools.groupby(units, number_of))
