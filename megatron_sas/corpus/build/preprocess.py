@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from megatron_sas.core.files import sha256_file
 from megatron_sas.corpus.build.documents import Exclusions, Selection, Split
 from megatron_sas.corpus.build.pack import Packer
 from megatron_sas.corpus.build.packed_writer import MAX_RELATIONS, PackedWriter, check_seq_length
-from megatron_sas.corpus.build.skipped import Report, SkipReport, add_example
+from megatron_sas.corpus.build.skipped import Report, add_example
 from megatron_sas.corpus.build.workers import CHUNK_CHARACTERS, ChunkResult, WorkerSettings, chunks, process_chunks
 from megatron_sas.corpus.parsers.base import RelationNames
 from megatron_sas.corpus.parsers.registry import PARSERS, describe_parser, parser_class
@@ -175,10 +174,12 @@ def _pack_inputs(
     reading, names = settings.reading(), RelationNames(MAX_RELATIONS)
     skipped, found, counts = reading.skipped, {}, Counter()
     with progress(unit=" words", unit_scale=True, desc="preprocessing") as bar:
-        used = _used(selection.apply(read_units(settings.inputs, reading)), skipped)
-        groups = chunks(used, chunk_characters)
+        groups = chunks(selection.apply(read_units(settings.inputs, reading)), chunk_characters)
         with contextlib.closing(process_chunks(groups, worker, settings.workers)) as results:
             for units, result in results:
+                for unit in units:
+                    if unit.content is not None:
+                        skipped.use(unit.input)
                 for number, reason in result.bad:
                     reading.bad(units[number].where, reason, used=True)
                 for number in result.foreign:
@@ -199,14 +200,6 @@ def _pack_inputs(
         counts["unparsed_documents"] = counts["documents"] - counts["empty_documents"]
     report = skipped.report() | {kind: found[kind] for kind in (_FOREIGN, _LONG_WORD) if kind in found}
     return {name: counts[name] for name in COUNTS}, names.names, report
-
-
-def _used(units: Iterable[Unit], skipped: SkipReport) -> Iterator[Unit]:
-    """The units, counted as those that a parser may lose."""
-    for unit in units:
-        if unit.content is not None:
-            skipped.use(unit.input)
-        yield unit
 
 
 def _pack(packer: Packer, units: list[Unit], result: ChunkResult, names: RelationNames) -> None:

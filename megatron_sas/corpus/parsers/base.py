@@ -38,9 +38,9 @@ class Parse:
         cls, spans: ArrayLike, heads: ArrayLike, relations: ArrayLike, sentence_starts: ArrayLike | None = None
     ) -> Parse:
         """Words, with no white space among them, that have the characters `spans` (W, 2); by default one sentence."""
-        spans = np.array(spans, dtype=np.int64).reshape(-1, 2)
-        starts = np.arange(len(spans)) == 0 if sentence_starts is None else np.array(sentence_starts, dtype=bool)
-        heads, relations = np.array(heads, dtype=np.int64), np.array(relations, dtype=np.int64)
+        spans = np.asarray(spans, dtype=np.int64).reshape(-1, 2)
+        starts = np.arange(len(spans)) == 0 if sentence_starts is None else np.asarray(sentence_starts, dtype=bool)
+        heads, relations = np.asarray(heads, dtype=np.int64), np.asarray(relations, dtype=np.int64)
         return cls(spans[:, 0], spans[:, 1], heads, relations, starts, np.ones(len(spans), dtype=bool))
 
     def shifted(self, characters: int, words: int) -> Parse:

@@ -38,4 +38,4 @@ class NoParser(Parser):
             first = np.flatnonzero(np.diff(words, prepend=-1) != 0)
             last = np.append(first[1:], len(words)) - 1 if len(first) else first
             spans = np.stack([offsets[first, 0], offsets[last, 1]], axis=1)
-            yield Parse.of_words(spans, np.full(len(first), -1), np.zeros(len(first)))
+            yield Parse.of_words(spans, np.full(len(first), -1), np.zeros(len(first), np.int64))
