@@ -53,14 +53,12 @@ class _Input:
 
     def summary(self) -> str:
         """What was skipped, in words."""
-        parts = []
-        if self.records_skipped:
-            parts.append(f"{self.records_skipped} of {self.records} records left out")
-        if self.paragraphs_skipped:
-            parts.append(f"{self.paragraphs_skipped} of {self.paragraphs} paragraphs left out")
-        if self.unread:
-            parts.append(f"{self.unread:.1%} of the file unread")
-        return " and ".join(parts)
+        parts = {
+            f"{self.records_skipped} of {self.records} records left out": self.records_skipped,
+            f"{self.paragraphs_skipped} of {self.paragraphs} paragraphs left out": self.paragraphs_skipped,
+            f"{self.unread:.1%} of the file unread": self.unread,
+        }
+        return " and ".join(part for part, count in parts.items() if count)
 
 
 class SkipReport:

@@ -9,7 +9,6 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from megatron_sas.data.packed import SENTENCE_START, WORD_START, PackedData
@@ -142,6 +141,8 @@ def _columns(text: str) -> int:
 
 def as_html(title: str, tables: dict[str, dict[str, str]], sequences: dict[int, list[Segment]]) -> str:
     """A page that needs nothing else: `tables` (caption → name → value), then the sequences by number."""
+    from jinja2 import Environment, StrictUndefined
+
     pictures = {number: [Markup(as_svg(segment)) for segment in content] for number, content in sequences.items()}
     template = files("megatron_sas.corpus.inspect").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, autoescape=True, keep_trailing_newline=True)
