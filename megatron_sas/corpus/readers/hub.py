@@ -149,9 +149,11 @@ def _stream(builder: Any, split: str) -> Any:
 
     if isinstance(builder, Json) and builder.config.field is None:
         lines = _lines(builder).as_streaming_dataset(split=split).filter(lambda row: not row["text"].isspace())
-        with contextlib.suppress(ValueError, StopIteration):  # an array, an object on several lines, or nothing
-            _parse_line(next(iter(lines)))
-            return lines.map(_parse_line, remove_columns=["text"])
+        first = next(iter(lines), None)
+        with contextlib.suppress(ValueError):  # the line of an array, or of an object on several lines
+            if first is not None:
+                _parse_line(first)
+                return lines.map(_parse_line, remove_columns=["text"])
     return builder.as_streaming_dataset(split=split)
 
 
