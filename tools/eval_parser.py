@@ -45,12 +45,12 @@ def main() -> None:
         start = time.perf_counter()
         results[kind] = {"units": len(units), **evaluate_parser(units, parser)}
         results[kind]["words_per_second"] = results[kind]["words"] / (time.perf_counter() - start)
-    print("\n".join([*table(results), *filter(None, [blanked_note(reading.sentences_blanked)])]))
+    print("\n".join([*table(results), *filter(None, [blanked_note(reading.counts["sentences_blanked"])])]))
     record = {
         "parser": description,
         "treebank": {"path": str(arguments.treebank), "sha256": sha256_file(arguments.treebank)},
         "sentences": len(sentences),
-        "sentences_blanked": reading.sentences_blanked,
+        "sentences_blanked": reading.counts["sentences_blanked"],
         **results,
     }
     write_json_atomic(arguments.output, record)

@@ -13,7 +13,7 @@ import argparse
 
 import _checkout
 from megatron_sas.core.cli import run_main
-from megatron_sas.corpus.import_dataset import COUNTS, ImportSettings, import_dataset
+from megatron_sas.corpus.import_dataset import COUNTS, import_dataset
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer
 from megatron_sas.data.unknown import Unknown
@@ -35,13 +35,15 @@ def main() -> None:
         "--relations", metavar="FILE", help="names of the relations, that of number 0 first (relation-0, …)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing output")
-    settings = ImportSettings(**vars(parser.parse_args()))
-    counts = import_dataset(settings)["counts"]
+    given = parser.parse_args()
+    counts = import_dataset(
+        given.input, given.tokenizer, given.output, given.seq_length, given.relations, given.overwrite
+    )["counts"]
     for name, meaning in COUNTS.items():
         print(f"{counts[name]:>14,}  {meaning}")
     print(Unknown(counts["pieces"], counts["pieces_unknown"]).line("the dataset"))
-    beginning = PackedData(settings.output).tokens[0, :40].tolist()
-    print(f"{settings.output}: begins with {load_tokenizer(settings.tokenizer).decode(beginning)!r}")
+    beginning = PackedData(given.output).tokens[0, :40].tolist()
+    print(f"{given.output}: begins with {load_tokenizer(given.tokenizer).decode(beginning)!r}")
 
 
 if __name__ == "__main__":

@@ -7,14 +7,16 @@ import argparse
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import _checkout
 from megatron_sas.core.cli import InputError, progress, run_main
-from megatron_sas.core.files import check_absent, fsync_directory, fsync_file, write_json_atomic
-from megatron_sas.corpus.build.packed_writer import temporary_folder
+from megatron_sas.core.files import check_absent, fsync_file, write_json_atomic
+from megatron_sas.corpus.build.packed_writer import publish, temporary_folder
 from megatron_sas.corpus.controls import Control, parse_control
 from megatron_sas.data.checksums import block_checksums
 from megatron_sas.data.packed import PackedData
@@ -50,8 +52,41 @@ def write_heads(
     return {"sha256": digest.hexdigest(), **counts}
 
 
+def make_control(
+    data: str,
+    kind: str,
+    seed: int,
+    name: str | None = None,
+    overwrite: bool = False,
+    *,
+    write_header: Callable[[Path, dict[str, Any]], None] = write_json_atomic,
+) -> None:
+    """Write the stream and, last, its header."""
+    control = parse_control(kind)
+    name = name or kind.replace(":", "-").replace("+", "")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise InputError(f"--name {name!r}: use letters, digits, - and _ only")
+    stream, header = Path(f"{data}.heads-{name}.bin"), Path(f"{data}.heads-{name}.json")
+    check_absent(stream, overwrite)
+    check_absent(header, overwrite)
+    packed = PackedData(data)
+    with temporary_folder(stream) as folder:
+        temporary = folder / stream.name
+        result = write_heads(packed, control, seed, temporary) | block_checksums(temporary)
+        os.chmod(temporary, os.stat(f"{data}.heads.bin").st_mode & 0o777)
+        fsync_file(temporary)
+        base = {name: packed.header["files"][name].get("sha256") for name in ("heads.bin", "marks.bin")}
+        origin = {"kind": kind, "seed": seed, "base_fingerprint": packed.fingerprint, "base_files": base}
+        write_header(folder / header.name, {"name": name, **origin, **result})
+        publish({temporary: stream, folder / header.name: header})
+    print(
+        f"{stream}: {result['edges']} edges for {result['base_edges']} of the parse, "
+        f"{result['equal_edges']} of them the same"
+    )
+
+
 def main() -> None:
-    """Parse the arguments and write the stream and, last, its header."""
+    """Parse the arguments and make the control."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="Writes PREFIX.heads-NAME.bin and PREFIX.heads-NAME.json; training uses "
@@ -69,33 +104,7 @@ def main() -> None:
     parser.add_argument("--name", help="NAME in the file names (default: KIND, with - for :)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing stream of this name")
     args = parser.parse_args()
-    control = parse_control(args.control)
-    name = args.name or args.control.replace(":", "-").replace("+", "")
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise InputError(f"--name {name!r}: use letters, digits, - and _ only")
-    stream, header = Path(f"{args.data}.heads-{name}.bin"), Path(f"{args.data}.heads-{name}.json")
-    check_absent(stream, args.overwrite)
-    check_absent(header, args.overwrite)
-    packed = PackedData(args.data)
-
-    with temporary_folder(stream) as folder:
-        temporary = folder / stream.name
-        result = write_heads(packed, control, args.seed, temporary) | block_checksums(temporary)
-        os.chmod(temporary, os.stat(f"{args.data}.heads.bin").st_mode & 0o777)
-        fsync_file(temporary)
-        base = {name: packed.header["files"][name].get("sha256") for name in ("heads.bin", "marks.bin")}
-        origin = {"kind": args.control, "seed": args.seed, "base_fingerprint": packed.fingerprint, "base_files": base}
-        write_json_atomic(folder / header.name, {"name": name, **origin, **result})
-        # An old header must not vouch for the new stream. What can fail has been done before it goes.
-        header.unlink(missing_ok=True)
-        os.replace(temporary, stream)
-        fsync_directory(stream.parent)
-        os.replace(folder / header.name, header)
-        fsync_directory(stream.parent)
-    print(
-        f"{stream}: {result['edges']} edges for {result['base_edges']} of the parse, "
-        f"{result['equal_edges']} of them the same"
-    )
+    make_control(args.data, args.control, args.seed, args.name, args.overwrite)
 
 
 if __name__ == "__main__":

@@ -71,31 +71,22 @@ def evaluation_sentences(blimp: str | None, treebanks: list[str]) -> dict[str, l
 
 def main() -> None:
     """Survey and print a summary."""
-    given = parse_arguments()
-    check_absent(given.output, given.overwrite)
-    settings = SurveySettings(
-        inputs=given.input,
-        sentences=evaluation_sentences(given.blimp, given.treebank),
-        min_words=given.min_words,
-        exclude=tuple(given.exclude),
-        text_field=given.text_field,
-        on_error=given.on_error,
-        max_skipped=given.max_skipped,
-        workers=given.workers,
-        rows_per_document=given.rows_per_document,
-        line_breaks=given.line_breaks,
-    )
+    given = vars(parse_arguments())
+    output = given.pop("output")
+    check_absent(output, given.pop("overwrite"))
+    sentences = evaluation_sentences(given.pop("blimp"), given.pop("treebank"))
+    settings = SurveySettings(given.pop("input"), sentences, **given)
     start = time.perf_counter()
     report = survey(settings)
-    write_json_atomic(given.output, report)
+    write_json_atomic(output, report)
     print(f"{report['documents']:,} documents, {report['words']:,} words in {time.perf_counter() - start:.0f} s")
     print(f"{report['duplicates']['count']:,} repeat another's text, {report['duplicate_ids']['count']:,} another's id")
     for name, entry in report["contamination"].items():
         print(f"{name}: {entry['found']:,} of {entry['looked_for']:,} sentences found ({entry['sentences']:,} in all)")
-    print(f"{given.output}: lists {sum(len(entry['exclude']) for entry in report['inputs']):,} documents to exclude")
+    print(f"{output}: lists {sum(len(entry['exclude']) for entry in report['inputs']):,} documents to exclude")
     if report["failed"]:
         raise InputError(
-            f"{len(report['failed'])} of {len(given.input)} inputs failed, and {given.output} is of the others: "
+            f"{len(report['failed'])} of {len(settings.inputs)} inputs failed, and {output} is of the others: "
             + "; ".join(entry["reason"] for entry in report["failed"])
         )
 

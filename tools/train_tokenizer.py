@@ -22,7 +22,7 @@ from megatron_sas.corpus.build.skipped import SkipReport
 from megatron_sas.corpus.readers.base import Reading
 from megatron_sas.corpus.readers.registry import read_units
 from megatron_sas.corpus.readers.text_lines import OnError
-from megatron_sas.corpus.train_tokenizer import KINDS, TokenizerSettings, train_tokenizer
+from megatron_sas.corpus.train_tokenizer import KINDS, train_tokenizer
 from megatron_sas.data.masking import bernoulli, hash_u64
 from megatron_sas.data.tokenizer import save_tokenizer, vocab_size
 
@@ -58,8 +58,7 @@ def main() -> None:
     check_absent(arguments.output, arguments.overwrite)
     paragraphs = Paragraphs(arguments.input, arguments.text_field, arguments.on_error, arguments.share)
     start = time.perf_counter()
-    settings = TokenizerSettings(arguments.type, arguments.vocab_size, arguments.cased)
-    tokenizer = train_tokenizer(paragraphs, settings)
+    tokenizer = train_tokenizer(paragraphs, arguments.type, arguments.vocab_size, arguments.cased)
     with atomic_directory(arguments.output, arguments.overwrite) as directory:
         save_tokenizer(tokenizer, directory, None)
     size = vocab_size(tokenizer)

@@ -48,6 +48,12 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def kind_and_reason(error: Exception) -> str:
+    """The kind of an error of a library and the first line of what it says."""
+    kind, reason = type(error).__name__, first_line(error)
+    return kind if reason == kind else f"{kind}: {reason}"
+
+
 def listed(names: Sequence[str]) -> str:
     """The first six names, and how many more there are."""
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -2,9 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import threading
-from multiprocessing import parent_process
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
+from typing import Any
+
+from megatron_sas.core.cli import InputError
+
+
+@contextlib.contextmanager
+def worker_pool(
+    workers: int, on_interrupt: signal.Handlers, start: Callable[..., object] | None = None, *arguments: Any
+) -> Iterator[ProcessPoolExecutor]:
+    """New processes, which end with this one. What is under way at the end of the block is finished, the rest dropped.
+
+    Args:
+        on_interrupt: what a worker does at Ctrl-C: `SIG_DFL` ends it at once, without a traceback; `SIG_IGN` leaves it
+            to this process to stop the workers.
+        start: runs once in every worker, with `arguments`.
+
+    Raises:
+        InputError: a worker has died.
+    """
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (on_interrupt, start, arguments))
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise InputError(
+            f"a worker process ended unexpectedly, probably for want of memory; try fewer than --workers {workers}"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(on_interrupt: signal.Handlers, start: Callable[..., object] | None, arguments: tuple) -> None:
+    signal.signal(signal.SIGINT, on_interrupt)
+    end_with_parent()
+    if start is not None:
+        start(*arguments)
 
 
 def end_with_parent() -> None:

@@ -1,9 +1,7 @@
-"""Heads that are not syntax: controls for the SAS regularizer.
+"""Heads that are not syntax: controls for the SAS regularizer, with as many edges in each sentence.
 
-A control keeps what the regularizer sees of syntax as data (how many edges, within which sentence) and takes away the
-syntax. All are pure functions of (heads, boundaries, seed, sample): a row of the result depends on its own row and
-sample number only. Words and sentences come from the boundaries (docs/architecture.md): bit 0 starts a word, bit 1 a
-sentence; words before the first sentence start of a sequence are the rest of a sentence that was cut. A sentence
+All are pure functions of (heads, boundaries, seed, sample): a row of the result depends on its own row and sample
+number only. Words before the first sentence start of a sequence are the rest of a sentence that was cut. A sentence
 without edges, i.e. without a parse, stays without.
 """
 
@@ -11,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,25 +27,18 @@ PROPOSALS, PROPOSALS_PER_WORD = 100, 20
 Control = Callable[[np.ndarray, np.ndarray, int, np.ndarray], np.ndarray]
 
 
-@dataclass(frozen=True)
-class _Words:
-    """The W words of a block of sequences, in order.
+class _Words(NamedTuple):
+    """The W words of a block of sequences, in order."""
 
-    position: (W,) flat position in the block; sentence: (W,) sentence number; starts, sizes: (sentences,) first word
-        and number of words; head: (W,) word number of the head or -1.
-    """
-
-    position: np.ndarray
-    sentence: np.ndarray
-    starts: np.ndarray
-    sizes: np.ndarray
-    head: np.ndarray
+    position: np.ndarray  # (W,) flat position in the block
+    sentence: np.ndarray  # (W,) sentence number
+    starts: np.ndarray  # (sentences,) first word
+    sizes: np.ndarray  # (sentences,) number of words
+    head: np.ndarray  # (W,) word number of the head or -1
 
 
 def permuted(heads: np.ndarray, boundaries: np.ndarray, seed: int, samples: np.ndarray) -> np.ndarray:
     """Each sentence's tree over a random permutation π of its words: the edge i→h becomes π(i)→π(h).
-
-    Trees keep their shape, the lengths of edges do not.
 
     Args:
         heads: (N, S) integers, as in PREFIX.heads.bin. boundaries: (N, S) uint8. seed: any integer.
@@ -143,22 +134,23 @@ def _words(heads: np.ndarray, boundaries: np.ndarray) -> _Words:
     sentence = np.cumsum(opens) - 1
     starts = np.flatnonzero(opens)
     sizes = np.diff(starts, append=len(position))
-    flat = heads.astype(np.int64)
-    if np.any((flat >= 0) & ~is_word):
-        raise ValueError(
-            f"sequence {np.argwhere((flat >= 0) & ~is_word)[0, 0]}: a token that starts no word has a head"
-        )
-    if np.any((flat < -1) | (flat >= seq)):
-        raise ValueError(f"sequence {np.argwhere((flat < -1) | (flat >= seq))[0, 0]}: a head is outside the sequence")
+    heads = heads.astype(np.int64)
+    _check_none((heads >= 0) & ~is_word, "a token that starts no word has a head")
+    _check_none((heads < -1) | (heads >= seq), "a head is outside the sequence")
     number = np.full(n * seq, -1)
     number[position] = np.arange(len(position))
-    target = flat.ravel()[position]
-    edges = target >= 0
-    head = np.where(edges, number[row * seq + np.maximum(target, 0)], -1)
-    wrong = edges & ((head < 0) | (sentence[head] != sentence))
-    if np.any(wrong):
-        raise ValueError(f"sequence {row[wrong][0]}: a head is not the start of a word in the same sentence")
+    target = heads.ravel()[position]
+    head = np.where(target >= 0, number[row * seq + np.maximum(target, 0)], -1)
+    wrong = np.zeros(n * seq, dtype=bool)
+    wrong[position] = (target >= 0) & ((head < 0) | (sentence[head] != sentence))
+    _check_none(wrong.reshape(n, seq), "a head is not the start of a word in the same sentence")
     return _Words(position, sentence, starts, sizes, head)
+
+
+def _check_none(wrong: np.ndarray, fault: str) -> None:
+    """Raise `ValueError` with the first sequence in which a token (N, S) is wrong."""
+    if wrong.any():
+        raise ValueError(f"sequence {np.argwhere(wrong)[0, 0]}: {fault}")
 
 
 def _word_bits(words: _Words, shape: tuple[int, int], use: int, seed: int, samples: np.ndarray) -> np.ndarray:

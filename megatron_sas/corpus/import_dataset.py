@@ -1,23 +1,23 @@
 """A tokenised Hugging Face dataset with dependency heads, as the paper published it → packed data.
 
-Columns: `input_ids`, `heads` (position of the head's first piece in the same row) and `relns` (number or name of the
-relation); -1 is none. Rows `[CLS] … [SEP]` of exactly the sequence length are taken as they are; the pieces of all
-others (shorter, longer, padded) are packed anew.
+Columns: `input_ids`, `heads` (position of the head's first token in the same row) and `relns` (number or name of the
+relation); -1 is none. Rows `[CLS] … [SEP]` of exactly the sequence length are taken as they are; all others (shorter,
+longer, padded) are packed again.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from megatron_sas.core.cli import InputError, progress
 from megatron_sas.corpus.build.pack import Packer
-from megatron_sas.corpus.build.packed_writer import PackedWriter, check_seq_length, relation_number
+from megatron_sas.corpus.build.packed_writer import MAX_RELATIONS, PackedWriter, check_seq_length
+from megatron_sas.corpus.build.skipped import add_example
 from megatron_sas.corpus.parsers.base import RelationNames
 from megatron_sas.corpus.readers.hub import read_rows
 from megatron_sas.corpus.readers.registry import input_files, source_name
@@ -27,80 +27,6 @@ from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_info
 from megatron_sas.data.unknown import Unknown
 
 COLUMNS = ("input_ids", "heads", "relns")
-
-
-@dataclass
-class ImportSettings:
-    """What `tools/import_dataset.py` takes; its --help explains each."""
-
-    input: str
-    tokenizer: str
-    output: str
-    seq_length: int = 512
-    relations: str | None = None
-    overwrite: bool = False
-
-
-@dataclass
-class _Row:
-    """Streams of a row (P,): `heads` are positions in the row or -1, `relations` common numbers, 0 for none."""
-
-    tokens: np.ndarray
-    heads: np.ndarray
-    boundaries: np.ndarray
-    relations: np.ndarray
-
-
-def import_dataset(settings: ImportSettings) -> dict[str, Any]:
-    """Write packed data and return its header, whose `counts` say what could be used and what was left out.
-
-    Word starts are pieces with a head, a relation or a dependent; in text without a parse (between two special tokens),
-    pieces that continue no word by the tokenizer's own marking. A sentence starts at a word start that no edge spans.
-
-    Raises:
-        InputError: columns missing, no row that can be used, too many relations.
-    """
-    check_seq_length(settings.seq_length)
-    check_file_name(settings.input)
-    tokenizer = load_tokenizer(settings.tokenizer)
-    info = tokenizer_info(tokenizer, settings.tokenizer)
-    reader = _Reader(info.vocab_size, info.special_ids, _continuations(tokenizer, info.vocab_size), settings.relations)
-    counts: Counter[str] = Counter()
-    with PackedWriter(settings.output, settings.seq_length, info, settings.overwrite) as writer:
-        packer = Packer(settings.seq_length, info.cls_id, info.sep_id, writer.add)
-        for tokens, heads, relations in _rows(settings.input, counts):
-            row = reader(tokens, heads, relations, counts)
-            if row is None:
-                continue
-            unknown = Unknown.of(row.tokens, info.unk_id, info.special_ids)
-            counts.update(pieces=unknown.tokens, pieces_unknown=unknown.unknown)
-            inner = slice(1, -1)
-            if (
-                len(row.tokens) == settings.seq_length
-                and (row.tokens[0], row.tokens[-1]) == (info.cls_id, info.sep_id)
-                and not np.isin(row.tokens[inner], (info.pad_id, info.cls_id)).any()
-            ):
-                writer.add(row.tokens, row.heads, row.boundaries, row.relations)
-                counts["rows_as_they_are"] += 1
-                counts["edges"] += int((row.heads >= 0).sum())
-            else:
-                counts["edges_across_separators"] += _pack(packer, row, info.special_ids)
-                counts["rows_packed_anew"] += 1
-        packer.finish()
-        if not writer.num_sequences:
-            raise InputError(f"{settings.input}: {_summary(counts)}; nothing fills a sequence of {settings.seq_length}")
-        packed = asdict(packer.counts)
-        counts["edges"] += packed["edges"]
-        counts.update({name: packed[name] for name in ("edges_cut", "tail_pieces", "tail_edges")})
-        counts["sequences"] = writer.num_sequences
-        return writer.finish(
-            reader.names.names,
-            parser={"name": "imported"},
-            inputs=[source_name(settings.input)],
-            input_files=input_files([settings.input]),
-            counts={name: counts[name] for name in COUNTS},
-            report=reader.report(),
-        )
 
 
 COUNTS = {
@@ -125,16 +51,82 @@ COUNTS = {
 }
 
 
-def _summary(counts: Counter[str]) -> str:
-    return f"{counts['rows']} rows, {counts['rows_left_out']} of them left out"
+class _Row(NamedTuple):
+    """Streams of a row (P,): `heads` are positions in the row or -1, `relations` common numbers, 0 for none."""
+
+    tokens: np.ndarray
+    heads: np.ndarray
+    boundaries: np.ndarray
+    relations: np.ndarray
+
+
+def import_dataset(
+    name: str,
+    tokenizer_path: str,
+    output: str,
+    seq_length: int = 512,
+    relations: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write packed data and return its header, whose `counts` are of what was used and what was left out.
+
+    The arguments are those of `tools/import_dataset.py`, whose --help explains each.
+
+    Word starts are tokens with a head, a relation or a dependent; in text without a parse (between two special tokens),
+    tokens that continue no word by the tokenizer's own marking. A sentence starts at a word start that no edge spans.
+
+    Raises:
+        InputError: columns missing, no row that can be used, too many relations.
+    """
+    check_seq_length(seq_length)
+    check_file_name(name)
+    tokenizer = load_tokenizer(tokenizer_path)
+    info = tokenizer_info(tokenizer, tokenizer_path)
+    reader = _Reader(info.special_ids, _continuations(tokenizer, info.vocab_size), relations)
+    counts, report = reader.counts, {}
+    with PackedWriter(output, seq_length, info, overwrite) as writer:
+        packer = Packer(seq_length, info.cls_id, info.sep_id, writer.add)
+        for columns in _rows(name, counts):
+            if fault := _fault(*columns, info.vocab_size):
+                counts["rows_left_out"] += 1
+                add_example(report, fault, where=f"row {counts['rows']}", reason=fault)
+                continue
+            row = reader(*columns)
+            unknown = Unknown.of(row.tokens, info.unk_id, info.special_ids)
+            counts.update(pieces=unknown.tokens, pieces_unknown=unknown.unknown)
+            if (
+                len(row.tokens) == seq_length
+                and (row.tokens[0], row.tokens[-1]) == (info.cls_id, info.sep_id)
+                and not np.isin(row.tokens[1:-1], (info.pad_id, info.cls_id)).any()
+            ):
+                writer.add(*row)
+                counts.update(rows_as_they_are=1, edges=int((row.heads >= 0).sum()))
+            else:
+                counts.update(rows_packed_anew=1, edges_across_separators=_pack(packer, row, info.special_ids))
+        packer.finish()
+        if not writer.num_sequences:
+            raise InputError(
+                f"{name}: {counts['rows']} rows, {counts['rows_left_out']} of them left out; nothing fills a sequence "
+                f"of {seq_length}"
+            )
+        counts.update({kind: packer.counts[kind] for kind in ("edges", "edges_cut", "tail_pieces", "tail_edges")})
+        counts["sequences"] = writer.num_sequences
+        return writer.finish(
+            reader.names.names,
+            parser={"name": "imported"},
+            inputs=[source_name(name)],
+            input_files=input_files([name]),
+            counts={kind: counts[kind] for kind in COUNTS},
+            report=report,
+        )
 
 
 def _continuations(tokenizer: Any, vocab_size: int) -> np.ndarray:
-    """(V,) bool: pieces that continue a word. By "##" if the model marks them so, else by the lack of "▁" or "Ġ"."""
+    """(V,) bool: tokens that continue a word. By "##" if the model marks them so, else by the lack of "▁" or "Ġ"."""
     prefix = getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None)
     result = np.zeros(vocab_size, dtype=bool)
-    for piece, number in tokenizer.get_vocab().items():
-        result[number] = piece.startswith(prefix) if prefix else not piece.startswith(("▁", "Ġ"))
+    for token, number in tokenizer.get_vocab().items():
+        result[number] = token.startswith(prefix) if prefix else not token.startswith(("▁", "Ġ"))
     return result
 
 
@@ -150,90 +142,70 @@ def _rows(name: str, counts: Counter[str]) -> Iterator[tuple[Any, Any, Any]]:
         yield tuple(row.get(column) for column in COLUMNS)
 
 
+def _fault(tokens: Any, heads: Any, relations: Any, vocab_size: int) -> str | None:
+    """Why a row cannot be used."""
+    if not all(isinstance(column, list) and None not in column for column in (tokens, heads, relations)):
+        return "values missing"
+    if not len(tokens) == len(heads) == len(relations):
+        return "columns of different lengths"
+    if not tokens:
+        return "an empty row"
+    if not all(isinstance(value, int) for value in (*tokens, *heads)):
+        return "ids or heads that are no whole numbers"
+    return "ids outside the vocabulary" if min(tokens) < 0 or max(tokens) >= vocab_size else None
+
+
 class _Reader:
-    """Rows of the dataset → `_Row`, checked; counts what it drops."""
+    """Columns of a row without fault → `_Row`; counts what it drops."""
 
-    def __init__(
-        self, vocab_size: int, special_ids: tuple[int, ...], continuations: np.ndarray, relations: str | None
-    ) -> None:
-        self._vocab_size, self._special_ids, self._continuations = vocab_size, special_ids, continuations
-        self._given = _relation_names(relations) if relations is not None else None
-        self.names = RelationNames()
-        self._reasons: dict[str, dict[str, Any]] = {}
-        self._row = 0
+    def __init__(self, special_ids: tuple[int, ...], continuations: np.ndarray, relations: str | None) -> None:
+        self._special_ids, self._continuations = special_ids, continuations
+        self._given: list[str] | None = None
+        if relations is not None:
+            self._given = Path(relations).read_text(encoding="utf-8").split()
+            if not self._given:
+                raise InputError(f"--relations {relations}: is empty; give a name a line, that of number 0 first")
+        self.names = RelationNames(MAX_RELATIONS)
+        self.counts: Counter[str] = Counter()
 
-    def __call__(self, tokens: Any, heads: Any, relations: Any, counts: Counter[str]) -> _Row | None:
-        """The row, or None when it cannot be used."""
-        self._row += 1
-        reason = self._fault(tokens, heads, relations)
-        if reason is None:
-            return self._read(np.array(tokens, np.int64), np.array(heads, np.int64), relations, counts)
-        counts["rows_left_out"] += 1
-        entry = self._reasons.setdefault(reason, {"count": 0, "examples": []})
-        entry["count"] += 1
-        if entry["count"] <= 5:
-            entry["examples"].append({"where": f"row {self._row}", "reason": reason})
-        return None
-
-    def _fault(self, tokens: Any, heads: Any, relations: Any) -> str | None:
-        """Why a row cannot be used."""
-        if not all(isinstance(column, list) and None not in column for column in (tokens, heads, relations)):
-            return "values missing"
-        if not len(tokens) == len(heads) == len(relations):
-            return "columns of different lengths"
-        if not tokens:
-            return "an empty row"
-        if not all(isinstance(value, int) for value in (*tokens, *heads)):
-            return "ids or heads that are no whole numbers"
-        return "ids outside the vocabulary" if min(tokens) < 0 or max(tokens) >= self._vocab_size else None
-
-    def report(self) -> dict[str, Any]:
-        """Counts and examples of rows left out, by reason."""
-        return self._reasons
-
-    def _read(self, tokens: np.ndarray, heads: np.ndarray, relations: Any, counts: Counter[str]) -> _Row:
-        places, size = np.arange(len(tokens)), len(tokens)
+    def __call__(self, tokens: list[int], heads: list[int], relations: list[Any]) -> _Row:
+        tokens, heads = np.array(tokens, np.int64), np.array(heads, np.int64)
+        size = len(tokens)
         special = np.isin(tokens, self._special_ids)
         outside = (heads < -1) | (heads >= size)
-        to_self = heads == places
+        to_self = heads == np.arange(size)
         target = np.where((heads < 0) | outside, 0, heads)
         of_special = (heads >= 0) & ~outside & ~to_self & (special | special[target])
-        counts["edges_outside"] += int(outside.sum())
-        counts["edges_to_self"] += int(to_self.sum())
-        counts["edges_of_specials"] += int(of_special.sum())
-        counts["edges_to_last_token"] += int((heads == size - 1).sum())
         was_word = (heads != -1) & ~special
+        to_last = heads == size - 1
         heads = np.where(outside | to_self | of_special, -1, heads)
-        counts["rows_without_edges"] += not (heads >= 0).any()
-        numbers = np.where(special, 0, self._numbers(relations, counts))
+        dropped = {"outside": outside, "to_self": to_self, "of_specials": of_special, "to_last_token": to_last}
+        self.counts.update({f"edges_{reason}": int(which.sum()) for reason, which in dropped.items()})
+        self.counts["rows_without_edges"] += not (heads >= 0).any()
+        numbers = np.where(special, 0, self._numbers(relations))
         was_word |= numbers > 0
         was_word[heads[heads >= 0]] = True
         words = _word_starts(was_word, special, self._continuations[tokens])
         return _Row(tokens, heads, _boundaries(words, heads, special), np.where(words, numbers, 0))
 
-    def _numbers(self, relations: Any, counts: Counter[str]) -> np.ndarray:
+    def _numbers(self, relations: list[Any]) -> np.ndarray:
         """(P,) common numbers of a row's relations, given as numbers or names."""
         values, inverse = np.unique(np.asarray(relations), return_inverse=True)
         if np.issubdtype(values.dtype, np.number):
-            counts["relations_negative"] += int((values[inverse] < -1).sum())
+            self.counts["relations_negative"] += int((values[inverse] < -1).sum())
             values = np.maximum(values, -1)
         return np.array([self._number(value.item()) for value in values])[inverse]
 
     def _number(self, value: int | str) -> int:
         if value in (-1, "-1", "", None):
             return 0
-        if isinstance(value, str):
-            return relation_number(self.names, value)
-        if self._given is not None and value >= len(self._given):
-            raise InputError(f"--relations: names {len(self._given)} relations, but the dataset has number {value}")
-        return relation_number(self.names, self._given[value] if self._given is not None else f"relation-{value}")
-
-
-def _relation_names(path: str) -> list[str]:
-    names = Path(path).read_text(encoding="utf-8").split()
-    if not names:
-        raise InputError(f"--relations {path}: is empty; give a name a line, that of number 0 first")
-    return names
+        if not isinstance(value, str) and self._given is None:
+            value = f"relation-{value}"
+        elif not isinstance(value, str):
+            if value >= len(self._given):
+                raise InputError(f"--relations: names {len(self._given)} relations, but the dataset has number {value}")
+            value = self._given[value]
+        return self.names.number(value)
 
 
 def _word_starts(was_word: np.ndarray, special: np.ndarray, continuation: np.ndarray) -> np.ndarray:
@@ -266,16 +238,14 @@ def _boundaries(words: np.ndarray, heads: np.ndarray, special: np.ndarray) -> np
 
 
 def _pack(packer: Packer, row: _Row, special_ids: tuple[int, ...]) -> int:
-    """Hand the runs between special tokens to the packer, each as a document of its own; returns edges between them."""
-    across = 0
+    """Hand the runs between special tokens to the packer, each as a document; returns how many edges lead across."""
     special = np.isin(row.tokens, special_ids)
-    offsets = np.where(row.heads >= 0, row.heads - np.arange(len(row.heads)), 0).astype(np.int32)
-    bounds = np.flatnonzero(np.diff(np.concatenate(([True], special, [True])).astype(np.int8)))
-    for start, end in zip(bounds[::2], bounds[1::2], strict=True):
-        run = slice(start, end)
-        target = np.arange(start, end) + offsets[run]
-        inside = np.where((target >= start) & (target < end), offsets[run], 0)
-        across += int(np.count_nonzero(offsets[run])) - int(np.count_nonzero(inside))
+    run = np.cumsum(special)
+    edge = row.heads >= 0  # neither at special tokens nor to them
+    inside = edge & (run[row.heads] == run)
+    offsets = np.where(inside, row.heads - np.arange(len(edge)), 0)
+    ordinary = np.flatnonzero(~special)
+    for places in np.split(ordinary, np.flatnonzero(np.diff(run[ordinary])) + 1):
         packer.start_document()
-        packer.add(row.tokens[run].astype(np.int32), inside, row.boundaries[run], row.relations[run].astype(np.uint8))
-    return across
+        packer.add(row.tokens[places], offsets[places], row.boundaries[places], row.relations[places])
+    return int(edge.sum() - inside.sum())

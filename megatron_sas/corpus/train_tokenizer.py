@@ -7,9 +7,8 @@ WordPiece (BERT's), Unicode case folding for SentencePiece (`nmt_nfkc_cf`), whic
 from __future__ import annotations
 
 import io
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from megatron_sas.core.cli import InputError
@@ -27,50 +26,51 @@ _ALPHABET = 1000  # characters that a WordPiece vocabulary keeps; the rarer ones
 _SPACE = "▁"  # what SentencePiece writes for a space, also before the first word
 
 
-@dataclass(frozen=True)
-class TokenizerSettings:
-    """What `tools/train_tokenizer.py` takes besides the text."""
-
-    kind: Kind
-    vocab_size: int  # with the special tokens
-    cased: bool = False
-
-
-def train_tokenizer(paragraphs: Iterable[str], settings: TokenizerSettings) -> PreTrainedTokenizerFast:
-    """A tokenizer from text, which WordPiece reads twice; the same text gives the same tokenizer in every process, with
-    any number of cores.
+def train_tokenizer(
+    paragraphs: Iterable[str], kind: Kind, vocab_size: int, cased: bool = False
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of `vocab_size` entries, special tokens included, from text, which WordPiece reads twice; the same
+    text gives the same tokenizer in every process, with any number of cores.
 
     A WordPiece vocabulary stays smaller than asked for when the text has no more word parts that occur twice.
 
     Raises:
         InputError: no text, or a vocabulary too small for its characters or larger than SentencePiece can fill.
     """
-    if settings.vocab_size <= len(SPECIAL_TOKENS):
-        raise InputError(f"--vocab-size {settings.vocab_size}: must exceed the {len(SPECIAL_TOKENS)} special tokens")
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size <= len(SPECIAL_TOKENS):
+        raise InputError(f"--vocab-size {vocab_size}: must exceed the {len(SPECIAL_TOKENS)} special tokens")
     if next(iter(paragraphs), None) is None:
         raise InputError("--input: no text in it; give at least one paragraph")
-    train = _train_wordpiece if settings.kind == "wordpiece" else _train_sentencepiece
-    return train(paragraphs, settings)
+    if kind == "wordpiece":
+        return _train_wordpiece(paragraphs, vocab_size, cased)
+    backend = from_sentencepiece(train_sentencepiece(paragraphs, kind, vocab_size, cased))
+    names = {f"{name.strip('[]').lower()}_token": name for name in SPECIAL_TOKENS}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
-def _train_wordpiece(paragraphs: Iterable[str], settings: TokenizerSettings) -> PreTrainedTokenizerFast:
+def _train_wordpiece(paragraphs: Iterable[str], vocab_size: int, cased: bool) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import BertTokenizerFast
 
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=not settings.cased)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=not cased)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    first, later = _characters(paragraphs, tokenizer)
+    first, later = Counter(), Counter()  # how often each character stands first in a word, and how often later
+    for paragraph in paragraphs:
+        text = tokenizer.normalizer.normalize_str(paragraph)
+        words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        first.update([word[0] for word in words])
+        later.update("".join(word[1:] for word in words))
     alphabet = {character for character, _ in (first + later).most_common(_ALPHABET)}
     # The trainer would number "##a", "##b" … in the random order of a hash map, and breaks ties by number: so they
     # are named beforehand.
     fixed = [*SPECIAL_TOKENS, *sorted(alphabet), *(f"##{c}" for c in sorted(alphabet & later.keys()))]
-    if len(fixed) > settings.vocab_size:
-        raise InputError(
-            f"--vocab-size {settings.vocab_size}: the characters of the text alone need {len(fixed)}; give more"
-        )
+    if len(fixed) > vocab_size:
+        raise InputError(f"--vocab-size {vocab_size}: the characters of the text alone need {len(fixed)}; give more")
     trainer = trainers.WordPieceTrainer(
-        vocab_size=settings.vocab_size,
+        vocab_size=vocab_size,
         min_frequency=2,
         initial_alphabet=sorted(alphabet),
         limit_alphabet=len(alphabet),
@@ -78,29 +78,10 @@ def _train_wordpiece(paragraphs: Iterable[str], settings: TokenizerSettings) -> 
         show_progress=False,
     )
     tokenizer.train_from_iterator(paragraphs, trainer)
-    return BertTokenizerFast(vocab=tokenizer.get_vocab(), do_lower_case=not settings.cased)
+    return BertTokenizerFast(vocab=tokenizer.get_vocab(), do_lower_case=not cased)
 
 
-def _characters(paragraphs: Iterable[str], tokenizer: Tokenizer) -> tuple[Counter[str], Counter[str]]:
-    """How often each character stands first in a word, and how often later."""
-    first, later = Counter(), Counter()
-    for paragraph in paragraphs:
-        text = tokenizer.normalizer.normalize_str(paragraph)
-        words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-        first.update([word[0] for word in words])
-        later.update("".join(word[1:] for word in words))
-    return first, later
-
-
-def _train_sentencepiece(paragraphs: Iterable[str], settings: TokenizerSettings) -> PreTrainedTokenizerFast:
-    from transformers import PreTrainedTokenizerFast
-
-    backend = from_sentencepiece(train_sentencepiece(paragraphs, settings))
-    names = {f"{name.strip('[]').lower()}_token": name for name in SPECIAL_TOKENS}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
-
-
-def train_sentencepiece(paragraphs: Iterable[str], settings: TokenizerSettings) -> bytes:
+def train_sentencepiece(paragraphs: Iterable[str], kind: Kind, vocab_size: int, cased: bool = False) -> bytes:
     """A serialised SentencePiece model of type unigram or bpe with our special tokens."""
     import sentencepiece
 
@@ -111,9 +92,9 @@ def train_sentencepiece(paragraphs: Iterable[str], settings: TokenizerSettings) 
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_remembering(paragraphs, faults),
             model_writer=model,
-            model_type=settings.kind,
-            vocab_size=settings.vocab_size,
-            normalization_rule_name="nmt_nfkc" if settings.cased else "nmt_nfkc_cf",
+            model_type=kind,
+            vocab_size=vocab_size,
+            normalization_rule_name="nmt_nfkc" if cased else "nmt_nfkc_cf",
             max_sentence_length=4 * MAX_UNIT_CHARACTERS,  # bytes; longer ones would be left out without a word
             num_threads=_THREADS,
             minloglevel=2,
@@ -131,9 +112,7 @@ def train_sentencepiece(paragraphs: Iterable[str], settings: TokenizerSettings) 
         if faults:
             raise faults[0] from None
         reason = str(error).strip().split("\n")[-1].split("] ")[-1]  # after its source line and condition
-        raise InputError(
-            f"--vocab-size {settings.vocab_size}: SentencePiece cannot train on this text ({reason})"
-        ) from error
+        raise InputError(f"--vocab-size {vocab_size}: SentencePiece cannot train on this text ({reason})") from error
     return model.getvalue()
 
 
@@ -183,11 +162,9 @@ def from_sentencepiece(serialised: bytes) -> Tokenizer:
 
 def _merges(scores: dict[str, float], ids: dict[str, int]) -> list[tuple[str, str]]:
     """The merges of a SentencePiece BPE model, best first: it stores pieces with scores, any two parts may make one."""
-    by_piece = defaultdict(list)
-    for piece in scores:
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in scores and right in scores:
-                by_piece[piece].append((ids[left], ids[right], left, right))
-    ranked = sorted(by_piece, key=lambda piece: (-scores[piece], ids[piece]))
-    return [(left, right) for piece in ranked for *_, left, right in sorted(by_piece[piece])]
+    merges = []
+    for piece in sorted(scores, key=lambda piece: (-scores[piece], ids[piece])):
+        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [(left, right) for left, right in pairs if left in scores and right in scores]
+        merges += sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+    return merges

@@ -83,11 +83,10 @@ class _Blocks:
         if self._size < 1 or len(self._sums) != -(-len(self._bytes) // self._size):
             raise InputError(f"{path}: its header's block checksums are of another file; preprocess again")
         self._pending = np.ones(len(self._sums), dtype=bool)
-        self._left = len(self._sums)
 
     def check(self, index: Any) -> None:
         """Compare the blocks under rows `index` (anything that numpy takes for one axis) that were not compared yet."""
-        if not self._left:
+        if not self._pending.any():
             return
         if index is Ellipsis or index is None:
             index = slice(None)
@@ -111,4 +110,3 @@ class _Blocks:
                     "it anew or preprocess again"
                 )
             self._pending[block] = False
-        self._left = int(self._pending.sum())

@@ -13,17 +13,13 @@ Everything this project writes has one sequence per document, so d = n + 1.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import struct
-import tempfile
-from array import array
 from pathlib import Path
 
 import numpy as np
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.core.files import fsync_file, obey_umask
+from megatron_sas.core.files import fsync_file
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -44,82 +40,27 @@ _BLOCK = 1 << 20  # index entries written at a time: memory stays bounded for an
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest of uint16 and int32 that holds every id below `vocab_size`."""
-    return np.dtype(np.uint16) if vocab_size <= 1 << 16 else np.dtype(np.int32)
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<i4")
 
 
-class IndexedDatasetWriter:
-    """Write `path_prefix`.bin and .idx; both appear under their names only when `finish` is called.
-
-    Used as a context manager it finishes on success and removes its temporary files when the block raises.
-    """
-
-    def __init__(self, path_prefix: str | Path, dtype: np.dtype | type, *, block: int = _BLOCK) -> None:
-        self.prefix, self._block = Path(path_prefix), block
-        self.dtype = np.dtype(dtype)
-        if self.dtype not in _CODE_OF_DTYPE:
-            raise ValueError(f"IndexedDataset has no code for dtype {self.dtype}")
-        self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._bin = tempfile.NamedTemporaryFile(  # noqa: SIM115 (closed by finish or abort)
-            dir=self.prefix.parent, prefix=f".{self.prefix.name}.bin.", suffix=".tmp", delete=False
-        )
-        self._lengths = array("i")
-
-    def add(self, sequence: np.ndarray) -> None:
-        """Append one sequence (and document): a one-dimensional array of any integer dtype whose values fit `dtype`."""
-        sequence = np.asarray(sequence)
-        if sequence.ndim != 1:
-            raise ValueError(f"a sequence has one dimension, not {sequence.ndim}")
-        self._bin.write(np.ascontiguousarray(sequence, dtype=self.dtype.newbyteorder("<")))
-        self._lengths.append(len(sequence))
-
-    def finish(self) -> None:
-        """Write the index, flush both files to the disk and give them their names, the index last."""
-        index_path = self._bin.name.removesuffix(".tmp") + ".idx.tmp"
-        try:
-            self._bin.flush()
-            os.fsync(self._bin.fileno())
-            self._bin.close()
-            with open(index_path, "wb") as file:
-                self._write_index(file)
-            fsync_file(index_path)
-            for temporary, suffix in ((self._bin.name, ".bin"), (index_path, ".idx")):
-                obey_umask(temporary)
-                os.replace(temporary, f"{self.prefix}{suffix}")
-        except BaseException:
-            self.abort()
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(index_path)
-            raise
-
-    def abort(self) -> None:
-        """Remove the temporary file; nothing has appeared under the prefix."""
-        self._bin.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._bin.name)
-
-    def _write_index(self, file) -> None:  # noqa: ANN001 (a binary file)
-        lengths = np.frombuffer(self._lengths, dtype=np.int32)
-        count = len(lengths)
-        file.write(_HEADER.pack(MAGIC, VERSION, _CODE_OF_DTYPE[self.dtype], count, count + 1))
-        for start in range(0, count, self._block):
-            file.write(lengths[start : start + self._block].astype("<i4"))
+def write_index(path: str | Path, dtype: np.dtype | type, lengths: np.ndarray, *, block: int = _BLOCK) -> None:
+    """Write the index of sequences with these `lengths` (n,) in tokens, one a document, and flush it to the disk."""
+    dtype, lengths, count = np.dtype(dtype), np.asarray(lengths), len(lengths)
+    if dtype not in _CODE_OF_DTYPE:
+        raise ValueError(f"IndexedDataset has no code for dtype {dtype}")
+    with open(path, "wb") as file:
+        file.write(_HEADER.pack(MAGIC, VERSION, _CODE_OF_DTYPE[dtype], count, count + 1))
+        for start in range(0, count, block):
+            file.write(lengths[start : start + block].astype("<i4"))
         offset = 0
-        for start in range(0, count, self._block):
-            sizes = lengths[start : start + self._block].astype(np.int64) * self.dtype.itemsize
+        for start in range(0, count, block):
+            sizes = lengths[start : start + block].astype(np.int64) * dtype.itemsize
             ends = offset + np.cumsum(sizes)
             file.write((ends - sizes).astype("<i8"))
             offset = int(ends[-1])
-        for start in range(0, count + 1, self._block):
-            file.write(np.arange(start, min(start + self._block, count + 1), dtype="<i8"))
-
-    def __enter__(self) -> IndexedDatasetWriter:
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            self.finish()
-        else:
-            self.abort()
+        for start in range(0, count + 1, block):
+            file.write(np.arange(start, min(start + block, count + 1), dtype="<i8"))
+    fsync_file(path)
 
 
 class IndexedDataset:

@@ -33,7 +33,7 @@ class PrefetchLoader:
                 if not self._put(window.pin_memory() if pin_memory else window):
                     return
             self._put(None)
-        except BaseException as error:  # handed to the consumer, which would otherwise wait for ever
+        except BaseException as error:  # handed to the consumer, which would otherwise wait indefinitely
             self._put(error)
 
     def _put(self, item: Window | BaseException | None) -> bool:

@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.settings import Section
-from megatron_sas.data.packed import OPEN_FILES, PackedData, packed_header
+from megatron_sas.data.packed import OPEN_FILES, PackedData, check_same_form, packed_header
 from megatron_sas.data.sampler import block_shares, global_samples, mixture_samples
 
 _OTHER_FILES = 256  # that a training process may need besides: libraries, sockets between processes, checkpoints
@@ -47,7 +47,7 @@ class DataSection(Section):
     @field_validator("train", mode="before")
     @classmethod
     def _list_of_parts(cls, value: Any) -> Any:
-        """A list's faults are told here: pydantic would tell them once as a text and once as a list."""
+        """Report a list's faults here: pydantic would report them once as a text and once as a list."""
         if isinstance(value, str):
             return value
         try:
@@ -87,13 +87,7 @@ class MixedData:
     def __init__(self, parts: Sequence[PackedData], weights: Sequence[float | None]) -> None:
         first = parts[0]
         for part in parts:
-            if not part.tokenizer.identity.matches(first.tokenizer.identity):
-                raise InputError(f"data.train: {part.prefix} and {first.prefix} were made with different tokenizers")
-            if part.seq_length != first.seq_length:
-                raise InputError(
-                    f"data.train: {part.prefix} has sequences of {part.seq_length} tokens, {first.prefix} of "
-                    f"{first.seq_length}; preprocess one of them again"
-                )
+            check_same_form("data.train", part, first)
         self.parts = list(parts)
         self.sizes = [part.num_sequences for part in parts]
         self.offsets = np.append(0, np.cumsum(self.sizes))
@@ -117,7 +111,7 @@ class MixedData:
 
     @property
     def header(self) -> dict[str, Any]:
-        """What the parts' headers say of their origin, together."""
+        """The parts' records of their origin, together."""
         headers, counts = [part.header for part in self.parts], Counter()
         for header in headers:
             counts.update(header.get("counts", {}))

@@ -1,4 +1,4 @@
-"""Which documents packed data hold, as far as their headers say; data that certainly share some are refused.
+"""Which documents packed data hold, by their headers; data that certainly share some are refused.
 
 A header names the content of its inputs, and of `--split` the side and its share: an interval of the documents' hashes.
 Equal texts in different inputs are not known here (tools/survey_corpus.py finds them).
@@ -20,17 +20,18 @@ _NEXT_TO_NOTHING = 64  # bytes: an archive of nothing has some 30, and so the sa
 
 
 class Documents:
-    """The documents of the packed data `prefix`, by its header."""
+    """The documents of the packed data `prefix`, by its header. `settings`: those of the data or of their parts, [{}]
+    where none are known (imported data)."""
 
     def __init__(self, prefix: str, header: dict[str, Any]) -> None:
-        self.prefix = prefix
+        self.prefix, self.header = prefix, header
         self.content = set(_fingerprints(header))
         self.inputs = dict(_inputs(header))  # what tells an input from all others: its name
         self.settings = _settings(header) or [{}]
         self.splits = {settings["split"] for settings in self.settings if settings.get("split")}
 
     def shared_with(self, other: Documents) -> str | None:
-        """What both certainly have, in words; None where the headers do not say that they share anything."""
+        """What both certainly have, in words; None where the headers show nothing shared."""
         if self.content & other.content:
             return "the same sequences"
         same = next((name for key, name in self.inputs.items() if key in other.inputs), None)

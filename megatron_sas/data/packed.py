@@ -33,7 +33,7 @@ class TokenizerIdentity:
     digest: str | None = None
 
     def matches(self, other: TokenizerIdentity) -> bool:
-        """Whether both are of the same tokenizer, as far as both say."""
+        """Whether both are of the same tokenizer, by what both record."""
         return self.hash == other.hash and (None in (self.digest, other.digest) or self.digest == other.digest)
 
 
@@ -138,7 +138,7 @@ class PackedData:
             raise InputError(
                 f"{path}: was made for other tokens than those of {self.prefix}.bin; run tools/make_control.py again"
             )
-        for name, digest in header.get("base_files", {}).items():  # streams of earlier versions do not say
+        for name, digest in header.get("base_files", {}).items():  # streams of earlier versions have none
             if self.header["files"][name].get("sha256") != digest:
                 raise InputError(
                     f"{path}: was made from another {self.prefix}.{name} than the present one; run "
@@ -166,6 +166,20 @@ class PackedData:
 
     def __len__(self) -> int:
         return self.num_sequences
+
+
+def check_same_form(field: str, part: PackedData, first: PackedData) -> None:
+    """Raise `InputError`, with the name of the field, for data of other tokenizers or lengths, which do not mix."""
+    if not part.tokenizer.identity.matches(first.tokenizer.identity):
+        raise InputError(
+            f"{field}: {part.prefix} and {first.prefix} were made with different tokenizers; preprocess with one "
+            "--tokenizer"
+        )
+    if part.seq_length != first.seq_length:
+        raise InputError(
+            f"{field}: {part.prefix} has sequences of {part.seq_length} tokens, {first.prefix} of {first.seq_length}; "
+            "preprocess with one --seq-length"
+        )
 
 
 def packed_header(prefix: str | Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SPECIAL_NAMES = ("pad", "unk", "cls", "sep", "mask")
 
-# Cut into pieces for `tokenizer_digest`, which headers and checkpoints hold: never change it.
+# Cut into tokens for `tokenizer_digest`, which headers and checkpoints hold: never change it.
 _PROBE = (
     "The QUICK brown Fox's e-mail: café, CAFÉ, cafe\u0301, naïve, Straße, STRASSE, İstanbul, ﬁne",
     "  spaces  two\tTab\u00a0no-break\u3000wide\u200bzero\u00adsoft \u2581 ##ing ▁the Ġthe ",
@@ -65,8 +65,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     tokenizer = _from_directory(path) if path.is_dir() else _from_vocabulary(path)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{path}: this tokenizer has no fast implementation, so no offsets; save it as tokenizer.json")
-    missing = [name for name in SPECIAL_NAMES if getattr(tokenizer, f"{name}_token_id") is None]
-    if missing:
+    if missing := [name for name in SPECIAL_NAMES if getattr(tokenizer, f"{name}_token_id") is None]:
         raise InputError(
             f"{path}: the tokenizer has no {', '.join(missing)} token; a masked LM needs all of {SPECIAL_NAMES}"
         )
@@ -94,14 +93,13 @@ def _from_vocabulary(path: Path) -> PreTrainedTokenizerFast:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 ({error.reason}); give a vocabulary with one entry a line") from error
     entries = [entry.rstrip("\r") for entry in entries]
-    if entries and not entries[-1]:
+    if not entries[-1]:
         entries.pop()
     vocabulary = {entry: number for number, entry in enumerate(entries)}
     if len(vocabulary) != len(entries):
         double = next(entry for number, entry in enumerate(entries) if vocabulary[entry] != number)
         raise InputError(f"{path}:{vocabulary[double] + 1}: entry {double!r} occurs twice; ids would be ambiguous")
-    missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
-    if missing:
+    if missing := [token for token in SPECIAL_TOKENS if token not in vocabulary]:
         raise InputError(f"{path}: {', '.join(missing)} missing; give a BERT vocabulary with one entry a line")
     cased = next((entry for entry in entries if entry.isalpha() and entry != entry.lower()), None)
     if cased:
@@ -127,18 +125,18 @@ def _from_directory(path: Path) -> PreTrainedTokenizerFast:
 
 
 def _warn_of_other_reading(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Say on stderr, once, when a tokenizer does something else than its tokenizer.json says.
+    """Warn on stderr, once, about a tokenizer that does something else than its tokenizer.json holds.
 
-    transformers 5 rebuilds BERT's tokenizers from tokenizer_config.json, and lower-cases where that says nothing.
+    transformers 5 rebuilds BERT's tokenizers from tokenizer_config.json, and lower-cases where that has no setting.
     """
     file = path / "tokenizer.json"
     if path in _warned or not file.is_file() or not getattr(tokenizer, "is_fast", False):
         return
-    written, used = json.loads(file.read_text(encoding="utf-8")), json.loads(tokenizer.backend_tokenizer.to_str())
+    written, used = json.loads(file.read_text(encoding="utf-8")), _parts(tokenizer)
     if all(written.get(name) == used[name] for name in ("normalizer", "pre_tokenizer")):
         return
-    entries = _entries(tokenizer)
-    if _behaviour(written, entries) != _behaviour(used, entries):
+    vocabulary = _vocabulary(tokenizer)
+    if _behaviour(written, vocabulary) != _behaviour(used, vocabulary):
         _warned.add(path)
         print(
             f"warning: {file}: transformers reads it with another normalisation than it holds, that of "
@@ -193,7 +191,7 @@ def _os_errors(directory: Path) -> Iterator[None]:
 
 
 def knows_words(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether it cuts text into words before it cuts these into pieces; some take a whole text for one word."""
+    """Whether it cuts text into words before it cuts these into tokens; some take a whole text for one word."""
     backend = tokenizer.backend_tokenizer
     text = "a b" if backend.normalizer is None else backend.normalizer.normalize_str("a b")
     return backend.pre_tokenizer is not None and len(backend.pre_tokenizer.pre_tokenize_str(text)) > 1
@@ -217,19 +215,18 @@ def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """SHA-256 (hexadecimal) of what decides which ids a text gets: model with vocabulary, normaliser, pre-tokeniser,
     added and special tokens. Saving and loading, truncation, padding and decoding do not change it."""
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = _parts(tokenizer)
     content = {name: parts[name] for name in ("model", "normalizer", "pre_tokenizer")}
-    content["vocabulary"] = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    content["special"] = _special_ids(tokenizer)
+    content |= {"vocabulary": _vocabulary(tokenizer), "special": list(_special_ids(tokenizer).values())}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     """SHA-256 (hexadecimal) of what the tokenizer does: its entries with their ids, its special ids, and the ids of
     fixed texts and of its own entries with capitals and accents."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    ids = _behaviour(json.loads(tokenizer.backend_tokenizer.to_str()), _entries(tokenizer))
-    return hashlib.sha256(json.dumps([vocabulary, _special_ids(tokenizer), ids]).encode()).hexdigest()
+    vocabulary = _vocabulary(tokenizer)
+    content = [vocabulary, list(_special_ids(tokenizer).values()), _behaviour(_parts(tokenizer), vocabulary)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerFast) -> TokenizerIdentity:
@@ -237,14 +234,18 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerFast) -> TokenizerIdentity:
     return TokenizerIdentity(tokenizer_hash(tokenizer), tokenizer_digest(tokenizer))
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerFast) -> list[int | None]:
-    return [getattr(tokenizer, f"{name}_token_id") for name in SPECIAL_NAMES]
+def _parts(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return json.loads(tokenizer.backend_tokenizer.to_str())
 
 
-def _entries(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """All entries, by id."""
-    vocabulary = tokenizer.get_vocab()
-    return sorted(vocabulary, key=vocabulary.__getitem__)
+def _special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
+    """`pad_id` and so on, in the order of `SPECIAL_NAMES`."""
+    return {f"{name}_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL_NAMES}
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, int]]:
+    """All entries and their ids, by id."""
+    return sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
 
 
 def _knows_a_word(tokenizer: PreTrainedTokenizerFast) -> bool:
@@ -255,20 +256,20 @@ def _knows_a_word(tokenizer: PreTrainedTokenizerFast) -> bool:
 
 def _drops_unknown_characters(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether characters that the vocabulary lacks vanish from texts: a BPE without unknown token and without bytes."""
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = _parts(tokenizer)
     model = parts["model"]
     if model.get("type") != "BPE" or model.get("unk_token") is not None or model.get("byte_fallback"):
         return False
     return '"ByteLevel"' not in json.dumps([parts["normalizer"], parts["pre_tokenizer"]])
 
 
-def _behaviour(parts: dict[str, Any], entries: list[str]) -> list[list[int]]:
+def _behaviour(parts: dict[str, Any], vocabulary: list[tuple[str, int]]) -> list[list[int]]:
     """The ids that a serialised tokenizer gives to the texts of the probe and to variants of some of its entries.
 
     The variants show, whatever the vocabulary, whether capitals and accents count. They are made of ASCII: what Python
     knows of other letters depends on its version.
     """
-    stems = [stem for entry in entries if (stem := re.sub("[^A-Za-z0-9]", "", entry))]
+    stems = [stem for entry, _ in vocabulary if (stem := re.sub("[^A-Za-z0-9]", "", entry))]
     chosen = stems[:: max(1, -(-len(stems) // _PROBED_ENTRIES))]
     variants = [f"{stem} {stem.capitalize()} {stem.upper()} {stem[:1]}\u0301{stem[1:]}" for stem in chosen]
     plain = plain_text_tokenizer(json.dumps(parts, ensure_ascii=False))
@@ -281,17 +282,13 @@ def tokenizer_info(tokenizer: PreTrainedTokenizerFast, path: str | Path) -> Toke
     return TokenizerInfo(
         path=str(Path(path).resolve()),
         **asdict(tokenizer_identity(tokenizer)),
+        **_special_ids(tokenizer),
         vocab_size=vocab_size(tokenizer),
-        pad_id=tokenizer.pad_token_id,
-        cls_id=tokenizer.cls_token_id,
-        sep_id=tokenizer.sep_token_id,
-        mask_id=tokenizer.mask_token_id,
-        unk_id=tokenizer.unk_token_id,
     )
 
 
 def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[Encoding]:
-    """Cut texts into pieces as preprocessing does, with nothing around them: every tool reads text through this.
+    """Cut texts into tokens as preprocessing does, with nothing around them: every tool reads text through this.
 
     Called directly, a Hugging Face tokenizer takes "[MASK]" in a text for the special token.
     """
@@ -315,7 +312,7 @@ def plain_text_tokenizer(serialised: str) -> Tokenizer:
 
 
 def _without_special_tokens(parts: dict[str, Any]) -> dict[str, Any]:
-    """A serialised tokenizer whose model cannot use its special tokens as pieces of a text.
+    """A serialised tokenizer whose model cannot use its special tokens for a text.
 
     `encode_special_tokens` alone keeps the text in front of the model whole, but "[SEP]" is among the model's own
     entries: a unigram model gives it the best score of all, and others find it where text is cut at white space only.

@@ -13,7 +13,7 @@ MAX_SHARE = 0.05  # BERT's vocabulary has 0.1 % in Wikipedia; more than this is 
 
 @dataclass(frozen=True)
 class Unknown:
-    """Of `pieces` of text, special tokens aside, `unknown` are [UNK]."""
+    """Of `tokens` of text, special tokens aside, `unknown` are [UNK]."""
 
     tokens: int = 0
     unknown: int = 0
@@ -46,7 +46,7 @@ class Unknown:
         return Unknown(record["num_pieces"], record["num_unknown"])
 
     def line(self, what: str) -> str:
-        """The count for people, with a warning when it is too high; `what` names the text."""
+        """The count in words, with a warning when it is too high; `what` names the text."""
         counted = f"{self.unknown:,} of {self.tokens:,} pieces of {what} are [UNK] ({self.share:.2%})"
         if not self.is_high:
             return counted

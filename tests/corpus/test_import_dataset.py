@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
+from tool_calls import run_tool
 from transformers import PreTrainedTokenizerFast
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess
-from megatron_sas.corpus.import_dataset import ImportSettings, _continuations, import_dataset
+from megatron_sas.corpus.import_dataset import _continuations, import_dataset
 from megatron_sas.corpus.inspect.statistics import statistics
-from megatron_sas.corpus.train_tokenizer import TokenizerSettings, train_tokenizer
+from megatron_sas.corpus.train_tokenizer import train_tokenizer
 from megatron_sas.data.packed import PackedData
 
 datasets = pytest.importorskip("datasets")
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "import_dataset.py"
 PAD, UNK, CLS, SEP = range(4)
 
 
 def run(folder, vocab_file, output, **options):
-    return import_dataset(ImportSettings(f"hf:{folder}:train", str(vocab_file), str(output), **options))
+    return import_dataset(f"hf:{folder}:train", str(vocab_file), str(output), **options)
 
 
 def test_a_treebank_comes_back(data_dir, tmp_path):
@@ -169,7 +167,7 @@ def test_words_by_the_marking_of_the_tokenizer():
     vocabulary = [(piece, 0.0) for piece in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "▁the", "s", "##", "▁##")]
     unigram = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram(vocabulary, unk_id=1)))
     assert _continuations(unigram, 9).tolist() == [True] * 5 + [False, True, True, False]
-    wordpiece = train_tokenizer(["the cats sat", "the cat"] * 20, TokenizerSettings("wordpiece", 60))
+    wordpiece = train_tokenizer(["the cats sat", "the cat"] * 20, "wordpiece", 60)
     found = {piece for piece, number in wordpiece.get_vocab().items() if _continuations(wordpiece, 60)[number]}
     assert found == {piece for piece in wordpiece.get_vocab() if piece.startswith("##")} and len(found) > 3
 
@@ -219,13 +217,12 @@ def test_what_cannot_be_imported(vocab_file, tmp_path):
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_command_line(vocab_file, tmp_path):
+def test_command_line(vocab_file, tmp_path, capsys):
     folder = write(
         tmp_path / "a", [row([CLS, 5, 6, 9, 8, 14, 18, SEP], [-1, 2, 4, -1, -1, 4, 4, -1], [-1, 0, 1, -1, 2, 3, 4, -1])]
     )
-    command = [sys.executable, str(TOOL), "--input", f"hf:{folder}:train", "--tokenizer", str(vocab_file)]
-    command += ["--output", str(tmp_path / "out"), "--seq-length", "8"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    arguments = ("--input", f"hf:{folder}:train", "--tokenizer", vocab_file, "--seq-length", 8)
+    done = run_tool(capsys, "import_dataset", *arguments, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "             4  edges written\n" in done.stdout
     assert "begins with '[CLS] the cats sat not. [SEP]'" in done.stdout

@@ -16,7 +16,6 @@ from megatron_sas.corpus.build.workers import Worker, WorkerSettings
 from megatron_sas.corpus.readers.conllu import read_conllu
 from megatron_sas.corpus.train_tokenizer import (
     KINDS,
-    TokenizerSettings,
     from_sentencepiece,
     train_sentencepiece,
     train_tokenizer,
@@ -49,7 +48,7 @@ def kind(request):
 
 @pytest.fixture(scope="module")
 def trained(kind):
-    return train_tokenizer(list(paragraphs()), TokenizerSettings(kind, 90))
+    return train_tokenizer(list(paragraphs()), kind, 90)
 
 
 def test_special_tokens_come_first_and_the_size_is_kept(trained):
@@ -62,24 +61,22 @@ def test_special_tokens_come_first_and_the_size_is_kept(trained):
 
 
 def test_training_again_gives_the_same(kind, trained):
-    assert tokenizer_hash(train_tokenizer(list(paragraphs()), TokenizerSettings(kind, 90))) == tokenizer_hash(trained)
+    assert tokenizer_hash(train_tokenizer(list(paragraphs()), kind, 90)) == tokenizer_hash(trained)
 
 
 OTHER_PROCESS = """
 import os, sys
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-from tests.corpus.test_train_tokenizer import KINDS, TokenizerSettings, paragraphs, tokenizer_hash, train_tokenizer
+from tests.corpus.test_train_tokenizer import KINDS, paragraphs, tokenizer_hash, train_tokenizer
 for kind in KINDS:
-    print(kind, tokenizer_hash(train_tokenizer(list(paragraphs()), TokenizerSettings(kind, 90))))
+    print(kind, tokenizer_hash(train_tokenizer(list(paragraphs()), kind, 90)))
 """
 
 
 def test_another_process_with_other_threads_and_hashes_trains_the_same():
     """Hash maps have another order there, and libraries find one core."""
     printed = launch("-c", OTHER_PROCESS, PYTHONHASHSEED="3", RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    expected = [
-        f"{kind} {tokenizer_hash(train_tokenizer(list(paragraphs()), TokenizerSettings(kind, 90)))}" for kind in KINDS
-    ]
+    expected = [f"{kind} {tokenizer_hash(train_tokenizer(list(paragraphs()), kind, 90))}" for kind in KINDS]
     assert printed.split("\n")[:-1] == expected
 
 
@@ -102,8 +99,8 @@ def test_texts_round_trip(kind, trained):
 
 
 def test_cased_and_uncased(kind):
-    cased = train_tokenizer(list(paragraphs()), TokenizerSettings(kind, 90, cased=True))
-    uncased = train_tokenizer(list(paragraphs()), TokenizerSettings(kind, 90))
+    cased = train_tokenizer(list(paragraphs()), kind, 90, cased=True)
+    uncased = train_tokenizer(list(paragraphs()), kind, 90)
     assert uncased("It CAN")["input_ids"] == uncased("it can")["input_ids"]
     assert cased("It can")["input_ids"] != cased("it can")["input_ids"]
 
@@ -114,7 +111,7 @@ def test_cased_and_uncased(kind):
 def test_pieces_equal_those_of_sentencepiece(kind, brackets, cased):
     """Also where a text holds "[SEP]", as a text: whether the tokenizer knows its characters, or has no other piece."""
     texts = [*paragraphs(), *(["A [B] c [D] PADS SEPS"] * 20 if brackets else [])]
-    model = train_sentencepiece(texts, TokenizerSettings(kind, 90, cased))
+    model = train_sentencepiece(texts, kind, 90, cased)
     theirs = sentencepiece.SentencePieceProcessor(model_proto=model)
     ours = plain_text_tokenizer(from_sentencepiece(model).to_str())
     odd = ["[MASK]", "walk [SEP] and [PAD]s", "[UNK][CLS]", "▁[SEP]", "unseen: Ж and 漢字 walk"]
@@ -132,7 +129,7 @@ def test_pieces_equal_those_of_sentencepiece_on_wikipedia(data_dir):
     with lzma.open(data_dir / "enwiki" / "enwiki-validation.jsonl.xz", "rt") as file:
         texts = [line for _ in range(60) for line in json.loads(next(file))["text"].split("\n") if line.strip()]
     for kind in ("unigram", "bpe"):
-        model = train_sentencepiece(texts[:600], TokenizerSettings(kind, 3000))
+        model = train_sentencepiece(texts[:600], kind, 3000)
         theirs = sentencepiece.SentencePieceProcessor(model_proto=model)
         ours = plain_text_tokenizer(from_sentencepiece(model).to_str())
         differ = [t for t in texts[600:] if ours.encode(t, add_special_tokens=False).ids != theirs.encode(t)]
@@ -159,10 +156,11 @@ def test_edges_join_the_first_pieces_of_words(kind, trained, tmp_path):
     (tmp_path / "s.conllu").write_text(CONLLU)
     sentences = list(read_conllu(tmp_path / "s.conllu"))
     result = Worker(WorkerSettings(trained.backend_tokenizer.to_str(), "conllu", 100, trained.unk_token_id))(sentences)
+    tokens, offsets, boundaries, _ = result.streams
     assert result.counts["words"] == 7
     for sentence, start, end in zip(sentences, result.cuts[:-1], result.cuts[1:], strict=True):
         encoding = trained.backend_tokenizer.encode(sentence.text, add_special_tokens=False)
-        assert encoding.ids == result.tokens[start:end].tolist()
+        assert encoding.ids == tokens[start:end].tolist()
         owner = []  # by a reader's eye: the first visible character of the piece, or after it, and the word there
         for begin, stop in encoding.offsets:
             place = next(p for p in range(begin, stop + 1) if not sentence.text[p].isspace())
@@ -170,10 +168,10 @@ def test_edges_join_the_first_pieces_of_words(kind, trained, tmp_path):
         first = {word: owner.index(word) for word in set(owner)}
         assert kind == "wordpiece" or "Ж" not in sentence.text or "▁" in encoding.tokens
         edges = {(d, h) for d, h in enumerate(sentence.heads) if h >= 0 and d in first and h in first}
-        found = {(p, p + o) for p, o in enumerate(result.offsets[start:end].tolist()) if o}
+        found = {(p, p + o) for p, o in enumerate(offsets[start:end].tolist()) if o}
         assert len(found) >= 2
         assert found == {(first[d], first[h]) for d, h in edges}
-        assert [p for p, mark in enumerate(result.boundaries[start:end]) if mark] == sorted(first.values())
+        assert [p for p, mark in enumerate(boundaries[start:end]) if mark] == sorted(first.values())
 
 
 class _Broken:
@@ -192,20 +190,20 @@ class _Broken:
 )
 def test_what_is_wrong_with_the_text_is_said(kind, fault):
     with pytest.raises(type(fault)) as error:
-        train_tokenizer(_Broken(fault), TokenizerSettings(kind, 90))
+        train_tokenizer(_Broken(fault), kind, 90)
     assert error.value is fault
 
 
 def test_bad_requests(kind):
     with pytest.raises(InputError, match="special tokens"):
-        train_tokenizer(list(paragraphs()), TokenizerSettings(kind, 5))
+        train_tokenizer(list(paragraphs()), kind, 5)
     with pytest.raises(InputError, match="--vocab-size 20: "):
-        train_tokenizer(list(paragraphs()), TokenizerSettings(kind, 20))
+        train_tokenizer(list(paragraphs()), kind, 20)
     with pytest.raises(InputError, match="no text"):
-        train_tokenizer([], TokenizerSettings(kind, 100))
+        train_tokenizer([], kind, 100)
     if kind == "wordpiece":
-        assert len(train_tokenizer(["walk walk"], TokenizerSettings(kind, 5000))) < 20
+        assert len(train_tokenizer(["walk walk"], kind, 5000)) < 20
     else:
         with pytest.raises(InputError, match=r"--vocab-size 5000: .*too high") as error:
-            train_tokenizer(list(paragraphs()), TokenizerSettings(kind, 5000))
+            train_tokenizer(list(paragraphs()), kind, 5000)
         assert "\n" not in str(error.value)

@@ -11,7 +11,7 @@ from engine_runs import launch
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.parsers.base import Parse, RelationNames
-from megatron_sas.corpus.parsers.conllu import ConlluParser
+from megatron_sas.corpus.parsers.given import ConlluParser
 from megatron_sas.corpus.readers.conllu import read_conllu
 from megatron_sas.evaluation.parser_quality import NONE, ROOT, gold_units, predicted_heads, score_parses
 

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_sas.data.indexed_dataset import IndexedDatasetWriter
+from megatron_sas.data.indexed_dataset import write_index
 from megatron_sas.data.packed import FILES, FORMAT, FORMAT_VERSION
 
 VOCAB = [
@@ -62,9 +62,8 @@ def make_packed(tmp_path):
         tokens[:, 0], tokens[:, -1] = 2, 3
         heads = np.where(rng.random((n, s)) < 0.5, rng.integers(1, s - 1, (n, s)), -1).astype("<i2")
         prefix = tmp_path / name
-        with IndexedDatasetWriter(prefix, np.uint16) as writer:
-            for row in tokens:
-                writer.add(row)
+        tokens.tofile(f"{prefix}.bin")
+        write_index(f"{prefix}.idx", np.uint16, np.full(n, s))
         heads.tofile(f"{prefix}.heads.bin")
         np.ones((n, s), np.uint8).tofile(f"{prefix}.marks.bin")
         np.zeros((n, s), np.uint8).tofile(f"{prefix}.relns.bin")

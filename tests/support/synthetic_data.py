@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sas.core.files import sha256_file, write_json_atomic
-from megatron_sas.data.indexed_dataset import IndexedDatasetWriter
+from megatron_sas.data.indexed_dataset import write_index
 from megatron_sas.data.packed import FILES, FORMAT, FORMAT_VERSION
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_info
 
@@ -39,10 +39,8 @@ def write_packed(directory: Path, *, sequences: int = 24, seq_length: int = 32, 
     boundaries = np.ones((sequences, seq_length), np.uint8)
     boundaries[:, [0, -1]] = 0
     boundaries[:, 1] = 3
-    writer = IndexedDatasetWriter(prefix, np.uint16)
-    for row in tokens:
-        writer.add(row.astype(np.uint16))
-    writer.finish()
+    tokens.astype("<u2").tofile(f"{prefix}.bin")
+    write_index(f"{prefix}.idx", np.uint16, np.full(sequences, seq_length))
     heads.astype("<i2").tofile(f"{prefix}.heads.bin")
     boundaries.tofile(f"{prefix}.marks.bin")
     (heads >= 0).astype(np.uint8).tofile(f"{prefix}.relns.bin")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -24,3 +26,11 @@ def exit_code(name: str, *arguments: object) -> int:
         except SystemExit as end:
             return end.code
     raise AssertionError("run_main ends by SystemExit")
+
+
+def run_tool(capsys, name: str, *arguments: object) -> subprocess.CompletedProcess:
+    """The code and what the command prints; the environment that it sets for its workers is taken back."""
+    capsys.readouterr()
+    with mock.patch.dict(os.environ):
+        code = exit_code(name, *arguments)
+    return subprocess.CompletedProcess([name, *arguments], code, *capsys.readouterr())

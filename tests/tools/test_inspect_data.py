@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
-from engine_runs import launch
+from tool_calls import call_tool
 
+from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess
 from megatron_sas.corpus.inspect.drawing import segments
 from megatron_sas.data.packed import PackedData
@@ -40,13 +40,14 @@ def test_segments_are_the_sentences(prefix, tmp_path):
     assert drawn[0].edges == [(0, 1, "det"), (1, 3, "nsubj"), (4, 3, "punct")]
 
 
-def test_terminal_page_and_figures(prefix, tmp_path):
-    printed = launch("tools/inspect_data.py", "--data", prefix, "--sequences", 0, "--verify")
+def test_terminal_page_and_figures(prefix, tmp_path, capsys):
+    call_tool("inspect_data", "--data", prefix, "--sequences", 0, "--verify")
+    printed = capsys.readouterr().out
     assert "all checksums match" in printed
     assert "    1   ┌─▸ the                det\n    2 ┌─┴─▸ cat                nsubj\n    3 │       ##s" in printed
     assert "repeated sentences" in printed and "words with an edge (coverage)" in printed
     page, figures = tmp_path / "page.html", tmp_path / "figures.json"
-    launch("tools/inspect_data.py", "--data", prefix, "--html", page, "--output", figures)
+    call_tool("inspect_data", "--data", prefix, "--html", page, "--output", figures)
     assert page.read_text().count("<svg") >= 6 and "nsubj" in page.read_text()
     result = json.loads(figures.read_text())
     assert result["edges"] == int((PackedData(prefix).heads >= 0).sum())
@@ -62,15 +63,10 @@ def test_terminal_page_and_figures(prefix, tmp_path):
     ],
 )
 def test_refusals(prefix, tmp_path, arguments, message, monkeypatch):
-    import inspect_data
-
-    from megatron_sas.core.cli import InputError
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.html").write_text("mine")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "vocab.txt").write_text("\n".join([*VOCABULARY, "more"]) + "\n")
-    monkeypatch.setattr(sys, "argv", ["inspect_data.py", "--data", str(prefix), *arguments])
     with pytest.raises(InputError, match=message):
-        inspect_data.main()
+        call_tool("inspect_data", "--data", prefix, *arguments)
     assert (tmp_path / "there.html").read_text() == "mine"

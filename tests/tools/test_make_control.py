@@ -7,19 +7,18 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tool_calls import run_tool
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.controls import parse_control
-from megatron_sas.data.indexed_dataset import IndexedDatasetWriter
+from megatron_sas.data.indexed_dataset import write_index
 from megatron_sas.data.packed import FILES, FORMAT, FORMAT_VERSION, PackedData
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_control.py"
 N, S = 300, 16
 
 
@@ -36,9 +35,8 @@ def write_packed(prefix: Path) -> None:
             order = start + rng.permutation(7)
             for rank in range(1, 7):
                 heads[row, order[rank]] = order[rng.integers(rank)]
-    with IndexedDatasetWriter(prefix, np.uint16) as writer:
-        for row in tokens:
-            writer.add(row)
+    tokens.tofile(f"{prefix}.bin")
+    write_index(f"{prefix}.idx", np.uint16, np.full(N, S))
     for name, stream in (("heads", heads), ("marks", boundaries), ("relns", (heads >= 0).astype(np.uint8))):
         Path(f"{prefix}.{name}.bin").write_bytes(stream.tobytes())
     files = {}
@@ -64,15 +62,15 @@ def prefix(tmp_path) -> Path:
     return tmp_path / "toy"
 
 
-def run(*args: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(TOOL), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.fixture
+def run(capsys):
+    return partial(run_tool, capsys, "make_control")
 
 
 @pytest.mark.parametrize(
     ("kind", "name"), [("permuted", "permuted"), ("random_tree", "random_tree"), ("offset:-2", "offset--2")]
 )
-def test_stream_and_header(prefix, kind, name):
+def test_stream_and_header(run, prefix, kind, name):
     result = run("--data", prefix, "--control", kind, "--seed", 3)
     assert result.returncode == 0, result.stderr
     packed = PackedData(prefix, heads_name=name)
@@ -95,7 +93,7 @@ def test_block_size_does_not_matter(prefix, tmp_path):
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "blocks").read_bytes()
 
 
-def test_name_and_overwrite(prefix, tmp_path):
+def test_name_and_overwrite(run, prefix, tmp_path):
     arguments = ("--data", prefix, "--control", "permuted", "--name", "mine")
     assert run(*arguments).returncode == 0
     before = Path(f"{prefix}.heads-mine.bin").read_bytes()
@@ -107,26 +105,23 @@ def test_name_and_overwrite(prefix, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_an_error_at_the_very_end_leaves_the_old_stream(prefix, monkeypatch):
+def test_an_error_at_the_very_end_leaves_the_old_stream(prefix):
     """The disk that is full when the header is written."""
-    import make_control
+    from make_control import make_control
 
-    arguments = ("--data", str(prefix), "--control", "permuted")
-    assert run(*arguments).returncode == 0
+    make_control(str(prefix), "permuted", 0)
     files = [Path(f"{prefix}.heads-permuted.{end}") for end in ("bin", "json")]
     before = [path.read_bytes() for path in files]
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(make_control, "write_json_atomic", full)
-    monkeypatch.setattr(sys, "argv", ["make_control.py", *arguments, "--seed", "1", "--overwrite"])
     with pytest.raises(OSError, match="No space"):
-        make_control.main()
+        make_control(str(prefix), "permuted", 1, overwrite=True, write_header=full)
     assert [path.read_bytes() for path in files] == before
 
 
-def test_what_a_killed_process_left_is_removed(prefix, tmp_path):
+def test_what_a_killed_process_left_is_removed(run, prefix, tmp_path):
     left = tmp_path / ".toy.heads-permuted.bin.abcdefgh.tmp"
     left.mkdir()
     (left / "owner").write_text(socket.gethostname())  # not locked: the owner is gone
@@ -145,12 +140,12 @@ def test_what_a_killed_process_left_is_removed(prefix, tmp_path):
         (("--control", "permuted", "--data", "nowhere"), "nowhere.json"),
     ],
 )
-def test_bad_arguments(prefix, arguments, message):
+def test_bad_arguments(run, prefix, arguments, message):
     result = run("--data", prefix, *arguments)
     assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_inconsistent_heads(prefix, tmp_path):
+def test_inconsistent_heads(run, prefix, tmp_path):
     heads = np.fromfile(f"{prefix}.heads.bin", "<i2").reshape(N, S)
     heads[5, 2] = 9  # a word of the other sentence
     heads.tofile(f"{prefix}.heads.bin")
@@ -160,7 +155,7 @@ def test_inconsistent_heads(prefix, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_other_tokens_are_noticed(prefix, tmp_path):
+def test_other_tokens_are_noticed(run, prefix, tmp_path):
     assert run("--data", prefix, "--control", "permuted").returncode == 0
     for suffix in ("bin", "json"):
         shutil.copy(f"{prefix}.heads-permuted.{suffix}", tmp_path / f"kept.{suffix}")
@@ -172,7 +167,7 @@ def test_other_tokens_are_noticed(prefix, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["heads.bin", "marks.bin"])
-def test_other_parses_are_noticed(prefix, name):
+def test_other_parses_are_noticed(run, prefix, name):
     """The same tokens preprocessed with another parser."""
     assert run("--data", prefix, "--control", "permuted").returncode == 0
     header = json.loads(Path(f"{prefix}.json").read_text())

@@ -9,7 +9,8 @@ import lzma
 import numpy as np
 import pytest
 import torch
-from engine_runs import launch, train, write_inputs
+from engine_runs import train, write_inputs
+from tool_calls import run_tool
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess
@@ -48,22 +49,11 @@ def write_pairs(directory):
 
 
 @pytest.mark.parametrize(("kind", "size"), [("wordpiece", 45), ("unigram", 30), ("bpe", 45)])
-def test_every_kind_trains_and_evaluates(kind, size, tmp_path):
+def test_every_kind_trains_and_evaluates(kind, size, tmp_path, capsys):
     corpus, pairs = write_corpus(tmp_path / "corpus.conllu"), write_pairs(tmp_path / "blimp")
     tokenizer_path = tmp_path / "tokenizer"
-    printed = launch(
-        *(
-            "tools/train_tokenizer.py",
-            "--input",
-            corpus,
-            "--type",
-            kind,
-            "--vocab-size",
-            size,
-            "--output",
-            tokenizer_path,
-        )
-    )
+    arguments = ("--input", corpus, "--type", kind, "--vocab-size", size, "--output", tokenizer_path)
+    printed = run_tool(capsys, "train_tokenizer", *arguments).stdout
     assert f"{tokenizer_path}: {kind} with {size} entries from 384 paragraphs" in printed
 
     header, _ = preprocess(
@@ -115,16 +105,17 @@ def test_every_kind_trains_and_evaluates(kind, size, tmp_path):
         assert torch.allclose(theirs(ids).logits[0], ours, atol=1e-5)
 
 
-def test_messages_and_sampling(tmp_path):
+def test_messages_and_sampling(tmp_path, capsys):
     with lzma.open(tmp_path / "text.txt.xz", "wt") as file:
         file.writelines(f"the {noun} {verb}s the {noun}\n" for noun, verb in itertools.product(NOUNS * 20, VERBS))
-    tool = ("tools/train_tokenizer.py", "--input", tmp_path / "text.txt.xz", "--output", tmp_path / "out")
-    printed = launch(*tool, "--type", "wordpiece", "--vocab-size", 5000, "--share", 0.5)
+    arguments = ("train_tokenizer", "--input", tmp_path / "text.txt.xz", "--output", tmp_path / "out", "--vocab-size")
+    printed = run_tool(capsys, *arguments, 5000, "--type", "wordpiece", "--share", 0.5).stdout
     assert "note: fewer than the 5,000 asked for" in printed
     used = int(printed.split(" paragraphs")[0].split()[-1])
     assert 80 <= used <= 160
-    printed = launch(*tool, "--type", "bpe", "--vocab-size", 50, expect=2)
-    assert printed.strip().endswith("exists already; choose another output or pass --overwrite")
-    printed = launch(*tool, "--type", "bpe", "--vocab-size", 5000, "--overwrite", expect=2)
-    assert printed.strip().splitlines()[-1].startswith("error: --vocab-size 5000: ")
+    there = run_tool(capsys, *arguments, 50, "--type", "bpe")
+    assert there.returncode == 2
+    assert there.stderr.endswith("exists already; choose another output or pass --overwrite\n")
+    small = run_tool(capsys, *arguments, 5000, "--type", "bpe", "--overwrite")
+    assert small.returncode == 2 and small.stderr.splitlines()[-1].startswith("error: --vocab-size 5000: ")
     assert load_tokenizer(tmp_path / "out").get_vocab(), "the older one is still there"

@@ -1,6 +1,6 @@
 """Writing packed data (docs/architecture.md, "Packed data"): all of it appears at the end, or nothing.
 
-The files grow in a hidden folder beside the output and are renamed when they are complete, the header last. A process
+The files grow in a hidden folder next to the output and are renamed when they are complete, the header last. A process
 that is killed leaves its folder behind; the next one that writes the same output removes it.
 """
 
@@ -23,15 +23,14 @@ import numpy as np
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import check_absent, fsync_directory, fsync_file, write_json_atomic
-from megatron_sas.corpus.parsers.base import RelationNames
 from megatron_sas.corpus.readers.text_lines import check_file_name
 from megatron_sas.data.checksums import describe_file
-from megatron_sas.data.indexed_dataset import IndexedDatasetWriter, token_dtype
+from megatron_sas.data.indexed_dataset import token_dtype, write_index
 from megatron_sas.data.packed import FILES, FORMAT, FORMAT_VERSION, TokenizerInfo
 
 MIN_SEQ_LENGTH, MAX_SEQ_LENGTH = 8, 1 << 15
 MAX_RELATIONS = 255
-_STREAMS = {"heads": "<i2", "marks": "u1", "relns": "u1"}
+_STREAMS = {"heads.bin": "<i2", "marks.bin": "u1", "relns.bin": "u1"}
 _OWNER = "owner"  # in the hidden folder: the host's name, locked while its process lives
 _ABANDONED_AFTER = 24 * 3600  # seconds without a write, for folders of other hosts, whose locks cannot be trusted
 
@@ -47,20 +46,19 @@ class PackedWriter:
 
     def __init__(self, prefix: str | Path, seq_length: int, tokenizer: TokenizerInfo, overwrite: bool = False) -> None:
         self.prefix, self.seq_length, self.tokenizer = Path(prefix), seq_length, tokenizer
-        for path in (prefix, tokenizer.path):
-            check_file_name(path)
+        check_file_name(prefix)
+        check_file_name(tokenizer.path)
         for name in (*FILES, "json"):
             check_absent(f"{self.prefix}.{name}", overwrite)  # not `prefix`, which may end in "/"
         self.num_sequences = 0
+        self._dtypes = {"bin": token_dtype(tokenizer.vocab_size), **_STREAMS}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> PackedWriter:
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             self._folder = stack.enter_context(temporary_folder(self.prefix))
-            self._tokens = IndexedDatasetWriter(self._folder / "data", token_dtype(self.tokenizer.vocab_size))
-            stack.callback(self._tokens.abort)
-            self._files = [stack.enter_context(open(self._folder / f"data.{name}.bin", "wb")) for name in _STREAMS]
+            self._files = [stack.enter_context(open(self._folder / f"data.{name}", "wb")) for name in self._dtypes]
             self._stack = stack.pop_all()
         return self
 
@@ -69,10 +67,9 @@ class PackedWriter:
 
     def add(self, tokens: np.ndarray, heads: np.ndarray, boundaries: np.ndarray, relations: np.ndarray) -> None:
         """Append one sequence, each stream (S,), or several, each (n, S); any integer dtypes whose values fit."""
-        for sequence in tokens.reshape(-1, self.seq_length):
-            self._tokens.add(sequence)
-            self.num_sequences += 1
-        for file, dtype, stream in zip(self._files, _STREAMS.values(), (heads, boundaries, relations), strict=True):
+        self.num_sequences += tokens.size // self.seq_length
+        streams = (tokens, heads, boundaries, relations)
+        for file, dtype, stream in zip(self._files, self._dtypes.values(), streams, strict=True):
             file.write(np.ascontiguousarray(stream, dtype=dtype))
 
     def finish(self, relations: list[str], **fields: Any) -> dict[str, Any]:
@@ -80,7 +77,8 @@ class PackedWriter:
         for file in self._files:
             file.close()
             fsync_file(file.name)
-        self._tokens.finish()
+        lengths = np.full(self.num_sequences, self.seq_length, np.int32)
+        write_index(self._folder / "data.idx", self._dtypes["bin"], lengths)
         header = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -91,24 +89,19 @@ class PackedWriter:
             "relations": relations,
             "files": {name: describe_file(self._folder / f"data.{name}") for name in FILES},
         }
-        write_json_atomic(self._folder / "data.json", header)  # what can fail has been done before old data go
-        # An old header goes first, so that it never stands beside new data.
-        Path(f"{self.prefix}.json").unlink(missing_ok=True)
-        fsync_directory(self.prefix.parent)
-        for name in FILES:
-            os.replace(self._folder / f"data.{name}", f"{self.prefix}.{name}")
-        fsync_directory(self.prefix.parent)
-        os.replace(self._folder / "data.json", f"{self.prefix}.json")
-        fsync_directory(self.prefix.parent)
+        write_json_atomic(self._folder / "data.json", header)
+        publish({self._folder / f"data.{name}": Path(f"{self.prefix}.{name}") for name in (*FILES, "json")})
         return header
 
 
-def relation_number(names: RelationNames, name: str) -> int:
-    """The number of a relation's name; `InputError` when a byte cannot hold one more."""
-    number = names.number(name)
-    if number > MAX_RELATIONS:
-        raise InputError(f"there are more than {MAX_RELATIONS} relation names; merge some of them in the parses")
-    return number
+def publish(files: dict[Path, Path]) -> None:
+    """Give finished files their names, the header, which comes last, after all others are on the disk."""
+    *data, header = files.items()
+    header[1].unlink(missing_ok=True)  # an old one never stands beside new data
+    for stage in ([], data, [header]):
+        for path, name in stage:
+            os.replace(path, name)
+        fsync_directory(header[1].parent)
 
 
 def check_seq_length(seq_length: int) -> None:
@@ -119,7 +112,7 @@ def check_seq_length(seq_length: int) -> None:
 
 @contextlib.contextmanager
 def temporary_folder(prefix: Path) -> Iterator[Path]:
-    """A folder beside the output (so that renaming out of it is atomic), removed in every case but a kill."""
+    """A folder next to the output (so that renaming out of it is atomic), removed in every case but a kill."""
     remove_leftovers(prefix)
     folder = Path(tempfile.mkdtemp(dir=prefix.parent, prefix=f".{prefix.name}.", suffix=".tmp"))
     try:

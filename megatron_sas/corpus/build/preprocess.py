@@ -5,25 +5,23 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_sas.core.cli import InputError, progress
 from megatron_sas.core.files import sha256_file
-from megatron_sas.corpus.build.documents import Exclusions, Selection, Split, input_of
+from megatron_sas.corpus.build.documents import Exclusions, Selection, Split
 from megatron_sas.corpus.build.pack import Packer
-from megatron_sas.corpus.build.packed_writer import PackedWriter, check_seq_length, relation_number
-from megatron_sas.corpus.build.skipped import SkipReport
+from megatron_sas.corpus.build.packed_writer import MAX_RELATIONS, PackedWriter, check_seq_length
+from megatron_sas.corpus.build.skipped import Report, add_example
 from megatron_sas.corpus.build.workers import CHUNK_CHARACTERS, ChunkResult, WorkerSettings, chunks, process_chunks
 from megatron_sas.corpus.parsers.base import RelationNames
 from megatron_sas.corpus.parsers.registry import PARSERS, describe_parser, parser_class
-from megatron_sas.corpus.readers.base import Reading, Unit
-from megatron_sas.corpus.readers.line_breaks import LineBreaks
+from megatron_sas.corpus.readers.base import ReadSettings, Unit, check_share
 from megatron_sas.corpus.readers.registry import READERS_BY_SUFFIX, input_files, read_units, reader_of, source_name
-from megatron_sas.corpus.readers.text_lines import OnError
 from megatron_sas.data.tokenizer import knows_words, load_tokenizer, tokenizer_info
 from megatron_sas.data.unknown import Unknown
 
@@ -32,10 +30,18 @@ if TYPE_CHECKING:
 
 _FOREIGN = "foreign to the tokenizer"
 _LONG_WORD = "a word too long for the tokenizer, now one [UNK]"
+# In the header, in this order.
+COUNTS = (
+    *("documents", "empty_documents", "unparsed_documents", "documents_of_other_split", "documents_excluded"),
+    *("sentences", "words", "words_without_piece", "edges_without_piece", "words_too_long", "words_cut"),
+    *("pieces_unknown", "paragraphs_cut", "paragraphs_with_controls", "paragraphs_squeezed", "lines_joined"),
+    *("paragraphs_foreign", "sentences_blanked", "skipped", "sequences", "pieces", "edges", "edges_cut"),
+    *("joints_without_separator", "tail_pieces", "tail_edges"),
+)
 
 
 @dataclass
-class PreprocessSettings:
+class PreprocessSettings(ReadSettings):
     """What `tools/preprocess_data.py` takes; its --help explains each."""
 
     inputs: list[str]
@@ -43,17 +49,11 @@ class PreprocessSettings:
     parser: str
     output: str
     seq_length: int = 512
-    workers: int = 1
-    text_field: str = "text"
-    on_error: OnError = "refuse"
-    max_skipped: float = 0.05
     drop_foreign: bool = False
     exclude: str | None = None
     split: Split | None = None
     validation_share: float = 0.005
     overwrite: bool = False
-    rows_per_document: int | None = None
-    line_breaks: LineBreaks = "auto"
 
 
 def preprocess(
@@ -65,8 +65,7 @@ def preprocess(
 ) -> tuple[dict[str, Any], float]:
     """Make packed data from text and return its header and the seconds that reading, parsing and packing took.
 
-    Everything is written in a temporary folder beside the output and renamed at the end, the header last. The bytes
-    depend on the inputs, the tokenizer, the parser and the settings in `provenance_of`, not on `workers`.
+    The bytes depend on the inputs, the tokenizer, the parser and the settings in `provenance_of`, not on `workers`.
 
     Args:
         provenance: `provenance_of(settings)`, if it is known already.
@@ -81,12 +80,9 @@ def preprocess(
     check_settings(settings)
     tokenizer = tokenizer_of(settings)
     info = tokenizer_info(tokenizer, settings.tokenizer)
+    serialised = tokenizer.backend_tokenizer.to_str()
     worker = WorkerSettings(
-        tokenizer=tokenizer.backend_tokenizer.to_str(),
-        parser=settings.parser,
-        max_word_tokens=settings.seq_length - 2,
-        unk_id=info.unk_id,
-        drop_foreign=settings.drop_foreign,
+        serialised, settings.parser, settings.seq_length - 2, info.unk_id, drop_foreign=settings.drop_foreign
     )
     start = time.perf_counter()
     with PackedWriter(settings.output, settings.seq_length, info, settings.overwrite) as writer:
@@ -94,15 +90,12 @@ def preprocess(
         packer = Packer(settings.seq_length, info.cls_id, info.sep_id, writer.add)
         exclusions = None
         if settings.exclude is not None:
-            files = provenance["input_files"]
-            exclusions = Exclusions.read(
-                settings.exclude, settings.inputs, files, settings.rows_per_document, settings.line_breaks
-            )
+            exclusions = Exclusions.read(settings.exclude, settings.inputs, provenance["input_files"], settings)
         selection = Selection(settings.split, settings.validation_share, exclusions)
         counts, relations, report = _pack_inputs(settings, selection, worker, packer, chunk_characters)
-        if not packer.counts.sequences and not allow_empty:
+        if not writer.num_sequences and not allow_empty:
             raise InputError(
-                f"{', '.join(settings.inputs)}: {packer.counts.pieces} tokens do not fill one sequence of "
+                f"{', '.join(settings.inputs)}: {counts['pieces']} tokens do not fill one sequence of "
                 f"{settings.seq_length}; give more text or a smaller --seq-length"
             )
         header = writer.finish(relations, **provenance, counts=counts, report=report)
@@ -112,13 +105,8 @@ def preprocess(
 def check_settings(settings: PreprocessSettings) -> None:
     """Refuse settings that cannot be right (`InputError`), before anything is read."""
     check_seq_length(settings.seq_length)
-    if settings.workers < 1:
-        raise InputError(f"--workers {settings.workers}: must be at least 1")
-    if settings.rows_per_document is not None and settings.rows_per_document < 1:
-        raise InputError(f"--rows-per-document {settings.rows_per_document}: must be at least 1")
-    for name in ("max_skipped", "validation_share"):
-        if not 0 <= getattr(settings, name) <= 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be a share from 0 to 1")
+    settings.check()
+    check_share("--validation-share", settings.validation_share)
     seen, (parser, _) = set(), parser_class(settings.parser)
     for name in settings.inputs:
         reader = reader_of(name)
@@ -143,7 +131,7 @@ def tokenizer_of(settings: PreprocessSettings) -> PreTrainedTokenizerFast:
 
 
 def provenance_of(settings: PreprocessSettings) -> dict[str, Any]:
-    """What the header says of the data's origin: parser, inputs (with their hashes), and the settings that matter.
+    """The header's record of the data's origin: parser, inputs (with their hashes), and the settings that matter.
 
     Equal provenance, tokenizer and sequence length mean equal data.
     """
@@ -167,7 +155,7 @@ def provenance_of(settings: PreprocessSettings) -> dict[str, Any]:
 def remarks(header: dict[str, Any], *, warnings_only: bool = False) -> list[str]:
     """What a user should read about packed data, by its header: the share of [UNK], and words that are too long.
 
-    With `warnings_only` the share only if it is high. Headers of earlier versions say nothing of either.
+    With `warnings_only` the share only if it is high. Headers of earlier versions have neither.
     """
     counts, lines = header["counts"], []
     unknown = Unknown(counts["pieces"], counts.get("pieces_unknown", 0))
@@ -181,96 +169,48 @@ def remarks(header: dict[str, Any], *, warnings_only: bool = False) -> list[str]
 
 def _pack_inputs(
     settings: PreprocessSettings, selection: Selection, worker: WorkerSettings, packer: Packer, chunk_characters: int
-) -> tuple[dict[str, int], list[str], dict[str, Any]]:
+) -> tuple[dict[str, int], list[str], Report]:
     """Read, parse, align and pack everything; returns the counts, the relation names and what was found wrong."""
-    skipped = SkipReport(settings.max_skipped, show=True)
-    reading = Reading(settings.text_field, settings.on_error, skipped, settings.rows_per_document, settings.line_breaks)
-    foreign, long_words = _Examples(), _Examples()
-    names, totals = RelationNames(), Counter()
+    reading, names = settings.reading(), RelationNames(MAX_RELATIONS)
+    skipped, found, counts = reading.skipped, {}, Counter()
     with progress(unit=" words", unit_scale=True, desc="preprocessing") as bar:
-        used = _used(selection.apply(read_units(settings.inputs, reading)), skipped)
-        groups = chunks(used, chunk_characters)
+        groups = chunks(selection.apply(read_units(settings.inputs, reading)), chunk_characters)
         with contextlib.closing(process_chunks(groups, worker, settings.workers)) as results:
             for units, result in results:
+                for unit in units:
+                    if unit.content is not None:
+                        skipped.use(unit.input)
                 for number, reason in result.bad:
                     reading.bad(units[number].where, reason, used=True)
                 for number in result.foreign:
-                    foreign.add(units[number].where, str(units[number].content)[:80])
+                    add_example(found, _FOREIGN, where=units[number].where, text=str(units[number].content)[:80])
                     if settings.drop_foreign:  # as asked for, so never refused; but not without limit
                         skipped.skip(units[number].where, _FOREIGN, used=True)
                 for number, word in result.long_words:
-                    long_words.add(units[number].where, word)
+                    add_example(found, _LONG_WORD, where=units[number].where, text=word)
                 _pack(packer, units, result, names)
-                totals.update(result.counts)
+                counts.update(
+                    result.counts, paragraphs_foreign=len(result.foreign), words_too_long=len(result.long_words)
+                )
                 bar.update(result.counts["words"])
     packer.finish()
     skipped.check()
-    packed = asdict(packer.counts)
-    has_heads = parser_class(settings.parser)[0].heads != "none"
-    unparsed = 0 if has_heads else packed["documents"] - packed["empty_documents"]
-    counts = {
-        "documents": packed.pop("documents"),
-        "empty_documents": packed.pop("empty_documents"),
-        "unparsed_documents": unparsed,
-        "documents_of_other_split": selection.counts["other_split"],
-        "documents_excluded": selection.counts["excluded"],
-        "sentences": totals["sentences"],
-        "words": totals["words"],
-        "words_without_piece": totals["words_without_piece"],
-        "edges_without_piece": totals["edges_without_piece"],
-        "words_too_long": long_words.count,
-        "words_cut": reading.words_cut,
-        "pieces_unknown": totals["pieces_unknown"],
-        "paragraphs_cut": reading.paragraphs_cut,
-        "paragraphs_with_controls": reading.paragraphs_with_controls,
-        "paragraphs_squeezed": reading.paragraphs_squeezed,
-        "lines_joined": reading.lines_joined,
-        "paragraphs_foreign": foreign.count,
-        "sentences_blanked": reading.sentences_blanked,
-        "skipped": skipped.count,
-    }
-    report = skipped.report() | foreign.report(_FOREIGN) | long_words.report(_LONG_WORD)
-    return counts | packed, names.names, report
-
-
-def _used(units: Iterable[Unit], skipped: SkipReport) -> Iterator[Unit]:
-    """The units, counted as those that a parser may lose."""
-    for unit in units:
-        if unit.content is not None:
-            skipped.use(input_of(unit))
-        yield unit
-
-
-class _Examples:
-    """A count of something and the places of the first few."""
-
-    def __init__(self) -> None:
-        self.count, self._examples = 0, []
-
-    def add(self, where: str, text: str) -> None:
-        self.count += 1
-        if len(self._examples) < 5:
-            self._examples.append({"where": where, "text": text})
-
-    def report(self, name: str) -> dict[str, Any]:
-        return {name: {"count": self.count, "examples": self._examples}} if self.count else {}
+    counts.update(reading.counts + selection.counts + packer.counts, skipped=skipped.count)
+    if parser_class(settings.parser)[0].heads == "none":
+        counts["unparsed_documents"] = counts["documents"] - counts["empty_documents"]
+    report = skipped.report() | {kind: found[kind] for kind in (_FOREIGN, _LONG_WORD) if kind in found}
+    return {name: counts[name] for name in COUNTS}, names.names, report
 
 
 def _pack(packer: Packer, units: list[Unit], result: ChunkResult, names: RelationNames) -> None:
     """Hand a chunk to the packer, document by document."""
-    used, first = np.unique(result.relations, return_index=True)
+    used, first = np.unique(result.streams[3], return_index=True)
     numbers = np.zeros(len(result.names), dtype=np.uint8)
     for local in used[np.argsort(first)]:
-        numbers[local] = relation_number(names, result.names[local])
-    relations = numbers[result.relations]
-    for begin, end in _documents(units):
+        numbers[local] = names.number(result.names[local])
+    streams = [*result.streams[:3], numbers[result.streams[3]]]
+    starts = [number for number, unit in enumerate(units) if unit.starts_document and number]
+    for begin, end in pairwise([0, *starts, len(units)]):  # the first may continue a document of the chunk before
         if units[begin].starts_document:
             packer.start_document()
-        span = slice(result.cuts[begin], result.cuts[end])
-        packer.add(result.tokens[span], result.offsets[span], result.boundaries[span], relations[span])
-
-
-def _documents(units: list[Unit]) -> Iterator[tuple[int, int]]:
-    """Runs of units of the same document; the first may continue one of the chunk before."""
-    starts = [number for number, unit in enumerate(units) if unit.starts_document and number]
-    yield from zip([0, *starts], [*starts, len(units)], strict=True)
+        packer.add(*(stream[result.cuts[begin] : result.cuts[end]] for stream in streams))

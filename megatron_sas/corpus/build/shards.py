@@ -1,4 +1,4 @@
-"""Shards in, shards out: every input becomes packed data of its own, whole or absent, left alone when it is done."""
+"""Shards in, shards out: every input becomes its own packed data, whole or absent, left alone when it is done."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_sas.core.cli import InputError
+from megatron_sas.core.cli import InputError, kind_and_reason
 from megatron_sas.corpus.build.packed_writer import remove_leftovers
 from megatron_sas.corpus.build.preprocess import (
     PreprocessSettings,
@@ -20,7 +20,7 @@ from megatron_sas.corpus.build.preprocess import (
     tokenizer_of,
 )
 from megatron_sas.corpus.parsers.registry import describe_parser
-from megatron_sas.corpus.readers.registry import reader_of
+from megatron_sas.corpus.readers.registry import reader_of, repeated_name
 from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.data.packed import FORMAT_VERSION, PackedData, TokenizerIdentity, read_header
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_identity
@@ -47,11 +47,10 @@ def preprocess_shards(
             output made with other settings is such a failure (unless `overwrite`), and is left as it is.
     """
     check_settings(settings)
-    tokenizer_of(settings)  # what is wrong with it or the parser is said once, not for every shard
+    tokenizer_of(settings)  # a fault of it or the parser is reported once, not for every shard
     describe_parser(settings.parser)
     names = [reader_of(name).output_name(name) for name in settings.inputs]
-    double = next((name for number, name in enumerate(names) if name in names[:number]), None)
-    if double is not None:
+    if (double := repeated_name(names)) is not None:
         raise InputError(f"--input: two inputs would both be written to {double}; rename one")
     mine = list(zip(settings.inputs, names, strict=True))[shard[0] :: shard[1]]
     headers, failures = [], []
@@ -63,7 +62,7 @@ def preprocess_shards(
             reason = str(error)
             if not isinstance(error, InputError | OSError):  # nobody foresaw it: the place in the program may help
                 traceback.print_exc()
-                reason = f"{type(error).__name__}: {reason}".split("\n")[0]
+                reason = kind_and_reason(error)
             log(f"{one.output}: failed: {reason}")
             failures.append(f"{name} ({reason})")
             continue
@@ -100,7 +99,9 @@ def _finished(
     header = read_header(path, "remove it to make this shard again")
     expected = {"version": FORMAT_VERSION, "seq_length": settings.seq_length, **provenance}
     differing = [name for name, value in expected.items() if header.get(name) != value]
-    if not _is_of(header.get("tokenizer"), tokenizer_identity(load_tokenizer(settings.tokenizer))):
+    recorded = header["tokenizer"] if isinstance(header.get("tokenizer"), dict) else {}
+    identity = TokenizerIdentity(recorded.get("hash", ""), recorded.get("digest"))  # the path may be another anywhere
+    if not identity.matches(tokenizer_identity(load_tokenizer(settings.tokenizer))):
         differing.append("tokenizer")
     if differing:
         raise InputError(
@@ -114,10 +115,3 @@ def _finished(
         log(f"{error}: it is made again")
         return None
     return header
-
-
-def _is_of(recorded: Any, identity: TokenizerIdentity) -> bool:
-    """Whether a header's record is of this tokenizer, whose path may be another on every machine."""
-    if not isinstance(recorded, dict):
-        return False
-    return TokenizerIdentity(recorded.get("hash", ""), recorded.get("digest")).matches(identity)

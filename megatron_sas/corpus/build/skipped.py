@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_sas.core.cli import InputError
 
-_EXAMPLES = 5  # of each kind, on the terminal and in the header
+EXAMPLES = 5  # of each kind, on the terminal and in the header
 _PARTICULARS = re.compile(r"[(;:']|\s(?:at|is|in) |\s\d")
+
+Report = dict[str, dict[str, Any]]  # of a header: kind → `count`, and `examples` of it
+
+
+def add_example(report: Report, kind: str, **example: str) -> int:
+    """Count one more of a kind, with the first few as examples; returns the count."""
+    entry = report.setdefault(kind, {"count": 0, "examples": []})
+    entry["count"] += 1
+    if entry["count"] <= EXAMPLES:
+        entry["examples"].append(example)
+    return entry["count"]
 
 
 @dataclass
@@ -42,20 +53,12 @@ class _Input:
 
     def summary(self) -> str:
         """What was skipped, in words."""
-        parts = []
-        if self.records_skipped:
-            parts.append(f"{self.records_skipped} of {self.records} records left out")
-        if self.paragraphs_skipped:
-            parts.append(f"{self.paragraphs_skipped} of {self.paragraphs} paragraphs left out")
-        if self.unread:
-            parts.append(f"{self.unread:.1%} of the file unread")
-        return " and ".join(parts)
-
-
-@dataclass
-class _Kind:
-    count: int = 0
-    examples: list[dict[str, str]] = field(default_factory=list)
+        parts = {
+            f"{self.records_skipped} of {self.records} records left out": self.records_skipped,
+            f"{self.paragraphs_skipped} of {self.paragraphs} paragraphs left out": self.paragraphs_skipped,
+            f"{self.unread:.1%} of the file unread": self.unread,
+        }
+        return " and ".join(part for part, count in parts.items() if count)
 
 
 class SkipReport:
@@ -63,25 +66,25 @@ class SkipReport:
 
     def __init__(self, max_skipped: float = 1.0, show: bool = False) -> None:
         self.max_skipped, self.show = max_skipped, show
-        self._inputs: dict[str, _Input] = {}
-        self._kinds: dict[str, _Kind] = {}
+        self._inputs: dict[str, _Input] = defaultdict(_Input)
+        self._report: Report = {}
 
     @property
     def count(self) -> int:
-        """Pieces of input left out: records, and paragraphs of others."""
-        return sum(kind.count for kind in self._kinds.values())
+        """How much input was left out: records, and paragraphs of others."""
+        return sum(entry["count"] for entry in self._report.values())
 
     def keep(self, name: str) -> None:
         """One more good record of input `name`."""
-        self._of(name).records += 1
+        self._inputs[name].records += 1
 
     def use(self, name: str) -> None:
         """One more paragraph of input `name` goes to the parser, which may fail on it."""
-        self._of(name).paragraphs += 1
+        self._inputs[name].paragraphs += 1
 
     def skip(self, where: str, reason: str, *, used: bool = False, unread: float = 0.0) -> None:
         """The record at `where` ("input:line") cannot be read, or a paragraph of it that is `used` is left out."""
-        entry = self._of(where.rpartition(":")[0])
+        entry = self._inputs[where.rpartition(":")[0]]
         if used:
             entry.paragraphs_skipped += 1
         elif where != entry.last_skipped:
@@ -89,21 +92,18 @@ class SkipReport:
             entry.records += 1
             entry.records_skipped += 1
         entry.unread = max(entry.unread, unread)
-        name = _PARTICULARS.split(reason, maxsplit=1)[0].strip()
-        entry.kinds[name] += 1
-        kind = self._kinds.setdefault(name, _Kind())
-        kind.count += 1
-        if kind.count <= _EXAMPLES:
-            kind.examples.append({"where": where, "reason": reason})
-            if self.show:
-                print(f"skipped: {where}: {reason}", file=sys.stderr)
-        elif kind.count == _EXAMPLES + 1 and self.show:
+        kind = _PARTICULARS.split(reason, maxsplit=1)[0].strip()
+        entry.kinds[kind] += 1
+        count = add_example(self._report, kind, where=where, reason=reason)
+        if self.show and count <= EXAMPLES:
+            print(f"skipped: {where}: {reason}", file=sys.stderr)
+        elif self.show and count == EXAMPLES + 1:
             print("skipped: further input of this kind is counted, not shown", file=sys.stderr)
 
     def check(self, name: str | None = None) -> None:
         """Raise `InputError` when more than `max_skipped` was skipped: of input `name` in reading, or of any input."""
-        for key in self._inputs if name is None else [name]:
-            entry = self._of(key)
+        for key in list(self._inputs) if name is None else [name]:
+            entry = self._inputs[key]
             # While it is read, nobody knows how many paragraphs will have been used in the end.
             if (entry.share_kept if name is None else entry.share_read) < 1 - self.max_skipped:
                 commonest = entry.kinds.most_common(1)[0][0]
@@ -112,9 +112,6 @@ class SkipReport:
                     "allows: mend the file or raise it"
                 )
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Report:
         """Counts and examples by kind in alphabetical order, for the header."""
-        return {name: {"count": kind.count, "examples": kind.examples} for name, kind in sorted(self._kinds.items())}
-
-    def _of(self, name: str) -> _Input:
-        return self._inputs.setdefault(name, _Input())
+        return dict(sorted(self._report.items()))

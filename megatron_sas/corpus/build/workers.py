@@ -1,4 +1,4 @@
-"""Chunks of units → aligned pieces, in this process or in several, in order and with bounded memory.
+"""Chunks of units → aligned tokens, in this process or in several, in order and with bounded memory.
 
 A chunk's content depends on the input only, and a chunk's result on the chunk only; so the number of processes cannot
 be seen in the output.
@@ -9,20 +9,17 @@ from __future__ import annotations
 import signal
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_sas.core.cli import InputError
-from megatron_sas.core.processes import end_with_parent
+from megatron_sas.core.cli import kind_and_reason
+from megatron_sas.core.processes import worker_pool
 from megatron_sas.corpus.build.align import align
 from megatron_sas.corpus.parsers.base import Parse, RelationNames
-from megatron_sas.corpus.parsers.registry import kind_and_reason, make_parser
-from megatron_sas.corpus.readers.base import Unit
+from megatron_sas.corpus.parsers.registry import make_parser
+from megatron_sas.corpus.readers.base import Unit, text_of
 from megatron_sas.data.tokenizer import plain_text_tokenizer
 
 if TYPE_CHECKING:
@@ -47,30 +44,27 @@ class WorkerSettings:
 
 @dataclass
 class ChunkResult:
-    """Tokens of a chunk (P,): `tokens` int32, `offsets` int32, `boundaries` uint8, `relations` int64 numbers into
-    `names`.
+    """Tokens of a chunk: `streams` (P,) are ids int32, offsets int32, boundaries uint8, and relations int64, numbers
+    into `names`.
 
     `cuts` (units + 1,) int64: unit u owns tokens [cuts[u], cuts[u+1]). `bad`: units left out, with the reason;
     `foreign`: units in another language than the tokenizer's, left out where the settings say so. `long_words`: (unit,
     description) of every word that the tokenizer takes for [UNK] because of its length alone.
     """
 
-    tokens: np.ndarray
-    offsets: np.ndarray
-    boundaries: np.ndarray
-    relations: np.ndarray
+    streams: list[np.ndarray]
     names: list[str]
     cuts: np.ndarray
     counts: Counter[str]
-    bad: list[tuple[int, str]] = field(default_factory=list)
-    foreign: list[int] = field(default_factory=list)
+    bad: list[tuple[int, str]]
+    foreign: list[int]
     long_words: list[tuple[int, str]] = field(default_factory=list)
 
 
 def is_foreign(characters: int, tokens: int, unknown: int) -> bool:
-    """Whether a text is foreign to the tokenizer: cut nearly into characters, or made of unknown pieces.
+    """Whether a text is foreign to the tokenizer: cut nearly into characters, or made of unknown tokens.
 
-    (English has about 0.23 pieces a character, other languages in Latin letters up to 0.45, Cyrillic or Chinese 0.9.)
+    (English has about 0.23 tokens a character, other languages in Latin letters up to 0.45, Cyrillic or Chinese 0.9.)
     """
     return characters >= 40 and (tokens > 0.6 * characters or unknown > 0.2 * tokens)
 
@@ -85,13 +79,13 @@ class Worker:
         self._longest_word: int | None = getattr(self._tokenizer.model, "max_input_chars_per_word", None)  # WordPiece
 
     def __call__(self, contents: list[Any]) -> ChunkResult:
-        """Tokenize, parse and align; units whose content is None (empty documents) get no pieces.
+        """Tokenize, parse and align; units whose content is None (empty documents) get no tokens.
 
-        A chunk that the parser cannot bear is done by halves, down to single units, which are then `bad`.
+        If the parser fails on a chunk, split it in half and retry, down to single units, which are then `bad`.
         """
         try:
             return self._chunk(contents, {})
-        except Exception as error:  # parsers are large programs: a text that one cannot bear must not end hours of work
+        except Exception as error:  # parsers are large programs: a text that one cannot take must not end hours of work
             reason = f"the parser fails ({kind_and_reason(error)})"
         # Out here nothing holds on to the memory that the failed attempt took.
         if len(contents) == 1:
@@ -101,7 +95,7 @@ class Worker:
 
     def _chunk(self, contents: list[Any], bad: dict[int, str]) -> ChunkResult:
         units = [u for u, content in enumerate(contents) if content is not None and u not in bad]
-        texts = [self._parser.text(contents[u]) for u in units]
+        texts = [text_of(contents[u]) for u in units]
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         foreign = [
             unit
@@ -112,81 +106,65 @@ class Worker:
             kept = [number for number, unit in enumerate(units) if unit not in foreign]
             units, texts, encodings = ([values[number] for number in kept] for values in (units, texts, encodings))
         names = RelationNames()
-        parses, characters, words, bases, first_words = [], 0, 0, [], []
+        parses, characters, first_words = [], [0], [0]  # of each text: where its characters and its words begin
         for text, parse in zip(texts, self._parser.parse([contents[u] for u in units], encodings, names), strict=True):
-            parses.append(parse.shifted(characters, words))
-            bases.append(characters)
-            first_words.append(words)
-            characters += len(text) + 1  # one character apart, so that words of two texts never touch
-            words += len(parse.starts)
+            parses.append(parse.shifted(characters[-1], first_words[-1]))
+            characters.append(characters[-1] + len(text) + 1)  # so that words of two texts never touch
+            first_words.append(first_words[-1] + len(parse.starts))
         sizes = np.zeros(len(contents), dtype=np.int64)
         sizes[units] = [len(encoding) for encoding in encodings]
         cuts = np.append(0, np.cumsum(sizes))
-        if not units or not cuts[-1]:
+        if not cuts[-1]:
             empty = [np.zeros(0, dtype) for dtype in (np.int32, np.int32, np.uint8, np.int64)]
-            return ChunkResult(*empty, names.names, cuts, Counter(), sorted(bad.items()), foreign)
+            return ChunkResult(empty, names.names, cuts, Counter(), sorted(bad.items()), foreign)
         tokens = np.concatenate([np.array(encoding.ids, dtype=np.int32) for encoding in encodings])
         spans = np.concatenate([np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) for encoding in encodings])
-        spans += np.repeat(np.array(bases), sizes[units])[:, None]
+        spans += np.repeat(np.array(characters[:-1]), sizes[units])[:, None]
         aligned = align(spans[:, 0], spans[:, 1], Parse.concatenate(parses), "\n".join(texts))
 
         lengths = np.bincount(aligned.words[aligned.words >= 0], minlength=1)
         longest = self._settings.max_word_tokens
         if lengths.max() > longest:
             for word in np.flatnonzero(lengths > longest):
-                unit = units[int(np.searchsorted(first_words, word, side="right")) - 1]
+                unit = units[int(np.searchsorted(first_words[:-1], word, side="right")) - 1]
                 bad[unit] = f"a word longer than a sequence ({lengths[word]} pieces; {longest} fit)"
             return self._chunk(contents, bad)
-        counts = Counter(
-            sentences=aligned.num_sentences,
-            words=aligned.num_words,
-            words_without_piece=aligned.words_without_piece,
-            pieces_unknown=int((tokens == self._settings.unk_id).sum()),
-            edges_without_piece=aligned.edges_without_piece,
-        )
         return ChunkResult(
-            tokens=tokens,
-            offsets=aligned.offsets,
-            boundaries=aligned.boundaries,
-            relations=aligned.relations,
-            names=names.names,
-            cuts=cuts,
-            counts=counts,
-            bad=sorted(bad.items()),
-            foreign=foreign,
-            long_words=self._long_words(units, texts, encodings),
+            [tokens, aligned.offsets, aligned.boundaries, aligned.relations],
+            names.names,
+            cuts,
+            aligned.counts + Counter(pieces_unknown=int((tokens == self._settings.unk_id).sum())),
+            sorted(bad.items()),
+            foreign,
+            self._long_words(units, texts, encodings),
         )
 
     def _long_words(self, units: list[int], texts: list[str], encodings: list[Encoding]) -> list[tuple[int, str]]:
         """See `ChunkResult.long_words`."""
-        found = []
-        if self._longest_word is None:
-            return found
-        for unit, text, encoding in zip(units, texts, encodings, strict=True):
-            if len(text) <= self._longest_word:
-                continue
-            for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-                if token == self._settings.unk_id and end - start > self._longest_word:
-                    found.append((unit, f"{text[start : start + 40]}… ({end - start:,} characters)"))
-        return found
+        limit = self._longest_word
+        return [
+            (unit, f"{text[start : start + 40]}… ({end - start:,} characters)")
+            for unit, text, encoding in zip(units, texts, encodings, strict=True)
+            if limit is not None and len(text) > limit
+            for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+            if token == self._settings.unk_id and end - start > limit
+        ]
 
 
 def _joined(first: ChunkResult, second: ChunkResult) -> ChunkResult:
     """The result of two chunks one after the other as that of one."""
-    names = RelationNames(list(first.names), {name: number for number, name in enumerate(first.names)})
-    numbers = np.array([names.number(name) for name in second.names])
+    names = RelationNames()
+    numbers = [np.array([names.number(name) for name in result.names]) for result in (first, second)]
+    second.streams[3] = numbers[1][second.streams[3]]  # those of the first stay what they are
     units = len(first.cuts) - 1
     return ChunkResult(
-        tokens=np.concatenate([first.tokens, second.tokens]),
-        offsets=np.concatenate([first.offsets, second.offsets]),
-        boundaries=np.concatenate([first.boundaries, second.boundaries]),
-        relations=np.concatenate([first.relations, numbers[second.relations]]),
-        names=names.names,
-        cuts=np.append(first.cuts, first.cuts[-1] + second.cuts[1:]),
-        counts=first.counts + second.counts,
-        bad=first.bad + [(units + number, reason) for number, reason in second.bad],
-        foreign=first.foreign + [units + number for number in second.foreign],
-        long_words=first.long_words + [(units + number, word) for number, word in second.long_words],
+        [np.concatenate(pair) for pair in zip(first.streams, second.streams, strict=True)],
+        names.names,
+        np.append(first.cuts, first.cuts[-1] + second.cuts[1:]),
+        first.counts + second.counts,
+        first.bad + [(units + number, reason) for number, reason in second.bad],
+        first.foreign + [units + number for number in second.foreign],
+        first.long_words + [(units + number, word) for number, word in second.long_words],
     )
 
 
@@ -196,8 +174,7 @@ def chunks(units: Iterable[Unit], characters: int = CHUNK_CHARACTERS) -> Iterato
     size = 0
     for unit in units:
         chunk.append(unit)
-        content = unit.content
-        size += 20 + (len(content if isinstance(content, str) else content.text) if content is not None else 0)
+        size += 20 + len(unit.text)
         if size >= characters:
             yield chunk
             chunk, size = [], 0
@@ -214,32 +191,21 @@ def process_chunks(
         for group in groups:
             yield group, worker([unit.content for unit in group])
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (settings,))
-    try:
+    with worker_pool(workers, signal.SIG_IGN, _start_worker, settings) as pool:
         waiting: deque = deque()
         for group in groups:
             waiting.append((group, pool.submit(_run_worker, [unit.content for unit in group])))
             if len(waiting) >= workers * _AHEAD:
                 group, future = waiting.popleft()
                 yield group, future.result()
-        while waiting:
-            group, future = waiting.popleft()
+        for group, future in waiting:
             yield group, future.result()
-    except BrokenProcessPool:
-        raise InputError(
-            f"a worker process ended unexpectedly, probably for want of memory; try fewer than --workers {workers}"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 _worker: Worker | Exception | None = None
 
 
 def _start_worker(settings: WorkerSettings) -> None:
-    """Runs once in every worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the main process stops the workers
-    end_with_parent()
     global _worker
     try:
         _worker = Worker(settings)

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import html
 import itertools
 import unicodedata
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
 import numpy as np
+from markupsafe import Markup, escape
 
 from megatron_sas.data.packed import SENTENCE_START, WORD_START, PackedData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ADVANCE, _LABEL_ADVANCE = 8.45, 6.7  # px: a monospaced character of a piece and of a label
-_GAP, _STEP = 18, 26  # px between pieces and between arcs
+_ADVANCE, _LABEL_ADVANCE = 8.45, 6.7  # px: a monospaced character of a token and of a label
+_GAP, _STEP = 18, 26  # px between tokens and between arcs
 _UP, _DOWN, _LEFT, _RIGHT = 1, 2, 4, 8
 _STROKES = " ╵╷│╴┘┐┤╶└┌├─┴┬┼"  # by the sum of their bits
 
 
 @dataclass
 class Segment:
-    """A sentence, or what a sequence's ends have left of it: pieces with edges (dependent, head, relation) by piece."""
+    """A sentence, or what a sequence's ends have left of it: tokens with edges (dependent, head, relation) by token."""
 
-    start: int  # position of the first piece in its sequence
+    start: int  # position of the first token in its sequence
     tokens: list[str]
-    first: list[bool]  # whether a piece begins a word
+    first: list[bool]  # whether a token begins a word
     edges: list[tuple[int, int, str]]
 
 
@@ -41,9 +42,8 @@ def segments(packed: PackedData, index: int, tokenizer: PreTrainedTokenizerBase)
         low, high = sorted((place, int(heads[place])))
         starts -= set(range(low + 1, high + 1))
     tokens = tokenizer.convert_ids_to_tokens(packed.tokens[index].tolist())
-    cuts = sorted(starts | {0, len(boundaries)})
     result = []
-    for start, stop in itertools.pairwise(cuts):
+    for start, stop in itertools.pairwise(sorted(starts | {0, len(boundaries)})):
         kept = [place for place in range(start, stop) if not special[place]]
         if not kept:
             continue
@@ -61,7 +61,7 @@ def segments(packed: PackedData, index: int, tokenizer: PreTrainedTokenizerBase)
 def levels(edges: list[tuple[int, int, str]]) -> list[int]:
     """A height from 1 for each edge; short ones lie low.
 
-    Edges over a common gap differ, and those that meet at a piece, unless it is the head of both: else a chain would
+    Edges over a common gap differ, and those that meet at a token, unless it is the head of both: else a chain would
     look like two dependents of one head.
     """
     result = [0] * len(edges)
@@ -81,7 +81,7 @@ def levels(edges: list[tuple[int, int, str]]) -> list[int]:
 
 
 def as_text(segment: Segment) -> str:
-    """One piece a line with its relation, and arcs at the left that end in an arrow at the dependent."""
+    """One token a line with its relation, and arcs at the left that end in an arrow at the dependent."""
     height = levels(segment.edges)
     width = 2 * max(height, default=0)
     lines = np.zeros((len(segment.tokens), width + 2), dtype=np.int64)  # bits: where a character's strokes lead
@@ -104,32 +104,32 @@ def as_text(segment: Segment) -> str:
 
 
 def as_svg(segment: Segment) -> str:
-    """Pieces from left to right, arcs above them from head to dependent with an arrow, relations on the arcs."""
+    """Tokens from left to right, arcs above them from head to dependent with an arrow, relations on the arcs."""
     widths = [max(2, _columns(token)) * _ADVANCE + _GAP for token in segment.tokens]
     for dependent, head, relation in segment.edges:  # the label of an arc between neighbours must not hide it
         if abs(dependent - head) == 1:
             lacking = len(relation) * _LABEL_ADVANCE + _GAP - (widths[dependent] + widths[head]) / 2
             widths[dependent] += max(0.0, lacking)
             widths[head] += max(0.0, lacking)
-    left = np.concatenate([[0.0], np.cumsum(widths)])
-    middle = [left[place] + widths[place] / 2 for place in range(len(widths))]
+    right = np.cumsum(widths)
+    middle = right - np.array(widths) / 2
     height = levels(segment.edges)
     top = _STEP * (max(height, default=0) + 1)
     linked = {place for edge in segment.edges for place in edge[:2]}
-    parts = [f'<svg width="{left[-1]:.0f}" height="{top + 34:.0f}" role="img">']
+    parts = [f'<svg width="{right[-1]:.0f}" height="{top + 34:.0f}" role="img">']
     for (dependent, head, relation), level in zip(segment.edges, height, strict=True):
-        side = 4 if dependent < head else -4  # a piece's own arc and those to its dependents begin a little apart
+        side = 4 if dependent < head else -4  # a token's own arc and those to its dependents begin a little apart
         begin, end, y = middle[head] - side, middle[dependent] + side, top - _STEP * level
         turn = 8 if end > begin else -8
         parts.append(
             f'<path class="arc" d="M{begin:.1f} {top} V{y + 8} Q{begin:.1f} {y} {begin + turn:.1f} {y} '
             f'H{end - turn:.1f} Q{end:.1f} {y} {end:.1f} {y + 8} V{top - 5}"/>'
+            f'<path class="tip" d="M{end:.1f} {top} l-3.5 -7 h7 z"/>'
+            f'<text class="label" x="{(begin + end) / 2:.1f}" y="{y + 4}">{escape(relation)}</text>'
         )
-        parts.append(f'<path class="tip" d="M{end:.1f} {top} l-3.5 -7 h7 z"/>')
-        parts.append(f'<text class="label" x="{(begin + end) / 2:.1f}" y="{y + 4}">{html.escape(relation)}</text>')
     for place, token in enumerate(segment.tokens):
         kind = "more" if not segment.first[place] else "word" if place in linked else "alone"
-        parts.append(f'<text class="{kind}" x="{middle[place]:.1f}" y="{top + 18}">{html.escape(token)}</text>')
+        parts.append(f'<text class="{kind}" x="{middle[place]:.1f}" y="{top + 18}">{escape(token)}</text>')
     return "".join([*parts, "</svg>"])
 
 
@@ -139,43 +139,11 @@ def _columns(text: str) -> int:
     return len(text) + wide - sum(unicodedata.combining(character) != 0 for character in text)
 
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: light-dark(#1b1f24, #e6e6e6); --soft: light-dark(#6a737d, #9aa4ae);
-  --arc: light-dark(#0b62b8, #6cb2ff); --alone: light-dark(#a3541a, #f0a868); --paper: light-dark(#ffffff, #15181c);
-  --line: light-dark(#d8dee4, #333a42); }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
-  max-width: 70rem; padding: 0 1rem; }
-h2 { margin-top: 2.5rem; } .note { color: var(--soft); }
-.tables { display: flex; flex-wrap: wrap; gap: 1rem 3rem; align-items: flex-start; }
-.table { max-height: 24rem; overflow-y: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; }
-td { padding: .1rem .8rem .1rem 0; border-bottom: 1px solid var(--line); } td + td { text-align: right; }
-.segment { overflow-x: auto; border-bottom: 1px solid var(--line); padding: .4rem 0; }
-svg text { font: 14px ui-monospace, "DejaVu Sans Mono", monospace; text-anchor: middle; }
-.word { fill: var(--ink); } .more { fill: var(--soft); } .alone { fill: var(--alone); }
-.arc { fill: none; stroke: var(--arc); stroke-width: 1.3; } .tip { fill: var(--arc); }
-svg .label { font-size: 11px; fill: var(--ink); stroke: var(--paper); stroke-width: 5px; paint-order: stroke; }
-"""
-
-
 def as_html(title: str, tables: dict[str, dict[str, str]], sequences: dict[int, list[Segment]]) -> str:
     """A page that needs nothing else: `tables` (caption → name → value), then the sequences by number."""
-    parts = [
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>',
-        f'<h1>{html.escape(title)}</h1><div class="tables">',
-    ]
-    for caption, rows in tables.items():
-        cells = "".join(
-            f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items()
-        )
-        parts.append(f'<div class="table"><table><caption>{html.escape(caption)}</caption>{cells}</table></div>')
-    parts.append(
-        '</div><p class="note">An arrow leads from a head to its dependent. Grey: a later piece of a word. '
-        '<span style="color: var(--alone)">Orange</span>: a word with neither head nor dependent.</p>'
-    )
-    for number, content in sequences.items():
-        parts.append(f"<h2>Sequence {number}</h2>")
-        parts += [f'<div class="segment">{as_svg(segment)}</div>' for segment in content]
-    return "\n".join([*parts, "</body></html>\n"])
+    from jinja2 import Environment, StrictUndefined
+
+    pictures = {number: [Markup(as_svg(segment)) for segment in content] for number, content in sequences.items()}
+    template = files("megatron_sas.corpus.inspect").joinpath("page.html.j2").read_text(encoding="utf-8")
+    environment = Environment(undefined=StrictUndefined, autoescape=True, keep_trailing_newline=True)
+    return environment.from_string(template).render(title=title, tables=tables, sequences=pictures)

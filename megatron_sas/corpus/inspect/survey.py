@@ -7,28 +7,25 @@ treebanks ("do n't", "-LRB-") is undone first, in both.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import re
 import signal
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from megatron_sas.core.cli import InputError, progress
-from megatron_sas.core.processes import end_with_parent
-from megatron_sas.corpus.build.documents import SURVEY_FORMAT, SURVEY_VERSION, unit_text
-from megatron_sas.corpus.build.skipped import SkipReport
-from megatron_sas.corpus.readers.base import Reading
-from megatron_sas.corpus.readers.line_breaks import LineBreaks
-from megatron_sas.corpus.readers.registry import input_files, read_units, reader_of, source_name
-from megatron_sas.corpus.readers.text_lines import OnError
+from megatron_sas.core.processes import worker_pool
+from megatron_sas.corpus.build.documents import SURVEY_FORMAT, SURVEY_VERSION
+from megatron_sas.corpus.readers.base import ReadSettings
+from megatron_sas.corpus.readers.registry import input_files, read_units, reader_of, repeated_name, source_name
 
 _WORD = re.compile(r"\w+")
 _EXAMPLES = 20
@@ -42,19 +39,17 @@ _SPLIT = re.compile(
 
 
 @dataclass
-class SurveySettings:
+class SurveySettings(ReadSettings):
     """What `tools/survey_corpus.py` takes; its --help explains each. `sentences`: of each evaluation set."""
 
     inputs: list[str]
     sentences: dict[str, list[str]] = field(default_factory=dict)
     min_words: int = 6
     exclude: tuple[str, ...] = ("duplicates", "contaminated")
-    text_field: str = "text"
-    on_error: OnError = "refuse"
-    max_skipped: float = 0.05
-    workers: int = 1
-    rows_per_document: int | None = None
-    line_breaks: LineBreaks = "auto"
+
+    def index(self) -> SentenceIndex:
+        """Finds the sentences, which are numbered from 0 through all sets."""
+        return SentenceIndex(itertools.chain(*self.sentences.values()), self.min_words)
 
 
 @dataclass
@@ -124,26 +119,20 @@ def survey(settings: SurveySettings) -> dict[str, Any]:
     """
     for name in settings.inputs:
         reader_of(name)
-    if len({source_name(name) for name in settings.inputs}) != len(settings.inputs):
+    if repeated_name(map(source_name, settings.inputs)) is not None:
         raise InputError("--input: two inputs have one name (folders do not count); rename one")
-    if settings.workers < 1:
-        raise InputError(f"--workers {settings.workers}: must be at least 1")
-    if settings.rows_per_document is not None and settings.rows_per_document < 1:
-        raise InputError(f"--rows-per-document {settings.rows_per_document}: must be at least 1")
+    settings.check()
     if settings.min_words < 2:
         raise InputError(f"--min-words {settings.min_words}: must be at least 2")
-    found, failed, names = [], [], []
-    for name, one in zip(settings.inputs, _all_inputs(settings), strict=True):
-        if isinstance(one, _Found):
-            found.append(one)
-            names.append(name)
-        else:
-            failed.append({"name": name, "reason": one})
+    outcomes = dict(_all_inputs(settings))
+    found = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, _Found)}
+    failed = [{"name": name, "reason": outcome} for name, outcome in outcomes.items() if name not in found]
     if not found:
         raise InputError(f"no input can be read: {'; '.join(entry['reason'] for entry in failed)}")
-    starts = np.append(0, np.cumsum([len(one.texts) for one in found]))
-    twice, original = _repeated(np.concatenate([one.texts for one in found]))
-    ids_twice, _ = _repeated(np.concatenate([one.ids for one in found]))
+    names = list(found)
+    starts = np.append(0, np.cumsum([len(one.texts) for one in found.values()]))
+    twice, original = _repeated(np.concatenate([one.texts for one in found.values()]))
+    ids_twice, _ = _repeated(np.concatenate([one.ids for one in found.values()]))
 
     def place(document: int) -> str:
         number = int(np.searchsorted(starts, document, side="right")) - 1
@@ -151,28 +140,23 @@ def survey(settings: SurveySettings) -> dict[str, Any]:
 
     duplicates = [f"{place(a)} repeats {place(b)}" for a, b in zip(twice[:_EXAMPLES], original, strict=False)]
     inputs = []
-    for name, one, start in zip(names, found, starts, strict=False):
+    for (name, one), (start, end) in zip(found.items(), itertools.pairwise(starts), strict=True):
         mine = {
-            "duplicates": (twice[(twice >= start) & (twice < start + len(one.texts))] - start).tolist(),
+            "duplicates": (twice[(twice >= start) & (twice < end)] - start).tolist(),
             "contaminated": sorted({document for document, _ in one.hits}),
         }
+        entry = {"name": name, "file": one.file, "documents": len(one.texts), "words": one.words}
+        entry |= {"skipped": one.skipped} | {reason: len(documents) for reason, documents in mine.items()}
         exclude = sorted({document for reason in settings.exclude for document in mine[reason]})
-        entry = {
-            "name": name,
-            "file": one.file,
-            "documents": len(one.texts),
-            "words": one.words,
-            "skipped": one.skipped,
-        }
-        inputs.append(entry | {reason: len(documents) for reason, documents in mine.items()} | {"exclude": exclude})
+        inputs.append(entry | {"exclude": exclude})
     return {
         "format": SURVEY_FORMAT,
         "version": SURVEY_VERSION,
         "documents": int(starts[-1]),
-        "words": sum(one.words for one in found),
+        "words": sum(one.words for one in found.values()),
         "duplicates": {"count": len(twice), "examples": duplicates},
         "duplicate_ids": {"count": len(ids_twice), "examples": [place(a) for a in ids_twice[:_EXAMPLES]]},
-        "contamination": _contamination(settings, names, found),
+        "contamination": _contamination(settings, found),
         "rows_per_document": settings.rows_per_document,
         "line_breaks": settings.line_breaks,
         "excluded_for": list(settings.exclude),
@@ -181,68 +165,43 @@ def survey(settings: SurveySettings) -> dict[str, Any]:
     }
 
 
-def _all_inputs(settings: SurveySettings) -> Iterator[_Found | str]:
+def _all_inputs(settings: SurveySettings) -> Iterator[tuple[str, _Found | str]]:
     """What is in each input, or why it cannot be read."""
-    bar = progress(settings.inputs, unit=" inputs", desc="surveying")
-    if settings.workers == 1:
-        for name in bar:
-            yield _found_or_reason(name, _survey_input, name, settings)
-        return
-    pool = ProcessPoolExecutor(settings.workers, get_context("spawn"), _start_worker)
-    try:
-        futures: list[Future] = [pool.submit(_survey_input, name, settings) for name in settings.inputs]
-        for name, future in zip(bar, futures, strict=True):
-            yield _found_or_reason(name, future.result)
-    except BrokenProcessPool:
-        raise InputError(
-            "a worker process ended unexpectedly, probably for want of memory; try fewer than "
-            f"--workers {settings.workers}"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _found_or_reason(name: str, survey_input: Callable[..., _Found], *arguments: Any) -> _Found | str:
-    try:
-        return survey_input(*arguments)
-    except (InputError, OSError) as error:
-        reason = str(error)
-        if isinstance(error, OSError) and not error.filename:
-            reason = f"{name}: {reason}"
-        print(f"failed: {reason}", file=sys.stderr)
-        return reason
-
-
-def _start_worker() -> None:
-    """Runs once in every worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once, without a traceback
-    end_with_parent()
+    with contextlib.ExitStack() as stack:
+        if settings.workers == 1:
+            results = [partial(_survey_input, name, settings) for name in settings.inputs]
+        else:
+            pool = stack.enter_context(worker_pool(settings.workers, signal.SIG_DFL))
+            results = [pool.submit(_survey_input, name, settings).result for name in settings.inputs]
+        for name, result in zip(progress(settings.inputs, unit=" inputs", desc="surveying"), results, strict=True):
+            try:
+                yield name, result()
+            except (InputError, OSError) as error:
+                reason = f"{name}: {error}" if isinstance(error, OSError) and not error.filename else str(error)
+                print(f"failed: {reason}", file=sys.stderr)
+                yield name, reason
 
 
 def _survey_input(name: str, settings: SurveySettings) -> _Found:
-    index = SentenceIndex((s for sentences in settings.sentences.values() for s in sentences), settings.min_words)
-    skipped = SkipReport(settings.max_skipped, show=True)
-    reading = Reading(settings.text_field, settings.on_error, skipped, settings.rows_per_document, settings.line_breaks)
+    index, reading = settings.index(), settings.reading()
     texts, ids, words, hits = array("Q"), array("Q"), 0, []
-    digest = hashlib.blake2b(digest_size=8)
-    empty = True
+    digest, empty = hashlib.blake2b(digest_size=8), True
     for unit in read_units([name], reading):
         if unit.starts_document:
             if ids:
                 texts.append(0 if empty else _number(digest))
             ids.append(0 if unit.document_id is None else _hash(unit.document_id))
             digest, empty = hashlib.blake2b(digest_size=8), True
-        text = unit_text(unit)
-        if text:
-            digest.update(" ".join([*text.lower().split(), ""]).encode())
+        if unit.text:
+            digest.update(" ".join([*unit.text.lower().split(), ""]).encode())
             empty = False
-        found = words_of(text)
-        words += len(found)
-        hits += [(len(ids) - 1, sentence) for sentence in index.find(found)]
+        in_unit = words_of(unit.text)
+        words += len(in_unit)
+        hits += [(len(ids) - 1, sentence) for sentence in index.find(in_unit)]
     if ids:
         texts.append(0 if empty else _number(digest))
     (file,) = input_files([name])
-    return _Found(np.array(texts, np.uint64), np.array(ids, np.uint64), words, hits, file, skipped.report())
+    return _Found(np.array(texts, np.uint64), np.array(ids, np.uint64), words, hits, file, reading.skipped.report())
 
 
 def _hash(text: str) -> int:
@@ -262,14 +221,13 @@ def _repeated(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return again, original[again]
 
 
-def _contamination(settings: SurveySettings, names: list[str], found: list[_Found]) -> dict[str, Any]:
+def _contamination(settings: SurveySettings, found: dict[str, _Found]) -> dict[str, Any]:
     """Per evaluation set: how many of its sentences were looked for and found, and where, for the first few."""
     places: dict[int, str] = {}
-    for name, one in zip(names, found, strict=True):
+    for name, one in found.items():
         for document, sentence in one.hits:
             places.setdefault(sentence, f"{name}: document {document}")
-    index = SentenceIndex((s for sentences in settings.sentences.values() for s in sentences), settings.min_words)
-    result, start = {}, 0
+    index, start, result = settings.index(), 0, {}
     for name, sentences in settings.sentences.items():
         numbers = range(start, start + len(sentences))
         start += len(sentences)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+from megatron_sas.core.cli import InputError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -29,6 +33,16 @@ class Parse:
     sentence_starts: np.ndarray
     is_word: np.ndarray
 
+    @classmethod
+    def of_words(
+        cls, spans: ArrayLike, heads: ArrayLike, relations: ArrayLike, sentence_starts: ArrayLike | None = None
+    ) -> Parse:
+        """Words, with no white space among them, that have the characters `spans` (W, 2); by default one sentence."""
+        spans = np.asarray(spans, dtype=np.int64).reshape(-1, 2)
+        starts = np.arange(len(spans)) == 0 if sentence_starts is None else np.asarray(sentence_starts, dtype=bool)
+        heads, relations = np.asarray(heads, dtype=np.int64), np.asarray(relations, dtype=np.int64)
+        return cls(spans[:, 0], spans[:, 1], heads, relations, starts, np.ones(len(spans), dtype=bool))
+
     def shifted(self, characters: int, words: int) -> Parse:
         """The same words `characters` further on, after `words` other words."""
         heads = np.where(self.heads >= 0, self.heads + words, -1)
@@ -42,16 +56,17 @@ class Parse:
         return Parse(*(np.concatenate([getattr(parse, name) for parse in parses]) for name in names))
 
 
-@dataclass
 class RelationNames:
-    """Numbers for relation names in order of appearance; number 0 is "" (no relation)."""
+    """Numbers for relation names in order of appearance, up to `limit`; number 0 is "" (no relation)."""
 
-    names: list[str] = field(default_factory=lambda: [""])
-    _numbers: dict[str, int] = field(default_factory=lambda: {"": 0})
+    def __init__(self, limit: float = math.inf) -> None:
+        self.names, self._numbers, self._limit = [""], {"": 0}, limit
 
     def number(self, name: str) -> int:
-        """The number of `name`, a new one if it has none."""
+        """The number of `name`, a new one if it has none; `InputError` when all are given away."""
         if name not in self._numbers:
+            if len(self.names) > self._limit:
+                raise InputError(f"there are more than {self._limit} relation names; merge some of them in the parses")
             self._numbers[name] = len(self.names)
             self.names.append(name)
         return self._numbers[name]
@@ -62,7 +77,7 @@ class Parser(ABC):
 
     `argument`: what follows the kind and a colon in `--parser KIND:ARGUMENT`, "" if nothing does; without one, the
         class is called without arguments.
-    `remark`: what --help says of it.
+    `remark`: its note in --help.
     `heads`: whether it predicts heads from text, takes the gold ones of inputs that have them, or gives none and has
         its words from the tokenizer.
     """
@@ -73,7 +88,7 @@ class Parser(ABC):
 
     @staticmethod
     def describe(argument: str) -> dict[str, str]:
-        """What the header says of it besides its name: versions, and the SHA-256 of what is loaded.
+        """What the header records of it besides its name: versions, and the SHA-256 of what is loaded.
 
         Raises:
             InputError: it does not exist or cannot parse.
@@ -83,8 +98,3 @@ class Parser(ABC):
     @abstractmethod
     def parse(self, contents: list[Any], encodings: list[Encoding], names: RelationNames) -> Iterator[Parse]:
         """Parse units in order; `encodings` are the same units as the tokenizer cut them."""
-
-    @staticmethod
-    def text(content: Any) -> str:
-        """The text of a unit's content: a paragraph is its own."""
-        return content

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_sas.core.cli import InputError, first_line
+from megatron_sas.core.cli import InputError, kind_and_reason
 from megatron_sas.corpus.parsers.base import Parser
-from megatron_sas.corpus.parsers.conllu import ConlluParser
-from megatron_sas.corpus.parsers.none import NoParser
+from megatron_sas.corpus.parsers.given import ConlluParser, NoParser
 from megatron_sas.corpus.parsers.spacy import SpacyParser
 from megatron_sas.corpus.parsers.stanza import StanzaParser
 
@@ -68,9 +67,3 @@ def describe_parser(specification: str) -> dict[str, Any]:
     """Name, versions and SHA-256 of a parser for the header; `InputError` when it does not exist or cannot parse."""
     parser, argument = parser_class(specification)
     return {"name": specification, **parser.describe(argument)}
-
-
-def kind_and_reason(error: Exception) -> str:
-    """The kind of an error of a library and the first line of what it says."""
-    kind, reason = type(error).__name__, first_line(error)
-    return kind if reason == kind else f"{kind}: {reason}"

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import sha256_files
 from megatron_sas.corpus.parsers.base import Parse, Parser, RelationNames
+from megatron_sas.corpus.readers.trees import word_spans
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -29,7 +28,7 @@ def _models() -> Path:
 
 
 class StanzaParser(Parser):
-    """Parses with Universal Dependencies; a multiword token's words share its characters (see `_spans`)."""
+    """Parses with Universal Dependencies; a multiword token's words share its characters (see `word_spans`)."""
 
     argument = "LANGUAGE"
 
@@ -77,28 +76,8 @@ def parse_of(document: Any, names: RelationNames) -> Parse:
     for sentence in document.sentences:
         first = len(spans)
         for token in sentence.tokens:
-            spans += _spans(token)
+            spans += word_spans([word.text for word in token.words], token.text, token.start_char, token.end_char)
             heads += [first + word.head - 1 if word.head else -1 for word in token.words]
             relations += [names.number(word.deprel) for word in token.words]
         starts += [place == first for place in range(first, len(spans))]
-    positions = np.array(spans, dtype=np.int64).reshape(-1, 2)
-    return Parse(
-        starts=positions[:, 0],
-        ends=positions[:, 1],
-        heads=np.array(heads, dtype=np.int64),
-        relations=np.array(relations, dtype=np.int64),
-        sentence_starts=np.array(starts, dtype=bool),
-        is_word=np.ones(len(spans), dtype=bool),
-    )
-
-
-def _spans(token: Any) -> list[tuple[int, int]]:
-    """Characters of a token's words: one after another if they spell the token, else all belong to the first word."""
-    start, end = token.start_char, token.end_char
-    if "".join(word.text for word in token.words) != token.text or len(token.text) != end - start:
-        return [(start, end)] + [(end, end)] * (len(token.words) - 1)
-    spans = []
-    for word in token.words:
-        spans.append((start, start + len(word.text)))
-        start += len(word.text)
-    return spans
+    return Parse.of_words(spans, heads, relations, starts)

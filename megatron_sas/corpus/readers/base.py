@@ -1,8 +1,9 @@
-"""What every reader of inputs shares: the units it yields, how it reads, and what it says of an input by its name."""
+"""What every reader of inputs shares: the units it yields, how it reads, and what it derives from an input's name."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import sha256_file
 from megatron_sas.corpus.build.skipped import SkipReport
 from megatron_sas.corpus.readers.line_breaks import LineBreaks, join, paragraphs, wrap_width
-from megatron_sas.corpus.readers.text_lines import OnError, handle_bad, is_encodable, stem
+from megatron_sas.corpus.readers.text_lines import OnError, is_encodable, refuse, without_compression
 
 MAX_UNIT_CHARACTERS = 20_000  # longer paragraphs are cut at white space: a parser's memory grows with the text
 
@@ -40,6 +41,21 @@ class Unit:
     document_id: str | None = None  # field `id` of the document that starts here
     as_read: str | None = None  # the paragraph before lines were joined or spaces squeezed; "" if a unit before has it
 
+    @property
+    def text(self) -> str:
+        """Its text, "" for a document without any."""
+        return "" if self.content is None else text_of(self.content)
+
+    @property
+    def input(self) -> str:
+        """The name of the input that it comes from."""
+        return self.where.rpartition(":")[0]
+
+
+def text_of(content: str | Gold) -> str:
+    """The text of a unit's content: a paragraph is its own."""
+    return content if isinstance(content, str) else content.text
+
 
 @dataclass(frozen=True)
 class Paragraph:
@@ -60,33 +76,33 @@ class Paragraph:
 
 @dataclass
 class Reading:
-    """How to read: the field that holds the text, what to do with broken input, what a document is; what happened."""
+    """How to read: the field that holds the text, what to do with broken input, what a document is; what happened.
+
+    `counts`: `paragraphs_cut`; `words_cut`, cuts of a paragraph inside a word, there being no space;
+    `paragraphs_with_controls`, which were taken out; `paragraphs_squeezed`, in which two spaces or more became one;
+    `lines_joined` to the line before them; `sentences_blanked`, left out of treebanks without their words.
+    """
 
     text_field: str = "text"
     on_error: OnError = None
     skipped: SkipReport = field(default_factory=SkipReport)
-    rows_per_document: int | None = None  # a document is so many records, whatever the input says
+    rows_per_document: int | None = None  # a document is this many records, whatever the input marks
     line_breaks: LineBreaks = "auto"  # whether a line is a paragraph, or a part of one
     max_unit_characters: int = MAX_UNIT_CHARACTERS
-    paragraphs_cut: int = 0
-    words_cut: int = 0  # cuts of a paragraph inside a word, there being no space
-    paragraphs_with_controls: int = 0  # control characters were taken out of them
-    paragraphs_squeezed: int = 0  # two spaces or more became one in them
-    lines_joined: int = 0  # to the line before them
-    sentences_blanked: int = 0  # of treebanks without their words, left out
+    counts: Counter[str] = field(default_factory=Counter)
 
     def bad(self, where: str, reason: str, *, used: bool = False) -> None:
-        """Refuse broken input or count it (see `SkipReport.skip`)."""
-        handle_bad(where, reason, self.on_error, lambda *what: self.skipped.skip(*what, used=used))
-
-    def blanked(self, where: str) -> None:
-        """Count a sentence that was left out because its words are missing."""
-        self.sentences_blanked += 1
+        """Refuse broken input (`InputError`) or count it (see `SkipReport.skip`)."""
+        if self.on_error is None:
+            refuse(where, reason)
+        if self.on_error == "refuse":
+            refuse(where, reason, "correct it, or pass --on-error skip to leave such input out")
+        self.skipped.skip(where, reason, used=used)
 
     def clean(self, line: str) -> str:
         """`line` without control characters and space around it."""
         if _CONTROL.search(line):
-            self.paragraphs_with_controls += 1
+            self.counts["paragraphs_with_controls"] += 1
             line = line.translate(_CONTROLS)
         return line.strip()
 
@@ -105,19 +121,49 @@ class Reading:
             measured = [line.expandtabs().rstrip() if clean else "" for line, clean in zip(lines, cleaned, strict=True)]
         for start, end in paragraphs(measured, width):
             text = join(cleaned[start:end])
-            self.lines_joined += end - start - 1
+            self.counts["lines_joined"] += end - start - 1
             if _SPACES.search(text):
-                self.paragraphs_squeezed += 1
+                self.counts["paragraphs_squeezed"] += 1
                 text = _SPACES.sub(" ", text)
             as_read = "\n".join(cleaned[start:end])
             yield Paragraph(start, end, text, as_read if as_read != text else None)
+
+
+@dataclass(kw_only=True)
+class ReadSettings:
+    """What all tools that read a corpus take; `tools/preprocess_data.py --help` explains each."""
+
+    text_field: str = "text"
+    on_error: OnError = "refuse"
+    max_skipped: float = 0.05
+    workers: int = 1
+    rows_per_document: int | None = None
+    line_breaks: LineBreaks = "auto"
+
+    def check(self) -> None:
+        """Raise `InputError` for a value out of bounds."""
+        for name, value in (("workers", self.workers), ("rows-per-document", self.rows_per_document)):
+            if value is not None and value < 1:
+                raise InputError(f"--{name} {value}: must be at least 1")
+        check_share("--max-skipped", self.max_skipped)
+
+    def reading(self) -> Reading:
+        """To read so, with what is left out shown."""
+        skipped = SkipReport(self.max_skipped, show=True)
+        return Reading(self.text_field, self.on_error, skipped, self.rows_per_document, self.line_breaks)
+
+
+def check_share(option: str, value: float) -> None:
+    """Raise `InputError` for what is no share of a whole."""
+    if not 0 <= value <= 1:
+        raise InputError(f"{option} {value}: must be a share from 0 to 1")
 
 
 @dataclass(frozen=True)
 class Reader:
     """Reads the files of one suffix. Readers of datasets replace the methods, each of which takes an input's name.
 
-    `remark`: what --help says of it. `gold`: its units are sentences with heads, for the parser that takes these.
+    `remark`: its note in --help. `gold`: its units are sentences with heads, for the parser that takes these.
     """
 
     units: Callable[[str, Reading], Iterator[Unit]]
@@ -143,7 +189,7 @@ class Reader:
 
     def output_name(self, name: str) -> str:
         """What packed data of this input alone are called: as the file, without its suffixes."""
-        return stem(name)
+        return without_compression(name).stem
 
     def dataset(self, label: str) -> str | None:
         """The dataset that an input with this label is a part of; None if it is no part."""
@@ -156,11 +202,9 @@ def record_units(record: object, where: str, reading: Reading) -> Iterator[Unit]
         reading.bad(where, f"no field {reading.text_field!r}; --text-field names the field that holds the text")
         return
     text = record[reading.text_field]
-    if not isinstance(text, str):
-        reading.bad(where, f"not a string in field {reading.text_field!r}")
-        return
-    if not is_encodable(text):
-        reading.bad(where, f"half of a surrogate pair in field {reading.text_field!r}")
+    if not isinstance(text, str) or not is_encodable(text):
+        fault = "half of a surrogate pair" if isinstance(text, str) else "not a string"
+        reading.bad(where, f"{fault} in field {reading.text_field!r}")
         return
     reading.skipped.keep(where.rpartition(":")[0])
     identity = None if record.get("id") is None else str(record["id"])
@@ -178,8 +222,8 @@ def _cut(text: str, reading: Reading) -> Iterator[str]:
     while len(text) > limit:
         space = text.rfind(" ", limit // 2, limit)
         cut = space + 1 if space >= 0 else limit
-        reading.paragraphs_cut += 1
-        reading.words_cut += space < 0 and not (text[cut - 1].isspace() or text[cut].isspace())
+        reading.counts["paragraphs_cut"] += 1
+        reading.counts["words_cut"] += space < 0 and not (text[cut - 1].isspace() or text[cut].isspace())
         yield text[:cut].rstrip()
         text = text[cut:].lstrip()
     if text:

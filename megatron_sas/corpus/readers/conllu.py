@@ -8,14 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 from megatron_sas.corpus.readers.base import Reader, Reading, Unit
-from megatron_sas.corpus.readers.text_lines import OnError, Report, handle_bad, read_lines
-from megatron_sas.corpus.readers.trees import check_blanked, is_blanked, tree_fault
+from megatron_sas.corpus.readers.text_lines import Bad, read_lines, refuse
+from megatron_sas.corpus.readers.trees import check_blanked, is_blanked, tree_fault, word_spans
 
 _ID = re.compile(r"([1-9][0-9]*)(?:-([1-9][0-9]*))?|[0-9]+\.[1-9][0-9]*")
-_ID_COLUMN, _FORM, _HEAD, _DEPREL, _MISC, _COLUMNS = 0, 1, 6, 7, 9, 10
+_COLUMNS = 10
 
 
 @dataclass
@@ -23,8 +24,7 @@ class ConlluSentence:
     """One sentence; lists have one entry per syntactic word (multiword tokens are taken apart, empty nodes left out).
 
     `heads[i]` is the 0-based index of word i's head, -1 for a root. `text` is the surface text rebuilt from FORM and
-    SpaceAfter=No, and `spans[i]` the characters [start, end) of word i in it. The words of a multiword token share its
-    characters when their forms concatenate to it; else the first has them all and the others an empty span.
+    SpaceAfter=No, and `spans[i]` the characters [start, end) of word i in it (`trees.word_spans` of multiword tokens).
     """
 
     words: list[str]
@@ -42,31 +42,27 @@ class _Malformed(Exception):
 
 
 def read_conllu(
-    path: str | Path,
-    on_error: OnError = None,
-    report: Report | None = None,
-    blanked: Callable[[str], None] = lambda where: None,
+    path: str | Path, bad: Bad = refuse, blanked: Callable[[str], object] = lambda where: None
 ) -> Iterator[ConlluSentence]:
     """Yield the sentences of a CoNLL-U file (also .gz, .xz, .zst), one in memory at a time.
 
     Checked: ten columns, ids 1, 2, 3 …, a head that is a number, a tree (`trees.tree_fault`), valid UTF-8. A broken
-    sentence raises `InputError` naming file and line, or, when `on_error` is "skip", is left out after
-    `report(where, reason)`. Sentences without their words (`trees.is_blanked`) are left out, each after
-    `blanked(where)`; a file that has only these raises `InputError`.
+    sentence is left out after `bad(where, reason)`, which may raise. Sentences without their words
+    (`trees.is_blanked`) are left out, each after `blanked(where)`; a file that has only these raises `InputError`.
     """
     newdoc, num_blanked, others = False, 0, 0
-    for first_line, lines in _blocks(path, on_error, report):
+    for first_line, lines in _blocks(path, bad):
         newdoc = newdoc or any(re.match(r"#\s*newdoc\b", text) for _, text in lines if text is not None)
         if any(text is None for _, text in lines):
             others += 1
-            continue  # reported by read_lines
+            continue  # it was `bad` already
         if all(text.startswith("#") for _, text in lines):
             continue
         try:
             sentence = _parse(first_line, lines)
         except _Malformed as error:
             line, reason = error.args
-            handle_bad(f"{path}:{line}", reason, on_error, report)
+            bad(f"{path}:{line}", reason)
             others += 1
             continue
         if is_blanked(sentence.words):
@@ -80,19 +76,12 @@ def read_conllu(
         check_blanked(path, num_blanked)
 
 
-def _blocks(
-    path: str | Path, on_error: OnError, report: Report | None
-) -> Iterator[tuple[int, list[tuple[int, str | None]]]]:
+def _blocks(path: str | Path, bad: Bad) -> Iterator[tuple[int, list[tuple[int, str | None]]]]:
     """Yield (first line number, numbered lines) of each run of lines between blank ones."""
-    block: list[tuple[int, str | None]] = []
-    for number, text in read_lines(path, on_error, report):
-        if text is None or text.strip():
-            block.append((number, text))
-        elif block:
-            yield block[0][0], block
-            block = []
-    if block:
-        yield block[0][0], block
+    for blank, block in groupby(read_lines(path, bad), lambda line: line[1] is not None and not line[1].strip()):
+        if not blank:
+            lines = list(block)
+            yield lines[0][0], lines
 
 
 def _parse(first_line: int, lines: list[tuple[int, str]]) -> ConlluSentence:
@@ -106,29 +95,29 @@ def _parse(first_line: int, lines: list[tuple[int, str]]) -> ConlluSentence:
         columns = text.split("\t")
         if len(columns) != _COLUMNS:
             raise _Malformed(number, f"{len(columns)} tab-separated columns instead of {_COLUMNS}")
-        match = _ID.fullmatch(columns[_ID_COLUMN])
+        identity, form, *_, head, deprel, _, misc = columns
+        match = _ID.fullmatch(identity)
         if not match:
-            raise _Malformed(number, f"column ID is {columns[_ID_COLUMN]!r}")
+            raise _Malformed(number, f"column ID is {identity!r}")
         if match[1] is None:
             continue  # an empty node, such as 8.1
-        form = columns[_FORM]
         if not form.strip():
             raise _Malformed(number, "column FORM is empty")
-        space = "SpaceAfter=No" not in columns[_MISC].split("|")
+        space = "SpaceAfter=No" not in misc.split("|")
         first = int(match[1])
         if first != len(words) + 1:
-            raise _Malformed(number, f"column ID is {columns[_ID_COLUMN]} where {len(words) + 1} is due")
+            raise _Malformed(number, f"column ID is {identity} where {len(words) + 1} is due")
         if match[2] is not None:
             if int(match[2]) <= first or first <= covered:
-                raise _Malformed(number, f"multiword token {columns[_ID_COLUMN]} is empty or overlaps another")
+                raise _Malformed(number, f"multiword token {identity} is empty or overlaps another")
             covered = int(match[2])
             surface.append((form, covered - first + 1, space))
             continue
-        if not re.fullmatch(r"[0-9]+", columns[_HEAD]):
-            raise _Malformed(number, f"column HEAD is {columns[_HEAD]!r}, not a number")
+        if not re.fullmatch(r"[0-9]+", head):
+            raise _Malformed(number, f"column HEAD is {head!r}, not a number")
         words.append(form)
-        heads.append(int(columns[_HEAD]) - 1)
-        deprels.append(columns[_DEPREL])
+        heads.append(int(head) - 1)
+        deprels.append(deprel)
         numbers.append(number)
         if first > covered:
             surface.append((form, 1, space))
@@ -143,30 +132,17 @@ def _parse(first_line: int, lines: list[tuple[int, str]]) -> ConlluSentence:
 
 def _rebuild(words: list[str], surface: list[tuple[str, int, bool]]) -> tuple[str, list[tuple[int, int]]]:
     """Text and character spans of the syntactic words from the surface tokens."""
-    parts: list[str] = []
-    spans: list[tuple[int, int]] = []
-    offset = 0
+    text, spans = "", []
     for number, (form, count, space) in enumerate(surface):
         inner = words[len(spans) : len(spans) + count]
-        end = offset + len(form)
-        if "".join(inner) == form:
-            for word in inner:
-                spans.append((offset, offset + len(word)))
-                offset += len(word)
-        else:
-            spans.append((offset, end))
-            spans.extend([(end, end)] * (count - 1))
-        offset = end
-        parts.append(form)
-        if space and number + 1 < len(surface):
-            parts.append(" ")
-            offset += 1
-    return "".join(parts), spans
+        spans += word_spans(inner, form, len(text), len(text) + len(form))
+        text += form + (" " if space and number + 1 < len(surface) else "")
+    return text, spans
 
 
 def _units(name: str, reading: Reading) -> Iterator[Unit]:
     starts = True
-    for sentence in read_conllu(name, reading.on_error, reading.skipped.skip, reading.blanked):
+    for sentence in read_conllu(name, reading.bad, lambda _: reading.counts.update(["sentences_blanked"])):
         reading.skipped.keep(name)
         yield Unit(sentence, starts or sentence.newdoc, f"{name}:{sentence.line}")
         starts = False

@@ -1,5 +1,4 @@
-"""Hugging Face datasets as rows, streamed or from disk, and what tells their versions apart. `datasets` is imported
-only here, and only when it is used."""
+"""Hugging Face datasets as rows, and what tells their versions apart. `datasets` is imported here only, when used."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_sas.core.cli import InputError
+from megatron_sas.core.cli import InputError, kind_and_reason
 from megatron_sas.core.files import sha256_file_once
 from megatron_sas.corpus.readers.base import Reader, Reading, Unit, record_units
 
@@ -40,15 +39,13 @@ def check_name(name: str) -> re.Match[str]:
 def open_dataset(name: str, block: int = 1) -> Any:
     """The dataset `hf:NAME[@REVISION][:CONFIG]:SPLIT[@k/n]`: NAME on the hub or a folder of files (streamed), or a
     folder that `save_to_disk` wrote (memory-mapped). Part k of n is every n-th file where there are that many, else
-    every n-th row group of Parquet files, else (said on stderr) every n-th row; of a saved dataset every n-th row.
+    every n-th row group of Parquet files, else (noted on stderr) every n-th row; of a saved dataset every n-th row.
     Where `block` rows belong together (more than one), it is the k-th range of these or every n-th block of rows.
 
     Raises:
         InputError: the package is missing, or the dataset cannot be opened.
     """
-    match = check_name(name)
-    with _errors_in_one_line(name):
-        source, saved = _source(name, match)
+    with _opened(name) as (match, source, saved):
         rows = source if saved else _stream(source, match["split"])
         if match["part"] is None:
             return rows
@@ -72,12 +69,10 @@ def dataset_version(name: str) -> dict[str, Any]:
     Raises:
         InputError: as `open_dataset`.
     """
-    match = check_name(name)
-    with _errors_in_one_line(name):
-        source, saved = _source(name, match)
+    with _opened(name) as (match, source, saved):
         if saved:
             return _content(entry["filename"] for entry in source.cache_files)
-        _stream(source, match["split"])  # a wrong split is said before anything is read
+        _stream(source, match["split"])  # a wrong split is reported before anything is read
         if Path(match["dataset"]).is_dir():
             files = {str(split): paths for split, paths in source.config.data_files.items()}
             splits = files if match["split"] == "all" else match["split"].split("+")
@@ -93,32 +88,27 @@ def read_rows(name: str, block: int = 1) -> Iterator[dict[str, Any]]:
 
     `block`: see `open_dataset`.
     """
-    rows, number = iter(open_dataset(name, block)), 0
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            remedy = "correct it" if isinstance(error, ValueError) else "try again"  # content, or the network
-            raise InputError(
-                f"{name}: fails after row {number} ({type(error).__name__}: {reason}); {remedy}"
-            ) from error
-        number += 1
-        yield row
+    rows, number = open_dataset(name, block), 0
+    try:
+        for row in rows:
+            number += 1
+            yield row
+    except Exception as error:
+        remedy = "correct it" if isinstance(error, ValueError) else "try again"  # content, or the network
+        raise InputError(f"{name}: fails after row {number} ({kind_and_reason(error)}); {remedy}") from error
 
 
 @contextlib.contextmanager
-def _errors_in_one_line(name: str) -> Iterator[None]:
+def _opened(name: str) -> Iterator[tuple[re.Match[str], Any, bool]]:
+    """The parts of a name and its `_source`; what fails becomes an `InputError`."""
+    match = check_name(name)
     try:
-        yield
+        yield match, *_source(name, match)
     except InputError:
         raise
-    except Exception as error:  # the library raises many kinds for wrong names, and its own text says which
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # the library raises many kinds for wrong names; its own text explains
         remedy = "; without a network give a folder of its files" if isinstance(error, ConnectionError) else ""
-        raise InputError(f"--input {name}: cannot be opened ({type(error).__name__}: {reason}){remedy}") from error
+        raise InputError(f"--input {name}: cannot be opened ({kind_and_reason(error)}){remedy}") from error
 
 
 def _source(name: str, match: re.Match[str]) -> tuple[Any, bool]:
@@ -160,8 +150,10 @@ def _stream(builder: Any, split: str) -> Any:
     if isinstance(builder, Json) and builder.config.field is None:
         lines = _lines(builder).as_streaming_dataset(split=split).filter(lambda row: not row["text"].isspace())
         first = next(iter(lines), None)
-        if first is not None and _is_object(first["text"]):
-            return lines.map(_parse_line, remove_columns=["text"])
+        with contextlib.suppress(ValueError):  # the line of an array, or of an object on several lines
+            if first is not None:
+                _parse_line(first)
+                return lines.map(_parse_line, remove_columns=["text"])
     return builder.as_streaming_dataset(split=split)
 
 
@@ -183,14 +175,6 @@ def _lines(builder: Any) -> Any:
     )
     extend_dataset_builder_for_streaming(lines)
     return lines
-
-
-def _is_object(line: str) -> bool:
-    """Whether a line is a whole JSON object; that of an array, or of an object on several lines, is not."""
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 def _parse_line(row: dict[str, str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from megatron_sas.corpus.readers.text_lines import read_lines
 
 def _units(name: str, reading: Reading) -> Iterator[Unit]:
     """One document a line, an object whose text field holds paragraphs on lines of their own."""
-    for number, line in read_lines(name, reading.on_error, reading.skipped.skip):
+    for number, line in read_lines(name, reading.bad):
         if line is None or not line.strip():
             continue
         where = f"{name}:{number}"

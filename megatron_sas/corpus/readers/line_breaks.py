@@ -1,8 +1,7 @@
 """Which line ends of a text end a paragraph, and which stand where a space would, because the line was full.
 
-A program that wraps text breaks a line exactly where the next word does not fit. So in hard-wrapped prose nearly every
-line that goes on in lower case is full. Verses, lists, tables, and text of a sentence or a paragraph a line are not
-like that.
+In hard-wrapped prose nearly every line that goes on in lower case is full: the next word would not fit. Verses, lists,
+tables, and text of a sentence or a paragraph a line are not like that.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ _SHARE_GOING_ON = 0.3  # of the line ends within blocks (0.6 to 0.9 in books and
 _SHARE_FULL = 0.85  # of those that go on (0.88 and more in such text, 0.7 and less in verses of about one length)
 _SHARE_LONGER = 0.05  # of all lines: paragraphs on one line, with which a text is not wrapped as a whole
 _ITEM = re.compile(r"[>|*•·+=#]|[-–—]\s|(\d{1,3}|[A-Za-z])[.)]\s")  # begins a list's item, a quotation, a table's row
+_DASH = re.compile(r"[^\s—-][—-]+\Z")  # ends a word
 
 
 def wrap_width(lines: Sequence[str]) -> int | None:
@@ -51,9 +51,9 @@ def paragraphs(lines: Sequence[str], width: int | None) -> Iterator[tuple[int, i
             for items of lists and quotations; None: every line is a paragraph.
     """
     start = 0
-    for number, line in enumerate(lines):
-        following = lines[number + 1] if number + 1 < len(lines) else ""
-        if line and width is not None and following and _are_joined(line, following, width):
+    for number, (line, following) in enumerate(pairwise([*lines, ""])):
+        may_wrap = width is not None and line and following and not _ITEM.match(following.lstrip())
+        if may_wrap and (_is_full(line, following, width) or _goes_on(line, following)):
             continue
         if line:
             yield start, number + 1
@@ -62,16 +62,7 @@ def paragraphs(lines: Sequence[str], width: int | None) -> Iterator[tuple[int, i
 
 def join(lines: Sequence[str]) -> str:
     """Lines as one: with a space between them, except after a hyphen or dash that ends a word."""
-    return "".join(line + ("" if _ends_in_dash(line) else " ") for line in lines[:-1]) + lines[-1]
-
-
-def _ends_in_dash(line: str) -> bool:
-    word = line.rstrip("-—")
-    return word != line and word != "" and not word[-1].isspace()
-
-
-def _are_joined(line: str, following: str, width: int) -> bool:
-    return not _ITEM.match(following.lstrip()) and (_is_full(line, following, width) or _goes_on(line, following))
+    return "".join(line + ("" if _DASH.search(line) else " ") for line in lines[:-1]) + lines[-1]
 
 
 def _goes_on(line: str, following: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from megatron_sas.corpus.readers.conllu import CONLLU
 from megatron_sas.corpus.readers.hub import HUB
 from megatron_sas.corpus.readers.json_lines import JSON_LINES
 from megatron_sas.corpus.readers.text import TEXT
-from megatron_sas.corpus.readers.text_lines import COMPRESSED, DamagedFile, check_file_name, suffix_of
+from megatron_sas.corpus.readers.text_lines import COMPRESSED, DamagedFile, check_file_name, without_compression
 
 READERS_BY_SUFFIX: dict[str, Reader] = {
     ".txt": TEXT,
@@ -27,7 +28,7 @@ READERS_BY_SCHEME: dict[str, Reader] = {  # by what the name begins with
 def find_reader(name: str) -> Reader | None:
     """The reader of an input by its name alone; None for an unknown suffix."""
     schemes = (reader for scheme, reader in READERS_BY_SCHEME.items() if name.startswith(scheme))
-    return next(schemes, READERS_BY_SUFFIX.get(suffix_of(name)))
+    return next(schemes, READERS_BY_SUFFIX.get(without_compression(name).suffix))
 
 
 def reader_of(name: str) -> Reader:
@@ -57,6 +58,11 @@ def source_name(name: str) -> str:
     return (find_reader(name) or TEXT).label(name)
 
 
+def repeated_name(names: Iterable[str]) -> str | None:
+    """The first name that occurs more than once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
 def dataset_of(label: str) -> str | None:
     """The dataset that an input is a part of, by its label (`source_name`); None if it is no part of one."""
     reader = find_reader(label)
@@ -75,7 +81,7 @@ def read_units(inputs: list[str], reading: Reading) -> Iterator[Unit]:
         InputError: broken input (unless it is skipped), or more of it in one input than `reading.skipped` allows.
     """
     for name in inputs:
-        unit, joined = None, reading.lines_joined
+        unit, joined = None, reading.counts["lines_joined"]
         try:
             units = reader_of(name).units(name, reading)
             if reading.rows_per_document is not None:
@@ -88,7 +94,8 @@ def read_units(inputs: list[str], reading: Reading) -> Iterator[Unit]:
             place = "the beginning" if unit is None else f"line {unit.where.rpartition(':')[2]}"
             reason = str(error).removeprefix(f"{name}: ")
             reading.skipped.skip(f"{name}:end", f"{reason}; nothing is read after {place}", unread=error.unread)
-        if (joined := reading.lines_joined - joined) and reading.line_breaks == "auto" and reading.skipped.show:
+        joined = reading.counts["lines_joined"] - joined
+        if joined and reading.line_breaks == "auto" and reading.skipped.show:
             print(
                 f"{name}: looks hard-wrapped: {joined:,} lines are joined to the line before them; --line-breaks "
                 "paragraph keeps them apart",

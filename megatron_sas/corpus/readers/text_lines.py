@@ -1,4 +1,4 @@
-"""Lines of plain or compressed files with their numbers, and one policy for broken input: refuse it or skip it."""
+"""Lines of plain or compressed files with their numbers."""
 
 from __future__ import annotations
 
@@ -10,23 +10,20 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NoReturn
 
 from megatron_sas.core.cli import InputError
 
 OnError = Literal["refuse", "skip"] | None  # of a tool's --on-error; None refuses in a tool without that option
-Report = Callable[[str, str], None]  # where ("file:line"), reason
+# Takes where input is broken ("file:line") and the reason: raises, or returns for the input to be left out.
+Bad = Callable[[str, str], None]
 
 MAX_LINE_BYTES = 1 << 26  # no more of a line is in memory at once
 
 
-def handle_bad(where: str, reason: str, on_error: OnError, report: Report | None) -> None:
-    """Raise `InputError` naming the place, or tell `report` and return when `on_error` is "skip"."""
-    if on_error != "skip":
-        remedy = "correct it" if on_error is None else "correct it, or pass --on-error skip to leave such input out"
-        raise InputError(f"{where}: {reason}; {remedy}")
-    if report is not None:
-        report(where, reason)
+def refuse(where: str, reason: str, remedy: str = "correct it") -> NoReturn:
+    """Raise `InputError` for broken input."""
+    raise InputError(f"{where}: {reason}; {remedy}")
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -40,7 +37,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def is_encodable(text: str) -> bool:
-    """Whether UTF-8 can say it: no half of a surrogate pair, as JSON may have and names of files in other encodings."""
+    """Whether it has no half of a surrogate pair, as JSON may have and file names in other encodings."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -49,7 +46,7 @@ def is_encodable(text: str) -> bool:
 
 
 def check_file_name(name: str | Path) -> None:
-    """Refuse a name that headers and reports could not say (`InputError`)."""
+    """Refuse a name that headers and reports cannot hold (`InputError`)."""
     if not is_encodable(str(name)):
         raise InputError(f"{name}: the name is not UTF-8; rename it")
 
@@ -101,30 +98,19 @@ COMPRESSED: dict[str, Callable[[BinaryIO], BinaryIO]] = {
 }
 
 
-def suffix_of(name: str | Path) -> str:
-    """The suffix that says what a file holds, without that of its compression."""
+def without_compression(name: str | Path) -> Path:
+    """A file's name without the suffix of its compression: the suffix left tells the kind of content."""
     path = Path(name)
-    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
-
-
-def stem(name: str | Path) -> str:
-    """A file's name without its folder and both of these suffixes."""
-    path = Path(name)
-    return Path(path.stem).stem if path.suffix in COMPRESSED else path.stem
+    return path.with_suffix("") if path.suffix in COMPRESSED else path
 
 
 @contextlib.contextmanager
 def open_binary(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file for reading bytes, decompressing `COMPRESSED` ones; damaged data becomes a `DamagedFile`."""
     path = Path(path)
-    with contextlib.ExitStack() as stack:
-        try:
-            file: BinaryIO = stack.enter_context(open(path, "rb"))
-            raw = file
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file; check its name") from None
-        if path.suffix in COMPRESSED:
-            file = stack.enter_context(COMPRESSED[path.suffix](file))
+    if not path.exists():
+        raise InputError(f"{path}: no such file; check its name")
+    with open(path, "rb") as raw, COMPRESSED.get(path.suffix, contextlib.nullcontext)(raw) as file:
         try:
             if path.suffix in COMPRESSED and not path.stat().st_size:
                 raise EOFError("it is empty, without even a header")  # which not all of the readers notice
@@ -136,12 +122,7 @@ def open_binary(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def read_lines(
-    path: str | Path,
-    on_error: OnError = None,
-    report: Report | None = None,
-    *,
-    cut_long: bool = False,
-    max_bytes: int = MAX_LINE_BYTES,
+    path: str | Path, bad: Bad = refuse, *, cut_long: bool = False, max_bytes: int = MAX_LINE_BYTES
 ) -> Iterator[tuple[int, str | None]]:
     """Yield (line number from 1, text without line end) of a UTF-8 file; the text is None where a skipped line stood.
 
@@ -161,7 +142,7 @@ def read_lines(
             elif not complete:
                 while not complete:
                     complete = (part := file.readline(max_bytes)).endswith(b"\n") or not part
-                handle_bad(f"{path}:{number}", f"line longer than {max_bytes} bytes", on_error, report)
+                bad(f"{path}:{number}", f"line longer than {max_bytes} bytes")
                 yield number, None
                 continue
             if number == 1 and line.startswith(b"\xef\xbb\xbf"):
@@ -169,7 +150,7 @@ def read_lines(
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
-                handle_bad(f"{path}:{number}", f"invalid UTF-8 at byte {error.start + 1}", on_error, report)
+                bad(f"{path}:{number}", f"invalid UTF-8 at byte {error.start + 1}")
                 yield number, None
                 continue
             yield number, text.rstrip("\r\n")

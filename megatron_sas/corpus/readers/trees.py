@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 from megatron_sas.core.cli import InputError
 
@@ -36,6 +37,16 @@ def tree_fault(heads: Sequence[int]) -> tuple[int, str] | None:
     return None
 
 
+def word_spans(words: Sequence[str], token: str, start: int, end: int) -> list[tuple[int, int]]:
+    """Characters [start, end) of each word of a token, which has those from `start` to `end`.
+
+    They follow each other if the words spell the token; else the first has all and the others an empty span.
+    """
+    if "".join(words) == token and len(token) == end - start:
+        return list(pairwise(accumulate(map(len, words), initial=start)))
+    return [(start, end)] + [(end, end)] * (len(words) - 1)
+
+
 def is_blanked(words: Sequence[str]) -> bool:
     """Whether at least half of a sentence's words are `_`, as in treebanks that come without their text.
 
@@ -46,7 +57,7 @@ def is_blanked(words: Sequence[str]) -> bool:
 
 
 def blanked_note(count: int) -> str:
-    """What a tool says of the sentences that it left out for `is_blanked`; "" for none."""
+    """A line for the log about sentences that were left out for `is_blanked`; "" for none."""
     return f"{count:,} sentences left out, whose words are blanked ({BLANK})" if count else ""
 
 

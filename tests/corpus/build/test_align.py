@@ -14,6 +14,8 @@ from megatron_sas.corpus.build.align import align
 from megatron_sas.corpus.parsers.base import Parse
 from megatron_sas.data.tokenizer import encode_texts, load_tokenizer
 
+COUNTS = ("sentences", "words_without_piece", "edges_without_piece")
+
 
 def parse_of(spans, heads, sentences=None, relations=None, is_word=None):
     count = len(spans)
@@ -97,8 +99,8 @@ def test_against_the_naive_reference(case):
     assert result.offsets.tolist() == offsets
     assert result.boundaries.tolist() == boundaries
     assert result.relations.tolist() == relations
-    assert (result.num_sentences, result.words_without_piece, result.edges_without_piece) == (sentences, wordless, lost)
-    assert result.num_words == parse.is_word.sum()
+    assert [result.counts[name] for name in COUNTS] == [sentences, wordless, lost]
+    assert result.counts["words"] == parse.is_word.sum()
 
 
 def test_two_words_in_one_piece():
@@ -106,7 +108,7 @@ def test_two_words_in_one_piece():
     parse = parse_of([(0, 3), (3, 6), (7, 9)], [2, 2, -1])
     result = run([(0, 6), (7, 9)], parse, "cannot go")
     assert result.offsets.tolist() == [1, 0] and result.boundaries.tolist() == [3, 1]
-    assert (result.words_without_piece, result.edges_without_piece) == (1, 1)
+    assert (result.counts["words_without_piece"], result.counts["edges_without_piece"]) == (1, 1)
 
 
 def test_a_piece_across_a_word_boundary_belongs_to_where_it_begins():
@@ -133,17 +135,17 @@ def test_a_piece_that_is_only_the_space_before_a_word():
 def test_a_sentence_whose_first_word_has_no_piece():
     parse = parse_of([(0, 0), (0, 1), (2, 3)], [1, -1, 1], sentences=[True, False, True])
     result = run([(0, 1), (2, 3)], parse, "a b")
-    assert result.boundaries.tolist() == [3, 3] and result.num_sentences == 2
-    assert result.edges_without_piece == 1
+    assert result.boundaries.tolist() == [3, 3] and result.counts["sentences"] == 2
+    assert result.counts["edges_without_piece"] == 1
 
 
 def test_nothing():
     result = run([], parse_of([], []), "")
-    assert len(result.offsets) == 0 and result.num_words == 0
+    assert len(result.offsets) == 0 and result.counts["words"] == 0
     result = run([(0, 1)], parse_of([], []), "a")
     assert result.boundaries.tolist() == [0]
     result = run([], parse_of([(0, 1)], [-1]), "a")
-    assert result.words_without_piece == 1
+    assert result.counts["words_without_piece"] == 1
 
 
 @pytest.mark.parametrize("kind", BYTE_LEVEL)

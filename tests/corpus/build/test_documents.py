@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tool_calls import run_tool
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.build import documents
@@ -16,8 +15,6 @@ from megatron_sas.corpus.build.documents import Exclusions, Selection
 from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess
 from megatron_sas.corpus.readers.base import Reading
 from megatron_sas.corpus.readers.registry import input_files, read_units
-
-TOOL = Path(__file__).resolve().parents[3] / "tools" / "survey_corpus.py"
 
 
 def write(path, texts):
@@ -48,7 +45,7 @@ def test_split_by_hash(tmp_path):
     validation, other = selected([path], split="validation", validation_share=0.2, key_characters=30)
     assert sorted(train + validation) == sorted(whole) and len(whole) == 2500
     assert not set(train) & set(validation)  # equal texts are on one side
-    assert counts["other_split"] == len(validation) and other["other_split"] == len(train)
+    assert counts["documents_of_other_split"] == len(validation) and other["documents_of_other_split"] == len(train)
     assert 0.15 < len({*validation}) / len({*whole}) < 0.25
     more, _ = selected([path], split="validation", validation_share=0.3, key_characters=30)
     assert set(validation) < set(more)
@@ -65,25 +62,25 @@ def corpus(tmp_path):
     return [write(tmp_path / "a.jsonl", a), write(tmp_path / "b.jsonl", b)], sentence
 
 
-def test_excluded_documents_are_left_out(corpus, tmp_path, vocab_file):
+def test_excluded_documents_are_left_out(corpus, tmp_path, vocab_file, capsys):
     inputs, sentence = corpus
-    command = [sys.executable, str(TOOL), "--input", *inputs, "--output", str(tmp_path / "survey.json")]
+    arguments = ("--input", *inputs, "--output", tmp_path / "survey.json", "--treebank", tmp_path / "bank.jsonl")
     (tmp_path / "bank.jsonl").write_text(
         json.dumps({"words": [*sentence[:-1].split(), "."], "heads": [0, *[1] * 7], "relns": ["r"] * 8})
     )
-    done = subprocess.run([*command, "--treebank", str(tmp_path / "bank.jsonl")], capture_output=True, text=True)
+    done = run_tool(capsys, "survey_corpus", *arguments)
     assert done.returncode == 0, done.stderr
     assert "bank.jsonl: 1 of 1 sentences found" in done.stdout and "lists 4 documents to exclude" in done.stdout
     path = str(tmp_path / "survey.json")
     texts, counts = selected(inputs, exclusions=read(path, inputs))
-    assert texts == ["one\ntwo\n", "three\n", "\n", "other\n", "more\n", "\n"] and counts["excluded"] == 4
+    assert texts == ["one\ntwo\n", "three\n", "\n", "other\n", "more\n", "\n"] and counts["documents_excluded"] == 4
     settings = PreprocessSettings(inputs, str(vocab_file), "none", str(tmp_path / "out"), 8, exclude=path)
     header, _ = preprocess(settings)
     assert header["counts"]["documents_excluded"] == 4 and header["counts"]["documents"] == 6
     # One shard at a time, and in another folder
     (tmp_path / "moved").mkdir()
     moved = str(Path(inputs[1]).rename(tmp_path / "moved" / "b.jsonl"))
-    assert selected([moved], exclusions=read(path, [moved]))[1]["excluded"] == 2
+    assert selected([moved], exclusions=read(path, [moved]))[1]["documents_excluded"] == 2
     # Another file of the same name, with as many documents
     other = write(Path(inputs[1]), [(number, f"other {number}") for number in range(5)])
     with pytest.raises(InputError, match=r"b.jsonl: is not the .*b.jsonl that was surveyed in .*survey.json"):
@@ -101,9 +98,10 @@ def test_excluded_documents_are_left_out(corpus, tmp_path, vocab_file):
 def test_not_a_survey(tmp_path):
     old = json.dumps({"format": documents.SURVEY_FORMAT, "version": 1, "inputs": []})
     for content, message in (
-        ("{", "not a survey"),
+        ("{", "not valid JSON .*; make it with tools/survey_corpus.py"),
         ('{"format": "x"}', "another format"),
-        ("[]", "not a survey"),
+        ("[]", "not a JSON object; make it with tools/survey_corpus.py"),
+        ("{}", "not a survey"),
         (old, "format version 1, this program reads 3; run it again"),
     ):
         (tmp_path / "s.json").write_text(content)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tool_calls import call_tool, run_tool
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.build.merge import merge
@@ -20,7 +21,6 @@ from megatron_sas.corpus.build.shards import preprocess_shards
 from megatron_sas.data.packed import PackedData
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "merge_data.py"
-CONTROL = TOOL.with_name("make_control.py")
 
 
 def conllu(*relations):
@@ -124,8 +124,8 @@ def test_misfits_and_damage(parts, tmp_path, vocab_file):
     vocab_file.write_text(vocab_file.read_text() + "more\n")
     preprocess(PreprocessSettings([str(tmp_path / "e.txt")], str(vocab_file), "none", str(tmp_path / "other"), 8))
     for wrong, message in (
-        ("long", "sequences of 10 tokens, those of .*/a have 8"),
-        ("other", "was made with another tokenizer than"),
+        ("long", "--inputs: .*long has sequences of 10 tokens, .*/a of 8; preprocess with one --seq-length"),
+        ("other", "other and .*/a were made with different tokenizers; preprocess with one --tokenizer"),
     ):
         with pytest.raises(InputError, match=message):
             merge([parts[0], str(tmp_path / wrong)], str(tmp_path / "all"))
@@ -175,9 +175,9 @@ def test_inputs_of_one_name(tmp_path, vocab_file):
         merge(prefixes, str(tmp_path / "again"))
 
 
-def test_command_line(parts, tmp_path):
+def test_command_line(parts, tmp_path, capsys):
     control = f"{parts[0]}.heads-permuted.json"
-    subprocess.run([sys.executable, CONTROL, "--data", parts[0], "--control", "permuted"], check=True)
+    call_tool("make_control", "--data", parts[0], "--control", "permuted")
     given = sorted(map(str, (tmp_path / "out").glob("*.json")))  # what *.json is in a shell
     assert control in given and len(given) == 5
     command = [sys.executable, str(TOOL), "--inputs", *given, "--output", tmp_path / "all"]
@@ -186,5 +186,5 @@ def test_command_line(parts, tmp_path):
     total = len(PackedData(tmp_path / "all"))
     assert f"{tmp_path}/all: {total} sequences of 8 from 3 parts" in done.stdout
     assert f"passed over {control} and the like (1): make controls" in done.stdout
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = run_tool(capsys, "merge_data", *command[2:])
     assert again.returncode == 2 and "exists already" in again.stderr

@@ -92,13 +92,13 @@ def test_against_the_naive_reference(texts, seq_length):
         assert len(tokens) == seq_length and tokens[0] == CLS and tokens[-1] == SEP
         assert tokens[1] != SEP
         assert not ((tokens[1:] == SEP) & (tokens[:-1] == SEP)).any()
-    assert counts.sequences == len(sequences) and counts.edges_cut == cut and counts.tail_edges == tail_edges
-    assert counts.joints_without_separator == joints and counts.tail_pieces == tail
-    assert counts.documents == len(texts)
+    assert counts["sequences"] == len(sequences) and counts["edges_cut"] == cut and counts["tail_edges"] == tail_edges
+    assert counts["joints_without_separator"] == joints and counts["tail_pieces"] == tail
+    assert counts["documents"] == len(texts)
     sizes = [sum(len(tokens) for tokens, _ in text) for text in texts]
-    assert counts.empty_documents == sizes.count(0) and counts.pieces == sum(sizes)
+    assert counts["empty_documents"] == sizes.count(0) and counts["pieces"] == sum(sizes)
     edges = sum(offset != 0 for text in texts for _, offsets in text for offset in offsets)
-    assert counts.edges + counts.edges_cut + counts.tail_edges == edges
+    assert counts["edges"] + counts["edges_cut"] + counts["tail_edges"] == edges
 
 
 def test_by_hand():

@@ -73,6 +73,18 @@ def test_an_error_at_the_very_end_leaves_the_old_data(vocab_file, tmp_path):
     assert contents(tmp_path / "out") == before
 
 
+def test_a_failing_block_leaves_nothing(vocab_file, tmp_path):
+    source = tmp_path / "a.txt"
+    source.write_text("the cat " * 20)
+    run(source, vocab_file, "none", tmp_path / "out", seq_length=8)
+    info = PackedData(tmp_path / "out").tokenizer
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(RuntimeError), PackedWriter(tmp_path / "other", 8, info) as writer:
+        writer.add(*np.zeros((4, 8), dtype=np.int64))
+        raise RuntimeError
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_a_slash_after_the_prefix_hides_no_output(vocab_file, tmp_path):
     source = tmp_path / "a.txt"
     source.write_text("the cat " * 20)

@@ -16,6 +16,7 @@ import pytest
 from blanked_treebank import BLANKED, ORDINARY
 from child_processes import children, is_alive
 from preprocessing import contents, row, run
+from tool_calls import run_tool
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.inspect.survey import SurveySettings, survey
@@ -379,7 +380,7 @@ def command(*arguments):
     return [sys.executable, str(TOOL), *map(str, arguments)]
 
 
-def test_command_line(vocab_file, tmp_path):
+def test_command_line(vocab_file, tmp_path, capsys):
     source = tmp_path / "a.txt"
     source.write_bytes(b"the cat " * 20 + b"\n\xff\n" * 25)
     arguments = ["--input", source, "--tokenizer", vocab_file, "--parser", "none", "--seq-length", 8, "--output"]
@@ -389,7 +390,7 @@ def test_command_line(vocab_file, tmp_path):
         f"error: {source}:2: invalid UTF-8 at byte 1; correct it, or pass --on-error skip to leave such input out\n"
     )
     skip = ("--on-error", "skip", "--max-loss", "0.97")
-    done = subprocess.run(command(*arguments, tmp_path / "out", *skip), capture_output=True, text=True)
+    done = run_tool(capsys, "preprocess_data", *arguments, tmp_path / "out", *skip)
     assert done.returncode == 0, done.stderr
     assert "words/s" in done.stdout and done.stderr.count("skipped:") == 6
     assert json.loads((tmp_path / "out.json").read_text())["counts"]["skipped"] == 25

@@ -18,7 +18,7 @@ import pytest
 from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.build.preprocess import PreprocessSettings
 from megatron_sas.corpus.build.shards import parse_shard, preprocess_shards
-from megatron_sas.corpus.parsers.none import NoParser
+from megatron_sas.corpus.parsers.given import NoParser
 from megatron_sas.corpus.parsers.registry import PARSERS, describe_parser
 from megatron_sas.corpus.readers.base import Reader
 from megatron_sas.corpus.readers.hub import HUB

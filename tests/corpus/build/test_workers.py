@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from preprocessing import contents, row, run
+from tool_calls import run_tool
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.corpus.parsers.conllu import ConlluParser
-from megatron_sas.corpus.parsers.none import NoParser
+from megatron_sas.corpus.parsers.given import ConlluParser, NoParser
 from megatron_sas.corpus.parsers.registry import PARSERS
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer
 
-TOOL = Path(__file__).resolve().parents[3] / "tools" / "preprocess_data.py"
 GOOD = "\n".join([row(1, "the", 2), row(2, "cats", 0, "root")] * 1) + "\n\n"
 
 
@@ -90,26 +86,19 @@ def test_a_chunk_that_the_parser_cannot_bear_as_a_whole(vocab_file, tmp_path, mo
     ]
 
 
-def test_long_words_and_unknown_pieces_are_reported(vocab_file, tmp_path):
+def test_long_words_and_unknown_pieces_are_reported(vocab_file, tmp_path, capsys):
     """A word of 101 characters is [UNK] for its length alone, one of 100 because nothing of it is in the vocabulary."""
     (tmp_path / "a.txt").write_text("the cat sat " * 20 + "q" * 100 + " " + "a" * 101 + " zebra\n")
     arguments = ["--tokenizer", vocab_file, "--parser", "none", "--seq-length", "16"]
-    done = subprocess.run(
-        [sys.executable, TOOL, "--input", tmp_path / "a.txt", *arguments, "--output", tmp_path / "out"],
-        capture_output=True,
-        text=True,
-    )
+    done = run_tool(capsys, "preprocess_data", "--input", tmp_path / "a.txt", *arguments, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     counts = json.loads((tmp_path / "out.json").read_text())["counts"]
     assert (counts["pieces"], counts["pieces_unknown"], counts["words_too_long"]) == (63, 3, 1)
     assert "\n3 of 63 pieces of the input are [UNK] (4.76%)\n" in done.stdout
     assert f"now one [UNK]: 1, the first at {tmp_path}/a.txt:1: {'a' * 40}… (101 characters)\n" in done.stdout
     (tmp_path / "b.txt").write_text("the cat sat " * 9 + "zebra " * 3 + "\n")
-    done = subprocess.run(
-        [sys.executable, TOOL, "--input", tmp_path / "b.txt", *arguments, "--output-dir", tmp_path / "shards"],
-        capture_output=True,
-        text=True,
-    )
+    arguments = ("--input", tmp_path / "b.txt", *arguments, "--output-dir", tmp_path / "shards")
+    done = run_tool(capsys, "preprocess_data", *arguments)
     assert f"{tmp_path}/shards/b: warning: 3 of 30 pieces of the input are [UNK] (10.00%)" in done.stdout
 
 

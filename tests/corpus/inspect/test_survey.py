@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 from child_processes import children, is_alive, open_files
+from tool_calls import run_tool
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.build.documents import Exclusions
 from megatron_sas.corpus.inspect.survey import SentenceIndex, SurveySettings, survey, words_of
 from megatron_sas.corpus.readers.registry import input_files
-
-TOOL = Path(__file__).resolve().parents[3] / "tools" / "survey_corpus.py"
 
 
 def write(path, texts):
@@ -106,7 +105,7 @@ def test_odd_ids(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_inputs_that_fail_do_not_spoil_the_others(corpus, tmp_path, vocab_file, workers):
+def test_inputs_that_fail_do_not_spoil_the_others(corpus, tmp_path, capsys, workers):
     inputs, sentence = corpus
     damaged, latin = str(tmp_path / "c.jsonl.xz"), str(tmp_path / "latin.txt")
     Path(latin).write_bytes("Süß\n".encode("latin-1"))
@@ -127,8 +126,7 @@ def test_inputs_that_fail_do_not_spoil_the_others(corpus, tmp_path, vocab_file, 
         survey(SurveySettings(inputs, workers=0))
     if workers == 2:
         output = str(tmp_path / "survey.json")
-        command = [sys.executable, str(TOOL), "--input", *given, "--output", output, "--workers", "2"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = run_tool(capsys, "survey_corpus", "--input", *given, "--output", output, "--workers", 2)
         assert done.returncode == 2 and "10 documents" in done.stdout and "Traceback" not in done.stderr
         assert f"error: 2 of 4 inputs failed, and {output} is of the others: {damaged}: damaged" in done.stderr
         assert read(output, inputs).documents == dict.fromkeys(inputs, 5)

@@ -8,7 +8,7 @@ import pytest
 from preprocessing import run
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.corpus.parsers.none import NoParser
+from megatron_sas.corpus.parsers.given import NoParser
 from megatron_sas.corpus.parsers.registry import (
     PARSERS,
     check_predicts,

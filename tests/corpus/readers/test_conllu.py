@@ -6,6 +6,7 @@ import pytest
 from preprocessing import row
 
 from megatron_sas.core.cli import InputError
+from megatron_sas.corpus.readers.base import Reading
 from megatron_sas.corpus.readers.conllu import read_conllu
 
 
@@ -76,11 +77,11 @@ GOOD = [row(1, "good", 0, "root"), ""]
 def test_broken_sentences_are_refused_or_skipped(tmp_path, rows, line, reason):
     path = write(tmp_path / "a.conllu", *GOOD, *rows, "", row(1, "last", 0, "root"))
     with pytest.raises(InputError) as error:
-        list(read_conllu(path, "refuse"))
+        list(read_conllu(path, Reading(on_error="refuse").bad))
     assert str(error.value).startswith(f"{path}:{line}: ") and reason in str(error.value)
     assert "--on-error skip" in str(error.value)
     reports = []
-    sentences = list(read_conllu(path, "skip", lambda *report: reports.append(report)))
+    sentences = list(read_conllu(path, lambda *report: reports.append(report)))
     assert [s.words for s in sentences] == [["good"], ["last"]]
     assert len(reports) == 1 and reports[0][0] == f"{path}:{line}" and reason in reports[0][1]
 
@@ -96,7 +97,7 @@ def test_invalid_utf8_and_newdoc_of_a_skipped_sentence(tmp_path):
     )
     with pytest.raises(InputError, match=r"a.conllu:4: invalid UTF-8"):
         list(read_conllu(path))
-    sentences = list(read_conllu(path, "skip"))
+    sentences = list(read_conllu(path, lambda *_: None))
     assert [(s.words, s.newdoc) for s in sentences] == [(["a"], False), (["b"], True)]
 
 

@@ -13,7 +13,7 @@ from megatron_sas.corpus.build.documents import Exclusions
 from megatron_sas.corpus.build.merge import merge
 from megatron_sas.corpus.build.preprocess import PreprocessSettings
 from megatron_sas.corpus.build.shards import preprocess_shards
-from megatron_sas.corpus.import_dataset import ImportSettings, import_dataset
+from megatron_sas.corpus.import_dataset import import_dataset
 from megatron_sas.corpus.inspect.survey import SurveySettings, survey
 from megatron_sas.corpus.readers import hub
 from megatron_sas.corpus.readers.hub import check_name, dataset_version, open_dataset, read_rows
@@ -131,7 +131,7 @@ def test_imported_json_whose_first_numbers_come_late(tmp_path, small_chunks, voc
     parsed = {"input_ids": ids, "heads": [-1, 2, *[-1] * 6], "relns": [-1, 0, *[-1] * 6]}
     empty = {"input_ids": ids, "heads": [], "relns": []}
     name = write_json(tmp_path / "set", [empty] * 400 + [plain, parsed, {"input_ids": ids, "heads": [-1] * 8}])
-    header = import_dataset(ImportSettings(name, str(vocab_file), str(tmp_path / "out"), seq_length=8))
+    header = import_dataset(name, str(vocab_file), str(tmp_path / "out"), seq_length=8)
     assert {key: header["counts"][key] for key in ("rows", "rows_left_out", "sequences", "edges")} == {
         "rows": 403,
         "rows_left_out": 401,
@@ -305,5 +305,5 @@ def test_imported_data_says_its_version(tmp_path, fake_hub, vocab_file):
     row = {"input_ids": [2, 5, 6, 7, 8, 5, 6, 3], "heads": [-1, 2, *[-1] * 6], "relns": [-1, 0, *[-1] * 6]}
     (tmp_path / NEW / "train.jsonl").write_text(json.dumps(row) + "\n")
     fake_hub[None] = NEW
-    header = import_dataset(ImportSettings("hf:org/set:train", str(vocab_file), str(tmp_path / "out"), seq_length=8))
+    header = import_dataset("hf:org/set:train", str(vocab_file), str(tmp_path / "out"), seq_length=8)
     assert header["input_files"] == [{"name": "hf:org/set:train", "revision": NEW}]

@@ -16,7 +16,7 @@ from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess
 from megatron_sas.corpus.build.shards import preprocess_shards
 from megatron_sas.corpus.build.skipped import SkipReport
 from megatron_sas.corpus.inspect.survey import SurveySettings, survey
-from megatron_sas.corpus.readers.base import Reading
+from megatron_sas.corpus.readers.base import Reading, ReadSettings
 from megatron_sas.corpus.readers.registry import input_files, read_units
 from megatron_sas.data.packed import FILES
 
@@ -82,10 +82,10 @@ def test_wrapped_prose_comes_back_as_paragraphs(tmp_path, capfd, suffix, width):
     found, reading = texts(path)
     assert found == PROSE
     lines = len(wrapped(width).replace("\n\n", "\n").split("\n"))
-    assert reading.lines_joined == lines - 3
+    assert reading.counts["lines_joined"] == lines - 3
     assert f"{path}: looks hard-wrapped: {lines - 3} lines are joined to the line before them" in capfd.readouterr().err
     found, reading = texts(path, line_breaks="paragraph")
-    assert (len(found), reading.lines_joined) == (lines, 0)
+    assert (len(found), reading.counts["lines_joined"]) == (lines, 0)
     assert texts(path, line_breaks="wrapped")[0] == PROSE
     assert not capfd.readouterr().err
 
@@ -121,7 +121,7 @@ def sentences(rng, count, least, most):
 def test_other_text_stays_as_it_is(tmp_path, text):
     for suffix in ("txt", "jsonl"):
         found, reading = texts(write(tmp_path / f"a.{suffix}", text))
-        assert found == [line for line in text.split("\n") if line] and reading.lines_joined == 0
+        assert found == [line for line in text.split("\n") if line] and reading.counts["lines_joined"] == 0
 
 
 def test_wikipedia_stays_as_it_is(data_dir, tmp_path):
@@ -129,7 +129,7 @@ def test_wikipedia_stays_as_it_is(data_dir, tmp_path):
     with lzma.open(data_dir / "enwiki" / "enwiki-validation.jsonl.xz", "rt", encoding="utf-8") as file:
         (tmp_path / "a.jsonl").write_text("".join(islice(file, 400)))
     found, reading = texts(tmp_path / "a.jsonl")
-    assert reading.lines_joined == 0 and found == texts(tmp_path / "a.jsonl", line_breaks="paragraph")[0]
+    assert reading.counts["lines_joined"] == 0 and found == texts(tmp_path / "a.jsonl", line_breaks="paragraph")[0]
 
 
 def test_a_long_file_is_judged_in_parts(tmp_path):
@@ -155,7 +155,10 @@ def test_runs_of_white_space_become_one_space(tmp_path):
     text = "The  cat\t\tsat.   It \tran away.\n10\u00a0km a\u00a0 b"
     for suffix in ("txt", "jsonl"):
         found, reading = texts(write(tmp_path / f"a.{suffix}", text))
-        assert found == ["The cat sat. It ran away.", "10\u00a0km a\u00a0 b"] and reading.paragraphs_squeezed == 1
+        assert (
+            found == ["The cat sat. It ran away.", "10\u00a0km a\u00a0 b"]
+            and reading.counts["paragraphs_squeezed"] == 1
+        )
 
 
 def settings(inputs, vocab_file, output, **options):
@@ -218,10 +221,10 @@ def test_a_survey_of_rows_that_were_read_otherwise(tmp_path):
     for rows, refused in ((2, True), (None, False)):
         report = survey(SurveySettings([str(path)], rows_per_document=rows, line_breaks="paragraph"))
         (tmp_path / "survey.json").write_text(json.dumps(report))
-        arguments = (str(tmp_path / "survey.json"), [str(path)], input_files([str(path)]), rows)
-        Exclusions.read(*arguments, line_breaks="paragraph")
+        arguments = (str(tmp_path / "survey.json"), [str(path)], input_files([str(path)]))
+        Exclusions.read(*arguments, ReadSettings(rows_per_document=rows, line_breaks="paragraph"))
         if refused:
             with pytest.raises(InputError, match="--line-breaks was paragraph and is now auto"):
-                Exclusions.read(*arguments)
+                Exclusions.read(*arguments, ReadSettings(rows_per_document=rows))
         else:
-            Exclusions.read(*arguments)
+            Exclusions.read(*arguments, ReadSettings(rows_per_document=rows))

@@ -97,7 +97,7 @@ def test_long_paragraphs_are_cut_at_spaces(tmp_path):
     parts = [unit.content for unit in read_units([str(path)], reading)]
     assert "".join("".join(parts).split()) == "".join(text.split())
     assert all(len(part) <= 20 for part in parts) and parts[0] == "word word word word"
-    assert reading.paragraphs_cut == len(parts) - 1
+    assert reading.counts["paragraphs_cut"] == len(parts) - 1
 
 
 def test_conllu(tmp_path):
@@ -141,7 +141,7 @@ def test_control_characters_are_taken_out(tmp_path):
     path.write_text(json.dumps({"text": "a\x00b\x0bc\r\n\ufeffd\te\x85f \x1b[1mg"}) + "\n")
     reading = Reading()
     assert [unit.content for unit in read_units([str(path)], reading)] == ["ab c", "d\te f [1mg"]
-    assert reading.paragraphs_with_controls == 2
+    assert reading.counts["paragraphs_with_controls"] == 2
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
@@ -161,7 +161,7 @@ def test_archives_of_no_bytes(tmp_path, suffix):
 def test_damaged_archives(tmp_path, suffix):
     """What comes before the damage is used when as much may be lost; a file that is cut off may lack anything."""
     rng = random.Random(0)
-    lines = [json.dumps({"text": " ".join(str(rng.random()) for _ in range(50))}) for _ in range(2000)]
+    lines = [json.dumps({"text": " ".join(str(rng.random()) for _ in range(50))}) for _ in range(600)]
     whole = {".gz": gzip, ".xz": lzma}[suffix].compress("\n".join(lines).encode())
     path = tmp_path / f"a.jsonl{suffix}"
     middle = len(whole) // 2
@@ -176,7 +176,7 @@ def test_damaged_archives(tmp_path, suffix):
             units(str(path), on_error="skip", skipped=SkipReport(max_skipped=0.3))
         found = units(str(path), on_error="skip", skipped=SkipReport(max_skipped=loss))
         assert [unit[0] for unit in found] == [json.loads(line)["text"] for line in lines[: len(found)]]
-        assert 800 < len(found) < 1100
+        assert 220 < len(found) < 330
 
 
 def test_too_much_is_lost(tmp_path):

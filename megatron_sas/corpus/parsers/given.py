@@ -1,4 +1,4 @@
-"""No parser: text without heads."""
+"""No parser: the gold heads of CoNLL-U sentences, or text without heads."""
 
 from __future__ import annotations
 
@@ -8,9 +8,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_sas.corpus.parsers.base import Parse, Parser, RelationNames
+from megatron_sas.corpus.readers.conllu import ConlluSentence
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
+
+
+class ConlluParser(Parser):
+    """Gold heads of CoNLL-U sentences."""
+
+    remark, heads = "gold heads of .conllu inputs", "gold"
+
+    def parse(self, contents: list[ConlluSentence], encodings: list[Encoding], names: RelationNames) -> Iterator[Parse]:
+        """Parses of the sentences (see `Parser`)."""
+        for sentence in contents:
+            yield Parse.of_words(sentence.spans, sentence.heads, [names.number(name) for name in sentence.deprels])
 
 
 class NoParser(Parser):
@@ -25,11 +37,5 @@ class NoParser(Parser):
             offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
             first = np.flatnonzero(np.diff(words, prepend=-1) != 0)
             last = np.append(first[1:], len(words)) - 1 if len(first) else first
-            yield Parse(
-                starts=offsets[first, 0],
-                ends=offsets[last, 1],
-                heads=np.full(len(first), -1, dtype=np.int64),
-                relations=np.zeros(len(first), dtype=np.int64),
-                sentence_starts=np.arange(len(first)) == 0,
-                is_word=np.ones(len(first), dtype=bool),
-            )
+            spans = np.stack([offsets[first, 0], offsets[last, 1]], axis=1)
+            yield Parse.of_words(spans, np.full(len(first), -1), np.zeros(len(first), np.int64))
