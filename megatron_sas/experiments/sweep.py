@@ -81,23 +81,12 @@ class Sweep:
 
     def write(self, directory: Path) -> None:
         """Write `sweep.json`, from which the analysis knows which runs belong together."""
-        write_json_atomic(
-            directory / SWEEP,
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "title": self.title,
-                "runs": [
-                    {
-                        "directory": str(run.directory.relative_to(directory)),
-                        "condition": run.condition,
-                        "seed": run.seed,
-                        **describe(run.config),
-                    }
-                    for run in self.runs
-                ],
-            },
-        )
+        entries = []
+        for run in self.runs:
+            where = str(run.directory.relative_to(directory))
+            entries.append({"directory": where, "condition": run.condition, "seed": run.seed, **describe(run.config)})
+        content = {"format": FORMAT, "version": VERSION, "title": self.title, "runs": entries}
+        write_json_atomic(directory / SWEEP, content)
 
 
 def plan_sweep(path: Path, directory: Path, overrides: Sequence[str] = ()) -> Sweep:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_sas.report.claims import Claim
-from megatron_sas.report.claims_effects import brief_suppression, regularized_runs
-from megatron_sas.report.claims_onsets import capabilities_onset, complexity_phases, structure_onset
+from megatron_sas.report.claims import Claim, answer_claims
 from megatron_sas.report.comparisons import Comparison, Condition, compare_to_controls, runs_of, summarize
 from megatron_sas.report.findings import Finding, caveats, narrate
 from megatron_sas.report.responses import ResponsePoint, StageResponse, stage_responses, weight_response
@@ -19,18 +17,21 @@ TITLE = "Syntactic attention over training"
 
 @dataclass(frozen=True)
 class Analysis:
-    """Everything that was computed. `runs` are in the order of their conditions; `orders` are by condition."""
+    """Everything that was computed. `runs` are in the order of their conditions.
+
+    `orders` are by condition, without those where no run shows both onsets. `stages` are by the name of their figure.
+    """
 
     runs: list[Run]
     conditions: list[Condition]
     delta: float
     replicates: int
     onsets: Onsets
-    orders: dict[str, Order | None]
+    orders: dict[str, Order]
     to_controls: list[Comparison]
     weights: list[ResponsePoint]
     control_weights: list[ResponsePoint]
-    stages: list[StageResponse]
+    stages: dict[str, StageResponse]
     claims: list[Claim]
     findings: list[Finding]
     notes: list[str]
@@ -39,7 +40,7 @@ class Analysis:
     @property
     def with_items(self) -> list[Run]:
         """Runs with an onset interval from resampled items."""
-        return [run for run in self.runs if any(onset.items for onset in self.onsets[str(run.path)].values())]
+        return [run for run in self.runs if any(onset.items for onset in self.onsets[run.path].values())]
 
 
 def analyse(
@@ -57,33 +58,23 @@ def analyse(
     conditions = summarize(runs)
     ordered = runs_of(conditions)
     onsets = find_onsets(ordered, delta, replicates, seed)
+    orders = {condition.label: order_of(condition.runs, onsets) for condition in conditions}
     syntax, controls = weight_response(conditions)
-    to_controls = compare_to_controls(conditions, ordered)
+    to_controls = compare_to_controls(conditions)
+    stages = stage_responses(conditions)
     return Analysis(
         runs=ordered,
         conditions=conditions,
         delta=delta,
         replicates=replicates,
         onsets=onsets,
-        orders={condition.label: order_of(condition.runs, onsets) for condition in conditions},
+        orders={label: order for label, order in orders.items() if order is not None},
         to_controls=to_controls,
         weights=syntax,
         control_weights=controls,
-        stages=stage_responses(conditions),
+        stages={f"stage_length_{s.weight:g}" if len(stages) > 1 else "stage_length": s for s in stages},
         claims=answer_claims(conditions, onsets, delta),
         findings=narrate(conditions, onsets, to_controls),
         notes=[*notes, *caveats(conditions)],
         title=title or TITLE,
     )
-
-
-def answer_claims(conditions: Sequence[Condition], onsets: Onsets, delta: float) -> list[Claim]:
-    """The five claims, in order."""
-    base = [run for run in runs_of(conditions) if run.is_base]
-    return [
-        structure_onset(base, onsets, delta),
-        capabilities_onset(base, onsets, delta),
-        regularized_runs(conditions),
-        brief_suppression(conditions, onsets),
-        complexity_phases(base, onsets, delta),
-    ]

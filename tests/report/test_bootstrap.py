@@ -9,7 +9,7 @@ from trajectory_files import Items, write_items
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.onsets.offline import break_point, onset_steps
-from megatron_sas.report.bootstrap import ItemCurves, onset_interval, resample_curves
+from megatron_sas.report.bootstrap import onset_interval, resample_curves
 
 SHAPE = (2, 3, 5)
 
@@ -36,7 +36,7 @@ def test_uas_replicates_are_those_of_a_resampled_treebank(tmp_path):
     """Write out each resampled treebank edge by edge and take its best heads anew."""
     items = items_of(0)
     run = run_with(tmp_path, {0: items})
-    (replicates,) = resample_curves(run, 20, 7)["uas"].replicates.T
+    (replicates,) = resample_curves(run, 20, 7)["uas"][1].T
     sentences = np.unique(items.edges[:, 0])
     drawn = np.random.default_rng([7, 0]).integers(0, len(sentences), (20, len(sentences)))
     for value, draw in zip(replicates, drawn, strict=True):
@@ -49,7 +49,7 @@ def test_uas_replicates_are_those_of_a_resampled_treebank(tmp_path):
 
 def test_blimp_replicates_resample_within_sets(tmp_path):
     items = items_of(1)
-    (replicates,) = resample_curves(run_with(tmp_path, {0: items}), 15, 3)["blimp"].replicates.T
+    (replicates,) = resample_curves(run_with(tmp_path, {0: items}), 15, 3)["blimp"][1].T
     expected = []
     for index in (0, 1, 2):
         pairs = items.pairs[items.sets == index]
@@ -61,9 +61,9 @@ def test_blimp_replicates_resample_within_sets(tmp_path):
 def test_the_same_items_are_drawn_at_every_step(tmp_path):
     items = items_of(2)
     curves = resample_curves(run_with(tmp_path, {0: items, 10: items, 20: items}), 30, 0)
-    for curve in curves.values():
-        assert curve.steps.tolist() == [0, 10, 20]
-        assert (curve.replicates == curve.replicates[:, :1]).all() and np.std(curve.replicates[:, 0]) > 0
+    for steps, replicates in curves.values():
+        assert steps.tolist() == [0, 10, 20]
+        assert (replicates == replicates[:, :1]).all() and np.std(replicates[:, 0]) > 0
 
 
 def test_onset_of_every_replicate_is_its_break_point():
@@ -73,9 +73,9 @@ def test_onset_of_every_replicate_is_its_break_point():
     for sign in (1, -1):
         expected = [break_point(steps, curve, 90, sign).step for curve in sign * curves]
         np.testing.assert_allclose(onset_steps(steps, sign * curves, 90, sign), expected)
-    found = onset_interval(ItemCurves(steps, curves), 90)
+    found = onset_interval(steps, curves, 90)
     known = [break_point(steps, curve, 90).step for curve in curves]
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(known, [0.025, 0.975])))
+    assert found.interval == pytest.approx(tuple(np.quantile(known, [0.025, 0.975])))
 
 
 def test_curves_without_a_bend_have_no_onset():
@@ -83,7 +83,7 @@ def test_curves_without_a_bend_have_no_onset():
     assert np.isnan(onset_steps(steps, np.tile(steps, (3, 1)), 2)).all()
     assert np.isnan(onset_steps(steps[:2], np.ones((3, 2)), 2)).all()
     assert np.isnan(onset_steps(steps, np.ones((3, 10)), 6)).all()  # shorter than two windows
-    assert onset_interval(ItemCurves(steps, np.tile(steps, (3, 1))), 2).low is None
+    assert onset_interval(steps, np.tile(steps, (3, 1)), 2).interval is None
 
 
 def test_damaged_items_are_one_line(tmp_path):

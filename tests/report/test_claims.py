@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from simulated_sweeps import CONDITIONS, simulate
 
-from megatron_sas.report.analyse import answer_claims
-from megatron_sas.report.claims import NOT_SHOWN, NOT_TESTABLE, OPPOSITE, SHOWN, Claim, Part
+from megatron_sas.report.claims import NOT_SHOWN, NOT_TESTABLE, OPPOSITE, SHOWN, Claim, Part, answer_claims
 from megatron_sas.report.comparisons import summarize
 from megatron_sas.report.run_onsets import find_onsets, mean_distance, order_of
 from megatron_sas.report.trajectories import METRICS

@@ -29,11 +29,11 @@ def paths(tmp_path_factory):
 def test_single_runs(paths):
     runs = load_runs([paths / "base-1", paths / "minus-1"])
     onsets, found, sentences = analyse(runs)
-    base = onsets[str(runs[0].path)]
+    base = onsets[runs[0].path]
     assert abs(base["uas"].strongest.step - 400) <= 25 and base["uas"].strongest.detected
     assert abs(base["loss"].strongest.step - 400) <= 25 and base["loss"].strongest.detected
     assert abs(base["blimp"].strongest.step - 460) <= 25 and base["blimp"].strongest.detected
-    assert not onsets[str(runs[1].path)]["uas"].strongest.detected
+    assert not onsets[runs[1].path]["uas"].strongest.detected
     first, second, difference = sentences
     assert f"UAS breaks upward at step {base['uas'].strongest.step:.0f} (a fit of straight pieces breaks" in first
     assert "Structure (UAS) breaks" in first and "before capability" in first
@@ -137,7 +137,7 @@ def test_controls_are_compared_at_the_same_weight(tmp_path):
             labels.append(label)
     runs = load_runs(paths, labels)
     found, onsets = summarize(runs), find_onsets(runs, 90)
-    comparisons = compare_to_controls(found, runs)
+    comparisons = compare_to_controls(found)
     sentences = [finding.text for finding in narrate(found, onsets, comparisons)]
     (beside,) = [s for s in sentences if s.startswith("Compared with permuted (the same λ), minus ends with ")]
     blimp = next(c for c in comparisons if c.metric.name == "blimp")

@@ -10,8 +10,10 @@ from html.parser import HTMLParser
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.lines import Line2D
-from synthetic_runs import FIELDS, RELATIONS, write_run
+from synthetic_runs import FIELDS as FIELD_NAMES
+from synthetic_runs import RELATIONS, write_run
 
+from megatron_sas.evaluation.minimal_pairs import BLIMP, FIELDS
 from megatron_sas.report.analyse import analyse
 from megatron_sas.report.comparisons import summarize
 from megatron_sas.report.figures.style import draw_legend, finish_grid, label_styles, new_figure
@@ -81,7 +83,7 @@ def test_onsets_json(runs, output):
     for run, entry in zip(runs, content["runs"], strict=True):
         assert entry["lambda"] == run.describe_schedule()
         for metric in METRICS:
-            onset = onsets[str(run.path)][metric.name]
+            onset = onsets[run.path][metric.name]
             assert entry[metric.name]["break"]["step"] == onset.strongest.step
             assert entry[metric.name]["change_point"]["low"] == onset.change.low
 
@@ -110,7 +112,7 @@ def test_page_is_whole_and_self_contained(runs, output):
     assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
     assert not page.tags & {"script", "link", "iframe"}
     assert not re.search(r"url\(|@import|https?://", html)
-    for expected in ("base", "SAS-", "minus", *RELATIONS, FIELDS[0], "untrained", "What happened"):
+    for expected in ("base", "SAS-", "minus", *RELATIONS, FIELD_NAMES[0], "untrained", "What happened"):
         assert expected in page.text
     assert "None" not in page.text and "nan" not in page.text
 
@@ -151,37 +153,37 @@ def test_what_is_missing_is_left_out(tmp_path, case):
 
 def test_figure_panels_and_marks(runs):
     onsets = find_onsets(runs, 90)
-    figure = draw(runs, onsets)
+    figure = draw(summarize(runs), onsets)
     weight, loss, uas, blimp = figure.axes
     assert [axis.get_ylabel() for axis in figure.axes] == ["λ", "MLM loss", "UAS", "BLiMP"]
-    base_steps = [onsets[str(run.path)]["uas"].strongest.step for run in runs[:2]]
+    base_steps = [onsets[run.path]["uas"].strongest.step for run in runs[:2]]
     dashed = [line for line in uas.lines if len(line.get_xdata()) == 2 and line.get_xdata()[0] == line.get_xdata()[1]]
     assert [line.get_xdata()[0] for line in dashed] == [sum(base_steps) / 2]  # the suppressed run has no clear break
     drawn = [list(line.get_xdata()) for line in uas.lines]
     for step in base_steps:
         assert [step] in drawn
-    change = [list(onsets[str(run.path)]["uas"].change_interval) for run in runs[:2]]
+    change = [list(onsets[run.path]["uas"].change.interval) for run in runs[:2]]
     assert not any(interval in drawn for interval in change)  # whiskers are the bend's, over items; here are none
-    assert len(draw(runs[:1], onsets).axes) == 3
-    assert draw(runs, onsets, "log").axes[-1].get_xscale() == "symlog"
+    assert len(draw(summarize(runs[:1]), onsets).axes) == 3
+    assert draw(summarize(runs), onsets, "log").axes[-1].get_xscale() == "symlog"
     assert loss.get_xlim() == weight.get_xlim() == blimp.get_xlim() == (0, 900)
 
 
 def test_many_conditions_stay_distinct(runs):
     many = load_runs([runs[0].path])
     many = [type(many[0])(**{**vars(many[0]), "label": f"c{i}"}) for i in range(20)]
-    styles = label_styles(many)
+    styles = label_styles(summarize(many))
     assert len(set(styles.values())) == 20
 
 
 def test_relations_and_fields_are_means_over_runs(runs):
     found = summarize(runs)
-    rows = {row["relation"]: row for row in relation_rows(found)}
+    rows = {row["name"]: row for row in relation_rows(found)}
     assert list(rows) == sorted(RELATIONS, key=lambda name: -RELATIONS[name])
     expected = [run.evaluations[-1]["uas_relations"]["obj"]["accuracy"] for run in runs[:2]]
     assert rows["obj"]["cells"][0]["final"] == pytest.approx(sum(expected) / 2)
     assert rows["det"]["offset"] == "−1" and rows["nsubj"]["offset"] == "+1"
-    fields = {row["name"]: row for row in breakdown_rows(found, "blimp_fields")}
+    fields = {row["name"]: row for row in breakdown_rows(found, BLIMP, FIELDS.key)}
     expected = [run.evaluations[0]["blimp_fields"]["determiner_noun"] for run in runs[:2]]
     assert fields["determiner noun"]["cells"][0]["untrained"] == pytest.approx(sum(expected) / 2)
 

@@ -35,7 +35,7 @@ def run_with(blimp, *, sets=33, pairs_per_set=None, counts=None):
 
 
 def detected(run):
-    return find_onsets([run], 100)["/run"]["blimp"].strongest.detected
+    return find_onsets([run], 100)[run.path]["blimp"].strongest.detected
 
 
 def test_blimp_at_chance_on_few_pairs_does_not_break_and_a_rise_on_many_does():
