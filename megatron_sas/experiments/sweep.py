@@ -1,19 +1,4 @@
-"""Sweeps: the conditions of an experiment × seeds, each an ordinary training run in a directory of its own.
-
-A sweep is a YAML file:
-
-    title: what the report is called
-    config: run.yaml            # the configuration that all runs share; relative to this file
-    seeds: [1, 2, 3]
-    conditions:                 # name: fields of the configuration that differ
-      base: {}
-      sas-minus: {sas.schedule: 0.02}
-      sas-minus-300:            # shares the first 300 updates of sas-minus instead of repeating them
-        sas.schedule: [{start: 0, end: 300, value: 0.02}]
-        run.branch_from: sas-minus@300
-
-The run of a condition and a seed lives in `SWEEP/CONDITION/seed-N`; `SWEEP/sweep.json` lists them for the analysis.
-"""
+"""Sweeps: the conditions of an experiment × seeds, each a training run of its own (docs/experiments.md)."""
 
 from __future__ import annotations
 

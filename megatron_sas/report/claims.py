@@ -95,26 +95,26 @@ class Claim:
 def answer_claims(conditions: Sequence[Condition], onsets: Onsets, delta: float) -> list[Claim]:
     """The five claims, in order."""
     base = [run for run in runs_of(conditions) if run.is_base]
-    affected = _conditions_with_less_grammar(conditions)
     answers = {
         "abrupt_rise": _abrupt_rise(base, onsets, delta),
         "loss_drop": _loss_drop(base, onsets, delta),
-        "upward": _upward(base, onsets, delta),
-        **_order(base, onsets, delta),
-        "grammar": _grammar(conditions),
+        **_capabilities(base, onsets, delta),
+        **_suppression(conditions),
         "promotion": _promotion(conditions),
-        "syntax": _syntax(conditions, affected),
         **_release(conditions),
         "early_break": _early_break(conditions, onsets),
         "complexity": _complexity(base, onsets, delta),
     }
-    numbers = {"min_runs": MIN_RUNS, "abrupt_share": ABRUPT_SHARE, "short_window": SHORT_WINDOW}
-    words = {
+    values = {
+        "min_runs": MIN_RUNS,
         "most": f"two thirds of the base runs (at least {MIN_RUNS})",
         "seeds": f"{MIN_RUNS} whole runs (seeds) each, not all alike",
         "holm": "p < 0.05, Holm-corrected over the conditions tested for this",
+        "abrupt_share": ABRUPT_SHARE,
+        "short_window": SHORT_WINDOW,
+        "delta": delta,
+        "two_deltas": 2 * delta,
     }
-    values = {**numbers, **words, "delta": delta, "two_deltas": 2 * delta}
 
     def part(answer: Answer, statement: str, rule: str, missing: str, core: bool = True) -> Part:
         missing = (answer.missing or missing.format(**values)) if answer.verdict == NOT_TESTABLE else ""
@@ -159,23 +159,18 @@ def _loss_drop(base: Sequence[Run], onsets: Onsets, delta: float) -> Answer:
     return Answer(verdict, [*evidence, f"The loss breaks at UAS's onset {text}."])
 
 
-def _upward(base: Sequence[Run], onsets: Onsets, delta: float) -> Answer:
+def _capabilities(base: Sequence[Run], onsets: Onsets, delta: float) -> dict[str, Answer]:
+    """Whether BLiMP breaks, whether structure comes first, and whether capabilities follow soon."""
     usable = _usable(base, delta, BLIMP, UAS)
     if not usable:
-        return UNTESTED
-    detected = len(detected_onsets(onsets, usable, BLIMP))
+        return dict.fromkeys(("upward", "structure_first", "soon"), UNTESTED)
+    detected, order = len(detected_onsets(onsets, usable, BLIMP)), order_of(usable, onsets)
     evidence = [f"BLiMP breaks clearly in {detected} of {len(usable)} runs."]
-    return Answer(SHOWN if enough(detected, len(usable)) else NOT_SHOWN, evidence)
-
-
-def _order(base: Sequence[Run], onsets: Onsets, delta: float) -> dict[str, Answer]:
-    """Whether structure comes first, and whether capabilities follow soon."""
-    usable = _usable(base, delta, BLIMP, UAS)
-    order = order_of(usable, onsets)
+    upward = Answer(SHOWN if enough(detected, len(usable)) else NOT_SHOWN, evidence)
     both = 0 if order is None else len(order.runs)
-    if not usable or not enough(both, len(usable)):
-        few = Answer(NOT_SHOWN, [f"Both break clearly in {both} of {len(usable)} runs."]) if usable else UNTESTED
-        return {"structure_first": few, "soon": few}
+    if not enough(both, len(usable)):
+        few = Answer(NOT_SHOWN, [f"Both break clearly in {both} of {len(usable)} runs."])
+        return {"upward": upward, "structure_first": few, "soon": few}
     lag = order.lag
     evidence = [
         f"BLiMP's onset minus UAS's is {true_minus(f'{lag.mean:.0f}')} steps on average (95 % interval over {both} "
@@ -189,7 +184,7 @@ def _order(base: Sequence[Run], onsets: Onsets, delta: float) -> dict[str, Answe
     upper = lag.interval(0.9)[1]
     soon = SHOWN if first == SHOWN and upper <= 2 * delta else NOT_SHOWN
     limit = true_minus(f"Upper end of the mean lag: {upper:.0f} steps; 2Δ = {2 * delta:g}.")
-    return {"structure_first": Answer(first, evidence), "soon": Answer(soon, [limit])}
+    return {"upward": upward, "structure_first": Answer(first, evidence), "soon": Answer(soon, [limit])}
 
 
 def _complexity(base: Sequence[Run], onsets: Onsets, delta: float) -> Answer:
@@ -216,36 +211,25 @@ def _complexity(base: Sequence[Run], onsets: Onsets, delta: float) -> Answer:
     return Answer(SHOWN if SHOWN in verdicts else OPPOSITE if set(verdicts) == {OPPOSITE} else NOT_SHOWN, evidence)
 
 
-def _suppressed(conditions: Sequence[Condition]) -> list[tuple[Comparison, Comparison]]:
-    """UAS and BLiMP of suppressed conditions against the base, where both can be tested."""
+def _suppression(conditions: Sequence[Condition]) -> dict[str, Answer]:
+    """Whether suppression that lowers UAS lowers BLiMP, and whether its controls do not."""
     uas, blimp = (_to_base(conditions, "suppress", metric) for metric in (UAS, BLIMP))
-    return [(uas[label], blimp[label]) for label in uas if label in blimp]
-
-
-def _conditions_with_less_grammar(conditions: Sequence[Condition]) -> set[str]:
-    """The suppressed conditions whose UAS and BLiMP are lower than the base's."""
-    return {u.left for u, b in _suppressed(conditions) if u.sign_shown() < 0 and b.sign_shown() < 0}
-
-
-def _grammar(conditions: Sequence[Condition]) -> Answer:
-    tests = _suppressed(conditions)
-    if not tests:
-        return UNTESTED
-    evidence = [describe(test) for both in tests for test in both]
-    effective = [blimp for uas, blimp in tests if uas.sign_shown() < 0]
-    if not effective:
+    tested = [label for label in uas if label in blimp]
+    effective = [label for label in tested if uas[label].sign_shown() < 0]
+    affected = [label for label in effective if blimp[label].sign_shown() < 0]
+    evidence = [describe(tests[label]) for label in tested for tests in (uas, blimp)]
+    if effective:
+        grammar = Answer(_judge([blimp[label] for label in effective], -1), evidence)
+    elif tested:
         missing = "a λ that lowers UAS: in no condition with λ > 0 is it lower than the base's beyond chance"
-        return Answer(NOT_TESTABLE, evidence, missing)
-    return Answer(_judge(effective, -1), evidence)
+        grammar = Answer(NOT_TESTABLE, evidence, missing)
+    else:
+        grammar = UNTESTED
+    return {"grammar": grammar, "syntax": _syntax(conditions, affected)}
 
 
-def _promotion(conditions: Sequence[Condition]) -> Answer:
-    tests = _to_base(conditions, "promote", LOSS).values()
-    return Answer(_judge(tests, 1), [describe(test) for test in tests]) if tests else UNTESTED
-
-
-def _syntax(conditions: Sequence[Condition], affected: set[str]) -> Answer:
-    """Whether controls have the effect that the `affected` conditions have."""
+def _syntax(conditions: Sequence[Condition], affected: Sequence[str]) -> Answer:
+    """Whether the BLiMP of the `affected` conditions is lower than that of their controls."""
     if not affected:
         return Answer(NOT_TESTABLE, missing="an effect to explain")
     tests = _tested(compare(c, control, BLIMP) for c, control in control_pairs(conditions) if c.label in affected)
@@ -254,6 +238,11 @@ def _syntax(conditions: Sequence[Condition], affected: set[str]) -> Answer:
     signs = [{test.sign_shown() for test in tests if test.left == label} for label in affected]
     verdict = SHOWN if {-1} in signs else OPPOSITE if any(1 in s for s in signs) else NOT_SHOWN
     return Answer(verdict, [describe(test) for test in tests])
+
+
+def _promotion(conditions: Sequence[Condition]) -> Answer:
+    tests = _to_base(conditions, "promote", LOSS).values()
+    return Answer(_judge(tests, 1), [describe(test) for test in tests]) if tests else UNTESTED
 
 
 def _release(conditions: Sequence[Condition]) -> dict[str, Answer]:
@@ -268,9 +257,18 @@ def _release(conditions: Sequence[Condition]) -> dict[str, Answer]:
 
 
 def _early_break(conditions: Sequence[Condition], onsets: Onsets) -> Answer:
-    suppress = [c for c in conditions if c.role == "suppress" and c.base]
-    compared = [_onset_difference(c, onsets) for c in suppress]
-    resolution = {c.label: _loss_spacing(c, onsets) for c in suppress}
+    """When the loss breaks under suppression and in the base, where it does clearly in most runs of both."""
+    compared, spacing = [], {}
+    for c in conditions:
+        if c.role != "suppress" or c.base is None:
+            continue
+        groups = (c.runs, c.base.runs)
+        detected = [detected_onsets(onsets, group, LOSS) for group in groups]
+        if all(enough(len(some), len(group)) for some, group in zip(detected, groups, strict=True)):
+            spacing[c.label] = widest(loss for some in detected for _, (loss,) in some)
+            sides = [[(run.seed, loss.step) for run, (loss,) in some] for some in detected]
+            value = onset_difference(difference(*sides), spacing[c.label])
+            compared.append(Comparison(c.label, c.base.label, LOSS_ONSET, value))
     tests = _tested(compared)
     if not tests:
         return UNTESTED
@@ -280,24 +278,7 @@ def _early_break(conditions: Sequence[Condition], onsets: Onsets) -> Answer:
         f"(p {show_p(test.value.p)}, corrected {show_p(test.holm)})."
         for test in tests
     ]
-    return Answer(_judge([t for t in tests if abs(t.value.mean) >= resolution[t.left]], -1), evidence)
-
-
-def _onset_difference(condition: Condition, onsets: Onsets) -> Comparison | None:
-    """The condition's loss onset minus the base's; None unless most runs of both break clearly."""
-    sides = []
-    for group in (condition.runs, condition.base.runs):
-        steps = [(run.seed, loss.step) for run, (loss,) in detected_onsets(onsets, group, LOSS)]
-        if not enough(len(steps), len(group)):
-            return None
-        sides.append(steps)
-    value = onset_difference(difference(*sides), _loss_spacing(condition, onsets))
-    return Comparison(condition.label, condition.base.label, LOSS_ONSET, value)
-
-
-def _loss_spacing(condition: Condition, onsets: Onsets) -> float:
-    """The widest distance of evaluations around the clear onsets of the loss in the condition and the base."""
-    return widest(loss for _, (loss,) in detected_onsets(onsets, condition.runs + condition.base.runs, LOSS))
+    return Answer(_judge([t for t in tests if abs(t.value.mean) >= spacing[t.left]], -1), evidence)
 
 
 def describe(comparison: Comparison) -> str:

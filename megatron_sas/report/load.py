@@ -227,17 +227,13 @@ def _on_the_same_items(runs: Sequence[Run], owner: type[Evaluation], notes: list
     for run in runs:
         if any(known not in (None, usual) for known in items[run.path]):
             (changed if newest[run.path] == usual else odd).append(run.title)
-    key, number = owner.metrics[0].key, len(runs)
-    if changed:
-        notes.append(
-            f"{key}: live evaluations of {len(changed)} of {number} runs changed to other items on the way, so their "
-            f"earlier values are left out: {listed(changed)}."
-        )
-    if odd:
-        notes.append(
-            f"{key}: live evaluations of {len(odd)} of {number} runs are of other items than those of the rest, so "
-            f"their values are left out: {listed(odd)}."
-        )
+    for named, what in (
+        (changed, "changed to other items on the way, so their earlier values are left out"),
+        (odd, "are of other items than those of the rest, so their values are left out"),
+    ):
+        if named:
+            which = f"{owner.metrics[0].key}: live evaluations of {len(named)} of {len(runs)} runs"
+            notes.append(f"{which} {what}: {listed(named)}.")
 
     def kept(run: Run) -> list[dict[str, Any]]:
         pairs = zip(run.evaluations, items[run.path], strict=True)

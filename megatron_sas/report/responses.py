@@ -64,7 +64,7 @@ def stage_responses(conditions: Sequence[Condition]) -> list[StageResponse]:
     for condition in conditions:
         run = condition.runs[0]
         if condition.role == "release" and run.release_step is not None:
-            weight = run.released[0] if run.released else run.schedule(min(run.schedule.knots(), default=0))
+            weight = run.plateau[0] if run.plateau else run.schedule(min(run.schedule.knots(), default=0))
             released.setdefault(weight, []).append(ResponsePoint(run.release_step, condition))
     responses = []
     for weight, points in sorted(released.items()):

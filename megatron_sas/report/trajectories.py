@@ -166,19 +166,15 @@ class Run:
         return float(values[-1]) if len(values) else None
 
     @property
-    def _plateau(self) -> tuple[float, int] | None:
+    def plateau(self) -> tuple[float, int] | None:
+        """(λ, step) where λ is constant from the start until that step and 0 from then on, else None."""
         return None if self.other_terms else plateau(self.schedule, self.length)
 
     @property
     def constant_weight(self) -> float | None:
         """λ where it is the same at every step, else None."""
-        weight, until = self._plateau or (None, None)
+        weight, until = self.plateau or (None, None)
         return weight if until == self.length else None
-
-    @property
-    def released(self) -> tuple[float, int] | None:
-        """(λ, step) of a run whose λ is constant from the start until that step and 0 from then on, else None."""
-        return self._plateau if self.constant_weight is None else None
 
     @property
     def role(self) -> str:
@@ -190,9 +186,9 @@ class Run:
     @property
     def release_step(self) -> int | None:
         """When a run of role "release" lets λ go."""
-        if self.assigned_release is not None or not self.released:
+        if self.assigned_release is not None or self.plateau is None or self.constant_weight is not None:
             return self.assigned_release
-        return self.released[1]
+        return self.plateau[1]
 
     @property
     def is_base(self) -> bool:

@@ -89,7 +89,7 @@ def test_a_run_with_another_term_is_other_and_names_it(runs, tmp_path):
     path = tmp_path / "two" / "config.yaml"
     path.write_text(path.read_text() + "offset: {schedule: {kind: cosine, value: 0.5, decay_horizon: 300}}\n")
     (run,) = load_runs([tmp_path / "two"])
-    assert (run.role, run.constant_weight, run.released, run.is_base) == ("other", None, None, False)
+    assert (run.role, run.constant_weight, run.release_step, run.is_base) == ("other", None, None, False)
     words = "0.015 in steps 0 to 200, then 0; offset 0.5, linear warm-up over 0 updates, half a cosine down to 0"
     assert run.describe_schedule().startswith(words)
     assert run.weight("offset").values[0] == 0.5 and run.weight("sas").values[0] == 0.015
