@@ -338,7 +338,7 @@ def _usable(runs: Sequence[Run], delta: float, *metrics: Metric) -> list[Run]:
 
 def _tested(comparisons: Iterable[Comparison | None]) -> list[Comparison]:
     """The comparisons that could be tested, corrected together."""
-    return correct([c for c in comparisons if c is not None and c.value.p is not None])
+    return [c for c in correct(comparisons) if c.holm is not None]
 
 
 def _to_base(conditions: Sequence[Condition], role: str, metric: Metric) -> dict[str, Comparison]:

@@ -82,7 +82,7 @@ def summarize(runs: Sequence[Run]) -> list[Condition]:
     base_runs = [run for run in runs if run.is_base]
     base = condition(" + ".join(dict.fromkeys(run.label for run in base_runs)), base_runs) if base_runs else None
     conditions = [condition(label, group, base) for label, group in group_by_condition(runs).items()]
-    differences = compare_all((c, base, metric) for c in conditions if not c.is_base for metric in TABLE_METRICS)
+    differences = correct(compare(c, base, metric) for c in conditions if not c.is_base for metric in TABLE_METRICS)
     return [replace(c, difference={d.metric.name: d for d in differences if d.left == c.label}) for c in conditions]
 
 
@@ -116,15 +116,11 @@ def compare(left: Condition, right: Condition | None, metric: Metric) -> Compari
     return Comparison(left.label, right.label, metric, difference(*sides))
 
 
-def compare_all(wanted: Iterable[tuple[Condition, Condition | None, Metric]]) -> list[Comparison]:
-    """The comparisons that exist, corrected together."""
-    return correct([c for c in (compare(*sides) for sides in wanted) if c is not None])
-
-
-def correct(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The same comparisons with p corrected over all of them (Holm)."""
-    corrected = holm({c.key: c.value.p for c in comparisons})
-    return [replace(c, holm=corrected.get(c.key)) for c in comparisons]
+def correct(comparisons: Iterable[Comparison | None]) -> list[Comparison]:
+    """The comparisons that exist, with p corrected over all of them (Holm)."""
+    known = [c for c in comparisons if c is not None]
+    corrected = holm({c.key: c.value.p for c in known})
+    return [replace(c, holm=corrected.get(c.key)) for c in known]
 
 
 def control_pairs(conditions: Sequence[Condition]) -> list[tuple[Condition, Condition]]:
@@ -138,4 +134,4 @@ def control_pairs(conditions: Sequence[Condition]) -> list[tuple[Condition, Cond
 def compare_to_controls(conditions: Sequence[Condition]) -> list[Comparison]:
     """Differences of conditions to their controls in every metric that both have, one Holm family."""
     pairs = control_pairs(conditions)
-    return compare_all((condition, control, metric) for metric in TABLE_METRICS for condition, control in pairs)
+    return correct(compare(*pair, metric) for metric in TABLE_METRICS for pair in pairs)

@@ -402,24 +402,22 @@ def _check_not_repeated(paths: Sequence[Path]) -> None:
             raise InputError(f"{path}: given more than once; name each run once")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # includes UnicodeDecodeError
-        content = None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not a JSON object; write it again, or remove it")
-    return content
-
-
 def _read_config(path: Path) -> dict[str, Any]:
     """The configuration as plain values: not validated, so that runs of other versions can be compared too."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a run directory as the trainer left it")
+    return _read_mapping(path, yaml.safe_load, "not a YAML configuration; restore the file that the trainer wrote")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return _read_mapping(path, json.loads, "not a JSON object; write it again, or remove it")
+
+
+def _read_mapping(path: Path, parse: Callable[[str], Any], fault: str) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        config = None
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: not a YAML configuration; restore the file that the trainer wrote")
-    return config
+        content = parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError):  # UnicodeDecodeError is a ValueError
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: {fault}")
+    return content

@@ -13,26 +13,14 @@ from markupsafe import Markup
 from megatron_sas import __version__
 from megatron_sas.core.cli import progress
 from megatron_sas.core.files import write_json_atomic, write_text_atomic
-from megatron_sas.evaluation.minimal_pairs import BLIMP, FIELDS, SETS
+from megatron_sas.report import tables
 from megatron_sas.report.analyse import Analysis
 from megatron_sas.report.claims import NOT_TESTABLE, OPPOSITE, SHOWN
 from megatron_sas.report.figures.finals import draw_final_fields, draw_stage_response, draw_weight_response
 from megatron_sas.report.figures.heads import draw_heads, draw_relations
-from megatron_sas.report.figures.style import label_styles, save
+from megatron_sas.report.figures.style import save, styled
 from megatron_sas.report.figures.trajectories import draw, draw_complexity, draw_fields_over_steps
 from megatron_sas.report.statistics import NOT_MEASURED, show, show_interval, show_p
-from megatron_sas.report.tables import (
-    breakdown_rows,
-    claims_json,
-    differences_csv,
-    mean,
-    onset_cell,
-    onsets_json,
-    relation_rows,
-    run_rows,
-    table_csv,
-    table_markdown,
-)
 from megatron_sas.report.trajectories import METRICS, TABLE_METRICS
 
 FULL_WIDTH = 9.5  # inches, of a figure that fills the page
@@ -53,11 +41,11 @@ def write_analysis(analysis: Analysis, directory: Path, x_scale: str = "linear")
     Returns the sentences of the report, for the terminal.
     """
     pictures = write_figures(analysis, directory / "figures", x_scale)
-    write_json_atomic(directory / "onsets.json", onsets_json(analysis))
-    write_json_atomic(directory / "claims.json", claims_json(analysis))
-    write_text_atomic(directory / "table.csv", table_csv(analysis.conditions))
-    write_text_atomic(directory / "table.md", table_markdown(analysis.conditions))
-    write_text_atomic(directory / "differences.csv", differences_csv(analysis))
+    write_json_atomic(directory / "onsets.json", tables.onsets_json(analysis))
+    write_json_atomic(directory / "claims.json", tables.claims_json(analysis))
+    write_text_atomic(directory / "table.csv", tables.table_csv(analysis.conditions))
+    write_text_atomic(directory / "table.md", tables.table_markdown(analysis.conditions))
+    write_text_atomic(directory / "differences.csv", tables.differences_csv(analysis))
     write_text_atomic(directory / "report.html", report_html(analysis, pictures))
     answers = [f"Claim {c.number}: {c.verdict}. {c.statement}" for c in analysis.claims]
     return [finding.text for finding in analysis.findings] + answers + analysis.notes
@@ -102,17 +90,13 @@ def report_html(analysis: Analysis, pictures: dict[str, Picture]) -> str:
         conditions=conditions,
         measured=[metric for metric in METRICS if metric.name in final],
         table_metrics=[metric for metric in TABLE_METRICS if metric.name in final],
-        colours={label: colour for label, (colour, _) in label_styles(conditions).items()},
+        colours={condition.label: colour for condition, colour, _ in styled(conditions)},
         verdicts={SHOWN: "yes", OPPOSITE: "opposite", NOT_TESTABLE: "open"},
         last_step=max(run.final_step for run in runs),
         pictures=pictures,
         stages={name: response for name, response in analysis.stages.items() if name in pictures},
-        onset_cell=onset_cell,
-        relation_rows=relation_rows(conditions),
-        field_rows=breakdown_rows(conditions, BLIMP, FIELDS.key),
-        set_rows=breakdown_rows(conditions, BLIMP, SETS.key),
-        run_rows=run_rows(runs),
-        uas_baseline=mean([run.uas_baseline for run in runs]),
+        tables=tables,
+        uas_baseline=tables.mean([run.uas_baseline for run in runs]),
         training_loss=any(run.training_loss for run in runs),
     )
 

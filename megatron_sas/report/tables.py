@@ -12,6 +12,7 @@ import yaml
 
 from megatron_sas import __version__
 from megatron_sas.evaluation.base import Metric
+from megatron_sas.evaluation.minimal_pairs import BLIMP, FIELDS, SETS
 from megatron_sas.evaluation.uas import RELATIONS, UAS
 from megatron_sas.onsets.offline import Onset
 from megatron_sas.report.analyse import Analysis
@@ -158,10 +159,11 @@ def relation_rows(conditions: Sequence[Condition]) -> list[dict[str, Any]]:
     return rows
 
 
-def breakdown_rows(conditions: Sequence[Condition], metric: Metric, key: str) -> list[dict[str, Any]]:
-    """Rows of the table `key` of records (BLiMP by field, term or set): each condition's untrained and final mean."""
+def breakdown_rows(conditions: Sequence[Condition], by: str) -> list[dict[str, Any]]:
+    """BLiMP by "field" or "set": each condition's untrained and final mean."""
+    key = {"field": FIELDS, "set": SETS}[by].key
     names = sorted({name for run in runs_of(conditions) for name in run.nested(key)})
-    return [{"name": name.replace("_", " "), "cells": _cells(conditions, metric, key, name)} for name in names]
+    return [{"name": name.replace("_", " "), "cells": _cells(conditions, BLIMP, key, name)} for name in names]
 
 
 def _cells(conditions: Sequence[Condition], metric: Metric, key: str, name: str) -> list[dict[str, float | None]]:

@@ -11,7 +11,7 @@ from trajectory_files import RELATIONS, write_trajectory
 
 from megatron_sas.config import load_config
 from megatron_sas.core.cli import InputError
-from megatron_sas.report.analyse import analyse
+from megatron_sas.report.analyse import Analysis
 from megatron_sas.report.comparisons import whole_runs
 from megatron_sas.report.load import read_inputs, sweep_title
 from megatron_sas.report.report import Picture, report_html
@@ -110,7 +110,7 @@ def test_a_sweep_alone_gives_the_report_its_title(sweep, tmp_path):
     runs, _ = read_inputs([sweep])
     pictures = {"trajectories": Picture("", 100)}
     for title, expected in (("of <SAS> & loss", "of &lt;SAS&gt; &amp; loss"), (None, "Syntactic attention over")):
-        page = report_html(analyse(runs[:1], 90, replicates=0, title=title), pictures)
+        page = report_html(Analysis(runs[:1], 90, replicates=0, title=title), pictures)
         assert f"<title>{expected}" in page and f"<h1>{expected}" in page
 
 
@@ -158,7 +158,7 @@ def test_the_training_loss_stands_for_all_runs_or_none(sweep, tmp_path):
     forget(other / "minus" / "seed-2")
     runs, notes = read_inputs([other])
     assert [len(run.metric(LOSS)) for run in runs] == [10, 10, 10, 0]
-    assert "MLM loss was not evaluated in minus/seed-2." in analyse(runs, 90, replicates=0).notes
+    assert "MLM loss was not evaluated in minus/seed-2." in Analysis(runs, 90, replicates=0).notes
     assert not any("training" in note for note in notes)
     for run in other.glob("*/seed-*"):
         forget(run)
@@ -282,7 +282,7 @@ def test_the_experiments_save_models_wherever_they_evaluate(name):
 
 def test_onset_intervals_hold_the_truth_and_order_is_told(sweep):
     runs, notes = read_inputs([sweep])
-    analysis = analyse(runs, 90, replicates=100, notes=notes)
+    analysis = Analysis(runs, 90, replicates=100, notes=notes)
     for seed, run in enumerate(analysis.runs[:2], start=1):
         onsets = analysis.onsets[run.path]
         low, high = onsets["uas"].interval
@@ -297,7 +297,7 @@ def test_onset_intervals_hold_the_truth_and_order_is_told(sweep):
     assert list(analysis.orders) == ["base"]
     assert analysis.notes[0] == notes[0]
     assert analysis.with_items == analysis.runs[:2]  # the others never bend
-    again = analyse(runs, 90, replicates=100)
+    again = Analysis(runs, 90, replicates=100)
     for run in analysis.with_items:
         for name in ("uas", "blimp"):
             first, second = (a.onsets[run.path][name].items for a in (analysis, again))
@@ -337,7 +337,7 @@ def test_glue_is_of_the_final_model(tmp_path):
         "GLUE: 3 of 5 results are not known to be of their run's last step, so they are left out: "
         "base-1 (base-1) cola, base-1 (base-1) sst2, base-2 (base-2) cola."
     ]
-    assert notes[0] in analyse(loaded, 90, replicates=0, notes=notes).notes
+    assert notes[0] in Analysis(loaded, 90, replicates=0, notes=notes).notes
 
 
 @pytest.mark.parametrize("change", [{"epochs": 10}, {"sha256": "h"}, {"seeds": (1,)}])
@@ -371,7 +371,7 @@ def test_values_that_are_not_numbers_are_left_out(sweep, tmp_path):
     (loaded,), _ = read_inputs([run])
     assert 400 not in loaded.metric(UAS).steps and 400 not in loaded.metric(BLIMP).steps
     assert 400 not in loaded.curve("twonn").steps
-    analyse([loaded], 90, replicates=10)
+    Analysis([loaded], 90, replicates=10)
 
 
 def test_faults_are_one_line(sweep, tmp_path):

@@ -10,13 +10,11 @@ from html.parser import HTMLParser
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.lines import Line2D
-from synthetic_runs import FIELDS as FIELD_NAMES
-from synthetic_runs import RELATIONS, write_run
+from synthetic_runs import FIELDS, RELATIONS, write_run
 
-from megatron_sas.evaluation.minimal_pairs import BLIMP, FIELDS
-from megatron_sas.report.analyse import analyse
+from megatron_sas.report.analyse import Analysis
 from megatron_sas.report.comparisons import summarize
-from megatron_sas.report.figures.style import draw_legend, finish_grid, label_styles, new_figure
+from megatron_sas.report.figures.style import draw_legend, finish_grid, new_figure, styled
 from megatron_sas.report.figures.trajectories import draw
 from megatron_sas.report.load import load_runs
 from megatron_sas.report.report import write_analysis
@@ -60,7 +58,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def output(runs, tmp_path_factory):
     directory = tmp_path_factory.mktemp("out")
-    write_analysis(analyse(runs, 90), directory)
+    write_analysis(Analysis(runs, 90), directory)
     return directory
 
 
@@ -112,7 +110,7 @@ def test_page_is_whole_and_self_contained(runs, output):
     assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
     assert not page.tags & {"script", "link", "iframe"}
     assert not re.search(r"url\(|@import|https?://", html)
-    for expected in ("base", "SAS-", "minus", *RELATIONS, FIELD_NAMES[0], "untrained", "What happened"):
+    for expected in ("base", "SAS-", "minus", *RELATIONS, FIELDS[0], "untrained", "What happened"):
         assert expected in page.text
     assert "None" not in page.text and "nan" not in page.text
 
@@ -120,14 +118,14 @@ def test_page_is_whole_and_self_contained(runs, output):
 def test_names_cannot_break_the_page_or_the_figure(tmp_path, runs):
     labels = ["_hidden <b>$x^", "_hidden <b>$x^", "a|b & {{ 1 }}"]
     renamed = load_runs([run.path for run in runs], labels)
-    write_analysis(analyse(renamed, 90), tmp_path, "log")
+    write_analysis(Analysis(renamed, 90), tmp_path, "log")
     page = Page((tmp_path / "report.html").read_text())
     assert "_hidden <b>$x^" in page.text and "a|b & {{ 1 }}" in page.text
     assert "a\\|b" in (tmp_path / "table.md").read_text()
 
 
 def test_same_runs_give_the_same_bytes(tmp_path, runs, output):
-    write_analysis(analyse(runs, 90), tmp_path)
+    write_analysis(Analysis(runs, 90), tmp_path)
     files = [path.relative_to(output) for path in output.rglob("*.*") if path.suffix not in (".svg", ".html")]
     assert len(files) == 11  # matplotlib's SVG, which the page contains, holds arbitrary names
     for path in files:
@@ -144,7 +142,7 @@ def test_what_is_missing_is_left_out(tmp_path, case):
         (run / "config.yaml").write_text("run: {}\n")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        write_analysis(analyse(load_runs([run]), 30), tmp_path)
+        write_analysis(Analysis(load_runs([run]), 30), tmp_path)
     page = Page((tmp_path / "report.html").read_text())
     assert ("Grammar by field" in page.text) == (case in ("one evaluation", "step 0 only"))
     assert ("Syntax by relation" in page.text) == (case != "bare")
@@ -172,8 +170,7 @@ def test_figure_panels_and_marks(runs):
 def test_many_conditions_stay_distinct(runs):
     many = load_runs([runs[0].path])
     many = [type(many[0])(**{**vars(many[0]), "label": f"c{i}"}) for i in range(20)]
-    styles = label_styles(summarize(many))
-    assert len(set(styles.values())) == 20
+    assert len({(colour, dash) for _, colour, dash in styled(summarize(many))}) == 20
 
 
 def test_relations_and_fields_are_means_over_runs(runs):
@@ -183,7 +180,7 @@ def test_relations_and_fields_are_means_over_runs(runs):
     expected = [run.evaluations[-1]["uas_relations"]["obj"]["accuracy"] for run in runs[:2]]
     assert rows["obj"]["cells"][0]["final"] == pytest.approx(sum(expected) / 2)
     assert rows["det"]["offset"] == "−1" and rows["nsubj"]["offset"] == "+1"
-    fields = {row["name"]: row for row in breakdown_rows(found, BLIMP, FIELDS.key)}
+    fields = {row["name"]: row for row in breakdown_rows(found, "field")}
     expected = [run.evaluations[0]["blimp_fields"]["determiner_noun"] for run in runs[:2]]
     assert fields["determiner noun"]["cells"][0]["untrained"] == pytest.approx(sum(expected) / 2)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -35,27 +35,25 @@ STYLE = {
     "xtick.color": "#5b636b",
     "ytick.color": "#5b636b",
 }
-in_style = mpl.rc_context(STYLE)
-"""Decorates functions that draw."""
+applied = mpl.rc_context(STYLE)
+"""Decorates functions that draw: with `STYLE`."""
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure in inches; draw `in_style`."""
+    """An empty figure in inches; draw with STYLE `applied`."""
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-@in_style
+@applied
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG or SVG, by the path's suffix, without the time of writing in it."""
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
 
 
-def label_styles(conditions: Sequence[Condition]) -> dict[str, tuple[str, str]]:
-    """Colour and line of each condition, by label."""
-    return {
-        condition.label: (PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)])
-        for i, condition in enumerate(conditions)
-    }
+def styled(conditions: Sequence[Condition]) -> Iterator[tuple[Condition, str, str]]:
+    """Each condition with its colour and line."""
+    for i, condition in enumerate(conditions):
+        yield condition, PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)]
 
 
 def marker_of(dash: str) -> str:
@@ -71,8 +69,8 @@ def plain(text: str) -> str:
 def condition_lines(conditions: Sequence[Condition]) -> list[Artist]:
     """A legend's entries for the lines of conditions."""
     return [
-        Line2D([], [], color=colour, linestyle=dash, linewidth=2.2, label=plain(label))
-        for label, (colour, dash) in label_styles(conditions).items()
+        Line2D([], [], color=colour, linestyle=dash, linewidth=2.2, label=plain(condition.label))
+        for condition, colour, dash in styled(conditions)
     ]
 
 
@@ -99,10 +97,8 @@ def draw_conditions(
 ) -> None:
     """The curves of every condition that have at least `least` points: a line with dots for a single run, thin lines
     and their mean for several."""
-    styles = label_styles(conditions)
-    for condition in conditions:
+    for condition, colour, dash in styled(conditions):
         curves = [curve for run in condition.runs if len(curve := curve_of(run)) >= least]
-        colour, dash = styles[condition.label]
         several = len(curves) > 1
         for curve in curves:
             axis.plot(

@@ -17,27 +17,14 @@ from megatron_sas.evaluation.uas import UAS
 from megatron_sas.evaluation.validation import LOSS
 from megatron_sas.objective.terms import TERMS
 from megatron_sas.report.comparisons import Condition, runs_of
-from megatron_sas.report.figures.style import (
-    GREY,
-    condition_lines,
-    draw_conditions,
-    draw_legend,
-    finish_grid,
-    grid_shape,
-    in_style,
-    label_styles,
-    marker_of,
-    new_figure,
-    plain,
-    scale_steps,
-)
+from megatron_sas.report.figures import style
 from megatron_sas.report.run_onsets import Onsets, detected_onsets
 from megatron_sas.report.trajectories import METRICS, Curve, Run
 
 MAX_FIELDS = 12
 
 
-@in_style
+@style.applied
 def draw(conditions: Sequence[Condition], onsets: Onsets, x_scale: str = "linear") -> Figure:
     """A figure with one panel per metric that any run has, and one for the λ of every term that is not always 0.
 
@@ -48,26 +35,26 @@ def draw(conditions: Sequence[Condition], onsets: Onsets, x_scale: str = "linear
     panels = [metric for metric in METRICS if any(len(run.metric(metric)) for run in runs)]
     steered = [name for name in TERMS if any(np.any(run.weight(name).values) for run in runs)]
     heights = [0.45] * len(steered) + [1.6 if metric == LOSS else 1.2 for metric in panels]
-    figure = new_figure(9.5, 1.9 * sum(heights) + 0.9)
+    figure = style.new_figure(9.5, 1.9 * sum(heights) + 0.9)
     axes = np.atleast_1d(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights))
     for axis, name in zip(axes, steered, strict=False):
         _draw_weight(axis, name, conditions)
     for axis, metric in zip(axes[len(steered) :], panels, strict=True):
         _draw_metric(axis, metric, conditions, onsets)
     _finish(figure, axes, conditions, x_scale)
-    handles = condition_lines(conditions)
+    handles = style.condition_lines(conditions)
     detected = [onset for by_metric in onsets.values() for onset in by_metric.values() if onset.strongest.detected]
     if detected:
-        handles.append(Line2D([], [], color=GREY, marker="|", markersize=11, linestyle="", label="onset, mean"))
+        handles.append(Line2D([], [], color=style.GREY, marker="|", markersize=11, linestyle="", label="onset, mean"))
         over = ", 95 % over items" if any(onset.interval for onset in detected) else ""
-        dot = {"color": GREY, "marker": "o", "markersize": 3.2, "linestyle": "-" if over else ""}
+        dot = {"color": style.GREY, "marker": "o", "markersize": 3.2, "linestyle": "-" if over else ""}
         handles.append(Line2D([], [], label=f"onset of a run{over}", **dot))
-    handles.append(Line2D([], [], color=GREY, alpha=0.35, linewidth=0.9, label="training loss"))
-    draw_legend(figure, handles)
+    handles.append(Line2D([], [], color=style.GREY, alpha=0.35, linewidth=0.9, label="training loss"))
+    style.draw_legend(figure, handles)
     return figure
 
 
-@in_style
+@style.applied
 def draw_complexity(conditions: Sequence[Condition], onsets: Onsets, x_scale: str = "linear") -> Figure | None:
     """A panel per measure that any run has (intrinsic dimension, weight norm, attention entropy, attention to heads).
 
@@ -81,38 +68,38 @@ def draw_complexity(conditions: Sequence[Condition], onsets: Onsets, x_scale: st
     for metric, dash, name in ((UAS, "--", "structure onset (base)"), (BLIMP, ":", "capabilities onset (base)")):
         detected = detected_onsets(onsets, (run for run in runs if run.is_base), metric)
         marks += [(float(np.mean([onset.step for _, (onset,) in detected])), dash, name)] if detected else []
-    figure = new_figure(9.5, 1.7 * len(panels) + 1.0)
+    figure = style.new_figure(9.5, 1.7 * len(panels) + 1.0)
     axes = np.atleast_1d(figure.subplots(len(panels), 1, sharex=True))
     for axis, metric in zip(axes, panels, strict=True):
-        draw_conditions(axis, conditions, lambda run, key=metric.key: run.curve(key), least=2)
+        style.draw_conditions(axis, conditions, lambda run, key=metric.key: run.curve(key), least=2)
         for step, dash, _ in marks:
-            axis.axvline(step, color=GREY, linestyle=dash, linewidth=1.2, zorder=2)
+            axis.axvline(step, color=style.GREY, linestyle=dash, linewidth=1.2, zorder=2)
         axis.set_ylabel(metric.axis)
     _finish(figure, axes, conditions, x_scale)
-    handles = [Line2D([], [], color=GREY, linestyle=dash, linewidth=1.2, label=name) for _, dash, name in marks]
-    draw_legend(figure, [*condition_lines(conditions), *handles])
+    handles = [Line2D([], [], color=style.GREY, linestyle=dash, linewidth=1.2, label=name) for _, dash, name in marks]
+    style.draw_legend(figure, [*style.condition_lines(conditions), *handles])
     return figure
 
 
-@in_style
+@style.applied
 def draw_fields_over_steps(conditions: Sequence[Condition], x_scale: str = "linear") -> Figure | None:
     """A panel per field, a curve per condition."""
     runs = runs_of(conditions)
     names = field_names(runs)
     if not names or not any(len(field_curve(run, names[0])) > 1 for run in runs):
         return None
-    rows, columns = grid_shape(len(names))
-    figure = new_figure(9.5, 2.3 * rows + 0.6)
+    rows, columns = style.grid_shape(len(names))
+    figure = style.new_figure(9.5, 2.3 * rows + 0.6)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axis, name in zip(axes.flat, names, strict=False):
-        draw_conditions(axis, conditions, lambda run, name=name: field_curve(run, name))
-        axis.axhline(BLIMP.chance, color=GREY, linewidth=0.9, linestyle=":")
-        axis.set_title(plain(name.replace("_", " ")), fontsize=10)
-    scale_steps(axes[0, 0], conditions, x_scale)
-    finish_grid(axes, len(names))
+        style.draw_conditions(axis, conditions, lambda run, name=name: field_curve(run, name))
+        axis.axhline(BLIMP.chance, color=style.GREY, linewidth=0.9, linestyle=":")
+        axis.set_title(style.plain(name.replace("_", " ")), fontsize=10)
+    style.scale_steps(axes[0, 0], conditions, x_scale)
+    style.finish_grid(axes, len(names))
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy")
-    draw_legend(figure, condition_lines(conditions))
+    style.draw_legend(figure, style.condition_lines(conditions))
     return figure
 
 
@@ -132,16 +119,14 @@ def field_curve(run: Run, name: str) -> Curve:
 
 def _finish(figure: Figure, axes: np.ndarray, conditions: Sequence[Condition], x_scale: str) -> None:
     """Steps below a column of panels."""
-    scale_steps(axes[-1], conditions, x_scale)
+    style.scale_steps(axes[-1], conditions, x_scale)
     axes[-1].set_xlabel("training step")
     figure.align_ylabels(axes)
 
 
 def _draw_metric(axis: Axes, metric: Metric, conditions: Sequence[Condition], onsets: Onsets) -> None:
-    styles = label_styles(conditions)
-    draw_conditions(axis, conditions, lambda run: run.metric(metric))
-    for rank, condition in enumerate(conditions):
-        colour, dash = styles[condition.label]
+    style.draw_conditions(axis, conditions, lambda run: run.metric(metric))
+    for rank, (condition, colour, dash) in enumerate(style.styled(conditions)):
         for run in condition.runs if metric == LOSS else ():
             train = run.curve("mlm_loss", "train")
             axis.plot(train.steps, train.values, color=colour, alpha=0.22, linewidth=0.8, zorder=1)
@@ -158,7 +143,7 @@ def _draw_metric(axis: Axes, metric: Metric, conditions: Sequence[Condition], on
 
 def _reference_line(axis: Axes, value: float, text: str, right: bool = False) -> None:
     """A dotted horizontal line with its name at the end where curves are usually far from it."""
-    axis.axhline(value, color=GREY, linewidth=0.9, linestyle=":", zorder=1)
+    axis.axhline(value, color=style.GREY, linewidth=0.9, linestyle=":", zorder=1)
     axis.annotate(
         text,
         (float(right), value),
@@ -166,7 +151,7 @@ def _reference_line(axis: Axes, value: float, text: str, right: bool = False) ->
         xytext=(-3 if right else 3, 2),
         textcoords="offset points",
         ha="right" if right else "left",
-        color=GREY,
+        color=style.GREY,
         fontsize=8,
     )
 
@@ -185,13 +170,11 @@ def _mark_onsets(
         y = 0.015 + 0.16 * (height + 0.1 * rank / len(detected))
         if interval := onsets[run.path][metric.name].interval:
             axis.plot(interval, [y, y], color=colour, linewidth=1.6, alpha=0.7, transform=across, zorder=5)
-        axis.plot(onset.step, y, marker_of(dash), color=colour, markersize=3.2, transform=across, zorder=6)
+        axis.plot(onset.step, y, style.marker_of(dash), color=colour, markersize=3.2, transform=across, zorder=6)
 
 
 def _draw_weight(axis: Axes, term: str, conditions: Sequence[Condition]) -> None:
-    styles = label_styles(conditions)
-    for condition in conditions:
-        colour, dash = styles[condition.label]
+    for condition, colour, dash in style.styled(conditions):
         weight = condition.runs[0].weight(term)
         axis.step(weight.steps, weight.values, where="post", color=colour, linestyle=dash, linewidth=1.6)
         axis.fill_between(weight.steps, weight.values, step="post", color=colour, alpha=0.12, linewidth=0)
