@@ -157,7 +157,9 @@ def _check_same_run(run: PlannedRun) -> None:
     if not saved.is_file() or not (finished or steps_in(place.checkpoints)):
         return  # a run without a checkpoint starts anew
     old, new = load_config(saved), run.config
-    if old.run.branch_from and new.run.branch_from and _same_branch(old.run.branch_from, new.run.branch_from):
+    # CONDITION/seed-N/checkpoints/step_N of this sweep, which may have moved as a whole.
+    before, now = (Path(config.run.branch_from or "").parts[-4:] for config in (old, new))
+    if before and before == now:
         new = new.model_copy(update={"run": new.run.model_copy(update={"branch_from": old.run.branch_from})})
     check_same_experiment(old, new, saved)
     if finished and _data_names(old) != _data_names(new):  # nothing will compare their contents
@@ -176,11 +178,6 @@ def _data_names(config: Config) -> tuple[list[tuple[str, float | None]], str | N
     """Training data with their weights, and validation data, by name: a job may have them in a directory of its own."""
     validation = config.data.validation
     return [(Path(p).name, weight) for p, weight in config.data.parts()], validation and Path(validation).name
-
-
-def _same_branch(first: str, second: str) -> bool:
-    """Whether two paths are CONDITION/seed-N/checkpoints/step_N of one sweep, which may have moved as a whole."""
-    return Path(first).parts[-4:] == Path(second).parts[-4:]
 
 
 def _parent(text: str, others: dict[str, PlannedRun]) -> tuple[PlannedRun, int]:

@@ -75,8 +75,8 @@ def summarize(runs: Sequence[Run]) -> list[Condition]:
 
     def condition(label: str, group: list[Run], base: Condition | None = None) -> Condition:
         having = {metric.name: [run for run in group if run.final(metric) is not None] for metric in TABLE_METRICS}
-        reaching = {name: [run for run in group if run.path in whole[name]] for name, group in having.items()}
-        ending = {name: reaching[name] or group for name, group in having.items()}
+        reaching = {name: [run for run in some if run.path in whole[name]] for name, some in having.items()}
+        ending = {name: reaching[name] or some for name, some in having.items()}
         return Condition(label, group, reaching, ending, base)
 
     base_runs = [run for run in runs if run.is_base]

@@ -118,20 +118,13 @@ def _csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def table_markdown(conditions: Sequence[Condition]) -> str:
     """The paper's table to read: mean ± standard error over seeds."""
-    lines = [
-        "| Condition | λ | Runs | Steps | " + " | ".join(metric.title for metric in TABLE_METRICS) + " |",
-        "|---|---|--:|--:|" + "--:|" * len(TABLE_METRICS),
-    ]
+    rows = [["Condition", "λ", "Runs", "Steps", *(metric.title for metric in TABLE_METRICS)]]
     for condition in conditions:
-        cells = [
-            condition.label.replace("|", "\\|"),
-            condition.runs[0].describe_schedule(),
-            str(len(condition.runs)),
-            str(max(run.final_step for run in condition.runs)),
-            *(show(condition.final.get(metric.name)) for metric in TABLE_METRICS),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        label, last_step = condition.label.replace("|", "\\|"), max(run.final_step for run in condition.runs)
+        facts = [label, condition.runs[0].describe_schedule(), str(len(condition.runs)), str(last_step)]
+        rows.append([*facts, *(show(condition.final.get(metric.name)) for metric in TABLE_METRICS)])
+    head, *body = [f"| {' | '.join(row)} |\n" for row in rows]
+    return "".join([head, "|---|---|--:|--:|" + "--:|" * len(TABLE_METRICS) + "\n", *body])
 
 
 def relation_rows(conditions: Sequence[Condition]) -> list[dict[str, Any]]:
