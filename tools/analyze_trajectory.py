@@ -34,7 +34,7 @@ def main() -> None:
         raise InputError(f"--replicates: {arguments.replicates} is negative; give 0 for no resampling")
     if arguments.seed < 0:
         raise InputError(f"--seed: {arguments.seed} is negative; give 0 or more")
-    from megatron_sas.report.analyse import analyse
+    from megatron_sas.report.analyse import Analysis
     from megatron_sas.report.load import read_inputs, sweep_title
     from megatron_sas.report.report import write_analysis
     from megatron_sas.report.run_onsets import default_delta
@@ -43,7 +43,7 @@ def main() -> None:
     runs, notes = read_inputs(arguments.run, arguments.labels)
     group_by_condition(runs)  # reports labels that mix base and regularized runs before any work is done
     delta, title = arguments.delta or default_delta(runs), sweep_title(arguments.run)
-    analysis = analyse(runs, delta, arguments.replicates, arguments.seed, notes, title)
+    analysis = Analysis(runs, delta, arguments.replicates, arguments.seed, notes, title)
     with atomic_directory(arguments.output, arguments.overwrite) as directory:
         sentences = write_analysis(analysis, directory, arguments.x_scale)
     print("\n".join(sentences))

@@ -120,7 +120,7 @@ def run_here(sweep: Sweep, directory: Path, jobs: int | None, processes: int) ->
     with _listening() as asked, progress(total=total, unit="step", desc="sweep") as bar:
         while running or (waiting and not asked):
             while free and not asked and (run := _next(waiting, running)):
-                started = Running(run, free.pop(), _log(run, directory))
+                started = Running(run, free.pop(), _log_path(run, directory))
                 running[_start(sweep, started, jobs, processes)] = started
             if asked:
                 for process, started in running.items():
@@ -132,12 +132,12 @@ def run_here(sweep: Sweep, directory: Path, jobs: int | None, processes: int) ->
                 stopping.ended(process)
                 free.append(ended.gpus)
                 done[run.directory] = run.steps_done
-                _say(ended.outcome(process.returncode, stopped=bool(asked)), bar)
+                _log(ended.outcome(process.returncode, stopped=bool(asked)), bar)
                 if not run.finished and not asked:
                     lost = _branches_lost(run, waiting)
                     failed += [run, *lost]
                     for branch in lost:
-                        _say(f"{branch.name}: not started, because {run.name} failed", bar)
+                        _log(f"{branch.name}: not started, because {run.name} failed", bar)
             done |= {started.run.directory: started.run.steps_done for started in running.values()}
             bar.n = sum(done.values())
             bar.refresh()
@@ -266,11 +266,11 @@ class Stopping:
                 left.kill()
 
 
-def _log(run: PlannedRun, directory: Path) -> Path:
+def _log_path(run: PlannedRun, directory: Path) -> Path:
     return directory / "logs" / f"{run.condition}-{run.directory.name}.log"
 
 
-def _say(line: str, bar: progress) -> None:
+def _log(line: str, bar: progress) -> None:
     bar.write(line, file=sys.stderr) if not bar.disable else print(line, flush=True)
 
 

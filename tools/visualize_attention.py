@@ -105,7 +105,7 @@ def look(
     first, tokenizer = load_model(models[-1][1], device)
     identity = tokenizer_identity(tokenizer)
     length = first.config.max_position_embeddings
-    sentences, pieces = choose_sentences(sentences, tokenizer, length, arguments.limit)
+    sentences, tokenized = choose_sentences(sentences, tokenizer, length, arguments.limit)
     own = arguments.treebank is None
     edges = sentences if own else load_treebank(arguments.treebank, arguments.treebank_sentences)
     try:
@@ -129,7 +129,7 @@ def look(
             if not all(parameter.isfinite().all() for parameter in model.parameters()):
                 raise InputError(f"{path}: has weights that are not finite; leave this model out")
             views[number], heads = view(
-                model, task, sentences, pieces, heads, arguments.max_heads, arguments.batch_tokens
+                model, task, sentences, tokenized, heads, arguments.max_heads, arguments.batch_tokens
             )
             bar.update()
     treebank = {

@@ -1,19 +1,4 @@
-"""Sweeps: the conditions of an experiment × seeds, each an ordinary training run in a directory of its own.
-
-A sweep is a YAML file:
-
-    title: what the report is called
-    config: run.yaml            # the configuration that all runs share; relative to this file
-    seeds: [1, 2, 3]
-    conditions:                 # name: fields of the configuration that differ
-      base: {}
-      sas-minus: {sas.schedule: 0.02}
-      sas-minus-300:            # shares the first 300 updates of sas-minus instead of repeating them
-        sas.schedule: [{start: 0, end: 300, value: 0.02}]
-        run.branch_from: sas-minus@300
-
-The run of a condition and a seed lives in `SWEEP/CONDITION/seed-N`; `SWEEP/sweep.json` lists them for the analysis.
-"""
+"""Sweeps: the conditions of an experiment × seeds, each a training run of its own (docs/experiments.md)."""
 
 from __future__ import annotations
 
@@ -81,23 +66,12 @@ class Sweep:
 
     def write(self, directory: Path) -> None:
         """Write `sweep.json`, from which the analysis knows which runs belong together."""
-        write_json_atomic(
-            directory / SWEEP,
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "title": self.title,
-                "runs": [
-                    {
-                        "directory": str(run.directory.relative_to(directory)),
-                        "condition": run.condition,
-                        "seed": run.seed,
-                        **describe(run.config),
-                    }
-                    for run in self.runs
-                ],
-            },
-        )
+        entries = []
+        for run in self.runs:
+            where = str(run.directory.relative_to(directory))
+            entries.append({"directory": where, "condition": run.condition, "seed": run.seed, **describe(run.config)})
+        content = {"format": FORMAT, "version": VERSION, "title": self.title, "runs": entries}
+        write_json_atomic(directory / SWEEP, content)
 
 
 def plan_sweep(path: Path, directory: Path, overrides: Sequence[str] = ()) -> Sweep:
@@ -183,7 +157,9 @@ def _check_same_run(run: PlannedRun) -> None:
     if not saved.is_file() or not (finished or steps_in(place.checkpoints)):
         return  # a run without a checkpoint starts anew
     old, new = load_config(saved), run.config
-    if old.run.branch_from and new.run.branch_from and _same_branch(old.run.branch_from, new.run.branch_from):
+    # CONDITION/seed-N/checkpoints/step_N of this sweep, which may have moved as a whole.
+    before, now = (Path(config.run.branch_from or "").parts[-4:] for config in (old, new))
+    if before and before == now:
         new = new.model_copy(update={"run": new.run.model_copy(update={"branch_from": old.run.branch_from})})
     check_same_experiment(old, new, saved)
     if finished and _data_names(old) != _data_names(new):  # nothing will compare their contents
@@ -202,11 +178,6 @@ def _data_names(config: Config) -> tuple[list[tuple[str, float | None]], str | N
     """Training data with their weights, and validation data, by name: a job may have them in a directory of its own."""
     validation = config.data.validation
     return [(Path(p).name, weight) for p, weight in config.data.parts()], validation and Path(validation).name
-
-
-def _same_branch(first: str, second: str) -> bool:
-    """Whether two paths are CONDITION/seed-N/checkpoints/step_N of one sweep, which may have moved as a whole."""
-    return Path(first).parts[-4:] == Path(second).parts[-4:]
 
 
 def _parent(text: str, others: dict[str, PlannedRun]) -> tuple[PlannedRun, int]:

@@ -1,8 +1,4 @@
-"""When a curve breaks: structure onset (UAS), capabilities onset (BLiMP) and the drop of a loss.
-
-Two answers that make different mistakes: `break_point` is the definition used throughout the project, the strongest
-bend at a chosen scale Δ; `change_point` fits straight pieces to the whole curve, knows no scale, and gives an interval.
-"""
+"""When a curve breaks: `break_point`, its strongest bend at a scale Δ, and `change_point`, a fit of straight pieces."""
 
 from __future__ import annotations
 
@@ -54,6 +50,11 @@ class ChangePoint:
     high: float | None = None
     reason: str = ""
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """(low, high), None where there is none."""
+        return None if self.step is None else (self.low, self.high)
+
 
 def break_point(
     steps: Sequence[float], values: Sequence[float], delta: float, sign: int = 1, item_error: float | None = None
@@ -82,20 +83,14 @@ def break_point(
     if strength <= tolerance:
         return Onset(None, noise=noise, reason=f"the curve never bends {'upward' if sign > 0 else 'downward'}")
     best = int(np.argmax(strengths >= strength - tolerance))
+    step, strength = float(grid[best]), float(strength)
+    spacing = float(np.diff(s)[(s[1:] > step - delta) & (s[:-1] < step + delta)].max())
+    if best in (0, len(grid) - 1):
+        reason = f"the search ends at step {step:g}, so it may lie {'after' if best else 'before'} that"
+        return Onset(step, strength, noise, spacing, at_edge=True, reason=reason)
     # Pure noise bends by σ√6; the largest of n such values grows with √(2 ln n). Of simulated noise 1 to 5 % passes.
     largest_by_chance = noise * np.sqrt(6) * (np.sqrt(2 * np.log(len(s))) + 1)
-    step, at_edge = float(grid[best]), best in (0, len(grid) - 1)
-    beyond = f"the search ends at step {step:g}, so it may lie {'after' if best else 'before'} that"
-    near = (s[1:] > step - delta) & (s[:-1] < step + delta)
-    return Onset(
-        step,
-        float(strength),
-        noise,
-        spacing=float(np.diff(s)[near].max()),
-        at_edge=at_edge,
-        detected=bool(strength > largest_by_chance) and not at_edge,
-        reason=beyond if at_edge else "",
-    )
+    return Onset(step, strength, noise, spacing, detected=bool(strength > largest_by_chance))
 
 
 def onset_steps(steps: Sequence[float], curves: np.ndarray, delta: float, sign: int = 1) -> np.ndarray:
@@ -136,7 +131,9 @@ def change_point(steps: Sequence[float], values: Sequence[float], sign: int = 1)
     s, f = _thin(s), _thin(f / scale)
     n = len(s)
     x = (s - s[0]) / (s[-1] - s[0])
-    fit = Dynp(custom_cost=_CachedCost(), min_size=MIN_SEGMENT, jump=1).fit(np.column_stack([f, np.ones(n), x]))
+    linear = CostLinear()
+    linear.error = lru_cache(maxsize=None)(linear.error)  # the search asks for the same pieces many times
+    fit = Dynp(custom_cost=linear, min_size=MIN_SEGMENT, jump=1).fit(np.column_stack([f, np.ones(n), x]))
 
     def cost(start: int, end: int, breaks: int) -> float:
         return sum(fit.seg(start, end, breaks).values())
@@ -154,24 +151,12 @@ def change_point(steps: Sequence[float], values: Sequence[float], sign: int = 1)
 
     left, right = rank, breaks - 1 - rank  # breaks before and after the chosen one
     positions = range((left + 1) * MIN_SEGMENT, n - (right + 1) * MIN_SEGMENT + 1)
-    profile = np.array([cost(0, b, left) + cost(b, n, right) for b in positions])
-    profile = np.maximum(profile, floor)
+    profile = np.maximum([cost(0, b, left) + cost(b, n, right) for b in positions], floor)
     freedom = max(1, n - (3 * breaks + 2))
     accepted = np.flatnonzero(freedom * np.log(profile / profile.min()) <= CHI2_95) + positions[0]
-    low, high = min(accepted[0], bounds[rank + 1]) - 1, max(accepted[-1], bounds[rank + 1])
-    return ChangePoint(float(s[bounds[rank + 1] - 1]), float(s[low]), float(s[high]))
-
-
-class _CachedCost(CostLinear):
-    """`CostLinear` that remembers: the search asks for the same pieces many times."""
-
-    def fit(self, signal: np.ndarray) -> _CachedCost:
-        super().fit(signal)
-        self._cached = lru_cache(maxsize=None)(super().error)
-        return self
-
-    def error(self, start: int, end: int) -> float:
-        return self._cached(start, end)
+    best = bounds[rank + 1]
+    low, high = min(accepted[0], best) - 1, max(accepted[-1], best)
+    return ChangePoint(*map(float, s[[best - 1, low, high]]))
 
 
 def _penalty(n: int, parameters: int) -> float:
@@ -182,9 +167,9 @@ def _penalty(n: int, parameters: int) -> float:
 
 def _rise_beyond_continuation(x: np.ndarray, f: np.ndarray, start: int, middle: int, end: int) -> float:
     """How far the line through f[middle:end] ends above the line through f[start:middle]."""
-    before = np.polyfit(x[start:middle], f[start:middle], 1)
-    after = np.polyfit(x[middle:end], f[middle:end], 1)
-    return float(np.polyval(after, x[end - 1]) - np.polyval(before, x[end - 1]))
+    pieces = (slice(start, middle), slice(middle, end))
+    before, after = (np.polyval(np.polyfit(x[piece], f[piece], 1), x[end - 1]) for piece in pieces)
+    return float(after - before)
 
 
 def _clean(steps: Sequence[float], values: Sequence[float], sign: int) -> tuple[np.ndarray, np.ndarray]:

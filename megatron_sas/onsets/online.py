@@ -1,4 +1,4 @@
-"""Onsets while they happen: the definition of `onsets.break_point`, from what is known so far."""
+"""Onsets while they happen: the definition of `offline.break_point`, from what is known so far."""
 
 from __future__ import annotations
 
@@ -58,11 +58,9 @@ class WatchSection(Section):
 
     def faults(self) -> list[str]:
         """A watch needs its Δ, and a ring that reaches back over both windows of the bend."""
-        if not self.metrics:
-            return []
-        if self.delta is None:
+        if self.metrics and self.delta is None:
             return ["delta: is required when metrics are watched"]
-        if self.keep * self.interval < 2 * self.delta:
+        if self.metrics and self.keep * self.interval < 2 * self.delta:
             return [
                 f"keep: {self.keep} snapshots, one every {self.interval} steps, reach back less than twice delta "
                 f"{self.delta}, where an onset is seen; keep more"
@@ -93,7 +91,7 @@ class OnsetDetector:
     def __init__(self, delta: int, sign: int = 1, start: int = 0) -> None:
         """`delta`: Δ in steps. `sign` -1: look for a fall. `start`: earlier points are left out."""
         self.delta, self.sign, self.start = delta, sign, start
-        self._block: int | None = None  # number of the block that is being filled
+        self._block = 0  # number of the block that is being filled
         self._points: list[tuple[float, float]] = []  # in it
         self._steps: list[float] = []  # means of the finished blocks
         self._values: list[float] = []
@@ -104,14 +102,12 @@ class OnsetDetector:
         if step <= self.start or value is None or not math.isfinite(value):
             return None
         block = math.ceil((step - self.start) * BLOCKS_PER_WINDOW / self.delta)
-        found = None
-        if self._block is not None and block > self._block:
-            found = self._finish_block()
+        detection = self._finish_block() if block > self._block else None
         self._block = block
         self._points.append((step, self.sign * value))
         if (step - self.start) * BLOCKS_PER_WINDOW == block * self.delta:  # its last step
-            found = self._finish_block() or found
-        return found
+            detection = self._finish_block() or detection
+        return detection
 
     def _finish_block(self) -> Detection | None:
         if not self._points:
@@ -136,8 +132,7 @@ class OnsetDetector:
 
     def _decide(self) -> Detection | None:
         s, f = np.array(self._steps), np.array(self._values)
-        middles = s - self.delta
-        middles = middles[middles - self.delta >= s[0] - 1e-9]
+        middles = s[s - 2 * self.delta >= s[0] - 1e-9] - self.delta
         if len(middles) < 2:
             return None
         before, middle, after = (np.interp(middles + shift, s, f) for shift in (-self.delta, 0, self.delta))

@@ -6,6 +6,7 @@ A schedule is a frozen dataclass that is called with the completed updates. To a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable
@@ -273,7 +274,13 @@ AnySchedule = Annotated[
 
 def read_schedule(value: Any) -> Schedule:
     """The schedule that a YAML file holds. Raises pydantic's `ValidationError` where it holds none."""
-    return TypeAdapter(AnySchedule).validate_python(value)
+    return _adapter().validate_python(value)
+
+
+@functools.cache
+def _adapter() -> TypeAdapter:
+    """Building one takes a hundred times as long as using it."""
+    return TypeAdapter(AnySchedule)
 
 
 def schedule_faults(schedule: Schedule, field: str = "schedule") -> list[str]:

@@ -3,87 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from megatron_sas.report.claims import Claim
-from megatron_sas.report.claims_effects import brief_suppression, regularized_runs
-from megatron_sas.report.claims_onsets import capabilities_onset, complexity_phases, structure_onset
-from megatron_sas.report.comparisons import Comparison, Condition, compare_to_controls, runs_of, summarize
-from megatron_sas.report.findings import Finding, caveats, narrate
-from megatron_sas.report.responses import ResponsePoint, StageResponse, stage_responses, weight_response
-from megatron_sas.report.run_onsets import Onsets, Order, find_onsets, order_of
+from megatron_sas.report.claims import answer_claims
+from megatron_sas.report.comparisons import compare_to_controls, runs_of, summarize
+from megatron_sas.report.findings import caveats, narrate
+from megatron_sas.report.responses import stage_responses, weight_response
+from megatron_sas.report.run_onsets import find_onsets, order_of
 from megatron_sas.report.trajectories import Run
 
 TITLE = "Syntactic attention over training"
 
 
-@dataclass(frozen=True)
 class Analysis:
-    """Everything that was computed. `runs` are in the order of their conditions; `orders` are by condition."""
+    """Onsets, comparisons, responses and claims of runs, which are in the order of their conditions.
 
-    runs: list[Run]
-    conditions: list[Condition]
-    delta: float
-    replicates: int
-    onsets: Onsets
-    orders: dict[str, Order | None]
-    to_controls: list[Comparison]
-    weights: list[ResponsePoint]
-    control_weights: list[ResponsePoint]
-    stages: list[StageResponse]
-    claims: list[Claim]
-    findings: list[Finding]
-    notes: list[str]
-    title: str = TITLE
+    `orders` are by condition, without those where no run shows both onsets; `stages` by the name of their figure.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        delta: float,
+        replicates: int = 200,
+        seed: int = 0,
+        notes: Sequence[str] = (),
+        title: str | None = None,
+    ) -> None:
+        """`notes` of reading the runs come first among the caveats. `title` is the report's; None: one for all."""
+        self.delta, self.replicates, self.title = delta, replicates, title or TITLE
+        self.conditions = summarize(runs)
+        self.runs = runs_of(self.conditions)
+        self.onsets = find_onsets(self.runs, delta, replicates, seed)
+        orders = {condition.label: order_of(condition.runs, self.onsets) for condition in self.conditions}
+        self.orders = {label: order for label, order in orders.items() if order is not None}
+        self.to_controls = compare_to_controls(self.conditions)
+        self.weights, self.control_weights = weight_response(self.conditions)
+        stages = stage_responses(self.conditions)
+        self.stages = {f"stage_length_{s.weight:g}" if len(stages) > 1 else "stage_length": s for s in stages}
+        self.claims = answer_claims(self.conditions, self.onsets, delta)
+        self.findings = narrate(self.conditions, self.onsets, self.to_controls)
+        self.notes = [*notes, *caveats(self.conditions)]
 
     @property
     def with_items(self) -> list[Run]:
         """Runs with an onset interval from resampled items."""
-        return [run for run in self.runs if any(onset.items for onset in self.onsets[str(run.path)].values())]
-
-
-def analyse(
-    runs: Sequence[Run],
-    delta: float,
-    replicates: int = 200,
-    seed: int = 0,
-    notes: Sequence[str] = (),
-    title: str | None = None,
-) -> Analysis:
-    """Onsets, comparisons, responses and claims of `runs`; `notes` of reading them come first among the caveats.
-
-    `title` is the report's; None for one that suits all.
-    """
-    conditions = summarize(runs)
-    ordered = runs_of(conditions)
-    onsets = find_onsets(ordered, delta, replicates, seed)
-    syntax, controls = weight_response(conditions)
-    to_controls = compare_to_controls(conditions, ordered)
-    return Analysis(
-        runs=ordered,
-        conditions=conditions,
-        delta=delta,
-        replicates=replicates,
-        onsets=onsets,
-        orders={condition.label: order_of(condition.runs, onsets) for condition in conditions},
-        to_controls=to_controls,
-        weights=syntax,
-        control_weights=controls,
-        stages=stage_responses(conditions),
-        claims=answer_claims(conditions, onsets, delta),
-        findings=narrate(conditions, onsets, to_controls),
-        notes=[*notes, *caveats(conditions)],
-        title=title or TITLE,
-    )
-
-
-def answer_claims(conditions: Sequence[Condition], onsets: Onsets, delta: float) -> list[Claim]:
-    """The five claims, in order."""
-    base = [run for run in runs_of(conditions) if run.is_base]
-    return [
-        structure_onset(base, onsets, delta),
-        capabilities_onset(base, onsets, delta),
-        regularized_runs(conditions),
-        brief_suppression(conditions, onsets),
-        complexity_phases(base, onsets, delta),
-    ]
+        return [run for run in self.runs if any(onset.items for onset in self.onsets[run.path].values())]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -18,26 +19,24 @@ WHOLE = 0.95  # a run whose curve ends before this share of the longest does not
 
 @dataclass(frozen=True)
 class Condition:
-    """Runs of one label with their final values by metric name; `difference` is to the base, empty for the base.
+    """Runs of one label; `base` is all base runs together, which others are compared with (None if there are none).
 
-    `ending` has, by metric, the runs that final values are of: the whole ones (`whole_runs`), or, where there are none,
-    all that have values, which are then compared with nothing.
+    By metric name, `whole` has the runs whose final values can be compared (`whole_runs`), `ending` those that final
+    values are of: the whole ones or, where there are none, all that have values, which are then compared with nothing.
+    `difference` is to the base, empty for the base.
     """
 
     label: str
     runs: list[Run]
+    whole: dict[str, list[Run]]
     ending: dict[str, list[Run]]
-    difference: dict[str, Comparison]
+    base: Condition | None = None
+    difference: dict[str, Comparison] = field(default_factory=dict)
 
     @cached_property
     def final(self) -> dict[str, Estimate]:
         """Final values by metric name; absent where no run has one."""
-        by_name = {metric.name: metric for metric in TABLE_METRICS}
-        return {
-            name: estimate([value for run in runs if (value := run.final(by_name[name])) is not None])
-            for name, runs in self.ending.items()
-            if runs
-        }
+        return {name: estimate(values) for name, values in final_values(self.ending).items()}
 
     @property
     def is_base(self) -> bool:
@@ -72,24 +71,19 @@ class Comparison:
 
 def summarize(runs: Sequence[Run]) -> list[Condition]:
     """Final values per condition, base first; differences are to all base runs together, one Holm family."""
-    groups = group_by_condition(runs)
-    base = [run for run in runs if run.is_base]
     whole = {metric.name: whole_runs(runs, metric) for metric in TABLE_METRICS}
-    comparisons = []
-    for label, group in groups.items():
-        if base and not group[0].is_base:
-            compared = (compare(label, group, base_name(runs), base, m, whole[m.name]) for m in TABLE_METRICS)
-            comparisons += [comparison for comparison in compared if comparison is not None]
-    corrected = {c.key: c for c in correct(comparisons)}
-    result = []
-    for label, group in groups.items():
-        ending = {}
-        for metric in TABLE_METRICS:
-            having = [run for run in group if run.final(metric) is not None]
-            ending[metric.name] = [run for run in having if str(run.path) in whole[metric.name]] or having
-        differences = {m: c for (left, _, m), c in corrected.items() if left == label}
-        result.append(Condition(label, group, ending, differences))
-    return result
+
+    def condition(label: str, group: list[Run], base: Condition | None = None) -> Condition:
+        having = {metric.name: [run for run in group if run.final(metric) is not None] for metric in TABLE_METRICS}
+        reaching = {name: [run for run in some if run.path in whole[name]] for name, some in having.items()}
+        ending = {name: reaching[name] or some for name, some in having.items()}
+        return Condition(label, group, reaching, ending, base)
+
+    base_runs = [run for run in runs if run.is_base]
+    base = condition(" + ".join(dict.fromkeys(run.label for run in base_runs)), base_runs) if base_runs else None
+    conditions = [condition(label, group, base) for label, group in group_by_condition(runs).items()]
+    differences = correct(compare(c, base, metric) for c in conditions if not c.is_base for metric in TABLE_METRICS)
+    return [replace(c, difference={d.metric.name: d for d in differences if d.left == c.label}) for c in conditions]
 
 
 def runs_of(conditions: Sequence[Condition]) -> list[Run]:
@@ -97,57 +91,47 @@ def runs_of(conditions: Sequence[Condition]) -> list[Run]:
     return [run for condition in conditions for run in condition.runs]
 
 
-def base_name(runs: Sequence[Run]) -> str:
-    """Label of the base, or of several bases together."""
-    return " + ".join(dict.fromkeys(run.label for run in runs if run.is_base))
+def final_values(runs: dict[str, list[Run]]) -> dict[str, list[float]]:
+    """The final value of each run, by metric name, for the metrics that have runs."""
+    return {m.name: [run.final(m) for run in runs[m.name]] for m in TABLE_METRICS if runs[m.name]}
 
 
-def whole_runs(runs: Sequence[Run], metric: Metric) -> set[str]:
+def whole_runs(runs: Sequence[Run], metric: Metric) -> set[Path]:
     """Paths of the runs whose values of `metric` can be compared: their curves end where the longest ends, nearly.
 
     GLUE is of a run's last step.
     """
     if metric is GLUE:
-        ends = {str(run.path): run.final_step for run in runs if run.measured.glue}
+        ends = {run.path: run.final_step for run in runs if run.measured.glue}
     else:
-        ends = {str(run.path): curve.steps[-1] for run in runs if len(curve := run.metric(metric))}
+        ends = {run.path: curve.steps[-1] for run in runs if len(curve := run.metric(metric))}
     return {path for path, end in ends.items() if end >= WHOLE * max(ends.values())}
 
 
-def compare(
-    left: str, left_runs: Sequence[Run], right: str, right_runs: Sequence[Run], metric: Metric, whole: set[str]
-) -> Comparison | None:
-    """Difference of final values between two groups of runs, of those in `whole`; None where a side has no value."""
-    sides = [
-        [(run.seed, run.final(metric)) for run in group if str(run.path) in whole] for group in (left_runs, right_runs)
-    ]
-    if not all(sides):
+def compare(left: Condition, right: Condition | None, metric: Metric) -> Comparison | None:
+    """Difference of final values of the whole runs of two conditions; None where a side has none."""
+    if right is None or not left.whole[metric.name] or not right.whole[metric.name]:
         return None
-    return Comparison(left, right, metric, difference(*sides))
+    sides = [[(run.seed, run.final(metric)) for run in side.whole[metric.name]] for side in (left, right)]
+    return Comparison(left.label, right.label, metric, difference(*sides))
 
 
-def correct(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The same comparisons with p corrected over all of them (Holm)."""
-    corrected = holm({c.key: c.value.p for c in comparisons})
-    return [Comparison(c.left, c.right, c.metric, c.value, corrected.get(c.key)) for c in comparisons]
+def correct(comparisons: Iterable[Comparison | None]) -> list[Comparison]:
+    """The comparisons that exist, with p corrected over all of them (Holm)."""
+    known = [c for c in comparisons if c is not None]
+    corrected = holm({c.key: c.value.p for c in known})
+    return [replace(c, holm=corrected.get(c.key)) for c in known]
 
 
 def control_pairs(conditions: Sequence[Condition]) -> list[tuple[Condition, Condition]]:
     """(condition, control) wherever a control has exactly the λ over steps of a condition that is no control."""
-    pairs = []
-    for control in (c for c in conditions if c.role == "control"):
-        schedule = control.runs[0].describe_schedule()
-        twins = [c for c in conditions if c.role in ("suppress", "promote", "release")]
-        pairs += [(twin, control) for twin in twins if twin.runs[0].describe_schedule() == schedule]
-    return pairs
+    twins = [c for c in conditions if c.role in ("suppress", "promote", "release")]
+    schedule = {c.label: c.runs[0].describe_schedule() for c in conditions}
+    controls = [c for c in conditions if c.role == "control"]
+    return [(c, control) for control in controls for c in twins if schedule[c.label] == schedule[control.label]]
 
 
-def compare_to_controls(conditions: Sequence[Condition], runs: Sequence[Run]) -> list[Comparison]:
+def compare_to_controls(conditions: Sequence[Condition]) -> list[Comparison]:
     """Differences of conditions to their controls in every metric that both have, one Holm family."""
-    result = []
-    for metric in TABLE_METRICS:
-        whole = whole_runs(runs, metric)
-        for condition, control in control_pairs(conditions):
-            comparison = compare(condition.label, condition.runs, control.label, control.runs, metric, whole)
-            result += [comparison] if comparison is not None else []
-    return correct(result)
+    pairs = control_pairs(conditions)
+    return correct(compare(*pair, metric) for metric in TABLE_METRICS for pair in pairs)

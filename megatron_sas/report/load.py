@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 
 from megatron_sas.core.cli import InputError, listed
+from megatron_sas.evaluation.base import Evaluation
 from megatron_sas.evaluation.blimp_labels import renew_record
 from megatron_sas.evaluation.minimal_pairs import many_ties
 from megatron_sas.evaluation.registry import EVALUATIONS, snapshot_metrics
@@ -28,8 +29,8 @@ SWEEP_NAME = "sweep.json"
 MIN_POINTS = 3  # a curve with fewer has no break
 LACKING = 1  # measured snapshots may be so many fewer than live evaluations, in any stretch of a run, to replace them
 REACHES = 0.9  # measured snapshots must cover this share of a run to stand for its curve
-OWNERS = {e.metrics[0].name: e for e in sorted(EVALUATIONS.values(), key=lambda e: not e.metrics[0].title)}
-"""Evaluations by the name of their first metric, those whose curve has a title first."""
+OWNERS = sorted(EVALUATIONS.values(), key=lambda evaluation: not evaluation.metrics[0].title)
+"""Evaluations, those whose curve has a title first. All metrics of one come from the same source."""
 GLUE_HINTS = (*HINTS, "hub", "split")  # where examples are from; their checksum decides
 
 
@@ -53,14 +54,14 @@ def read_inputs(paths: Sequence[str | Path], labels: Sequence[str] | None = None
     """
     runs, notes, plain = [], [], []
     for path in map(Path, paths):
-        if (path / SWEEP_NAME).is_file():
-            if labels is not None:
-                raise InputError(f"--labels: {path} is a sweep, which names its conditions itself; leave --labels out")
-            more, left_out = read_sweep(path)
-            runs += more
-            notes += left_out
-        else:
+        if not (path / SWEEP_NAME).is_file():
             plain.append(path)
+            continue
+        if labels is not None:
+            raise InputError(f"--labels: {path} is a sweep, which names its conditions itself; leave --labels out")
+        more, left_out = read_sweep(path)
+        runs += more
+        notes += left_out
     runs += load_runs(plain, labels)
     _check_not_repeated([run.path for run in runs])
     return choose_sources(runs, notes), notes
@@ -87,13 +88,13 @@ def load_run(path: Path, label: str) -> Run:
     if not path.is_dir():
         raise InputError(f"{path}: not a directory; give a run directory that contains {RECORDS} and {CONFIG}")
     records = sorted(map(renew_record, read_records(path / RECORDS)), key=lambda record: record["step"])
-    by_kind = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "evaluation", "event")}
+    train, evaluations, events = ([r for r in records if r["kind"] == k] for k in ("train", "evaluation", "event"))
     measured = read_measured(path)
-    if not by_kind["evaluation"] and not measured.records:
+    if not evaluations and not measured.records:
         raise InputError(f"{path / RECORDS}: no evaluations; train with live evaluation switched on")
     config = _read_config(path / CONFIG)
-    run = Run(path, label, config, by_kind["train"], by_kind["evaluation"], by_kind["event"], measured=measured)
-    return replace(run, training_loss=not _steps(run.evaluations, LOSS.key))
+    training_loss = not _steps(evaluations, LOSS.key)
+    return Run(path, label, config, train, evaluations, events, measured=measured, training_loss=training_loss)
 
 
 def read_sweep(directory: Path) -> tuple[list[Run], list[str]]:
@@ -118,9 +119,8 @@ def read_sweep(directory: Path) -> tuple[list[Run], list[str]]:
         raise InputError(f"{path}: none of its {len(missing)} run(s) has been evaluated yet; run the sweep first")
     if not missing:
         return runs, []
-    return runs, [
-        f"{len(missing)} of {len(missing) + len(runs)} runs have no evaluation yet, so are left out: {listed(missing)}."
-    ]
+    total = len(runs) + len(missing)
+    return runs, [f"{len(missing)} of {total} runs have no evaluation yet, so are left out: {listed(missing)}."]
 
 
 def sweep_title(paths: Sequence[str | Path]) -> str | None:
@@ -141,33 +141,41 @@ def _read_sweep_file(path: Path) -> dict[str, Any]:
     return content
 
 
+def _has_begun(run: Path) -> bool:
+    """Whether there is anything to draw: an evaluation, live or of a snapshot."""
+    if not (run / RECORDS).is_file() or not (run / CONFIG).is_file():
+        return False
+    evaluated = any(record["kind"] == "evaluation" for record in read_records(run / RECORDS))
+    return evaluated or bool(read_points(run / TRAJECTORY))
+
+
 def read_measured(run: Path) -> Measured:
     """What lies in a run's `trajectory/points`; empty where there is nothing."""
     directory = run / TRAJECTORY
-    records, counts, item_steps = [], {}, []
-    relations, edge_counts = (), np.zeros(0, np.int64)
-    for point in read_points(directory):
-        path = point_directory(directory, point["step"])
-        records.append(_as_record(point))
-        table = point.get(UAS.point[0], {}).get("counts")
-        if table:
+    points = read_points(directory)
+    if not points:
+        return Measured()
+    relations, edge_counts, head_counts = (), np.zeros(0, np.int64), {}
+    for point in points:
+        uas = point.get(UAS.point[0], {})
+        if table := uas.get("counts"):
             names = tuple(table["relations"])
             if relations and names != relations:
-                raise InputError(f"{path}: other relations than in the points before it; measure the run again")
+                where = point_directory(directory, point["step"])
+                raise InputError(f"{where}: other relations than in the points before it; measure the run again")
             relations = names
-            edge_counts = np.array([point[UAS.point[0]]["relations"][name]["count"] for name in names], np.int64)
-            counts[point["step"]] = np.array(table["correct"], np.int64)
-        if (path / ITEMS).is_file():
-            item_steps.append(point["step"])
-    return Measured(
-        records,
-        relations,
-        edge_counts,
-        counts,
-        directory,
-        tuple(item_steps),
-        read_settings(directory) if records else None,
-    )
+            edge_counts = np.array([uas["relations"][name]["count"] for name in names], np.int64)
+            head_counts[point["step"]] = np.array(table["correct"], np.int64)
+    with_items = [p["step"] for p in points if (point_directory(directory, p["step"]) / ITEMS).is_file()]
+    records = [_as_record(point) for point in points]
+    settings = read_settings(directory)
+    return Measured(records, relations, edge_counts, head_counts, directory, tuple(with_items), settings)
+
+
+def _as_record(point: dict[str, Any]) -> dict[str, Any]:
+    """A point in the shape of an evaluation line; parts that were not measured are absent."""
+    values = {metric.key: metric.in_point(point) for metric in snapshot_metrics() if metric.point[0] in point}
+    return {"kind": "evaluation", "step": point["step"], **values}
 
 
 def choose_sources(runs: Sequence[Run], notes: list[str]) -> list[Run]:
@@ -177,10 +185,10 @@ def choose_sources(runs: Sequence[Run], notes: list[str]) -> list[Run]:
     data or in different precision, nor live evaluations of other edges or pairs. The training loss stands for a loss on
     held-out text where no run has one. Adds to `notes` what was decided against values that exist.
     """
-    sources = {name: _measured_runs(runs, name, notes) for name in OWNERS}
-    for name, owner in OWNERS.items():
-        if owner.item_counts is not None and not sources[name]:
-            runs = _on_the_same_items(runs, name, notes)
+    sources = [(owner, _measured_runs(runs, owner, notes)) for owner in OWNERS]
+    for owner, measured in sources:
+        if owner.item_counts is not None and not measured:
+            runs = _on_the_same_items(runs, owner, notes)
     glue = choose_glue(runs, notes)
     chosen = [_with_sources(run, sources, glue[run.path]) for run in runs]
     _note_what_curves_lack(chosen, notes)
@@ -192,100 +200,88 @@ def choose_sources(runs: Sequence[Run], notes: list[str]) -> list[Run]:
 
 def _note_what_curves_lack(runs: Sequence[Run], notes: list[str]) -> None:
     """Add notes on values that are not finite, which no curve has, and on pairs that a model does not decide."""
-    for key in (owner.metrics[0].key for owner in OWNERS.values()):
+    for key in (owner.metrics[0].key for owner in OWNERS):
         lacking = [(run, sum(key in record and record[key] is None for record in run.evaluations)) for run in runs]
-        if bad := [f"{run.label} ({run.name}) {count}" for run, count in lacking if count]:
+        if bad := [f"{run.title} {count}" for run, count in lacking if count]:
             notes.append(f"{key}: evaluations without a finite value are left out of the curves: {listed(bad)}.")
-    unmerged = [f"{run.label} ({run.name})" for run in runs if any("blimp_unmerged" in r for r in run.evaluations)]
-    if unmerged:
+    if unmerged := [run.title for run in runs if any("blimp_unmerged" in r for r in run.evaluations)]:
         notes.append(
             "blimp: fields that were recorded under two names are left out where the sets behind them are not known: "
             f"{listed(unmerged)}."
         )
     last = [(run, many_ties(run.evaluations[-1])) for run in runs if run.evaluations]
-    if tied := [f"{run.label} ({run.name}) {ties[0]} of {ties[1]}" for run, ties in last if ties is not None]:
+    if tied := [f"{run.title} {ties[0]} of {ties[1]}" for run, ties in last if ties is not None]:
         notes.append(f"blimp: models end with many ties, which count as wrong: {listed(tied)}.")
 
 
-def _on_the_same_items(runs: Sequence[Run], name: str, notes: list[str]) -> list[Run]:
-    """Runs whose live values of a metric are all of the same edges or pairs, as far as the records count them.
+def _on_the_same_items(runs: Sequence[Run], owner: type[Evaluation], notes: list[str]) -> list[Run]:
+    """Runs whose live values of an evaluation are all of the same edges or pairs, as far as the records count them.
 
     `evaluation` may change while a run goes on, and in a branch: of a run the newest items count, of all runs the most
-    usual ones (of equally usual ones the first).
+    usual ones.
     """
-    newest = {run.path: next(filter(None, (_items(r, name) for r in reversed(run.evaluations))), None) for run in runs}
-    known = Counter(filter(None, newest.values()))
-    usual = known.most_common(1)[0][0] if known else None
-    result, changed, odd = [], [], []
+    items = {run.path: [_items(record, owner) for record in run.evaluations] for run in runs}
+    newest = {path: next(filter(None, reversed(known)), None) for path, known in items.items()}
+    usual = most_usual(filter(None, newest.values()))
+    changed, odd = [], []
     for run in runs:
-        others = [_items(record, name) not in (None, usual) for record in run.evaluations]
-        if any(others):
-            (changed if newest[run.path] == usual else odd).append(f"{run.label} ({run.name})")
-        records = [
-            {key: value for key, value in record.items() if key not in _keys(name)} if other else record
-            for record, other in zip(run.evaluations, others, strict=True)
-        ]
-        result.append(replace(run, evaluations=records))
-    key, number = OWNERS[name].metrics[0].key, len(runs)
-    if changed:
-        notes.append(
-            f"{key}: live evaluations of {len(changed)} of {number} runs changed to other items on the way, so their "
-            f"earlier values are left out: {listed(changed)}."
-        )
-    if odd:
-        notes.append(
-            f"{key}: live evaluations of {len(odd)} of {number} runs are of other items than those of the rest, so "
-            f"their values are left out: {listed(odd)}."
-        )
-    return result
+        if any(known not in (None, usual) for known in items[run.path]):
+            (changed if newest[run.path] == usual else odd).append(run.title)
+    for named, what in (
+        (changed, "changed to other items on the way, so their earlier values are left out"),
+        (odd, "are of other items than those of the rest, so their values are left out"),
+    ):
+        if named:
+            which = f"{owner.metrics[0].key}: live evaluations of {len(named)} of {len(runs)} runs"
+            notes.append(f"{which} {what}: {listed(named)}.")
+
+    def kept(run: Run) -> list[dict[str, Any]]:
+        pairs = zip(run.evaluations, items[run.path], strict=True)
+        return [r if known in (None, usual) else _without(r, _keys([owner])) for r, known in pairs]
+
+    return [replace(run, evaluations=kept(run)) for run in runs]
 
 
-def _keys(name: str) -> set[str]:
-    """The keys of evaluation lines that belong to a curve, which all come from one source."""
-    return {metric.key for metric in OWNERS[name].metrics}
-
-
-def _items(record: Mapping[str, Any], name: str) -> str | None:
+def _items(record: Mapping[str, Any], owner: type[Evaluation]) -> str | None:
     """The numbers of edges or pairs that an evaluation line's value is of, as text; None where it does not tell."""
-    table, count = OWNERS[name].item_counts
+    table, count = owner.item_counts
     rows = record.get(table)
     if not isinstance(rows, dict) or not all(isinstance(row, dict) and row.get(count) for row in rows.values()):
         return None
-    return json.dumps({key: row[count] for key, row in rows.items()}, sort_keys=True) if rows else None
+    return _as_text({key: row[count] for key, row in rows.items()}) if rows else None
 
 
 def choose_glue(runs: Sequence[Run], notes: list[str]) -> dict[Path, dict[str, float]]:
     """Means of the GLUE tasks that all runs with GLUE have, by path of the run; without those that averages leave out.
 
     Only results of a run's final step count, and of these, for each task, only those that were made in the most usual
-    way (of equally usual ones the first). Adds to `notes` what was left out.
+    way. Adds to `notes` what was left out.
     """
     results = [result for run in runs for result in _read_glue(run) if result.task not in NOT_AVERAGED]
     fault = "are not known to be of their run's last step"
-    results = _keep(results, [r.step == r.run.final_step for r in results], fault, notes)
-    ways: dict[str, Counter[str]] = {}
-    for result in results:
-        ways.setdefault(result.task, Counter())[result.way] += 1
-    usual = {task: counter.most_common(1)[0][0] for task, counter in ways.items()}
+    results = _keep(results, lambda result: result.step == result.run.final_step, fault, notes)
+    usual = {result.task: most_usual(r.way for r in results if r.task == result.task) for result in results}
     fault = "were made on other data, or with other settings or seeds, than the rest"
-    results = _keep(results, [r.way == usual[r.task] for r in results], fault, notes)
+    results = _keep(results, lambda result: result.way == usual[result.task], fault, notes)
     means: dict[Path, dict[str, float]] = {run.path: {} for run in runs}
     for result in results:
         means[result.run.path][result.task] = result.mean
-    tasks = [found.keys() for found in means.values() if found]
-    common = set.intersection(*map(set, tasks)) if tasks else set()
+    tasks = [set(of_run) for of_run in means.values() if of_run]
+    common = set.intersection(*tasks) if tasks else set()
     if any(task != common for task in tasks):
         notes.append(
             f"GLUE is the mean over the tasks that all runs with GLUE have: {', '.join(sorted(common)) or '–'}."
         )
-    return {path: {task: mean for task, mean in found.items() if task in common} for path, found in means.items()}
+    return {path: {task: mean for task, mean in of_run.items() if task in common} for path, of_run in means.items()}
 
 
-def _keep(results: Sequence[GlueResult], kept: Sequence[bool], fault: str, notes: list[str]) -> list[GlueResult]:
-    """The results that are `kept`; a note names the others, and their `fault`."""
-    if odd := [f"{r.run.label} ({r.run.name}) {r.task}" for r, keep in zip(results, kept, strict=True) if not keep]:
+def _keep(
+    results: Sequence[GlueResult], is_kept: Callable[[GlueResult], bool], fault: str, notes: list[str]
+) -> list[GlueResult]:
+    """The results that `is_kept` holds of; a note names the others, and their `fault`."""
+    if odd := [f"{result.run.title} {result.task}" for result in results if not is_kept(result)]:
         notes.append(f"GLUE: {len(odd)} of {len(results)} results {fault}, so they are left out: {listed(odd)}.")
-    return [result for result, keep in zip(results, kept, strict=True) if keep]
+    return [result for result in results if is_kept(result)]
 
 
 def _read_glue(run: Run) -> list[GlueResult]:
@@ -296,61 +292,57 @@ def _read_glue(run: Run) -> list[GlueResult]:
         try:
             if content["format"] != "megatron_sas glue":
                 raise ValueError
-            sources = [content["data"]["train"], *content["data"]["validation"]]
-            data = [{k: v for k, v in source.items() if k not in GLUE_HINTS} for source in sources]
+            data = [_without(s, GLUE_HINTS) for s in (content["data"]["train"], *content["data"]["validation"])]
             seeds = [seed["seed"] for seed in content["seeds"]]
-            way = json.dumps([content["metric"], content["settings"], data, seeds], sort_keys=True)
+            way = _as_text([content["metric"], content["settings"], data, seeds])
             results.append(GlueResult(run, content["task"], float(content["mean"]), content.get("model_step"), way))
         except (KeyError, TypeError, ValueError, AttributeError):
             raise InputError(f"{path}: not a result of tools/finetune_glue.py; move it elsewhere") from None
     return results
 
 
-def _with_sources(run: Run, sources: Mapping[str, set[Path]], glue: dict[str, float]) -> Run:
+def _with_sources(run: Run, sources: Sequence[tuple[type[Evaluation], set[Path]]], glue: dict[str, float]) -> Run:
     """The run with evaluations merged from live and measured records, by step."""
-    not_live = {key for name in OWNERS if sources[name] for key in _keys(name)}
-    measured = {name for name in OWNERS if run.path in sources[name]}
-    not_measured = {key for name in OWNERS.keys() - measured for key in _keys(name)}
+    measured = [owner for owner, paths in sources if run.path in paths]
+    not_live = _keys([owner for owner, paths in sources if paths])
+    not_measured = _keys([owner for owner in OWNERS if owner not in measured])
     merged: dict[int, dict[str, Any]] = {}
-    for record in run.evaluations:
-        merged.setdefault(record["step"], {}).update({k: v for k, v in record.items() if k not in not_live})
-    for record in run.measured.records:
-        merged.setdefault(record["step"], {}).update({k: v for k, v in record.items() if k not in not_measured})
+    for records, excluded in ((run.evaluations, not_live), (run.measured.records, not_measured)):
+        for record in records:
+            merged.setdefault(record["step"], {}).update(_without(record, excluded))
     with_items = {*run.measured.item_steps} >= {record["step"] for record in run.measured.records}
     return replace(
         run,
         evaluations=[merged[step] for step in sorted(merged)],
         measured=replace(run.measured, glue=glue),
-        item_metrics=frozenset(name for name in measured if with_items and OWNERS[name].items is not None),
+        item_metrics=frozenset(owner.metrics[0].name for owner in measured if with_items and owner.items is not None),
     )
 
 
-def _measured_runs(runs: Sequence[Run], name: str, notes: list[str]) -> set[Path]:
-    """Paths of the runs whose measured values of a metric count; none where live evaluations serve all runs.
+def _measured_runs(runs: Sequence[Run], owner: type[Evaluation], notes: list[str]) -> set[Path]:
+    """Paths of the runs whose measured values of an evaluation count; none where live evaluations serve all runs.
 
-    Where no run has live values, these are the runs measured in the most usual way (of equally usual ones the first).
+    Where no run has live values, these are the runs measured in the most usual way.
     """
-    key = OWNERS[name].metrics[0].key
-    steps = [_steps(run.measured.records, key) for run in runs]
-    having = [run for run, has in zip(runs, steps, strict=True) if has]
+    key = owner.metrics[0].key
+    measured = {run.path: _steps(run.measured.records, key) for run in runs}
+    having = [run for run in runs if measured[run.path]]
     if not having:
         return set()
-    ways = {run.path: json.dumps(_way(run, OWNERS[name].input), sort_keys=True) for run in having}
+    ways = {run.path: _way(run, owner.input) for run in having}
     if not any(key in record for run in runs for record in run.evaluations):
-        usual = Counter(ways.values()).most_common(1)[0][0]
-        odd = [run for run in having if ways[run.path] != usual]
-        if odd:
-            named = listed([f"{run.label} ({run.name})" for run in odd])
+        usual = most_usual(ways.values())
+        if odd := [run for run in having if ways[run.path] != usual]:
             notes.append(
                 f"{key}: {len(odd)} of {len(having)} runs were measured on other data or in another precision than the "
-                f"rest, so their values are left out: {named}."
+                f"rest, so their values are left out: {listed([run.title for run in odd])}."
             )
-        return {run.path for run in having} - {run.path for run in odd}
+        return {path for path, way in ways.items() if way == usual}
     enough = all(
-        len(has) >= MIN_POINTS
-        and max(has) >= REACHES * run.final_step
-        and _most_lacking(_steps(run.evaluations, key), has) <= LACKING
-        for run, has in zip(runs, steps, strict=True)
+        len(steps := measured[run.path]) >= MIN_POINTS
+        and max(steps) >= REACHES * run.final_step
+        and _most_lacking(_steps(run.evaluations, key), steps) <= LACKING
+        for run in runs
     )
     if enough and len(set(ways.values())) == 1:
         return {run.path for run in runs}
@@ -361,9 +353,10 @@ def _measured_runs(runs: Sequence[Run], name: str, notes: list[str]) -> set[Path
     return set()
 
 
-def _steps(records: Sequence[Mapping[str, Any]], key: str) -> set[int]:
-    """The steps with a value of `key`."""
-    return {record["step"] for record in records if record.get(key) is not None}
+def _way(run: Run, part: str) -> str:
+    """On what and how a part was measured. Where the input lies may differ between machines; what it is may not."""
+    settings = run.measured.settings
+    return _as_text([_without(settings.get(part) or {}, HINTS), settings.get("precision")])
 
 
 def _most_lacking(live: set[int], measured: set[int]) -> int:
@@ -379,26 +372,28 @@ def _most_lacking(live: set[int], measured: set[int]) -> int:
     return most
 
 
-def _way(run: Run, part: str) -> list[Any]:
-    """On what and how a part was measured. Where the input lies may differ between machines; what it is may not."""
-    settings = run.measured.settings or {}
-    content = {k: v for k, v in (settings.get(part) or {}).items() if k not in HINTS}
-    return [content, settings.get("precision")]
+def most_usual(values: Iterable[str]) -> str | None:
+    """The most frequent value, of equally frequent ones the first; None without any."""
+    return next((value for value, _ in Counter(values).most_common(1)), None)
 
 
-def _as_record(point: dict[str, Any]) -> dict[str, Any]:
-    """A point in the shape of an evaluation line; parts that were not measured are absent."""
-    present = [metric for metric in snapshot_metrics() if metric.point[0] in point]
-    values = {metric.key: metric.in_point(point) for metric in present}
-    return {"kind": "evaluation", "step": point["step"], **values}
+def _steps(records: Sequence[Mapping[str, Any]], key: str) -> set[int]:
+    """The steps with a value of `key`."""
+    return {record["step"] for record in records if record.get(key) is not None}
 
 
-def _has_begun(run: Path) -> bool:
-    """Whether there is anything to draw: an evaluation, live or of a snapshot."""
-    if not (run / RECORDS).is_file() or not (run / CONFIG).is_file():
-        return False
-    evaluated = any(record["kind"] == "evaluation" for record in read_records(run / RECORDS))
-    return evaluated or bool(read_points(run / TRAJECTORY))
+def _keys(owners: Sequence[type[Evaluation]]) -> set[str]:
+    """The keys of evaluation lines that belong to these evaluations."""
+    return {metric.key for owner in owners for metric in owner.metrics}
+
+
+def _without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
+
+
+def _as_text(value: Any) -> str:
+    """A JSON value as text that is the same for equal values."""
+    return json.dumps(value, sort_keys=True)
 
 
 def _check_not_repeated(paths: Sequence[Path]) -> None:
@@ -407,24 +402,22 @@ def _check_not_repeated(paths: Sequence[Path]) -> None:
             raise InputError(f"{path}: given more than once; name each run once")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # includes UnicodeDecodeError
-        content = None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not a JSON object; write it again, or remove it")
-    return content
-
-
 def _read_config(path: Path) -> dict[str, Any]:
     """The configuration as plain values: not validated, so that runs of other versions can be compared too."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a run directory as the trainer left it")
+    return _read_mapping(path, yaml.safe_load, "not a YAML configuration; restore the file that the trainer wrote")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return _read_mapping(path, json.loads, "not a JSON object; write it again, or remove it")
+
+
+def _read_mapping(path: Path, parse: Callable[[str], Any], fault: str) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        config = None
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: not a YAML configuration; restore the file that the trainer wrote")
-    return config
+        content = parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError):  # UnicodeDecodeError is a ValueError
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: {fault}")
+    return content

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+Interval = tuple[float, float]
+NOT_MEASURED = "–"
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -17,7 +20,7 @@ class Estimate:
     error: float | None
     count: int
 
-    def interval(self, confidence: float) -> tuple[float, float] | None:
+    def interval(self, confidence: float) -> Interval | None:
         """The t-interval of the mean, or None for a single run."""
         if self.error is None:
             return None
@@ -54,34 +57,58 @@ def difference(left: Sequence[tuple[object, float]], right: Sequence[tuple[objec
     Paired by seed where both sides have the same seeds, each once and none unknown (None); otherwise Welch's test.
     """
     left_values, right_values = [value for _, value in left], [value for _, value in right]
-    by_seed = dict(right)
-    seeds = [seed for seed, _ in left]
-    paired = None not in seeds and len(set(seeds)) == len(left) == len(right) and set(seeds) == set(by_seed)
+    by_seed, seeds = dict(right), {seed for seed, _ in left}
+    paired = None not in seeds and len(seeds) == len(left) == len(right) and seeds == by_seed.keys()
     counts = len(left), len(right)
     if paired:
         each = estimate([value - by_seed[seed] for seed, value in left])
-        mean, error, freedom = each.mean, each.error, None if each.error is None else float(each.count - 1)
+        mean, error, freedom = each.mean, each.error, float(each.count - 1)
     else:
         mean = float(np.mean(left_values) - np.mean(right_values))
         error, freedom = _welch(left_values, right_values) if min(counts) > 1 else (None, None)
-    if error is None or freedom is None:
-        return Difference(mean, error, None, None, paired, counts)
+    if error is None:
+        return Difference(mean, None, None, None, paired, counts)
     # Without any spread a t statistic does not exist; rounding alone must not make one of 10¹⁵.
     if error <= 1e-12 * max(map(abs, [*left_values, *right_values])):
         return Difference(mean, 0.0, None, None, paired, counts)
-    p = float(2 * stats.t.sf(abs(mean) / error, freedom))
-    return Difference(mean, error, freedom, p, paired, counts)
+    return Difference(mean, error, freedom, two_sided_p(mean / error, freedom), paired, counts)
+
+
+def two_sided_p(t: float, freedom: float) -> float:
+    """The p-value of a t statistic."""
+    return float(2 * stats.t.sf(abs(t), freedom))
 
 
 def holm(p_values: Mapping[object, float | None]) -> dict[object, float]:
     """Holm's step-down correction over a family; entries without a p-value are not part of it."""
     known = sorted((p, str(key), key) for key, p in p_values.items() if p is not None)
-    corrected: dict[object, float] = {}
-    largest = 0.0
-    for rank, (p, _, key) in enumerate(known):
-        largest = max(largest, min(1.0, (len(known) - rank) * p))
-        corrected[key] = largest
-    return corrected
+    scaled = [min(1.0, (len(known) - rank) * p) for rank, (p, _, _) in enumerate(known)]
+    corrected = np.maximum.accumulate(scaled).tolist() if known else []
+    return {key: p for (_, _, key), p in zip(known, corrected, strict=True)}
+
+
+def show(value: Estimate | Difference | None, digits: int = 3, *, signed: bool = False) -> str:
+    """The mean with its standard error, where there is one."""
+    if value is None:
+        return NOT_MEASURED
+    sign = "+" if signed else ""
+    error = "" if value.error is None else f" ± {value.error:.{digits}f}"
+    return true_minus(f"{value.mean:{sign}.{digits}f}{error}")
+
+
+def show_interval(interval: Interval | None, form: str = ".0f") -> str:
+    """Both ends, formatted by `form`."""
+    return NOT_MEASURED if interval is None else true_minus(" to ".join(f"{end:{form}}" for end in interval))
+
+
+def show_p(p: float) -> str:
+    """A p-value with its relation sign."""
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
+
+
+def true_minus(text: str) -> str:
+    """Text with minus signs in place of hyphens, for numbers."""
+    return text.replace("-", "−")
 
 
 def _welch(left: Sequence[float], right: Sequence[float]) -> tuple[float, float | None]:

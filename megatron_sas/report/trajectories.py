@@ -18,15 +18,13 @@ from megatron_sas.evaluation.minimal_pairs import BLIMP
 from megatron_sas.evaluation.registry import live_metrics
 from megatron_sas.evaluation.uas import BASELINE, RELATIONS, UAS
 from megatron_sas.evaluation.validation import LOSS
-from megatron_sas.glue.tasks import GLUE, NOT_AVERAGED
+from megatron_sas.glue.tasks import GLUE
 from megatron_sas.objective.terms import TERMS, syntactic_first
 from megatron_sas.optim.schedules import Schedule, is_zero, plateau, read_schedule, role
 from megatron_sas.run.directory import CONFIG
 
 PAPER_ORDER = (LOSS, GLUE, BLIMP, UAS)
 ROLES = ("base", "suppress", "promote", "release", "control", "other")
-
-
 METRICS = tuple(metric for metric in live_metrics() if metric.title)
 """The curves that have onsets."""
 TABLE_METRICS = (*PAPER_ORDER, *(metric for metric in METRICS if metric not in PAPER_ORDER))
@@ -39,6 +37,11 @@ class Curve:
     steps: np.ndarray
     values: np.ndarray
 
+    @classmethod
+    def of(cls, points: Sequence[tuple[float, float]]) -> Curve:
+        """The curve through (step, value)."""
+        return cls(*np.ascontiguousarray(np.array(points, np.float64).reshape(-1, 2).T))
+
     def __len__(self) -> int:
         return len(self.steps)
 
@@ -49,7 +52,7 @@ class Measured:
 
     `records` are shaped like evaluation lines. `head_counts` are per step int64 (R, 2, L, H), the edges that each head
     got right, of `relations`, with `edge_counts` (R,). `item_steps` have results per edge and pair in
-    `directory` (`trajectory/points.py`).
+    `directory` (`trajectory/points.py`). `glue` has the means of those tasks that are averaged.
     """
 
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -58,7 +61,7 @@ class Measured:
     head_counts: dict[int, np.ndarray] = field(default_factory=dict)
     directory: Path | None = None
     item_steps: tuple[int, ...] = ()
-    settings: dict[str, Any] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     glue: dict[str, float] = field(default_factory=dict)
 
 
@@ -90,6 +93,11 @@ class Run:
         return self.path.name
 
     @property
+    def title(self) -> str:
+        """The condition with the directory's name."""
+        return f"{self.label} ({self.name})"
+
+    @property
     def final_step(self) -> int:
         """The last step of which anything was recorded."""
         return max(record["step"] for record in self.train + self.evaluations + self.measured.records)
@@ -98,8 +106,7 @@ class Run:
         """Values of `key` over the steps that have one (the last line of a step counts); empty when none has."""
         records = self.evaluations if kind == "evaluation" else self.train
         points = {record["step"]: record.get(key) for record in records}
-        points = {step: value for step, value in sorted(points.items()) if _is_finite_number(value)}
-        return Curve(np.array(list(points), np.float64), np.array(list(points.values()), np.float64))
+        return Curve.of([(step, value) for step, value in sorted(points.items()) if _is_finite_number(value)])
 
     def metric(self, metric: Metric) -> Curve:
         """The curve of a `Metric`."""
@@ -107,22 +114,22 @@ class Run:
             return self.curve(metric.key)
         train = self.curve("mlm_loss", "train")
         groups = np.searchsorted([record["step"] for record in self.evaluations], train.steps)
-        means = [(train.steps[groups == g].mean(), train.values[groups == g].mean()) for g in np.unique(groups)]
-        return Curve(*np.array(means, np.float64).reshape(-1, 2).T)
+        members = [groups == group for group in np.unique(groups)]
+        return Curve.of([(train.steps[those].mean(), train.values[those].mean()) for those in members])
 
     @cached_property
     def schedules(self) -> dict[str, Schedule]:
         """λ of every term by completed updates, from the configuration."""
-        found = {}
+        schedules = {}
         for name in TERMS:
             try:
-                found[name] = read_schedule(self.setting(f"{name}.schedule") or 0)
+                schedules[name] = read_schedule(self.setting(f"{name}.schedule") or 0)
             except ValidationError:
                 raise InputError(
                     f"{self.path / CONFIG}: {name}.schedule is not a list of stages or another schedule; restore the "
                     "trainer's own file"
                 ) from None
-        return found
+        return schedules
 
     @property
     def schedule(self) -> Schedule:
@@ -132,9 +139,8 @@ class Run:
     @property
     def other_terms(self) -> list[str]:
         """The further terms whose λ is not 0 throughout."""
-        steps = self.planned_steps or self.final_step
         others = syntactic_first({name: name for name in TERMS})[1]
-        return [name for name in others if not is_zero(self.schedules[name], steps)]
+        return [name for name in others if not is_zero(self.schedules[name], self.length)]
 
     @property
     def planned_steps(self) -> int | None:
@@ -143,47 +149,46 @@ class Run:
         return steps if isinstance(steps, int) else None
 
     @property
+    def length(self) -> int:
+        """The planned steps, or those done where no length is known."""
+        return self.planned_steps or self.final_step
+
+    @property
     def seed(self) -> int | None:
         """The seed, by which runs of different conditions are paired."""
         return self.setting("run.seed") if self.assigned_seed is None else self.assigned_seed
 
     def final(self, metric: Metric) -> float | None:
-        """The last value of a metric; of GLUE the mean over its tasks, without those that averages leave out (wnli)."""
+        """The last value of a metric; of GLUE the mean over its tasks."""
         if metric is GLUE:
-            means = [mean for task, mean in self.measured.glue.items() if task not in NOT_AVERAGED]
-            return float(np.mean(means)) if means else None
+            return float(np.mean(list(self.measured.glue.values()))) if self.measured.glue else None
         values = self.metric(metric).values
         return float(values[-1]) if len(values) else None
 
     @property
-    def _plateau(self) -> tuple[float, int] | None:
-        return None if self.other_terms else plateau(self.schedule, self.planned_steps or self.final_step)
+    def plateau(self) -> tuple[float, int] | None:
+        """(λ, step) where λ is constant from the start until that step and 0 from then on, else None."""
+        return None if self.other_terms else plateau(self.schedule, self.length)
 
     @property
     def constant_weight(self) -> float | None:
         """λ where it is the same at every step, else None."""
-        found = self._plateau
-        return found[0] if found and found[1] == (self.planned_steps or self.final_step) else None
-
-    @property
-    def released(self) -> tuple[float, int] | None:
-        """(λ, step) of a run whose λ is constant from the start until that step and 0 from then on, else None."""
-        return self._plateau if self.constant_weight is None else None
+        weight, until = self.plateau or (None, None)
+        return weight if until == self.length else None
 
     @property
     def role(self) -> str:
         """One of `ROLES`: the sweep's, or what the configuration amounts to."""
         if self.assigned_role is not None:
             return self.assigned_role
-        steps = self.planned_steps or self.final_step
-        return role(*syntactic_first(self.schedules), steps=steps, heads=self.setting("data.heads"))
+        return role(*syntactic_first(self.schedules), steps=self.length, heads=self.setting("data.heads"))
 
     @property
     def release_step(self) -> int | None:
         """When a run of role "release" lets λ go."""
-        if self.assigned_release is not None or not self.released:
+        if self.assigned_release is not None or self.plateau is None or self.constant_weight is not None:
             return self.assigned_release
-        return self.released[1]
+        return self.plateau[1]
 
     @property
     def is_base(self) -> bool:
@@ -196,19 +201,17 @@ class Run:
         edges = schedule.knots()
         grid = np.linspace(0, self.final_step, 200).astype(int).tolist()
         steps = sorted(s for s in {*grid, *edges, *(edge - 1 for edge in edges)} if 0 <= s <= self.final_step)
-        return Curve(np.array(steps, np.float64), np.array([schedule(s) for s in steps], np.float64))
+        return Curve.of([(step, schedule(step)) for step in steps])
 
     def describe_schedule(self) -> str:
         """λ in words, with the names of further terms."""
         others = [f"{name} {self.schedules[name].describe()}" for name in self.other_terms]
         own = self.schedule.describe()
-        return "; ".join([own, *others] if own != "0" or not others else others)
+        return "; ".join(others if own == "0" and others else [own, *others])
 
     def nested(self, key: str, *, first: bool = False) -> dict[str, Any]:
         """The dictionary `key` of the last evaluation that has it (`first`: of step 0); {} when there is none."""
-        records = [record for record in self.evaluations if isinstance(record.get(key), dict)]
-        if first:
-            records = [record for record in records if record["step"] == 0]
+        records = [r for r in self.evaluations if isinstance(r.get(key), dict) and (r["step"] == 0 or not first)]
         return records[-1][key] if records else {}
 
     @property

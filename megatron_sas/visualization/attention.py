@@ -1,13 +1,10 @@
-"""What a page shows of a model: best heads per relation, what they find in some sentences, attention of a few heads.
-
-L layers, H heads, W words. All that a page holds is plain JSON; attention is quantised to bytes and written in base64.
-"""
+"""What a page shows of a model: best heads per relation, what they find in some sentences, attention of a few heads."""
 
 from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +15,7 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.inspect.drawing import levels
 from megatron_sas.evaluation.sentence import word_maps
 from megatron_sas.evaluation.treebank import Sentence, TokenizedSentence, tokenize_words
-from megatron_sas.evaluation.uas import (
-    DIRECTIONS,
-    UNCOUNTED_RELATIONS,
-    TreebankTask,
-    predicted_heads,
-)
+from megatron_sas.evaluation.uas import DIRECTIONS, UNCOUNTED_RELATIONS, TreebankTask, predicted_heads
 from megatron_sas.model.base import MaskedLM
 
 MAX_ATTENTION_BYTES = 24 * 2**20  # of a page, in base64: a browser opens that at once, and mail programs still take it
@@ -45,46 +37,34 @@ class ModelView:
 def choose_sentences(
     sentences: Sequence[Sentence], tokenizer: PreTrainedTokenizerBase, max_length: int, limit: int
 ) -> tuple[list[Sentence], list[TokenizedSentence]]:
-    """The first `limit` sentences that can be shown, and the same cut into pieces.
+    """The first `limit` sentences that can be shown, and the same cut into tokens.
 
     They have an edge that counts and at most `max_length` tokens with [CLS] and [SEP]. Raises `InputError` when there
     is none.
     """
-    kept = [sentence for sentence in sentences if any(counts(sentence))]
-    pairs = [
-        (sentence, pieces)
-        for sentence, pieces in zip(kept, tokenize_words(kept, tokenizer), strict=True)
-        if len(pieces.ids) <= max_length
-    ][:limit]
+    kept = [sentence for sentence in sentences if shown_relations([sentence])]
+    pairs = zip(kept, tokenize_words(kept, tokenizer), strict=True)
+    pairs = [(sentence, tokens) for sentence, tokens in pairs if len(tokens.ids) <= max_length][:limit]
     if not pairs:
         raise InputError(
             f"--sentences: none of {len(sentences)} has an edge (root and punct do not count) and fits the model's "
             f"maximum of {max_length} tokens; give others"
         )
-    return [sentence for sentence, _ in pairs], [pieces for _, pieces in pairs]
+    return [sentence for sentence, _ in pairs], [tokens for _, tokens in pairs]
 
 
-def counts(sentence: Sentence) -> list[bool]:
-    """Whether each word has a head, by a relation that best heads are chosen for."""
+def counted_relations(sentence: Sentence) -> list[str | None]:
+    """Of each word, the relation that a best head is chosen for: without subtype; None where UAS does not count it."""
+    names = [deprel.split(":")[0] for deprel in sentence.deprels]
     return [
-        head >= 0 and base_relation(relation).lower() not in UNCOUNTED_RELATIONS
-        for head, relation in zip(sentence.heads, sentence.deprels, strict=True)
+        name if head >= 0 and name.lower() not in UNCOUNTED_RELATIONS else None
+        for head, name in zip(sentence.heads, names, strict=True)
     ]
-
-
-def base_relation(relation: str) -> str:
-    """A relation without its subtype, as best heads are chosen for it."""
-    return relation.split(":")[0]
 
 
 def shown_relations(sentences: Sequence[Sentence]) -> Counter[str]:
     """How many edges that count the sentences have by each relation."""
-    return Counter(
-        base_relation(relation)
-        for sentence in sentences
-        for relation, is_counted in zip(sentence.deprels, counts(sentence), strict=True)
-        if is_counted
-    )
+    return Counter(name for sentence in sentences for name in counted_relations(sentence) if name is not None)
 
 
 def serving_heads(sentences: Sequence[Sentence], relations: dict[str, dict[str, Any]], most: int) -> list[Place]:
@@ -109,7 +89,7 @@ def view(
     model: MaskedLM,
     task: TreebankTask,
     sentences: Sequence[Sentence],
-    pieces: Sequence[TokenizedSentence],
+    tokenized: Sequence[TokenizedSentence],
     heads: Sequence[Place] | None,
     max_heads: int,
     batch_tokens: int,
@@ -117,14 +97,13 @@ def view(
     """One model's part of a page, and the heads whose attention it holds: `heads`, or those that serve this model."""
     result = task.evaluate(model, batch_tokens=batch_tokens)
     relations = result["relations"]
-    if heads is None:
-        heads = serving_heads(sentences, relations, max_heads)
+    heads = serving_heads(sentences, relations, max_heads) if heads is None else list(heads)
     predictions, attention = [], []
-    for sentence, tokenized in zip(sentences, pieces, strict=True):
-        maps = word_maps(model, tokenized)
+    for sentence, tokens in zip(sentences, tokenized, strict=True):
+        maps = word_maps(model, tokens)
         predictions.append(predict(sentence, maps, relations))
         attention.append(quantise(maps, heads))
-    return ModelView(result["uas"], result["uas_baseline"], relations, predictions, attention), list(heads)
+    return ModelView(result["uas"], result["uas_baseline"], relations, predictions, attention), heads
 
 
 def predict(sentence: Sentence, maps: torch.Tensor, relations: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
@@ -136,9 +115,9 @@ def predict(sentence: Sentence, maps: torch.Tensor, relations: dict[str, dict[st
     num_words = len(sentence.words)
     predicted = predicted_heads(maps, torch.eye(num_words, dtype=torch.bool))
     head, weight = [-1] * num_words, [0] * num_words
-    for word, is_counted in enumerate(counts(sentence)):
-        best = relations.get(base_relation(sentence.deprels[word]))
-        if not is_counted or best is None:
+    for word, name in enumerate(counted_relations(sentence)):
+        best = relations.get(name)
+        if best is None:
             continue
         direction = DIRECTIONS.index(best["direction"])
         layer, number = best["layer"], best["head"]
@@ -148,9 +127,8 @@ def predict(sentence: Sentence, maps: torch.Tensor, relations: dict[str, dict[st
     return {"head": head, "weight": weight, "level": word_levels(head)}
 
 
-def word_levels(heads: Iterable[int]) -> list[int]:
+def word_levels(heads: Sequence[int]) -> list[int]:
     """Heights at which arcs from `heads` (-1: none) to their words do not hide each other; 0 where there is none."""
-    heads = list(heads)
     edges = [(word, head, "") for word, head in enumerate(heads) if head >= 0]
     result = [0] * len(heads)
     for (word, _, _), level in zip(edges, levels(edges), strict=True):
@@ -159,7 +137,7 @@ def word_levels(heads: Iterable[int]) -> list[int]:
 
 
 def quantise(maps: torch.Tensor, heads: Sequence[Place]) -> str:
-    """Attention of some heads as base64 of uint8 (heads, W, W + 1), in 255ths.
+    """Attention maps (layers, heads, W, W) over W words, of some heads: base64 of uint8 (heads, W, W + 1), in 255ths.
 
     Row i is what word i attends to; the last column what it gives to [CLS] and [SEP].
     """

@@ -9,12 +9,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, StrictUndefined
+
 from megatron_sas.evaluation.treebank import Sentence
 from megatron_sas.report.load import load_run
-from megatron_sas.report.trajectories import METRICS, Run
+from megatron_sas.report.trajectories import METRICS, Curve, Run
 from megatron_sas.run.directory import RunDirectory
 from megatron_sas.run.records import read_records
-from megatron_sas.visualization.attention import ModelView, Place, base_relation, counts, shown_relations, word_levels
+from megatron_sas.visualization.attention import ModelView, Place, counted_relations, shown_relations, word_levels
 
 
 def page_data(
@@ -36,7 +38,8 @@ def page_data(
     and sentences come from; `run` adds the curves that were recorded while training.
     """
     shown = shown_relations(sentences)
-    relations = [name for name in views[-1].relations if name in shown]
+    last = views[-1].relations
+    relations = [name for name in last if name in shown]
     return {
         "title": title,
         "sources": sources,
@@ -51,9 +54,9 @@ def page_data(
         "relations": [
             {
                 "name": name,
-                "edges": views[-1].relations[name]["count"],
-                "baseline": round(views[-1].relations[name]["baseline"], 3),
-                "offset": views[-1].relations[name]["baseline_offset"],
+                "edges": last[name]["count"],
+                "baseline": round(last[name]["baseline"], 3),
+                "offset": last[name]["baseline_offset"],
                 "best": [
                     [row["layer"], row["head"], row["direction"], round(row["accuracy"], 3)]
                     for row in (view.relations[name] for view in views)
@@ -61,7 +64,7 @@ def page_data(
             }
             for name in relations
         ],
-        "missing": sorted(name for name in shown if name not in views[-1].relations),
+        "missing": sorted(shown.keys() - last.keys()),
         "heads": [list(place) for place in heads],
         "predictions": [view.predictions for view in views],
         "attention": [view.attention for view in views],
@@ -71,15 +74,13 @@ def page_data(
 def _sentence(sentence: Sentence, relations: Sequence[str]) -> dict[str, Any]:
     """`relation[i]`: the number of the relation that word i's best head is chosen for, -1 where there is none."""
     numbers = {name: number for number, name in enumerate(relations)}
+    counted = counted_relations(sentence)
     return {
         "words": list(sentence.words),
         "heads": list(sentence.heads),
         "relns": list(sentence.deprels),
-        "relation": [
-            numbers.get(base_relation(relation), -1) if is_counted else -1
-            for relation, is_counted in zip(sentence.deprels, counts(sentence), strict=True)
-        ],
-        "counts": counts(sentence),
+        "relation": [numbers.get(name, -1) for name in counted],
+        "counts": [name is not None for name in counted],
         "level": word_levels(sentence.heads),
     }
 
@@ -92,27 +93,20 @@ def find_run(path: Path) -> Run | None:
     return load_run(path.resolve(), path.resolve().name)
 
 
-def recorded_curves(run: Run | None) -> dict[str, Any]:
+def recorded_curves(run: Run | None) -> dict[str, list[list[float]]]:
     """Loss, UAS and BLiMP as lists of [step, value], empty where nothing was recorded."""
-    curves = {metric.name: [] for metric in METRICS}
-    if run is not None:
-        for metric in METRICS:
-            curve = run.metric(metric)
-            curves[metric.name] = [[int(s), round(float(v), 5)] for s, v in zip(curve.steps, curve.values, strict=True)]
-    return curves
+    curves = {metric.name: run.metric(metric) if run else Curve.of([]) for metric in METRICS}
+    return {
+        name: [[int(step), round(float(value), 5)] for step, value in zip(curve.steps, curve.values, strict=True)]
+        for name, curve in curves.items()
+    }
 
 
 def render(data: dict[str, Any]) -> str:
     """The page. Texts of the data reach the document as text only: script and style come from files of this package."""
     package = files("megatron_sas.visualization")
+    page, style, script = ((package / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
     # "<" would end the script element early (</script>) or open a comment (<!--) in it; in JSON it may be escaped.
     content = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    page = (package / "page.html").read_text(encoding="utf-8")
-    parts = {
-        "title": html.escape(data["title"]),
-        "style": (package / "page.css").read_text(encoding="utf-8"),
-        "script": (package / "page.js").read_text(encoding="utf-8"),
-        "data": content,
-    }
-    before, *rest = page.split("{{")
-    return before + "".join(parts[name] + after for name, after in (part.split("}}", 1) for part in rest))
+    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(page)
+    return template.render(title=html.escape(data["title"]), style=style, script=script, data=content)

@@ -34,16 +34,11 @@ def load_sentences(path: str | Path, parser: str | None) -> Treebank:
         raise InputError(
             f"{path}: is text without trees; give --parser {predictor_usage()}, or a .conllu, .jsonl or .json file"
         )
-    return parse_text(path, parser)
-
-
-def parse_text(path: Path, parser: str) -> Treebank:
-    """All sentences of a text file with the trees that the parser gives them."""
     check_predicts(parser)
     describe_parser(parser)
     texts = [unit.content for unit in read_units([str(path)], Reading())]
     names = RelationNames()
-    parses = make_parser(parser).parse(texts, [None] * len(texts), names)  # only `none` looks at word pieces
+    parses = make_parser(parser).parse(texts, [None] * len(texts), names)  # only `none` looks at sub-words
     return Treebank(
         sentence for text, parse in zip(texts, parses, strict=True) for sentence in _sentences(text, parse, names.names)
     )

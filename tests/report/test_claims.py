@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from simulated_sweeps import CONDITIONS, simulate
 
-from megatron_sas.report.analyse import answer_claims
-from megatron_sas.report.claims import NOT_SHOWN, NOT_TESTABLE, OPPOSITE, SHOWN, Claim, Part
+from megatron_sas.report.claims import NOT_SHOWN, NOT_TESTABLE, OPPOSITE, SHOWN, Claim, Part, answer_claims
 from megatron_sas.report.comparisons import summarize
 from megatron_sas.report.run_onsets import find_onsets, mean_distance, order_of
 from megatron_sas.report.trajectories import METRICS
@@ -35,6 +34,8 @@ def verdicts(claim):
 def test_known_effects_are_shown():
     claims = answer(simulate(np.random.default_rng(0), EFFECTS, seeds=range(5), twonn=3.0))
     assert [claim.verdict for claim in claims[:3]] == [SHOWN] * 3 and claims[4].verdict == SHOWN
+    assert [len(claim.parts) for claim in claims] == [2, 3, 3, 3, 1]
+    assert not any("{" in part.rule + part.missing for claim in claims for part in claim.parts)
     assert verdicts(claims[2]) == [SHOWN, SHOWN, SHOWN]
     assert verdicts(claims[3]) == [SHOWN, SHOWN, NOT_SHOWN]  # the suppressed run breaks when the base does
     assert claims[3].verdict == NOT_SHOWN

@@ -11,7 +11,7 @@ from megatron_sas.report.load import load_runs
 from megatron_sas.report.run_onsets import default_delta, find_onsets
 
 
-def analyse(runs, delta=90):
+def Analysis(runs, delta=90):
     onsets, found = find_onsets(runs, delta), summarize(runs)
     return onsets, found, [finding.text for finding in narrate(found, onsets, [])]
 
@@ -28,12 +28,12 @@ def paths(tmp_path_factory):
 
 def test_single_runs(paths):
     runs = load_runs([paths / "base-1", paths / "minus-1"])
-    onsets, found, sentences = analyse(runs)
-    base = onsets[str(runs[0].path)]
+    onsets, found, sentences = Analysis(runs)
+    base = onsets[runs[0].path]
     assert abs(base["uas"].strongest.step - 400) <= 25 and base["uas"].strongest.detected
     assert abs(base["loss"].strongest.step - 400) <= 25 and base["loss"].strongest.detected
     assert abs(base["blimp"].strongest.step - 460) <= 25 and base["blimp"].strongest.detected
-    assert not onsets[str(runs[1].path)]["uas"].strongest.detected
+    assert not onsets[runs[1].path]["uas"].strongest.detected
     first, second, difference = sentences
     assert f"UAS breaks upward at step {base['uas'].strongest.step:.0f} (a fit of straight pieces breaks" in first
     assert "Structure (UAS) breaks" in first and "before capability" in first
@@ -47,7 +47,7 @@ def test_single_runs(paths):
 def test_several_seeds(paths):
     names = ["base", "minus"]
     runs = load_runs([paths / f"{n}-{s}" for n in names for s in range(3)], [n for n in names for _ in range(3)])
-    _, found, sentences = analyse(runs)
+    _, found, sentences = Analysis(runs)
     base, minus = found
     finals = [run.curve("uas").values[-1] for run in runs]
     assert base.final["uas"].mean == pytest.approx(statistics.mean(finals[:3]))
@@ -67,11 +67,11 @@ def test_no_difference_is_said_to_be_none(paths):
     runs = load_runs([paths / f"base-{s}" for s in range(3)])
     for run in runs[1:]:
         run.config["sas"]["schedule"] = [{"start": 0, "value": 0.001}]
-    _, _, sentences = analyse([runs[0], *runs[1:]])
+    _, _, sentences = Analysis([runs[0], *runs[1:]])
     assert len([s for s in sentences if s.startswith("Compared")]) == 2
     twin = load_runs([paths / "base-0"], ["twin"])[0]
     twin.config["sas"]["schedule"] = [{"start": 0, "value": 0.001}]
-    _, _, sentences = analyse([runs[0], twin])
+    _, _, sentences = Analysis([runs[0], twin])
     assert sentences[-1] == "Compared with the base (λ = 0), twin ends with MLM loss equal, BLiMP equal and UAS equal."
 
 
@@ -107,7 +107,7 @@ def test_repetitions_with_one_seed_are_told(paths):
 
 def test_too_short_to_tell(tmp_path):
     run = write_run(tmp_path / "short", steps=50)
-    _, _, (sentence,) = analyse(load_runs([run]))
+    _, _, (sentence,) = Analysis(load_runs([run]))
     assert sentence.count("shows no break") == 3 and "less than two windows" in sentence
 
 
@@ -115,7 +115,7 @@ def test_simultaneous_breaks_have_no_order(paths):
     (run,) = load_runs([paths / "base-0"])
     for record in run.evaluations:
         record["blimp"] = record["uas"]
-    _, _, (sentence,) = analyse([run])
+    _, _, (sentence,) = Analysis([run])
     assert "their order cannot be told" in sentence
 
 
@@ -137,7 +137,7 @@ def test_controls_are_compared_at_the_same_weight(tmp_path):
             labels.append(label)
     runs = load_runs(paths, labels)
     found, onsets = summarize(runs), find_onsets(runs, 90)
-    comparisons = compare_to_controls(found, runs)
+    comparisons = compare_to_controls(found)
     sentences = [finding.text for finding in narrate(found, onsets, comparisons)]
     (beside,) = [s for s in sentences if s.startswith("Compared with permuted (the same λ), minus ends with ")]
     blimp = next(c for c in comparisons if c.metric.name == "blimp")

@@ -12,9 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.lines import Line2D
 from synthetic_runs import FIELDS, RELATIONS, write_run
 
-from megatron_sas.report.analyse import analyse
+from megatron_sas.report.analyse import Analysis
 from megatron_sas.report.comparisons import summarize
-from megatron_sas.report.figures.style import draw_legend, finish_grid, label_styles, new_figure
+from megatron_sas.report.figures.style import draw_legend, finish_grid, new_figure, styled
 from megatron_sas.report.figures.trajectories import draw
 from megatron_sas.report.load import load_runs
 from megatron_sas.report.report import write_analysis
@@ -58,7 +58,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def output(runs, tmp_path_factory):
     directory = tmp_path_factory.mktemp("out")
-    write_analysis(analyse(runs, 90), directory)
+    write_analysis(Analysis(runs, 90), directory)
     return directory
 
 
@@ -81,7 +81,7 @@ def test_onsets_json(runs, output):
     for run, entry in zip(runs, content["runs"], strict=True):
         assert entry["lambda"] == run.describe_schedule()
         for metric in METRICS:
-            onset = onsets[str(run.path)][metric.name]
+            onset = onsets[run.path][metric.name]
             assert entry[metric.name]["break"]["step"] == onset.strongest.step
             assert entry[metric.name]["change_point"]["low"] == onset.change.low
 
@@ -118,14 +118,14 @@ def test_page_is_whole_and_self_contained(runs, output):
 def test_names_cannot_break_the_page_or_the_figure(tmp_path, runs):
     labels = ["_hidden <b>$x^", "_hidden <b>$x^", "a|b & {{ 1 }}"]
     renamed = load_runs([run.path for run in runs], labels)
-    write_analysis(analyse(renamed, 90), tmp_path, "log")
+    write_analysis(Analysis(renamed, 90), tmp_path, "log")
     page = Page((tmp_path / "report.html").read_text())
     assert "_hidden <b>$x^" in page.text and "a|b & {{ 1 }}" in page.text
     assert "a\\|b" in (tmp_path / "table.md").read_text()
 
 
 def test_same_runs_give_the_same_bytes(tmp_path, runs, output):
-    write_analysis(analyse(runs, 90), tmp_path)
+    write_analysis(Analysis(runs, 90), tmp_path)
     files = [path.relative_to(output) for path in output.rglob("*.*") if path.suffix not in (".svg", ".html")]
     assert len(files) == 11  # matplotlib's SVG, which the page contains, holds arbitrary names
     for path in files:
@@ -142,7 +142,7 @@ def test_what_is_missing_is_left_out(tmp_path, case):
         (run / "config.yaml").write_text("run: {}\n")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        write_analysis(analyse(load_runs([run]), 30), tmp_path)
+        write_analysis(Analysis(load_runs([run]), 30), tmp_path)
     page = Page((tmp_path / "report.html").read_text())
     assert ("Grammar by field" in page.text) == (case in ("one evaluation", "step 0 only"))
     assert ("Syntax by relation" in page.text) == (case != "bare")
@@ -151,37 +151,36 @@ def test_what_is_missing_is_left_out(tmp_path, case):
 
 def test_figure_panels_and_marks(runs):
     onsets = find_onsets(runs, 90)
-    figure = draw(runs, onsets)
+    figure = draw(summarize(runs), onsets)
     weight, loss, uas, blimp = figure.axes
     assert [axis.get_ylabel() for axis in figure.axes] == ["λ", "MLM loss", "UAS", "BLiMP"]
-    base_steps = [onsets[str(run.path)]["uas"].strongest.step for run in runs[:2]]
+    base_steps = [onsets[run.path]["uas"].strongest.step for run in runs[:2]]
     dashed = [line for line in uas.lines if len(line.get_xdata()) == 2 and line.get_xdata()[0] == line.get_xdata()[1]]
     assert [line.get_xdata()[0] for line in dashed] == [sum(base_steps) / 2]  # the suppressed run has no clear break
     drawn = [list(line.get_xdata()) for line in uas.lines]
     for step in base_steps:
         assert [step] in drawn
-    change = [list(onsets[str(run.path)]["uas"].change_interval) for run in runs[:2]]
+    change = [list(onsets[run.path]["uas"].change.interval) for run in runs[:2]]
     assert not any(interval in drawn for interval in change)  # whiskers are the bend's, over items; here are none
-    assert len(draw(runs[:1], onsets).axes) == 3
-    assert draw(runs, onsets, "log").axes[-1].get_xscale() == "symlog"
+    assert len(draw(summarize(runs[:1]), onsets).axes) == 3
+    assert draw(summarize(runs), onsets, "log").axes[-1].get_xscale() == "symlog"
     assert loss.get_xlim() == weight.get_xlim() == blimp.get_xlim() == (0, 900)
 
 
 def test_many_conditions_stay_distinct(runs):
     many = load_runs([runs[0].path])
     many = [type(many[0])(**{**vars(many[0]), "label": f"c{i}"}) for i in range(20)]
-    styles = label_styles(many)
-    assert len(set(styles.values())) == 20
+    assert len({(colour, dash) for _, colour, dash in styled(summarize(many))}) == 20
 
 
 def test_relations_and_fields_are_means_over_runs(runs):
     found = summarize(runs)
-    rows = {row["relation"]: row for row in relation_rows(found)}
+    rows = {row["name"]: row for row in relation_rows(found)}
     assert list(rows) == sorted(RELATIONS, key=lambda name: -RELATIONS[name])
     expected = [run.evaluations[-1]["uas_relations"]["obj"]["accuracy"] for run in runs[:2]]
     assert rows["obj"]["cells"][0]["final"] == pytest.approx(sum(expected) / 2)
     assert rows["det"]["offset"] == "−1" and rows["nsubj"]["offset"] == "+1"
-    fields = {row["name"]: row for row in breakdown_rows(found, "blimp_fields")}
+    fields = {row["name"]: row for row in breakdown_rows(found, "field")}
     expected = [run.evaluations[0]["blimp_fields"]["determiner_noun"] for run in runs[:2]]
     assert fields["determiner noun"]["cells"][0]["untrained"] == pytest.approx(sum(expected) / 2)
 

@@ -8,7 +8,7 @@ from browser import open_page, overflow
 from synthetic_runs import write_glue, write_run, write_sweep
 from trajectory_files import write_trajectory
 
-from megatron_sas.report.analyse import analyse
+from megatron_sas.report.analyse import Analysis
 from megatron_sas.report.figures.heads import draw_heads, half_way
 from megatron_sas.report.figures.style import mean_curve
 from megatron_sas.report.load import read_inputs
@@ -37,7 +37,7 @@ def analysis(tmp_path_factory):
                 write_glue(run, cola=0.1 * seed)
     write_sweep(root, dict.fromkeys(CONDITIONS), seeds=(1, 2))
     runs, notes = read_inputs([root])
-    return analyse(runs, 100, replicates=50, notes=notes)
+    return Analysis(runs, 100, replicates=50, notes=notes)
 
 
 @pytest.fixture(scope="module")

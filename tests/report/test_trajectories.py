@@ -9,6 +9,7 @@ import yaml
 from synthetic_runs import write_run
 
 from megatron_sas.core.cli import InputError
+from megatron_sas.report.comparisons import summarize
 from megatron_sas.report.figures.trajectories import draw
 from megatron_sas.report.load import load_runs
 from megatron_sas.report.trajectories import METRICS, group_by_condition
@@ -88,11 +89,11 @@ def test_a_run_with_another_term_is_other_and_names_it(runs, tmp_path):
     path = tmp_path / "two" / "config.yaml"
     path.write_text(path.read_text() + "offset: {schedule: {kind: cosine, value: 0.5, decay_horizon: 300}}\n")
     (run,) = load_runs([tmp_path / "two"])
-    assert (run.role, run.constant_weight, run.released, run.is_base) == ("other", None, None, False)
+    assert (run.role, run.constant_weight, run.release_step, run.is_base) == ("other", None, None, False)
     words = "0.015 in steps 0 to 200, then 0; offset 0.5, linear warm-up over 0 updates, half a cosine down to 0"
     assert run.describe_schedule().startswith(words)
     assert run.weight("offset").values[0] == 0.5 and run.weight("sas").values[0] == 0.015
-    figure = draw([run], {str(run.path): {}})
+    figure = draw(summarize([run]), {run.path: {}})
     assert [axis.get_ylabel() for axis in figure.axes][:2] == ["λ", "λ offset"]
     path.write_text(path.read_text().replace("cosine", "wave"))
     with pytest.raises(InputError, match=r"offset\.schedule is not a list of stages or another schedule"):

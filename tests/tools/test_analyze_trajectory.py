@@ -13,31 +13,30 @@ from synthetic_runs import write_run  # noqa: E402
 from tool_calls import exit_code  # noqa: E402
 
 
-def run_tool(*arguments):
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd="/")
-
-
 @pytest.fixture(scope="module")
 def run_dirs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     return [write_run(root / "base"), write_run(root / "minus", weight=0.015, uas_gain=0.0)]
 
 
-def test_two_runs(run_dirs, tmp_path):
+def test_two_runs(run_dirs, tmp_path, capsys):
     output = tmp_path / "out"
-    result = run_tool(*run_dirs, "--output", output, "--labels", "base", "SAS-", "--delta", "75", "--x-scale", "log")
+    arguments = [*run_dirs, "--output", output, "--labels", "base", "SAS-", "--delta", "75", "--x-scale", "log"]
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd="/")
     assert (result.returncode, result.stderr) == (0, "")
     assert "In base, MLM loss breaks downward at step" in result.stdout
     assert "Compared with the base (λ = 0), SAS- ends with" in result.stdout
     assert "Δ =\n75 steps" in (output / "report.html").read_text()
 
-    again = run_tool(*run_dirs, "--output", output)
-    assert again.returncode == 2 and again.stderr.startswith("error: ") and "--overwrite" in again.stderr
+    assert exit_code("analyze_trajectory", *run_dirs, "--output", output) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "--overwrite" in error
     (output / "stale").touch()
-    assert run_tool(*run_dirs, "--output", output, "--overwrite").returncode == 0
-    assert not (output / "stale").exists() and (output / "report.html").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    short = write_run(tmp_path / "short", steps=10)
+    assert exit_code("analyze_trajectory", short, "--output", output, "--overwrite") == 0
+    assert not (output / "stale").exists() and "short" in (output / "report.html").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "short"}
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(run_dirs, tmp_path, capsys):
@@ -58,6 +57,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run_dirs, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
-def test_help_explains():
-    text = run_tool("--help").stdout
+def test_help_explains(capsys):
+    assert exit_code("analyze_trajectory", "--help") == 0
+    text = capsys.readouterr().out
     assert "report.html" in text and "--labels" in text and "onsets.json" in text

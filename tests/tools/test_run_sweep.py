@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import runpy
 import signal
@@ -9,11 +11,13 @@ import subprocess
 import sys
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import psutil
 import pytest
 from child_processes import is_alive
-from engine_runs import LAUNCHER_VARIABLES, ROOT, launch, records, train, weights, write_inputs
+from engine_runs import LAUNCHER_VARIABLES, ROOT, records, train, weights, write_inputs
+from tool_calls import exit_code
 
 from megatron_sas.core.directory_lock import DirectoryLock
 
@@ -32,11 +36,22 @@ def sweep(tmp_path_factory):
     return path
 
 
+def run_sweep(*arguments, expect=0):
+    """What the command prints, run in this process; the trainers that it starts are processes of their own."""
+    clean = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    printed = io.StringIO()
+    environment = mock.patch.dict(os.environ, clean | {"OMP_NUM_THREADS": "1"}, clear=True)
+    with environment, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = exit_code("run_sweep", *arguments)
+    assert code == expect, f"exit code {code}\n{printed.getvalue()}"
+    return printed.getvalue()
+
+
 @pytest.fixture(scope="module")
 def done(sweep):
     """The sweep made once: its directory and what was printed."""
     runs = sweep.parent / "runs"
-    return runs, launch(TOOL, sweep, "--output", runs, "--jobs", "2")
+    return runs, run_sweep(sweep, "--output", runs, "--jobs", "2")
 
 
 @pytest.mark.slow
@@ -46,7 +61,7 @@ def test_runs_a_table_and_nothing_twice(sweep, done):
     assert "minus      1/1" in output and "release    1/1" in output  # the table
     kept = [path for path in runs.rglob("*") if path.is_file() and path.suffix != ".json" and path.name != ".lock"]
     before = {path: path.stat().st_mtime_ns for path in kept}
-    again = launch(TOOL, sweep, "--output", runs)
+    again = run_sweep(sweep, "--output", runs)
     assert "minus      1/1" in again
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
@@ -64,7 +79,7 @@ def test_a_branch_is_the_run_with_that_schedule(sweep, done, tmp_path):
 
 @pytest.mark.slow
 def test_a_failure_is_named_and_takes_its_branches_along(sweep, tmp_path):
-    output = launch(TOOL, sweep, "--output", tmp_path / "runs", "--data.heads=absent", expect=1)
+    output = run_sweep(sweep, "--output", tmp_path / "runs", "--data.heads=absent", expect=1)
     assert "minus/seed-1: failed with exit code 2 (error: " in output and "heads-absent" in output
     assert f"see {tmp_path / 'runs' / 'logs' / 'minus-seed-1.log'}" in output
     assert "release/seed-1: not started, because minus/seed-1 failed" in output
@@ -98,31 +113,31 @@ def test_only_the_last_attempt_tells_why_a_run_failed(tmp_path):
 def test_stopped_and_continued(sweep, tmp_path):
     """Continued by the same command, the run's records and weights are those of a run that was never stopped."""
     runs = tmp_path / "runs"
-    command = [TOOL, sweep, "--output", runs, "--train.steps=200", "--train.decay_horizon=1000"]
-    command += ["--checkpoint.every=200", "--checkpoint.at=[3]", "--evaluation.every=50"]
-    process = start(*command)
+    command = [sweep, "--output", runs, "--train.steps=60", "--train.decay_horizon=1000"]
+    command += ["--checkpoint.every=60", "--checkpoint.at=[3]", "--evaluation.every=20"]
+    process = start(TOOL, *command)
     metrics = runs / "minus" / "seed-1" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and '"step": 5' in metrics.read_text(), process)
     process.send_signal(signal.SIGTERM)
     assert "the same command continues" in process.communicate(timeout=60)[1]
     assert process.returncode == 1
     stopped = max(records(metrics.parent))
-    assert 5 <= stopped < 200
-    assert f"{stopped} of 200 updates" in launch(*command, "--list")
-    assert launch(*command).count("finished") == 2
+    assert 5 <= stopped < 60
+    assert f"{stopped} of 60 updates" in run_sweep(*command, "--list")
+    assert run_sweep(*command).count("finished") == 2
     whole = tmp_path / "whole"
-    overrides = {"train.steps": 200, "train.decay_horizon": 1000, "checkpoint.every": 200, "evaluation.every": 50}
+    overrides = {"train.steps": 60, "train.decay_horizon": 1000, "checkpoint.every": 60, "evaluation.every": 20}
     train(sweep.parent / "config.yaml", whole, {**overrides, "run.seed": 1, "sas.schedule": 0.1})
     for kind in ("train", "evaluation"):
         assert records(metrics.parent, kind) == records(whole, kind)
-    expected = weights(whole, 200)
-    assert all(tensor.equal(expected[name]) for name, tensor in weights(metrics.parent, 200).items())
+    expected = weights(whole, 60)
+    assert all(tensor.equal(expected[name]) for name, tensor in weights(metrics.parent, 60).items())
 
 
 def test_a_second_command_at_the_same_time_is_refused(sweep, tmp_path):
     lock = DirectoryLock(tmp_path / "runs", "")
     lock.take()
-    output = launch(TOOL, sweep, "--output", tmp_path / "runs", expect=2)
+    output = run_sweep(sweep, "--output", tmp_path / "runs", expect=2)
     assert f"process {os.getpid()} on " in output and "choose another --output" in output
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [".lock"]
     lock.close()

@@ -11,36 +11,37 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from megatron_sas.evaluation.uas import RELATIONS
-from megatron_sas.report.comparisons import Condition
-from megatron_sas.report.figures.style import STYLE, finish_grid, mean_curve, new_figure, plain
+from megatron_sas.report.comparisons import Condition, runs_of
+from megatron_sas.report.figures.style import STYLE, finish_grid, grid_shape, mean_curve, new_figure, plain
 from megatron_sas.report.trajectories import Curve, Run
 
+without_grid = mpl.rc_context({**STYLE, "axes.grid": False})
 MAX_RELATIONS = 14
 MAP = "viridis"
 DIRECTIONS = ("dep→head", "head→dep")
 
 
+@without_grid
 def draw_relations(conditions: Sequence[Condition]) -> Figure | None:
     """Accuracy of the best head per relation over steps, a panel per condition, mean over its runs."""
-    names = frequent_relations([run for condition in conditions for run in condition.runs])
+    names = frequent_relations(runs_of(conditions))
     panels = [(c.label, [_mean_relation(c.runs, name) for name in names]) for c in conditions]
     panels = [(label, curves) for label, curves in panels if any(len(curve) > 1 for curve in curves)]
     if not panels:
         return None
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    with mpl.rc_context({**STYLE, "axes.grid": False}):
-        figure = new_figure(3.6 * columns + 1.4, rows * (0.24 * len(names) + 0.8) + 0.3)
-        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for axis, (label, curves) in zip(axes.flat, panels, strict=False):
-            mesh = _heat(axis, curves)
-            axis.set_title(plain(label), fontsize=10)
-        finish_grid(axes, len(panels))
-        axes[0, 0].set_yticks(np.arange(len(names)), names)
-        figure.colorbar(mesh, ax=axes, label="accuracy of the best head", shrink=0.8)
+    rows, columns = grid_shape(len(panels))
+    figure = new_figure(3.6 * columns + 1.4, rows * (0.24 * len(names) + 0.8) + 0.3)
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axis, (label, curves) in zip(axes.flat, panels, strict=False):
+        mesh = _heat(axis, curves)
+        axis.set_title(plain(label), fontsize=10)
+    finish_grid(axes, len(panels))
+    axes[0, 0].set_yticks(np.arange(len(names)), names)
+    figure.colorbar(mesh, ax=axes, label="accuracy of the best head", shrink=0.8)
     return figure
 
 
+@without_grid
 def draw_heads(runs: Sequence[Run]) -> Figure | None:
     """Of one run: the heads that end best, one per relation, over steps; a dot where half of the rise is done.
 
@@ -49,28 +50,27 @@ def draw_heads(runs: Sequence[Run]) -> Figure | None:
     run = next((run for run in runs if len(run.measured.head_counts) > 1), None)
     if run is None:
         return None
-    counts, edges = run.measured.head_counts, run.measured.edge_counts
-    steps = np.array(sorted(counts), np.float64)
-    order = np.argsort(-edges, kind="stable")[:MAX_RELATIONS]
+    edges = run.measured.edge_counts
+    steps = sorted(run.measured.head_counts)
+    counts = np.stack([run.measured.head_counts[step] for step in steps])  # (points, R, 2, L, H)
     labels, curves = [], []
-    for relation in order:
-        final = counts[int(steps[-1])][relation]
+    for relation in np.argsort(-edges, kind="stable")[:MAX_RELATIONS]:
+        final = counts[-1, relation]
         direction, layer, head = np.unravel_index(final.argmax(), final.shape)
-        values = [counts[int(step)][relation, direction, layer, head] / edges[relation] for step in steps]
         labels.append(f"{run.measured.relations[relation]}  L{layer} H{head} {DIRECTIONS[direction]}")
-        curves.append(Curve(steps, np.array(values, np.float64)))
-    with mpl.rc_context({**STYLE, "axes.grid": False}):
-        figure = new_figure(9.5, 0.27 * len(curves) + 1.1)
-        axis = figure.subplots()
-        mesh = _heat(axis, curves)
-        for rank, curve in enumerate(curves):
-            half = half_way(curve)
-            if half is not None:
-                axis.plot(half, rank, "o", color="white", markeredgecolor="black", markersize=5)
-        axis.set_yticks(np.arange(len(labels)), labels)
-        axis.set_xlabel("training step")
-        axis.set_title(plain(f"{run.label}, {run.name}"), fontsize=10)
-        figure.colorbar(mesh, ax=axis, label="accuracy of this head")
+        accuracy = counts[:, relation, direction, layer, head] / edges[relation]
+        curves.append(Curve(np.array(steps, np.float64), accuracy))
+    figure = new_figure(9.5, 0.27 * len(curves) + 1.1)
+    axis = figure.subplots()
+    mesh = _heat(axis, curves)
+    for rank, curve in enumerate(curves):
+        half = half_way(curve)
+        if half is not None:
+            axis.plot(half, rank, "o", color="white", markeredgecolor="black", markersize=5)
+    axis.set_yticks(np.arange(len(labels)), labels)
+    axis.set_xlabel("training step")
+    axis.set_title(plain(f"{run.label}, {run.name}"), fontsize=10)
+    figure.colorbar(mesh, ax=axis, label="accuracy of this head")
     return figure
 
 
@@ -94,9 +94,9 @@ def _mean_relation(runs: Sequence[Run], name: str) -> Curve:
     curves = []
     for run in runs:
         records = [(r["step"], (r.get(RELATIONS.key) or {}).get(name, {}).get("accuracy")) for r in run.evaluations]
-        known = np.array([(step, value) for step, value in records if value is not None], np.float64).reshape(-1, 2)
-        curves += [Curve(*known.T)] if len(known) else []
-    return mean_curve(curves) if curves else Curve(np.zeros(0), np.zeros(0))
+        curves.append(Curve.of([(step, value) for step, value in records if value is not None]))
+    curves = [curve for curve in curves if len(curve)]
+    return mean_curve(curves) if curves else Curve.of([])
 
 
 def _heat(axis: Axes, curves: Sequence[Curve]) -> QuadMesh:

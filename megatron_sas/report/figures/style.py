@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import ScalarFormatter
 
-from megatron_sas.report.trajectories import Curve, Run, group_by_condition
+from megatron_sas.report.comparisons import Condition, runs_of
+from megatron_sas.report.trajectories import Curve, Run
 
 # Okabe and Ito's palette, which people with any of the common colour-vision deficiencies can tell apart.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -34,24 +35,42 @@ STYLE = {
     "xtick.color": "#5b636b",
     "ytick.color": "#5b636b",
 }
+applied = mpl.rc_context(STYLE)
+"""Decorates functions that draw: with `STYLE`."""
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure in inches; draw within `mpl.rc_context(STYLE)`."""
+    """An empty figure in inches; draw with STYLE `applied`."""
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
+@applied
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG or SVG, by the path's suffix, without the time of writing in it."""
-    with mpl.rc_context(STYLE):
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
 
 
-def condition_lines(styles: dict[str, tuple[str, str]]) -> list[Artist]:
+def styled(conditions: Sequence[Condition]) -> Iterator[tuple[Condition, str, str]]:
+    """Each condition with its colour and line."""
+    for i, condition in enumerate(conditions):
+        yield condition, PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)]
+
+
+def marker_of(dash: str) -> str:
+    """The marker that goes with a condition's line."""
+    return MARKERS[DASHES.index(dash)]
+
+
+def plain(text: str) -> str:
+    """Text as matplotlib shows it literally: a dollar sign starts a formula, a leading underscore hides a label."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def condition_lines(conditions: Sequence[Condition]) -> list[Artist]:
     """A legend's entries for the lines of conditions."""
     return [
-        Line2D([], [], color=colour, linestyle=dash, linewidth=2.2, label=plain(label))
-        for label, (colour, dash) in styles.items()
+        Line2D([], [], color=colour, linestyle=dash, linewidth=2.2, label=plain(condition.label))
+        for condition, colour, dash in styled(conditions)
     ]
 
 
@@ -65,24 +84,6 @@ def draw_legend(figure: Figure, handles: Sequence[Artist]) -> None:
         legend.remove()
 
 
-def label_styles(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
-    """Colour and line of each condition, in the order of `group_by_condition`."""
-    return {
-        label: (PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)])
-        for i, label in enumerate(group_by_condition(runs))
-    }
-
-
-def marker_of(dash: str) -> str:
-    """The marker that goes with a condition's line."""
-    return MARKERS[DASHES.index(dash)]
-
-
-def plain(text: str) -> str:
-    """Text as matplotlib shows it literally: a dollar sign starts a formula, a leading underscore hides a label."""
-    return text.replace("$", r"\$") if not text.startswith("_") else " " + text.replace("$", r"\$")
-
-
 def mean_curve(curves: Sequence[Curve]) -> Curve:
     """Mean over runs, at every step that one of them has and all of them cover; between evaluations they are linear."""
     steps = np.unique(np.concatenate([curve.steps for curve in curves]))
@@ -91,24 +92,35 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
     return Curve(steps, np.mean([np.interp(steps, curve.steps, curve.values) for curve in curves], axis=0))
 
 
-def draw_curves(axis: Axes, curves: Sequence[Curve], colour: str, dash: str) -> None:
-    """One run as a line with dots; several as thin lines and their mean."""
-    several = len(curves) > 1
-    for curve in curves:
-        axis.plot(
-            curve.steps,
-            curve.values,
-            color=colour,
-            linestyle=dash,
-            linewidth=0.8 if several else 1.8,
-            alpha=0.45 if several else 1,
-            marker=None if several or len(curve) > 60 else "o",
-            markersize=2.6,
-            zorder=3,
-        )
-    if several:
-        mean = mean_curve(curves)
-        axis.plot(mean.steps, mean.values, color=colour, linestyle=dash, linewidth=2.2, zorder=4)
+def draw_conditions(
+    axis: Axes, conditions: Sequence[Condition], curve_of: Callable[[Run], Curve], least: int = 1
+) -> None:
+    """The curves of every condition that have at least `least` points: a line with dots for a single run, thin lines
+    and their mean for several."""
+    for condition, colour, dash in styled(conditions):
+        curves = [curve for run in condition.runs if len(curve := curve_of(run)) >= least]
+        several = len(curves) > 1
+        for curve in curves:
+            axis.plot(
+                curve.steps,
+                curve.values,
+                color=colour,
+                linestyle=dash,
+                linewidth=0.8 if several else 1.8,
+                alpha=0.45 if several else 1,
+                marker=None if several or len(curve) > 60 else "o",
+                markersize=2.6,
+                zorder=3,
+            )
+        if several:
+            mean = mean_curve(curves)
+            axis.plot(mean.steps, mean.values, color=colour, linestyle=dash, linewidth=2.2, zorder=4)
+
+
+def grid_shape(panels: int) -> tuple[int, int]:
+    """Rows and columns of a grid."""
+    columns = min(3, panels)
+    return -(-panels // columns), columns
 
 
 def finish_grid(axes: np.ndarray, panels: int) -> None:
@@ -120,8 +132,9 @@ def finish_grid(axes: np.ndarray, panels: int) -> None:
         axis.tick_params(labelbottom=True)
 
 
-def scale_steps(axis: Axes, runs: Sequence[Run], x_scale: str) -> None:
+def scale_steps(axis: Axes, conditions: Sequence[Condition], x_scale: str) -> None:
     """The axis of training steps: "linear", or "log" (linear up to the first evaluation after step 0)."""
+    runs = runs_of(conditions)
     if x_scale == "log":
         first = min((record["step"] for run in runs for record in run.evaluations if record["step"] > 0), default=1)
         axis.set_xscale("symlog", linthresh=first)
