@@ -9,7 +9,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,8 @@ result. With one task --output is a file, with several a folder of files TASK.js
 DEFAULTS = Settings()
 
 
-def main() -> None:
+def main(finetune: Callable[..., dict] | None = None) -> None:
+    """Fine-tune by `finetune`, by default that of `megatron_sas/glue/finetune.py`."""
     arguments = parse_arguments()
     tasks = chosen_tasks(arguments)
     settings = Settings(**{name: getattr(arguments, name) for name in vars(DEFAULTS)})
@@ -53,7 +54,12 @@ def main() -> None:
     outputs = {task.name: folder / f"{task.name}.json" if folder else arguments.output for task in tasks}
     for output in outputs.values():
         check_output(output, overwrite=True)  # seeds are added to what is there
-    results = [run_task(task, inputs[task.name], outputs[task.name], settings, arguments, device) for task in tasks]
+    from megatron_sas.glue import finetune as glue
+
+    finetune = finetune or glue.finetune
+    results = [
+        run_task(task, inputs[task.name], outputs[task.name], settings, arguments, device, finetune) for task in tasks
+    ]
     print("\n".join(table(results)))
 
 
@@ -64,9 +70,10 @@ def run_task(
     settings: Settings,
     arguments: argparse.Namespace,
     device: torch.device,
+    finetune: Callable[..., dict],
 ) -> dict:
     """Fine-tune with the seeds that are not done yet, write the result, and return it."""
-    from megatron_sas.glue.finetune import Pretrained, encode, finetune, identity, record
+    from megatron_sas.glue.finetune import Pretrained, encode, identity, record
 
     columns = Columns(arguments.text_columns, arguments.label_column)
     if files is None:

@@ -199,8 +199,9 @@ def _parse_pair(line: str, where: str) -> dict:
 
 def many_ties(values: Mapping[str, Any]) -> tuple[int, int] | None:
     """(ties, pairs) of an evaluation record, if its ties are more than one may pass over."""
-    ties, sets = values.get(TIES.key) or 0, values.get(SETS.key) or {}
-    pairs = sum(row["num_pairs"] for row in sets.values())
+    if not (ties := values.get(TIES.key)):
+        return None
+    pairs = sum(row["num_pairs"] for row in (values.get(SETS.key) or {}).values())
     return (ties, pairs) if ties > MANY_TIES * pairs else None
 
 

@@ -35,8 +35,8 @@ TOOL = str(Path(__file__).resolve().parents[2] / "tools" / "finetune_glue.py")
 BLIMP_SET = "tough_vs_raising_1.jsonl"  # which adjective stands there decides: a bag of words can learn it
 
 
-def run_tool(*arguments):
-    call_tool("finetune_glue", *arguments)
+def run_tool(*arguments, **options):
+    call_tool("finetune_glue", *arguments, **options)
 
 
 def test_learning_rate_rises_and_falls():
@@ -128,46 +128,40 @@ def test_the_report_reads_what_is_written(result, cola_like, tmp_path):
         assert loaded.final(GLUE) == expected and len(notes) == (expected is None)
 
 
-def test_a_killed_call_goes_on(result, tmp_path, monkeypatch):
+def test_a_killed_call_goes_on(result, tmp_path):
     """Stopped in its second seed: no output, but the first seed is kept, and the next call makes only the second."""
-    import megatron_sas.glue.finetune as glue
-
     output, arguments = result
-    made, own = [], glue.finetune
+    made = []
 
     def stop_in_seed_two(*args, **kwargs):
         made.append(args[5])
         if args[5] == 2 and len(made) == 2:
             raise KeyboardInterrupt
-        return own(*args, **kwargs)
+        return finetune(*args, **kwargs)
 
-    monkeypatch.setattr(glue, "finetune", stop_in_seed_two)
     target = tmp_path / "cola.json"
     with pytest.raises(KeyboardInterrupt):
-        run_tool(*arguments[:-1], target, *FAST, "--seeds", 1, 2)
+        run_tool(*arguments[:-1], target, *FAST, "--seeds", 1, 2, finetune=stop_in_seed_two)
     assert not target.exists()
-    run_tool(*arguments[:-1], target, *FAST, "--seeds", 1, 2)
+    run_tool(*arguments[:-1], target, *FAST, "--seeds", 1, 2, finetune=stop_in_seed_two)
     assert made == [1, 2, 2]
     assert json.loads(target.read_text()) == json.loads(output.read_text())
 
 
-def test_jobs_with_different_seeds_of_one_output_lose_none(result, tmp_path, monkeypatch, capsys):
+def test_jobs_with_different_seeds_of_one_output_lose_none(result, tmp_path, capsys):
     """While one makes its second seed, another makes a third one and ends; then a killed one has left a seed behind."""
-    import megatron_sas.glue.finetune as glue
-
     _, arguments = result
     target = tmp_path / "cola.json"
     first = {"metrics": {"matthews_correlation": 0.5, "accuracy": 0.5}, "best_epoch": 1, "epochs": [], "train_loss": []}
 
     def call(*seeds):
-        run_tool(*arguments[:-1], target, *FAST, "--seeds", *seeds)
+        run_tool(*arguments[:-1], target, *FAST, "--seeds", *seeds, finetune=other_job_meanwhile)
 
     def other_job_meanwhile(*args, **kwargs):
         if args[5] == 2:
             call(3)
         return {"seed": args[5], **first}
 
-    monkeypatch.setattr(glue, "finetune", other_job_meanwhile)
     call(1, 2)
     assert [seed["seed"] for seed in json.loads(target.read_text())["seeds"]] == [1, 2, 3]
     partial = target.with_name(".cola.json.partial")

@@ -12,10 +12,10 @@ from unittest import mock
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
-def call_tool(name: str, *arguments: object) -> None:
-    """`main` of a tool; what it raises comes through."""
+def call_tool(name: str, *arguments: object, **options: object) -> None:
+    """`main` of a tool, which takes the options; what it raises comes through."""
     with mock.patch.object(sys, "argv", [f"{name}.py", *map(str, arguments)]):
-        runpy.run_path(str(TOOLS / f"{name}.py"))["main"]()
+        runpy.run_path(str(TOOLS / f"{name}.py"))["main"](**options)
 
 
 def exit_code(name: str, *arguments: object) -> int:
