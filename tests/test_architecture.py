@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def imports(path: Path, running: bool = False) -> set[str]:
     return found - {""}
 
 
+@functools.cache
 def graph(running: bool = False) -> dict[str, set[str]]:
     """Module to the modules that it imports."""
     paths = {str(path.relative_to(PACKAGE).with_suffix("")): path for path in PACKAGE.rglob("*.py")}
