@@ -15,7 +15,7 @@ import torch
 from bert_pairs import tiny_hf_bert
 from glue_layouts import LAYOUTS
 from tool_calls import call_tool
-from transformers import BertTokenizerFast
+from transformers import BertTokenizerFast, ModernBertForSequenceClassification
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.manifest import write_manifest
@@ -24,8 +24,9 @@ from megatron_sas.data.unknown import Unknown
 from megatron_sas.glue.data import Examples, read_file
 from megatron_sas.glue.finetune import Pretrained, Settings, encode, finetune
 from megatron_sas.glue.tasks import TASKS
-from megatron_sas.model.bert import Bert
+from megatron_sas.model.architectures import build_model
 from megatron_sas.model.config import BertConfig as OwnConfig
+from megatron_sas.model.modernbert import ModernBertConfig
 from megatron_sas.report.load import read_inputs
 from megatron_sas.report.trajectories import GLUE
 from megatron_sas.run.directory import MODEL_CONFIG, MODEL_WEIGHTS, STATE
@@ -207,19 +208,20 @@ def test_tokenizers_that_put_nothing_around_a_text_get_berts_way(cola_like, tmp_
     assert encode(examples, Pretrained(tmp_path / "model", TASKS["mrpc"]), 32).ids[0].count(102) == 3
 
 
-def write_checkpoint(path, tokenizer_path):
+def write_checkpoint(path, tokenizer_path, config_class=OwnConfig):
     """A training checkpoint of a small model none of whose parameters has its initial value; returns the model."""
     tokenizer = load_tokenizer(tokenizer_path)
-    config = OwnConfig(
+    config = config_class(
         num_layers=2,
         hidden_size=32,
         num_heads=2,
         intermediate_size=48,
         vocab_size=vocab_size(tokenizer),
         max_position_embeddings=32,
+        pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(1)
-    model = Bert(config)
+    model = build_model(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -242,6 +244,24 @@ def test_checkpoints_become_classifiers(cola_like, tmp_path):
         hidden = model.bert(ids).last_hidden_state
         torch.testing.assert_close(hidden, own(ids).hidden, atol=1e-4, rtol=1e-4)
         assert model(ids).logits.shape == (3, 3)
+
+
+def test_a_modernbert_becomes_a_classifier(cola_like, tmp_path):
+    """With the masked LM's head, as its class has one, and without token types, which its class does not take."""
+    own = write_checkpoint(tmp_path / "run" / "step_00000000", cola_like / "model", ModernBertConfig)
+    pretrained = Pretrained(tmp_path / "run" / "step_00000000", TASKS["mrpc"])
+    model = pretrained.fresh().eval()
+    assert type(model) is ModernBertForSequenceClassification
+    ids = torch.randint(5, 1000, (3, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model.model(ids).last_hidden_state, own(ids).hidden, atol=1e-4, rtol=1e-4)
+    assert torch.equal(model.head.dense.weight, own.head.dense.weight)
+    examples = Examples([("the dog barks", "a cat"), ("a cat sat", "no")] * 4, np.array([0, 1] * 4), {})
+    encoded = encode(examples, pretrained, 32)
+    assert encoded.types is None
+    settings = Settings(learning_rate=1e-2, epochs=6, batch_size=4)
+    found = finetune(pretrained, TASKS["mrpc"], encoded, [encoded], settings, 1, torch.device("cpu"))
+    assert found["metrics"]["accuracy"] == 1.0 and found["train_loss"][-1] < found["train_loss"][0]
 
 
 def test_pairs_regression_and_two_validation_sets(cola_like, tmp_path):
