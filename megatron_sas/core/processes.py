@@ -8,7 +8,7 @@ from multiprocessing import parent_process
 
 
 def end_with_parent() -> None:
-    """Have this process end when the one that started it does: a worker whose parent was killed waits for ever."""
+    """Have this process end when the one that started it does: a worker whose parent was killed waits indefinitely."""
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 

@@ -7,28 +7,20 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_sas.model.config import BertConfig
 from megatron_sas.run.throughput import Throughput, flops_per_token, memory, peak_flops
-
-BASE = {
-    "num_layers": 12,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "vocab_size": 30522,
-    "seq_length": 512,
-    "mask_prob": 0.15,
-}
 
 
 def test_bert_base_figures():
     giga = 1e-9
-    total = flops_per_token(**BASE) * giga
-    encoder_and_attention = flops_per_token(**BASE | {"mask_prob": 0}) * giga
-    encoder = flops_per_token(**BASE | {"mask_prob": 0, "seq_length": 0}) * giga
+    total = flops_per_token(BertConfig(), 512, 0.15) * giga
+    encoder_and_attention = flops_per_token(BertConfig(), 512, 0) * giga
+    encoder = flops_per_token(BertConfig(), 0, 0) * giga
     assert encoder == pytest.approx(0.510, abs=5e-4)
     assert encoder_and_attention - encoder == pytest.approx(0.057, abs=5e-4)
     assert total - encoder_and_attention == pytest.approx(0.022, abs=5e-4)
     assert total == pytest.approx(0.588, abs=5e-4)
-    assert 0.4 * 989e12 / flops_per_token(**BASE) == pytest.approx(673e3, rel=1e-3)
+    assert 0.4 * 989e12 * giga / total == pytest.approx(673e3, rel=1e-3)
 
 
 @pytest.mark.parametrize("layers, width, inner, vocab, length", [(1, 16, 32, 50, 8), (3, 32, 128, 101, 20)])
@@ -45,10 +37,8 @@ def test_equals_the_operations_that_torch_counts(layers, width, inner, vocab, le
             x = torch.tanh((attention @ wo) @ up) @ down
         ((x @ transform) @ decoder).sum().backward()
     expected = counter.get_total_flops() / length
-    got = flops_per_token(
-        num_layers=layers, hidden_size=width, intermediate_size=inner, vocab_size=vocab, seq_length=length, mask_prob=1
-    )
-    assert got == pytest.approx(expected, rel=1e-9)
+    shape = BertConfig(num_layers=layers, hidden_size=width, intermediate_size=inner, vocab_size=vocab)
+    assert flops_per_token(shape, length, mask_prob=1) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(
