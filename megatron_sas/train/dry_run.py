@@ -266,7 +266,7 @@ def _estimate(config: Config, shape: BertConfig, seq_length: int, deepspeed: dic
     )
 
 
-def _try_one_step(config: Config, report: Report, build: Callable[..., RunState]) -> None:
+def _try_one_step(config: Config, report: Report, build: Callable[..., RunState] = build_state) -> None:
     """The update that a run would begin with, through the real engine; its weights are thrown away."""
 
     def step() -> tuple[str, int]:

@@ -145,16 +145,19 @@ class Report:
         return 2
 
     def leave(self) -> None:
-        """Part once rank 0 has printed: a launcher that sees a process end stops the others."""
-        if self._store is None:
-            time.sleep(2 if self.rank > 0 else 0)
-            return
-        with contextlib.suppress(RuntimeError):  # rank 0 is gone, so it has printed
-            if self.rank > 0:
-                self._store.wait(["printed"], 3 * GRACE)
-            else:
-                self._store.set("printed", "")
-                time.sleep(1)  # the store may end with this process: let the others read it first
+        """Part, rank 0 first and after it has printed: a launcher that sees a process end stops the others.
+
+        Rank 0 may still be in a collective with one that leaves, and its exit code is the one that counts.
+        """
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):  # rank 0 is gone, so it has printed
+                if self.rank > 0:
+                    self._store.wait(["printed"], 3 * GRACE)
+                else:
+                    self._store.set("printed", "")
+                    time.sleep(0.5)  # the store may end with this process: let the others read it first
+        if self.rank > 0:
+            time.sleep(2)
 
     def _print(self, line: str) -> None:
         if self.rank == 0:
