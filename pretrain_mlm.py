@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 
 from megatron_sas.core.streams import keep_printing
 from megatron_sas.launch.arguments import parse_arguments
@@ -40,7 +41,7 @@ def main() -> int:
 
 
 def train(stop: StopRequest) -> int:
-    """`main`, but for what other processes and impatient users do."""
+    """Parse the arguments and train. `main` wraps this to handle interrupts and lost peers."""
     arguments, overrides = parse_arguments()  # before anything is imported that takes long
     from megatron_sas.config import load_config
     from megatron_sas.core import distributed
@@ -57,7 +58,7 @@ def train(stop: StopRequest) -> int:
 
         trainer = Trainer(config, stop)
     except (InputError, OSError) as error:  # on every rank, or on some
-        say_what_is_wrong(error, stop)
+        report_fault(error, stop)
         return 2
     try:
         trainer.run()
@@ -68,7 +69,7 @@ def train(stop: StopRequest) -> int:
     return 0
 
 
-def say_what_is_wrong(error: Exception, stop: StopRequest) -> None:
+def report_fault(error: Exception, stop: StopRequest, sleep: Callable[[float], None] = time.sleep) -> None:
     """Print why this process cannot begin; one line in all where every rank fails alike."""
     rank = rank_by_launcher()
     if rank == 0:
@@ -77,8 +78,8 @@ def say_what_is_wrong(error: Exception, stop: StopRequest) -> None:
     from megatron_sas.core.cli import CommonError
 
     asked = stop.reason
-    time.sleep(2)  # a launcher that sees a process end stops the others: let rank 0 speak first
-    if not isinstance(error, CommonError) and stop.reason == asked:  # otherwise another has spoken and ended
+    sleep(2)  # a launcher that sees a process end stops the others: let rank 0 print first
+    if not isinstance(error, CommonError) and stop.reason == asked:  # otherwise another has printed and ended
         print(f"error: rank {rank}: {error}", file=sys.stderr)
 
 

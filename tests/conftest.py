@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from engine_runs import write_inputs  # which imports more than most tests need
 
     return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[object]:
+    """One process from which training processes are forked."""
+    from processes import ForkServer  # which imports more than most tests need
+
+    with ForkServer() as running:
+        yield running
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -84,7 +84,7 @@ def test_the_deepspeed_launcher(config, expected, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rank", "error", "stopped", "said"),
+    ("rank", "error", "stopped", "printed"),
     [
         (0, CommonError("x"), False, "error: x\n"),
         (1, CommonError("x"), False, ""),
@@ -93,12 +93,15 @@ def test_the_deepspeed_launcher(config, expected, tmp_path):
         (1, InputError("x"), True, ""),  # another has failed first, and the launcher stops this one
     ],
 )
-def test_a_fault_of_one_rank_is_said_and_one_of_all_is_said_once(monkeypatch, capsys, rank, error, stopped, said):
+def test_a_fault_of_one_rank_is_printed_and_one_of_all_once(monkeypatch, capsys, rank, error, stopped, printed):
     stop = StopRequest()
+
+    def sleep(seconds):
+        stop.reason = "SIGTERM" if stopped else None
+
     monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setattr(pretrain_mlm.time, "sleep", lambda _: setattr(stop, "reason", "SIGTERM" if stopped else None))
-    pretrain_mlm.say_what_is_wrong(error, stop)
-    assert capsys.readouterr().err == said
+    pretrain_mlm.report_fault(error, stop, sleep)
+    assert capsys.readouterr().err == printed
 
 
 def test_a_configuration_that_the_second_host_lacks(tmp_path):

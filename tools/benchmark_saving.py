@@ -52,7 +52,7 @@ class Run:
         from megatron_sas.train.step import Engine
 
         self.config, self.every, self.step = config, every, 0
-        self.run = RunDirectory(Path(config.run.output_dir))
+        self.run = RunDirectory(config.run.output_dir)
         state = build_state(config, lambda _: None)
         self.dataset, self.terms = state.dataset, state.terms
         module = MaskedLMWithTerms(state.bert, self.terms)

@@ -426,14 +426,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
         name: Times(*([t / (sizes[name] * arguments.seq_length) for t in kind] for kind in (value.wall, value.cpu)))
         for name, value in times.items()
     }
-    flops = flops_per_token(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
-        seq_length=arguments.seq_length,
-        mask_prob=MASK_PROB,
-    )
+    flops = flops_per_token(config, arguments.seq_length, MASK_PROB)
     dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
     peak = peak_flops(torch.cuda.get_device_name(device), dtype) if cuda else None
     rows = {}

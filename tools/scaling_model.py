@@ -91,15 +91,7 @@ class Model:
         """Per token, forward and backward."""
         from megatron_sas.run.throughput import flops_per_token
 
-        shape = self.shape
-        return flops_per_token(
-            num_layers=shape.num_layers,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            vocab_size=shape.vocab_size,
-            seq_length=SEQ_LENGTH,
-            mask_prob=MASK_PROB,
-        )
+        return flops_per_token(self.shape, SEQ_LENGTH, MASK_PROB)
 
 
 MODELS = (

@@ -16,7 +16,7 @@ class InputError(ValueError):
 
 
 class CommonError(InputError):
-    """One that every process of a run raises alike, so that the first may speak for all."""
+    """An `InputError` raised identically on every rank, so only rank 0 prints it."""
 
 
 def run_main(main: Callable[[], int | None]) -> None:

@@ -56,7 +56,7 @@ class DirectoryLock:
         self.write([f"process {os.getpid()} on {socket.gethostname()}", *self.before])
 
     def write(self, lines: list[str]) -> None:
-        """Put down who has it: first the process that others are told of."""
+        """Put down who has it: first the process that messages name."""
         self._file.seek(0)
         self._file.truncate()
         self._file.writelines(f"{line}\n" for line in lines)

@@ -39,7 +39,7 @@ def fsync_file(path: str | Path) -> None:
 
 
 def write_bytes_atomic(path: str | Path, content: bytes) -> None:
-    """Write `content` beside `path`, flush it to the disk, and rename it into place."""
+    """Write `content` next to `path`, flush it to the disk, and rename it into place."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -45,7 +45,9 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def verify_manifest(directory: str | Path, names: Iterable[str] | None = None) -> dict[str, Any]:
+def verify_manifest(
+    directory: str | Path, names: Iterable[str] | None = None, sha256: Callable[[Path], str] = sha256_file
+) -> dict[str, Any]:
     """Check the named files (default: all) against the manifest and return it.
 
     Raises:
@@ -55,18 +57,18 @@ def verify_manifest(directory: str | Path, names: Iterable[str] | None = None) -
     manifest = read_manifest(directory)
     for name in manifest["files"] if names is None else names:
         try:
-            _verify_file(directory / name, manifest["files"].get(name))
+            _verify_file(directory / name, manifest["files"].get(name), sha256)
         except OSError as error:  # which may not say where
             raise InputError(f"{directory / name}: cannot be read ({error.strerror}); use another checkpoint") from None
     return manifest
 
 
-def _verify_file(path: Path, entry: dict[str, Any] | None) -> None:
+def _verify_file(path: Path, entry: dict[str, Any] | None, sha256: Callable[[Path], str]) -> None:
     if entry is None or not path.is_file():
         raise InputError(f"{path}: is missing; use another checkpoint")
     if path.stat().st_size != entry["size"]:
         raise InputError(
             f"{path}: has {path.stat().st_size} bytes, not {entry['size']} as its manifest says; use another checkpoint"
         )
-    if sha256_file(path) != entry["sha256"]:
+    if sha256(path) != entry["sha256"]:
         raise InputError(f"{path}: its SHA-256 differs from the manifest's; use another checkpoint")

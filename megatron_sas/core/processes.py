@@ -48,7 +48,7 @@ def _start_worker(on_interrupt: signal.Handlers, start: Callable[..., object] | 
 
 
 def end_with_parent() -> None:
-    """Have this process end when the one that started it does: a worker whose parent was killed waits for ever."""
+    """Have this process end when the one that started it does: a worker whose parent was killed waits indefinitely."""
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 

@@ -1,6 +1,6 @@
-"""The base of all sections of a configuration: typed, immutable, and with all of their faults told at once.
+"""The base of all sections of a configuration: typed, immutable, and with all of their faults reported at once.
 
-Every section stands beside the code that reads it; `megatron_sas/config.py` puts them together.
+Every section stands next to the code that reads it; `megatron_sas/config.py` puts them together.
 """
 
 from __future__ import annotations

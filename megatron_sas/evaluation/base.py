@@ -81,6 +81,7 @@ class Evaluation(ABC):
     settings: ClassVar[type[Section]]  # its fields of the section `evaluation`
     metrics: ClassVar[tuple[Metric, ...]]
     input: ClassVar[str] = TEXT
+    input_title: ClassVar[str] = ""  # of an input of its own, in the dry run; default: `input`
     items: ClassVar[type[Items] | None] = None
     item_counts: ClassVar[tuple[str, str] | None] = None
     unknown: Unknown | None = None  # how much of an input of its own the tokenizer does not know
@@ -89,6 +90,15 @@ class Evaluation(ABC):
     def wanted(cls, section: Any) -> bool:
         """Whether the section asks for it, given that there is `TEXT` where it needs that: by its first setting."""
         return getattr(section, next(iter(cls.settings.model_fields))) is not None
+
+    @classmethod
+    def preview(cls, section: Any) -> tuple[str, list[str]]:
+        """What it would use of an input of its own, in words, and what is too small there, each with a field's name.
+
+        Raises:
+            InputError: the input is wrong.
+        """
+        return "not read before the run", []
 
     @classmethod
     def shortages(cls, section: Any, text: PackedData) -> list[str]:

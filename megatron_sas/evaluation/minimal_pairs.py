@@ -218,9 +218,19 @@ class BlimpEvaluation(Evaluation):
 
     settings = BlimpSettings
     metrics = (BLIMP, TIES, FIELDS, TERMS, SETS)
-    input = "blimp"
+    input, input_title = "blimp", "minimal pairs"
     items = BlimpItems
     item_counts = (SETS.key, "num_pairs")
+
+    @classmethod
+    def preview(cls, section: BlimpSettings) -> tuple[str, list[str]]:
+        """See `Evaluation`."""
+        sets, limit, short = load_blimp(section.blimp), section.blimp_pairs_per_set, []
+        smallest = min(len(pairs.pairs) for pairs in sets)
+        if limit is not None and smallest < limit:
+            short = [f"blimp_pairs_per_set: {limit} are wanted, but a set has only {smallest}"]
+        used = "all pairs" if limit is None else f"the first {limit} pairs of each"
+        return f"{len(sets)} sets, {used} are used", short
 
     def __init__(self, section: Any, resources: Resources) -> None:
         super().__init__(section, resources)

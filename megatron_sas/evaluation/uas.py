@@ -324,6 +324,16 @@ class UasEvaluation(Evaluation):
     items = UasItems
     item_counts = (RELATIONS.key, "count")
 
+    @classmethod
+    def preview(cls, section: UasSettings) -> tuple[str, list[str]]:
+        """See `Evaluation`."""
+        treebank, limit = load_treebank(section.treebank), section.treebank_sentences
+        size, short = len(treebank), []
+        if limit is not None and size < limit:
+            short = [f"treebank_sentences: {limit} are wanted, but the treebank has {size}"]
+        used = "" if limit is None or size <= limit else f", the first {limit} are used"
+        return "; ".join(filter(None, (f"{size} sentences{used}", blanked_note(treebank.num_blanked)))), short
+
     def __init__(self, section: Any, resources: Resources) -> None:
         super().__init__(section, resources)
         sentences = load_treebank(section.treebank, section.treebank_sentences)

@@ -32,18 +32,21 @@ def initialize_distributed(timeout_minutes: float) -> torch.device:
         os.environ.setdefault("MASTER_PORT", "0")  # any that is free
     use_local_caches()
     cuda = torch.cuda.is_available()
-    if not cuda:
-        # Without this DeepSpeed guesses the accelerator from installed packages.
+    if not cuda:  # without this DeepSpeed guesses the accelerator from installed packages
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    _quiet_deepspeed()
+    # Only warnings of substance: DeepSpeed logs dozens of lines at INFO, and torch warns of names it still uses.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     import deepspeed
 
-    if not cuda:
-        _leave_out_shared_memory_op()
     device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
     if cuda:
         check_gpu()
         torch.cuda.set_device(device)
+    else:
+        # Or DeepSpeed (0.19.8) compiles, with g++ for a minute, an all-reduce that only its inference layers use, and a
+        # killed process leaves 66 MB of it in /dev/shm. Training reduces through gloo with or without it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = collective_timeout(timeout_minutes)
     try:
         deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout)
@@ -57,18 +60,23 @@ def initialize_distributed(timeout_minutes: float) -> torch.device:
 
 
 def join_processes(timeout_minutes: float, deterministic: bool) -> torch.device:
-    """`initialize_distributed`, then the threads and, if asked for, deterministic kernels of training."""
+    """`initialize_distributed`, then the threads and, if asked for, deterministic kernels of training.
+
+    Before anything is computed on a GPU.
+    """
     device = initialize_distributed(timeout_minutes)
     share_cores()
-    if deterministic and device.type == "cuda":
-        use_deterministic_algorithms()
+    if deterministic and device.type == "cuda":  # torch, cuBLAS and our kernels: the same bits every time
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a help for finding bugs that costs time
     return device
 
 
-def check_gpu() -> None:
-    """Raise `InputError` if this process, one of several on the host, has no GPU of its own."""
-    gpus = torch.cuda.device_count()
-    if torch.cuda.is_available() and local_rank() >= gpus:
+def check_gpu(gpus: int | None = None) -> None:
+    """Raise `InputError` if this process, one of several on the host with `gpus`, has no GPU of its own."""
+    gpus = torch.cuda.device_count() if gpus is None else gpus
+    if local_rank() >= gpus:
         raise InputError(
             f"process {local_rank()} of this host needs a GPU of its own but sees only {gpus}; start fewer processes "
             "a host, or show each of them all GPUs (Slurm: --gpus-per-node, not --gpus-per-task)"
@@ -80,22 +88,20 @@ def collective_timeout(timeout_minutes: float) -> timedelta:
     return timedelta(minutes=max(SHORTEST_TIMEOUT_MINUTES, 2 * timeout_minutes))
 
 
-def use_deterministic_algorithms() -> None:
-    """Have torch, cuBLAS and our kernels compute the same bits every time. Before anything is computed on a GPU."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a help for finding bugs that costs time
-
-
 def share_cores() -> None:
-    """Where CPUs train, give each process of this host its share of the cores, unless OMP_NUM_THREADS decides.
+    """Where CPUs train, give each process of this host its share of the cores, unless OMP_NUM_THREADS decides."""
+    threads = share_of_cores(len(os.sched_getaffinity(0)))
+    if threads is not None and not torch.cuda.is_available():
+        torch.set_num_threads(threads)
+
+
+def share_of_cores(cores: int) -> int | None:
+    """How many of a host's cores a process of it gets; None: OMP_NUM_THREADS decides.
 
     torchrun sets OMP_NUM_THREADS=1 for several processes and the deepspeed launcher leaves it unset. To be called after
-    `initialize_distributed`, which knows the processes.
+    `environment_from_launcher`, which knows the processes.
     """
-    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // local_world_size()))
+    return None if "OMP_NUM_THREADS" in os.environ else max(1, cores // local_world_size())
 
 
 def threads_of_processes() -> list[int] | None:
@@ -156,20 +162,3 @@ def _slurm_tasks_of_this_node() -> int:
         counts += [int(count)] * int(repeated.rstrip(")") or 1)
     node = int(os.environ.get("SLURM_NODEID", "0"))
     return counts[node] if node < len(counts) else 1
-
-
-def _quiet_deepspeed() -> None:
-    """Only warnings of substance: DeepSpeed logs dozens of lines at INFO, and torch warns of names it still uses."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
-
-
-def _leave_out_shared_memory_op() -> None:
-    """Keep DeepSpeed from compiling (with g++, for a minute) an all-reduce that only its inference layers use.
-
-    On CPU it does so whenever it starts (0.19.8), and a killed process leaves 66 MB of it in /dev/shm. Training
-    reduces through gloo with or without it.
-    """
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -25,16 +25,18 @@ CACHES = {
 }
 
 
-def use_local_caches() -> None:
-    """Have what is compiled kept below $SLURM_TMPDIR or $TMPDIR, unless the user says where.
+def use_local_caches(user: int | None = None) -> None:
+    """Have what is compiled kept below $SLURM_TMPDIR or $TMPDIR, unless the environment says where.
 
     By default most of it is in the home directory, which on a cluster all nodes write at once, over the network. A
-    directory that belongs to somebody else is not used: what lies in it is executed.
+    directory that belongs to somebody else than `user` (default: whose process this is) is not used: what lies in it is
+    executed.
     """
-    directory = Path(os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()) / f"megatron_sas-{os.getuid()}"
+    user = os.getuid() if user is None else user
+    directory = Path(os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()) / f"megatron_sas-{user}"
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
-        ours = directory.stat().st_uid == os.getuid() and not directory.is_symlink()
+        ours = directory.stat().st_uid == user and not directory.is_symlink()
     except OSError:
         return
     if ours:
@@ -57,7 +59,7 @@ def first_of_each_host_first() -> Iterator[None]:
 def check_attention_backend(
     config: ModelConfig, seq_length: int, dtype: torch.dtype, device: torch.device, sets: int = 1
 ) -> None:
-    """Raise `InputError` if the chosen backend cannot train such a model here, with so many sets of edges."""
+    """Raise `InputError` if the chosen backend cannot train such a model here, with `sets` sets of edges."""
     shape = (1, config.num_heads, seq_length, config.head_dim)
     q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
     for window in distinct_windows(config, seq_length):

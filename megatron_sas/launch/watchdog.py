@@ -1,4 +1,4 @@
-"""A thread of each rank that ends the process when training makes no progress, and says which rank it waits for.
+"""A thread of each rank that ends the process when training makes no progress, and names the rank it waits for.
 
 When one rank hangs, the others wait in a collective that knows neither who is missing nor, for half an hour, that
 something is wrong. The ranks therefore tell each other what they do through the process group's key-value store.
@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -20,21 +21,28 @@ from megatron_sas.core import distributed
 EXIT_CODE = 3
 STORE_TIMEOUT = timedelta(seconds=2)
 STORE_SILENT = "it waits for rank 0 or its launcher, which keeps the store of the process group and does not answer"
+KEY = "megatron_sas/watchdog/{}"
+"""In the store, by rank: when it last wrote there, since when it does what it does, and what."""
 
 
 class Watchdog:
     """Watches the time between calls of `beat`. A context manager; nothing is watched outside of it."""
 
-    def __init__(self, timeout_minutes: float) -> None:
-        self._timeout = timeout_minutes * 60
-        self._doing, self._since = "starting", time.time()
-        self._ended = threading.Event()
-        self._store = self._own_store() if distributed.world_size() > 1 else None
+    def __init__(
+        self, timeout_minutes: float, clock: Callable[[], float] = time.time, exit: Callable[[int], None] = os._exit
+    ) -> None:
+        """`clock` gives unix seconds; `exit` ends the process."""
+        self._timeout, self._clock, self._exit = timeout_minutes * 60, clock, exit
+        self._ended, self._store = threading.Event(), None
+        self.beat("starting")
+        if distributed.world_size() > 1:  # a connection of its own: the training thread may be waiting in the group's
+            self._store = dist.distributed_c10d._get_default_store().clone()
+            self._store.set_timeout(STORE_TIMEOUT)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self, doing: str) -> None:
         """The training thread begins something new, such as "update 7"."""
-        self._doing, self._since = doing, time.time()
+        self._doing, self._since = doing, self._clock()
 
     def __enter__(self) -> Watchdog:
         self.beat(self._doing)
@@ -45,25 +53,18 @@ class Watchdog:
         self._ended.set()
         self._thread.join()
 
-    @staticmethod
-    def _own_store() -> dist.Store:
-        """A connection of its own: the training thread may be waiting in the group's."""
-        store = dist.distributed_c10d._get_default_store().clone()
-        store.set_timeout(STORE_TIMEOUT)
-        return store
-
     def _watch(self) -> None:
         interval = min(10.0, self._timeout / 4)
         while True:
-            asleep = time.time()
+            asleep = self._clock()
             fault = self._tell()
             if fault == STORE_SILENT:  # for which it has waited
-                asleep = time.time()
+                asleep = self._clock()
             if self._ended.wait(interval):
                 return
-            if time.time() - asleep > 2 * interval + 1:  # this process was suspended: its time begins anew
-                self._since = time.time()
-            if time.time() - self._since > self._timeout and not self._ended.is_set():
+            if self._clock() - asleep > 2 * interval + 1:  # this process was suspended: its time begins again
+                self._since = self._clock()
+            if self._clock() - self._since > self._timeout and not self._ended.is_set():
                 others = fault or self._ask(interval)
                 print(
                     f"error: rank {distributed.rank()}: no progress for {self._timeout / 60:g} minutes in "
@@ -72,14 +73,14 @@ class Watchdog:
                     file=sys.stderr,
                     flush=True,
                 )
-                os._exit(EXIT_CODE)  # the training thread cannot be interrupted
+                self._exit(EXIT_CODE)  # the training thread cannot be interrupted
 
     def _tell(self) -> str | None:
         """Tell the others what this rank does; returns what is wrong with the store."""
         if self._store is None:
             return "it waits for nobody else"
         try:
-            self._store.set(self._key(distributed.rank()), json.dumps([time.time(), self._since, self._doing]))
+            self._store.set(KEY.format(distributed.rank()), json.dumps([self._clock(), self._since, self._doing]))
         except (RuntimeError, OSError):  # torch's store errors are RuntimeErrors
             return STORE_SILENT
         return None
@@ -97,21 +98,14 @@ class Watchdog:
         silent, behind = [], []
         for rank in range(distributed.world_size()):
             try:
-                told, since, doing = json.loads(self._store.get(self._key(rank)))
+                wrote, since, doing = json.loads(self._store.get(KEY.format(rank)))
             except (RuntimeError, OSError, ValueError):
                 silent.append(f"rank {rank} (never heard of)")
                 continue
-            age = time.time() - told
-            if age > 2 * interval + 1:
+            if (age := self._clock() - wrote) > 2 * interval + 1:
                 silent.append(f"rank {rank} (silent for {age:.0f} s, last in {doing})")
             elif rank != distributed.rank() and doing != self._doing:
-                behind.append(f"rank {rank} (for {time.time() - since:.0f} s in {doing})")
-        if silent:
-            return "it waits for " + ", ".join(silent)
-        if behind:
-            return "it waits for " + ", ".join(behind)
+                behind.append(f"rank {rank} (for {self._clock() - since:.0f} s in {doing})")
+        if silent or behind:
+            return "it waits for " + ", ".join(silent or behind)
         return "all ranks answer and are in the same place: a collective or the file system hangs"
-
-    @staticmethod
-    def _key(rank: int) -> str:
-        return f"megatron_sas/watchdog/{rank}"

@@ -13,7 +13,7 @@ from megatron_sas.optim.optimizers import OPTIMIZERS
 from megatron_sas.optim.schedules import AnySchedule, Stages, check_kind
 
 NEIGHBOURS = {"value": "learning_rate", "warmup_steps": "warmup_steps", "decay_horizon": "decay_horizon"}
-"""What a schedule of the learning rate takes from fields beside it, by its own names."""
+"""What a schedule of the learning rate takes from fields next to it, by its own names."""
 
 
 class TrainSection(Section):
@@ -35,7 +35,7 @@ class TrainSection(Section):
     optimizer: Literal[*OPTIMIZERS] = Field("adamw", description="what makes updates of gradients")
     weight_decay: float = Field(0.0, description="decoupled, not on biases and LayerNorms", ge=0)
     adam_betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW")
-    adam_eps: float = Field(1e-8, description="AdamW", ge=1e-30)  # smaller ones are 0 beside 0 in float32
+    adam_eps: float = Field(1e-8, description="AdamW", ge=1e-30)  # smaller ones vanish in float32
     grad_clip: float = Field(1.0, description="largest global gradient norm; 0: no clipping", ge=0)
     compile: bool | None = Field(None, description="torch.compile, not with ZeRO stage 3; default: on GPUs")
     deterministic: bool = Field(

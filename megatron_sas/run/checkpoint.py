@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, verified when read, and independent of ZeRO stage and number of processes.
+"""Checkpoints: complete or absent, verified when read, and independent of ZeRO stage and number of processes.
 
     checkpoints/step_00001000/
         model.json           architecture
@@ -11,7 +11,7 @@
     checkpoints/latest       name of the newest complete checkpoint
 
 Every rank writes and flushes its files in a hidden directory; when all have, rank 0 writes the manifest, renames the
-directory and replaces the pointer (`saving.py` does this beside training). There is no random state to save: sample
+directory and replaces the pointer (`saver.py` does this next to training). There is no random state to save: sample
 order, masks and dropout are functions of (seed, step).
 """
 
@@ -34,19 +34,8 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import fsync_directory, fsync_file, remove, write_json_atomic, write_text_atomic
 from megatron_sas.core.manifest import read_manifest, write_manifest
 from megatron_sas.model.config import ModelConfig
-from megatron_sas.run.directory import (
-    CONFIG,
-    LATEST,
-    MODEL_CONFIG,
-    MODEL_WEIGHTS,
-    OPTIMIZER_PREFIX,
-    STATE,
-    TOKENIZER_DIRECTORY,
-    RunDirectory,
-    step_name,
-    step_of,
-    steps_in,
-)
+from megatron_sas.run import directory as names
+from megatron_sas.run.directory import RunDirectory, step_name, step_of, steps_in
 from megatron_sas.run.reading import (
     FORMAT,
     VERSION,
@@ -63,8 +52,7 @@ if TYPE_CHECKING:
 class TrainingState(Protocol):
     """What a checkpoint is made of and given back to: weights and optimizer moments as full float32 tensors by name."""
 
-    moments: tuple[str, ...]
-    """Names of what the optimizer keeps for a parameter."""
+    moments: tuple[str, ...]  # names of what the optimizer keeps for a parameter
 
     def named_parameters(self) -> list[tuple[str, Any]]:
         """The model's parameters in a fixed order."""
@@ -86,11 +74,11 @@ class RankSlice:
 
 def gather_slice(engine: TrainingState, step: int, with_moments: bool) -> RankSlice:
     """The weights (rank 0) and, if asked for, this rank's share of the moments. A collective."""
-    names = [name for name, _ in engine.named_parameters()]
-    weights = dict(engine.full_tensors(None, set(names) if distributed.is_main() else set()))
+    parameters = [name for name, _ in engine.named_parameters()]
+    weights = dict(engine.full_tensors(None, set(parameters) if distributed.is_main() else set()))
     if step == 0 or not with_moments:  # there are no moments before the first update
         return RankSlice(weights, None)
-    share = set(names[distributed.rank() :: distributed.world_size()])
+    share = set(parameters[distributed.rank() :: distributed.world_size()])
     moments = {f"{key}.{name}": tensor for key in engine.moments for name, tensor in engine.full_tensors(key, share)}
     return RankSlice(weights, moments)
 
@@ -109,25 +97,22 @@ def check_finite(part: RankSlice) -> None:
     Updates whose gradient is not finite change nothing, so this takes a learning rate that overflows, or a machine's
     fault.
     """
-    for tensors in (part.weights, part.moments or {}):
-        for name, tensor in tensors.items():
-            # Through the extremes NaN spreads and infinities show; a mask of all elements takes longer than hashing.
-            if tensor.numel() and not all(extreme.isfinite() for extreme in torch.aminmax(tensor)):
-                raise OSError(f"{name} is not finite; the newest checkpoint is from before")
+    for name, tensor in (part.weights | (part.moments or {})).items():
+        # Through the extremes NaN spreads and infinities show; a mask of all elements takes longer than hashing.
+        if tensor.numel() and not all(extreme.isfinite() for extreme in torch.aminmax(tensor)):
+            raise OSError(f"{name} is not finite; the newest checkpoint is from before")
 
 
 def write_slice(directory: Path, part: RankSlice) -> None:
-    """Write and flush this rank's tensors. Communicates with nobody, so it may run beside training."""
+    """Write and flush this rank's tensors. Communicates with nobody, so it may run next to training."""
     directory.mkdir(parents=True, exist_ok=True)
-    written = []
-    if part.weights:
-        written.append(directory / MODEL_WEIGHTS)
-        write_weights(written[-1], part.weights)
+    files = {names.MODEL_WEIGHTS: part.weights} if part.weights else {}
     if part.moments is not None:
-        written.append(directory / optimizer_shard(distributed.rank(), distributed.world_size()))
-        write_weights(written[-1], part.moments)
-    for path in written:
-        fsync_file(path)
+        files[optimizer_shard(distributed.rank(), distributed.world_size())] = part.moments
+    for name, tensors in files.items():
+        write_weights(directory / name, tensors)
+    for name in files:
+        fsync_file(directory / name)
 
 
 def write_description(
@@ -141,26 +126,26 @@ def write_description(
 ) -> None:
     """Write all that is not tensors; rank 0's part."""
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(directory / TOKENIZER_DIRECTORY)
-    write_model_config(directory / MODEL_CONFIG, bert_config)
-    write_json_atomic(directory / STATE, {"step": step, **state})
-    write_text_atomic(directory / CONFIG, config_yaml)
-    for file in (directory / TOKENIZER_DIRECTORY).iterdir():
+    tokenizer.save_pretrained(directory / names.TOKENIZER_DIRECTORY)
+    write_model_config(directory / names.MODEL_CONFIG, bert_config)
+    write_json_atomic(directory / names.STATE, {"step": step, **state})
+    write_text_atomic(directory / names.CONFIG, config_yaml)
+    for file in (directory / names.TOKENIZER_DIRECTORY).iterdir():
         fsync_file(file)
 
 
-def publish(partial: Path, step: int) -> None:
+def publish(partial: Path, step: int, world_size: int) -> None:
     """Make a checkpoint of what all ranks have written and flushed, and point `latest` at it; rank 0 alone.
 
     Raises:
         OSError: a rank's shard is not here, so that rank writes to another disk; or one is that no rank has written.
     """
     final = partial.with_name(step_name(step))
-    ranks = range(distributed.world_size() if step > 0 else 0)  # there are no moments before the first update
-    shards = [optimizer_shard(rank, len(ranks)) for rank in ranks]
+    ranks = world_size if step > 0 else 0  # there are no moments before the first update
+    shards = [optimizer_shard(rank, ranks) for rank in range(ranks)]
     if absent := [shard for shard in shards if not (partial / shard).is_file()]:
         raise OSError(f"{absent[0]} is not there: run.output_dir must be one directory that all hosts share")
-    if foreign := {path.name for path in partial.glob(f"{OPTIMIZER_PREFIX}*")}.difference(shards):
+    if foreign := {path.name for path in partial.glob(f"{names.OPTIMIZER_PREFIX}*")}.difference(shards):
         raise OSError(f"{min(foreign)} is another program's: only this run may write to its run.output_dir")
     write_manifest(partial, format=FORMAT, version=VERSION, step=step)
     for path in [*partial.rglob("*"), partial]:
@@ -170,7 +155,7 @@ def publish(partial: Path, step: int) -> None:
         remove_directory(final)
     os.replace(partial, final)
     fsync_directory(final.parent)
-    write_text_atomic(final.parent / LATEST, final.name + "\n")
+    write_text_atomic(final.parent / names.LATEST, final.name + "\n")
 
 
 def remove_old_checkpoints(run: RunDirectory, step: int, keep_last: int, keep_every: int | None) -> None:
@@ -186,7 +171,7 @@ def remove_old_checkpoints(run: RunDirectory, step: int, keep_last: int, keep_ev
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a checkpoint, or another directory that must be whole or absent at any moment: rename it, then delete."""
+    """Remove a directory that must be complete or absent at any moment: rename it, then delete."""
     hidden = path.with_name(f".{path.name}.old")
     remove(hidden)
     os.replace(path, hidden)
@@ -194,52 +179,43 @@ def remove_directory(path: Path) -> None:
     remove(hidden)
 
 
-def remove_leftovers(run: RunDirectory) -> list[Path]:
-    """Remove what a killed run left: half-written files, checkpoints and snapshots, and half-deleted ones.
+def newest_checkpoint(
+    run_dir: str | Path, log: Callable[[str], None], verify: Callable[[Path], None] = verify_checkpoint
+) -> Path | None:
+    """The newest checkpoint that `verify` takes; None when the run has none.
 
-    Returns what there was.
-    """
-    found = run.leftovers()
-    for path in found:
-        remove(path)
-    return found
-
-
-def newest_checkpoint(run_dir: str | Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files all match its manifest; None when the run has none.
-
-    Says which newer ones were passed over and why.
+    `log` gets a line for every newer one that is passed over, with the reason.
 
     Raises:
         InputError: there are checkpoints but all of them are damaged or cannot be read.
         OSError: nobody can say whether there are any.
     """
-    parent, found = RunDirectory(Path(run_dir)).checkpoints, []
+    parent, present = RunDirectory(run_dir).checkpoints, []
     with contextlib.suppress(FileNotFoundError):
-        found = os.listdir(parent)  # not glob, which takes a directory that may not be read for an empty one
-    names = sorted((name for name in found if step_of(name) is not None), reverse=True)
+        present = os.listdir(parent)  # not glob, which takes a directory that may not be read for an empty one
+    steps = sorted((name for name in present if step_of(name) is not None), reverse=True)
     with contextlib.suppress(OSError):  # first the one that was published last
-        latest = (parent / LATEST).read_text(encoding="utf-8").strip()
-        names.sort(key=lambda name: name != latest)
-    for name in names:
+        latest = (parent / names.LATEST).read_text(encoding="utf-8").strip()
+        steps.sort(key=lambda name: name != latest)
+    for name in steps:
         try:
-            verify_checkpoint(parent / name)
+            verify(parent / name)
             return parent / name
         except (InputError, OSError) as error:
-            say(f"checkpoint {name} is passed over: {error}")
-    if names:
+            log(f"checkpoint {name} is passed over: {error}")
+    if steps:
         raise InputError(
-            f"{parent}: none of the {len(names)} checkpoints is whole and readable; restore one, or choose another "
+            f"{parent}: none of the {len(steps)} checkpoints is whole and readable; restore one, or choose another "
             "run.output_dir"
         )
     return None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The counters that `save_checkpoint` stored, with `step`."""
-    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    """The counters of a verified checkpoint, with `step`."""
+    state = json.loads((checkpoint / names.STATE).read_text(encoding="utf-8"))
     if state.get("step") != step_of(checkpoint):
-        raise InputError(f"{checkpoint / STATE}: is of step {state.get('step')!r}; use another checkpoint")
+        raise InputError(f"{checkpoint / names.STATE}: is of step {state.get('step')!r}; use another checkpoint")
     return state
 
 
@@ -251,21 +227,19 @@ def load_moments(engine: TrainingState, checkpoint: Path, updates: int) -> None:
     with contextlib.ExitStack() as stack:
         where = {}
         for name in read_manifest(checkpoint)["files"]:  # those that were verified
-            if name.startswith(OPTIMIZER_PREFIX):
-                file = stack.enter_context(_open_tensors(checkpoint / name))
-                where.update(dict.fromkeys(file.keys(), file))
+            if not name.startswith(names.OPTIMIZER_PREFIX):
+                continue
+            try:
+                file = stack.enter_context(safe_open(checkpoint / name, framework="pt"))
+            except SafetensorError as error:
+                reason = f"is not a safetensors file ({error})"
+                raise InputError(f"{checkpoint / name}: {reason}; use another checkpoint") from None
+            where.update(dict.fromkeys(file.keys(), file))
 
-        def read(key: str, name: str) -> torch.Tensor:
+        def read(key: str, name: str) -> Tensor:
             full = f"{key}.{name}"
             if full not in where:
                 raise InputError(f"{checkpoint}: has no {full}; the checkpoint belongs to another model")
             return where[full].get_tensor(full)
 
         engine.load_moments(read, updates)
-
-
-def _open_tensors(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise InputError(f"{path}: is not a safetensors file ({error}); use another checkpoint") from None

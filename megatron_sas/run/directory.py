@@ -1,24 +1,10 @@
-"""The directory of a run: the names of everything in it, and what a path given by a user stands for.
-
-RUN/config.yaml             the configuration; it makes a directory a run
-RUN/metrics.jsonl           records (`records.py`)
-RUN/tensorboard/            the same for TensorBoard
-RUN/checkpoints/step_…/     complete states (`checkpoint.py`)
-RUN/checkpoints/latest      name of the newest of them
-RUN/snapshots/step_…/       the model alone, as a Hugging Face directory
-RUN/ring/step_…/            recent models, until an onset is detected
-RUN/starts.json             command line, code and packages of every start (`starts.py`)
-RUN/lineage.json            where a branch comes from
-RUN/stop, RUN/requeue       a request to stop, and the mark of a run that wants to be started again
-RUN/.lock                   held by the process that writes here
-"""
+"""The directory of a run: the names of everything in it, and what a path given by a user stands for."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -59,7 +45,10 @@ class RunSection(Section):
         None, description="checkpoint of another run, or a run (its newest): begin there and share its past exactly"
     )
     timeout_minutes: float = Field(
-        30.0, description="a run that makes no progress for so long ends, naming the process it waits for", gt=0, le=1e6
+        30.0,
+        description="stop the run after this long without progress, and report which process it was waiting for",
+        gt=0,
+        le=1e6,
     )
 
 
@@ -108,66 +97,22 @@ def steps_in(directory: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-@dataclass(frozen=True)
 class RunDirectory:
     """The paths in a run's directory, which need not exist."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The configuration of the newest start."""
-        return self.path / CONFIG
-
-    @property
-    def records(self) -> Path:
-        """One JSON object a line."""
-        return self.path / RECORDS
-
-    @property
-    def tensorboard(self) -> Path:
-        """Event files."""
-        return self.path / "tensorboard"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Complete states by step."""
-        return self.path / "checkpoints"
-
-    @property
-    def latest(self) -> Path:
-        """Names the checkpoint that was published last."""
-        return self.checkpoints / LATEST
-
-    @property
-    def snapshots(self) -> Path:
-        """Models by step."""
-        return self.path / "snapshots"
-
-    @property
-    def ring(self) -> Path:
-        """Models by step that are forgotten unless an onset is detected."""
-        return self.path / "ring"
-
-    @property
-    def lineage(self) -> Path:
-        """The parent of a branch."""
-        return self.path / "lineage.json"
-
-    @property
-    def starts(self) -> Path:
-        """What every start was."""
-        return self.path / "starts.json"
-
-    @property
-    def stop(self) -> Path:
-        """A file that asks the run to save and end."""
-        return self.path / "stop"
-
-    @property
-    def requeue(self) -> Path:
-        """A file with the reason why the run ended early and wants to be started again."""
-        return self.path / "requeue"
+    def __init__(self, path: str | Path) -> None:
+        self.path = path = Path(path)
+        self.config = path / CONFIG  # of the newest start; it makes a directory a run
+        self.records = path / RECORDS  # `records.py`
+        self.tensorboard = path / "tensorboard"  # the same for TensorBoard
+        self.checkpoints = path / "checkpoints"  # complete states by step (`checkpoint.py`)
+        self.latest = self.checkpoints / LATEST  # name of the newest of them
+        self.snapshots = path / "snapshots"  # models by step, as Hugging Face directories
+        self.ring = path / "ring"  # recent models by step, until an onset is detected
+        self.starts = path / "starts.json"  # command line, code and packages of every start (`starts.py`)
+        self.lineage = path / "lineage.json"  # where a branch comes from
+        self.stop = path / "stop"  # a request to save and end
+        self.requeue = path / "requeue"  # why the run ended early and wants to be started again
 
     def checkpoint(self, step: int) -> Path:
         """The checkpoint after `step` updates."""
@@ -181,20 +126,14 @@ class RunDirectory:
         """Whether `path` is what a run leaves that was killed while it wrote its configuration for the first time."""
         return path.name == LOCK or path.name.startswith(f".{CONFIG}.")
 
-    def newest_checkpoint(self) -> Path | None:
-        """The checkpoint that `latest` names; None without one."""
-        if not self.latest.is_file():
-            return None
-        return self.checkpoints / Path(self.latest.read_text(encoding="utf-8").strip()).name
-
     def leftovers(self) -> list[Path]:
         """What a killed process left: half-written files, checkpoints and models, and half-deleted ones."""
         models = (self.checkpoints, self.snapshots, self.ring)
         written = (self.config, self.records, self.lineage, self.starts, self.requeue, self.tensorboard)
         patterns = [f".{path.name}.*.tmp" for path in written]
         patterns += [f".{directory.name}.old" for directory in (*models, self.tensorboard)]
-        for directory in models:
-            patterns += [f"{directory.name}/.{what}" for what in ("step_*.tmp", "step_*.old", f"{LATEST}.*.tmp")]
+        in_models = ("step_*.tmp", "step_*.old", f"{LATEST}.*.tmp")
+        patterns += [f"{directory.name}/.{what}" for directory in models for what in in_models]
         return [path for pattern in patterns for path in self.path.glob(pattern)]
 
     def parent(self) -> tuple[Path, int]:
@@ -221,7 +160,7 @@ def open_run(path: str | Path) -> RunDirectory:
     Raises:
         InputError: there is none.
     """
-    run = RunDirectory(Path(path))
+    run = RunDirectory(path)
     if not run.config.is_file():
         raise InputError(f"{path}: is not a run; give a directory that contains {CONFIG}")
     return run
@@ -244,7 +183,10 @@ def is_model(path: Path) -> bool:
 
 def newest_of_run(path: str | Path) -> Path:
     """The checkpoint published last if `path` is a run's directory, else `path` itself."""
-    return RunDirectory(Path(path)).newest_checkpoint() or Path(path)
+    run = RunDirectory(path)
+    if not run.latest.is_file():
+        return run.path
+    return run.checkpoints / Path(run.latest.read_text(encoding="utf-8").strip()).name
 
 
 def find_model(path: str | Path) -> Path:
@@ -253,8 +195,7 @@ def find_model(path: str | Path) -> Path:
     Raises:
         InputError: it is none of these.
     """
-    path = Path(path)
-    if not path.is_dir():
+    if not Path(path).is_dir():
         raise InputError(f"{path}: no such directory; give a Hugging Face directory or a training checkpoint")
     found = newest_of_run(path)
     if not is_model(found):

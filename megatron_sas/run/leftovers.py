@@ -1,7 +1,7 @@
 """What earlier starts of a run left behind when they were killed: processes that go on, and shared memory.
 
 Each start puts its processes down in the run's lock, and takes them out when it ends in order. Half-written checkpoints
-are `checkpoint.remove_leftovers`'s.
+are removed by `Saver`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -41,23 +41,17 @@ def still_runs(line: str) -> bool:
 
 def abandoned_memory() -> list[Path]:
     """Files of this user in shared memory, older than this process, that no process seen here has mapped or open."""
-    began, files = psutil.Process().create_time(), {}
+    began, files = psutil.Process().create_time(), set()
     for path in (path for pattern in OF_LIBRARIES for path in SHARED_MEMORY.glob(pattern)):
         with contextlib.suppress(FileNotFoundError):
             status = path.stat()
             if status.st_uid == os.getuid() and status.st_ctime < began:
-                files[str(path)] = path
-    if files:
-        for used in _files_in_use():
-            files.pop(used, None)
-    return sorted(files.values())
-
-
-def _files_in_use() -> Iterator[str]:
-    for process in psutil.process_iter():
+                files.add(str(path))
+    for process in psutil.process_iter() if files else ():
         with contextlib.suppress(psutil.Error, OSError):
-            yield from (mapped.path for mapped in process.memory_maps())
-            yield from (file.path for file in process.open_files())
+            files -= {mapped.path for mapped in process.memory_maps()}
+            files -= {file.path for file in process.open_files()}
+    return [Path(file) for file in sorted(files)]
 
 
 def leftovers(lock: DirectoryLock) -> list[str]:
@@ -66,7 +60,8 @@ def leftovers(lock: DirectoryLock) -> list[str]:
     A collective; rank 0 holds the lock. Returns lines for the user, each with its remedy, the same on every rank.
     """
     before = distributed.broadcast_object(lock.before)
-    alive = [line for line in before if line != this_process() and _on_this_host(line) and still_runs(line)]
+    here = [line for line in before if _name(line).endswith(f" on {socket.gethostname()}")]
+    alive = [line for line in here if line != this_process() and still_runs(line)]
     found = distributed.gather_objects((this_process(), alive, _describe(abandoned_memory())))
     alive = list(dict.fromkeys(line for _, lines, _ in found for line in lines))
     if distributed.is_main():
@@ -82,10 +77,6 @@ def leftovers(lock: DirectoryLock) -> list[str]:
 
 def _name(line: str) -> str:
     return line.partition(SINCE)[0]
-
-
-def _on_this_host(line: str) -> bool:
-    return _name(line).endswith(f" on {socket.gethostname()}")
 
 
 def _describe(memory: Sequence[Path]) -> str | None:

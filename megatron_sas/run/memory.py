@@ -48,7 +48,7 @@ class MemoryEstimate:
 
 
 def show_bytes(count: float) -> str:
-    """`count` bytes for people, in powers of 1024."""
+    """`count` bytes, human-readable, in powers of 1024."""
     for unit in ("bytes", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}"
@@ -98,29 +98,24 @@ def estimate_memory(
         zero_optimization: that section of DeepSpeed's JSON (bucket sizes, offloading).
         cuda: dropout keeps masks of 1 byte there, of the activations' size on a CPU.
     """
-    zero = zero_optimization or {}
-    n, bf16 = count_parameters(config), precision == "bf16"
+    zero, n, bf16 = zero_optimization or {}, count_parameters(config), precision == "bf16"
     compute = BF16 if bf16 and zero_stage > 0 else FP32
     # The optimizer's moments; under ZeRO also a float32 copy of the weights that it updates.
     kept = float(optimizer_bytes(config, optimizer))
     state = kept if zero_stage == 0 else (kept + 4.0 * n) / world_size
     weights, buffers = float(compute * n), 0.0
-    accumulates = accumulation > 1
-    if zero_stage == 0:
-        gradients = 4.0 * n if accumulates else 0.0
-        weights += BF16 * n if bf16 else 0  # what autocast makes for the matrix products and keeps for their backward
-    elif zero_stage == 1 and bf16:
-        gradients = 4.0 * n  # DeepSpeed's BF16_Optimizer: full float32 accumulators, made once
-    elif zero_stage == 1:
-        gradients = 4.0 * n if accumulates else 0.0
-    else:
-        gradients = 4.0 * n / world_size if accumulates or zero_stage == 3 else 0.0
+    whole_accumulators = zero_stage == 1 and bf16  # DeepSpeed's BF16_Optimizer makes them once, in full float32
+    gradients = 4.0 * n if accumulation > 1 or zero_stage == 3 or whole_accumulators else 0.0
+    if zero_stage >= 2:
+        gradients /= world_size
+    if zero_stage == 0 and bf16:
+        weights += BF16 * n  # what autocast makes for the matrix products and keeps for their backward
     if zero_stage == 3:
         weights = compute * n / world_size
         if world_size > 1:  # gathered ones, and those being gathered
             live = min(n, float(zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS)))
             weights += compute * (live + min(n, float(zero.get("stage3_prefetch_bucket_size", PREFETCH_BUCKET))))
-    if zero_stage > 0 and not (zero_stage == 1 and bf16):
+    if zero_stage > 0 and not whole_accumulators:
         overlap = zero.get("overlap_comm", zero_stage == 3) and zero_stage < 3
         buffers = compute * float(zero.get("reduce_bucket_size", REDUCE_BUCKET)) * (2 if overlap else 1)
     if _on_host(zero.get("offload_optimizer")) and cuda:
@@ -139,7 +134,7 @@ def estimate_memory(
         second_passes=second_passes,
         cuda=cuda,
     )
-    # The gradient of the logits: in compiled code beside them, else in their place.
+    # The gradient of the logits: in compiled code next to them, else in their place.
     head = (BF16 if bf16 else FP32) * masked * config.padded_vocab_size if cuda else 0
     return MemoryEstimate(weights, gradients, state, buffers, activations + head)
 
@@ -206,14 +201,12 @@ class PeakMemory:
             self.peak = torch.cuda.max_memory_allocated() - self._before
             return
         self._profiler.__exit__(*error)
-        todo = list(self._profiler.profiler.kineto_results.experimental_event_tree())
-        allocations = []
-        while todo:
-            event = todo.pop()
-            todo += event.children
+        events, allocations = list(self._profiler.profiler.kineto_results.experimental_event_tree()), []
+        for event in events:  # which grows
+            events += event.children
             if event.tag.name == "Allocation":
-                fields_ = event.extra_fields
-                allocations.append((event.start_time_ns, fields_.total_allocated, fields_.alloc_size))
+                found = event.extra_fields
+                allocations.append((event.start_time_ns, found.total_allocated, found.alloc_size))
         if allocations:
             _, total, size = min(allocations)
             self.peak = max(total for _, total, _ in allocations) - (total - size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,32 +12,24 @@ import torch
 class GpuMonitor:
     """Reads utilisation, power, temperature and memory of one CUDA device."""
 
-    def __init__(self, index: int | None = None) -> None:
-        """Watch CUDA device `index` of this process (default: the current one).
+    def __init__(self, index: int | None = None, cuda: Any = torch.cuda) -> None:
+        """Watch CUDA device `index` of this process (default: the current one); `cuda` is asked which that is.
 
         NVML counts all GPUs of the machine in PCI order; CUDA counts those in `CUDA_VISIBLE_DEVICES`, given as indices
         or UUIDs, by default fastest first. So the device is found by the UUID that CUDA itself reports, never by index.
         """
-        self._nvml: Any = None
-        self._handle: Any = None
-        if not torch.cuda.is_available():
+        self.active = False  # whether there is a device to read
+        if not cuda.is_available():
             return
         try:
             import pynvml
         except ImportError:
             return
-        index = torch.cuda.current_device() if index is None else index
-        try:
+        index = cuda.current_device() if index is None else index
+        with contextlib.suppress(pynvml.NVMLError):  # no driver library, or a container without access to it
             pynvml.nvmlInit()
-            self._handle = _handle(pynvml, str(torch.cuda.get_device_properties(index).uuid))
-            self._nvml = pynvml
-        except pynvml.NVMLError:  # no driver library, or a container without access to it
-            self._handle = None
-
-    @property
-    def active(self) -> bool:
-        """Whether there is a device to read."""
-        return self._handle is not None
+            self._nvml, self._handle = pynvml, _handle(pynvml, str(cuda.get_device_properties(index).uuid))
+            self.active = True
 
     def read(self) -> dict[str, float]:
         """`gpu_utilization` (%), `gpu_power` (W), `gpu_temperature` (°C), `gpu_memory_gib` (used, by all).
@@ -54,10 +47,8 @@ class GpuMonitor:
         }
         values = {}
         for name, sensor in sensors.items():
-            try:
+            with contextlib.suppress(nvml.NVMLError):  # MIG slices and some cards lack a sensor
                 values[name] = sensor()
-            except nvml.NVMLError:  # MIG slices and some cards lack a sensor; the others are still worth having
-                continue
         return values
 
 

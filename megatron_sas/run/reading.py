@@ -6,7 +6,6 @@ import errno
 import json
 import pickle
 import re
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,9 +96,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 def read_model(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], Path]:
     """Configuration, our float32 state dict, and where the tokenizer is. See `load_model`."""
     path = find_model(path)
-    if is_checkpoint(path):
-        return read_checkpoint(path)
-    return *_read_hf(path), path
+    return read_checkpoint(path) if is_checkpoint(path) else (*_read_hf(path), path)
 
 
 def model_step(path: Path) -> int | None:
@@ -134,22 +131,18 @@ def verify_checkpoint(path: Path, with_optimizer: bool = True) -> None:
             f"{path}: is a {manifest.get('format')!r} of version {manifest.get('version')}, this program reads a "
             f"{FORMAT!r} of version {VERSION}; use another checkpoint"
         )
-    if absent := missing_shards(manifest["files"]):
+    names = set(manifest["files"])
+    present = {name for name in names if name.startswith(OPTIMIZER_PREFIX)}
+    sizes = {int(match[1]) for name in present if (match := re.search(r"-of-(\d+)\.", name))}
+    shards = [optimizer_shard(rank, size) for size in sorted(sizes) for rank in range(size)]
+    if absent := [shard for shard in shards if shard not in present]:
         raise InputError(f"{path}: was published without {', '.join(absent)}; use another checkpoint")
-    names = [name for name in manifest["files"] if with_optimizer or not name.startswith(OPTIMIZER_PREFIX)]
-    verify_manifest(path, {MODEL_CONFIG, MODEL_WEIGHTS, STATE, *names})
+    verify_manifest(path, {MODEL_CONFIG, MODEL_WEIGHTS, STATE, *names} - (set() if with_optimizer else present))
 
 
 def optimizer_shard(rank: int, world_size: int) -> str:
     """File name of one rank's share of the moments."""
     return f"{OPTIMIZER_PREFIX}{rank:05d}-of-{world_size:05d}.safetensors"
-
-
-def missing_shards(names: Iterable[str]) -> list[str]:
-    """The optimizer shards that should be beside those in `names`."""
-    present = {name for name in names if name.startswith(OPTIMIZER_PREFIX)}
-    sizes = {int(match[1]) for name in present if (match := re.search(r"-of-(\d+)\.", name))}
-    return [shard for size in sorted(sizes) for r in range(size) if (shard := optimizer_shard(r, size)) not in present]
 
 
 def write_weights(path: str | Path, tensors: dict[str, Tensor]) -> None:
@@ -252,14 +245,10 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 def _read_hf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     config = from_hf_config(_read_json(path / HF_CONFIG), str(path / HF_CONFIG))
-    if (path / "model.safetensors").is_file():
-        state = read_weights(path / "model.safetensors")
-    elif (path / "model.safetensors.index.json").is_file():
-        state = _read_shards(path / "model.safetensors.index.json")
-    elif (path / "pytorch_model.bin").is_file():
-        state = _read_pickled(path / "pytorch_model.bin")
-    else:
+    file = next((path / name for name in _READERS if (path / name).is_file()), None)
+    if file is None:
         raise InputError(f"{path}: has a config.json but neither model.safetensors nor pytorch_model.bin")
+    state = _READERS[file.name](file)
     try:
         return config, {n: t.float() for n, t in from_hf_state(state, config).items()}
     except InputError as error:
@@ -270,8 +259,15 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{path}: cannot be read ({reason}); copy the model anew") from None
+        raise InputError(f"{path}: cannot be read ({first_line(error)}); copy the model anew") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise InputError(f"{path}: does not hold tensors by name; save the model's state_dict alone in it")
     return state
+
+
+_READERS = {
+    "model.safetensors": read_weights,
+    "model.safetensors.index.json": _read_shards,
+    "pytorch_model.bin": _read_pickled,
+}
+"""The files in which a Hugging Face directory may have its weights, in the order in which they are looked for."""

@@ -45,13 +45,14 @@ class Records:
         Lines and TensorBoard points up to `resume_step` (-1: none) are kept and later ones cut off, so that a resumed
         run has neither gaps nor overlaps.
         """
-        self.path = RunDirectory(Path(run_dir)).records
-        self._written: set[tuple[str, int]] = set()  # but for training's lines, of which there may be millions
+        run = RunDirectory(run_dir)
+        self.path, self._board_directory = run.records, run.tensorboard
+        self._written: set[tuple[str, int]] = set()  # except training's lines, of which there may be millions
         self._events: set[str] = set()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self._cut_back(resume_step)
-        cut_event_files(RunDirectory(self.path.parent).tensorboard, resume_step)
+        cut_event_files(run.tensorboard, resume_step)
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._board = None
         if tensorboard:
@@ -59,7 +60,7 @@ class Records:
             from torch.utils.tensorboard import SummaryWriter
 
             # A page that is open already hears of the cut by `purge_step`.
-            self._board = SummaryWriter(str(RunDirectory(self.path.parent).tensorboard), purge_step=resume_step + 1)
+            self._board = SummaryWriter(str(run.tensorboard), purge_step=resume_step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append one line and its TensorBoard points.
@@ -77,9 +78,8 @@ class Records:
         self._append(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
         self._remember(line)
         self._show(kind, step, now, values)
-        if self._board is not None and kind != "train":  # rare and slow to produce: show them at once
-            with self._naming_the_board():
-                self._board.flush()
+        if kind != "train":  # rare and slow to produce: show them at once
+            self._flush_board()
 
     def show_past(self) -> None:
         """Give TensorBoard, which has nothing yet, all lines that the file began with."""
@@ -92,15 +92,13 @@ class Records:
         return (kind, step) in self._written
 
     def has_event(self, name: str) -> bool:
-        """Whether an event of that name was recorded, by this process or before: what is said once is not repeated."""
+        """Whether an event of that name was recorded, by this process or before."""
         return name in self._events
 
     def flush(self) -> None:
-        """Have everything that was written on the disk, so that no crash loses it."""
+        """Flush and fsync everything written so far."""
         os.fsync(self._descriptor)
-        if self._board is not None:
-            with self._naming_the_board():
-                self._board.flush()
+        self._flush_board()
 
     def close(self) -> None:
         """Close the files. Further writes are errors; closing twice is not."""
@@ -122,13 +120,18 @@ class Records:
                 else:
                     self._board.add_scalar(tag, value, step, walltime=when)
 
+    def _flush_board(self) -> None:
+        if self._board is not None:
+            with self._naming_the_board():
+                self._board.flush()
+
     @contextlib.contextmanager
     def _naming_the_board(self) -> Iterator[None]:
         """TensorBoard writes in a thread, whose errors come with the next call and without a path."""
         try:
             yield
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(RunDirectory(self.path.parent).tensorboard)) from None
+            raise OSError(error.errno, error.strerror, str(self._board_directory)) from None
 
     def _remember(self, record: dict[str, Any]) -> None:
         if record["kind"] != "train":
@@ -176,7 +179,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
 
 def iterate_records(path: str | Path) -> Iterator[dict[str, Any]]:
-    """As `read_records`, one after another: a long run's do not fit into memory at once."""
+    """As `read_records`, one after another: those of a long run do not fit into memory at once."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a run directory that contains {RECORDS}")
@@ -202,17 +205,13 @@ def curves(path: str | Path, kind: str = "evaluation") -> dict[str, list[float |
     Raises:
         InputError: as `read_records`.
     """
-    rows = [dict(_numbers(record)) for record in iterate_records(path) if record["kind"] == kind]
+    rows = [
+        {"/".join(path): value for path, value in _leaves(record) if type(value) in (int, float)}
+        for record in iterate_records(path)
+        if record["kind"] == kind
+    ]
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
-
-
-def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield f"{prefix}{name}", value
 
 
 def last_records(path: str | Path, size: int = 1 << 16) -> list[dict[str, Any]]:
@@ -250,28 +249,25 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _tags(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, float | str]]:
-    """TensorBoard tags and values: `prefix/name` for plain ones; a nested dictionary starts a group of its own name."""
+def _leaves(values: dict[str, Any], outer: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """What nested dictionaries hold, with the names on the way there."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _nested_tags(name, value)
+            yield from _leaves(value, (*outer, str(name)))
         else:
-            yield from _leaf_tag(f"{prefix}/{name}", value)
+            yield (*outer, str(name)), value
 
 
-def _nested_tags(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, float | str]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _nested_tags(f"{prefix}/{name}", value)
-        else:
-            yield from _leaf_tag(f"{prefix}/{name}", value)
+def _tags(kind: str, values: dict[str, Any]) -> Iterator[tuple[str, float | str]]:
+    """TensorBoard tags and values: `kind/name` for plain ones; a nested dictionary starts a group of its own name.
 
-
-def _leaf_tag(tag: str, value: Any) -> Iterator[tuple[str, float | str]]:
-    """One tag for a number or a text; lists and None have no point in a curve."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, (bool, int, float)):
-        yield tag, float(value)
-    elif isinstance(value, str):
-        yield tag, value
+    Lists and None have no point in a curve.
+    """
+    for path, value in _leaves(values):
+        tag = "/".join(path if len(path) > 1 else (kind, *path))
+        if hasattr(value, "tolist"):
+            value = value.tolist()
+        if isinstance(value, (bool, int, float)):
+            yield tag, float(value)
+        elif isinstance(value, str):
+            yield tag, value

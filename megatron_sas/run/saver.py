@@ -1,4 +1,4 @@
-"""Checkpoints and snapshots written beside training.
+"""Checkpoints and snapshots written next to training.
 
 The training thread only gathers tensors into host memory. A background thread of each rank writes, hashes and flushes;
 it never communicates, since collectives of two threads could meet in another order on another rank. That a rank has
@@ -12,7 +12,6 @@ import contextlib
 import secrets
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +22,12 @@ from megatron_sas.core import distributed
 from megatron_sas.core.files import atomic_directory, remove
 from megatron_sas.core.settings import When
 from megatron_sas.run.checkpoint import (
+    RankSlice,
     TrainingState,
     check_finite,
     gather_slice,
     partial_directory,
     publish,
-    remove_leftovers,
     remove_old_checkpoints,
     write_slice,
 )
@@ -86,24 +85,28 @@ class Saver:
         engine: TrainingState,
         describe: Callable[[Path, int, dict[str, Any]], None],
         write_model: Callable[[Path, int, dict[str, Tensor]], None],
+        write: Callable[[Path, RankSlice], None] = write_slice,
     ) -> None:
         """Write to `run` what `engine` holds.
 
         Args:
-            describe: writes into a directory what a checkpoint has beside tensors, given the step and the counters.
+            describe: writes into a directory what a checkpoint has as well as tensors, given the step and the counters.
             write_model: writes into a directory a model for other programs, given the step and its weights by name.
+            write: writes this rank's tensors into a directory.
         """
         self.run, self.section, self.engine = run, section, engine
-        self._describe, self._write_model = describe, write_model
+        self._describe, self._write_model, self._write_slice = describe, write_model, write
         self.step: int | None = None  # of the newest checkpoint that was begun
-        self.published = -1  # step of the newest that is whole; rank 0
+        self.published = -1  # step of the newest complete one; rank 0
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._token = distributed.broadcast_object(secrets.token_hex(4))  # the same for all ranks of this start
         self._where = run.path  # for messages
         self._unpublished: int | None = None  # step of a checkpoint that is being written
         self._writing: Future | None = None
         self._publishing: Future | None = None  # rank 0
-        self.removed = remove_leftovers(run) if distributed.is_main() else []
+        self.removed = run.leftovers() if distributed.is_main() else []  # of killed starts
+        for path in self.removed:
+            remove(path)
 
     def begin(self, step: int, state: dict[str, Any], *, checkpoint: bool, snapshot: Path | None) -> None:
         """Gather what is to be saved and start writing it. A collective.
@@ -115,26 +118,19 @@ class Saver:
         """
         self.finish()
         part = gather_slice(self.engine, step, with_moments=checkpoint)
-        jobs: list[Callable[[], None]] = [partial(check_finite, part)]
-        if snapshot is not None:
-            self._where = snapshot / step_name(step)
-            if distributed.is_main():
-                jobs.append(partial(self._write_snapshot, self._where, step, part.weights))
+        model = None if snapshot is None else snapshot / step_name(step)
+        if model is not None:
+            self._where = model
         if checkpoint:
-            directory = self._partial(step)
             self._where = self.run.checkpoint(step)
             self.step = self._unpublished = step
-            jobs.append(partial(write_slice, directory, part))
-            if distributed.is_main():
-                jobs.append(partial(self._describe, directory, step, state))
-        self._writing = self._executor.submit(_run_all, jobs)
+        self._writing = self._executor.submit(self._write, step, part, model, state if checkpoint else None)
 
     def flags(self) -> tuple[int, int]:
         """Whether this rank has written its part, and whether it has failed; to be summed over the ranks."""
         done = [work for work in (self._writing, self._publishing) if work is not None and work.done()]
         failed = any(work.exception() is not None for work in done)
-        written = self._writing in done and not failed
-        return int(written), int(failed)
+        return int(self._writing in done and not failed), int(failed)
 
     def react(self, written: int, failed: int) -> None:
         """Go on with the save under way, given the sums of `flags` over all ranks.
@@ -166,7 +162,7 @@ class Saver:
             self._writing = self._publishing = self._unpublished = None
 
     def wait_for_thread(self) -> None:
-        """Wait for this rank's thread; whether it failed, the others learn as always."""
+        """Wait for this rank's writer thread. Failures are shared through `react`, as usual."""
         for work in (self._writing, self._publishing):
             if work is not None:
                 work.exception()
@@ -174,19 +170,30 @@ class Saver:
     def _partial(self, step: int) -> Path:
         return partial_directory(self.run, step, self._token)
 
+    def _write(self, step: int, part: RankSlice, model: Path | None, state: dict[str, Any] | None) -> None:
+        """In the thread: write the snapshot `model` (rank 0) and, given its counters, this rank's part of a checkpoint.
+
+        Raises:
+            OSError: something is not finite or cannot be written.
+        """
+        check_finite(part)
+        if model is not None and distributed.is_main():
+            with atomic_directory(model, overwrite=True) as directory:
+                self._write_model(directory, step, part.weights)
+        if state is not None:
+            self._write_slice(self._partial(step), part)
+            if distributed.is_main():
+                self._describe(self._partial(step), step, state)
+
     def _start_publishing(self) -> None:
         if distributed.is_main() and self._unpublished is not None and self._publishing is None:
             self._publishing = self._executor.submit(self._publish, self._unpublished)
 
     def _publish(self, step: int) -> None:
-        publish(self._partial(step), step)
+        publish(self._partial(step), step, distributed.world_size())
         self.published = step
         if self.section.kept is not None:
             remove_old_checkpoints(self.run, step, self.section.kept, self.section.keep_every)
-
-    def _write_snapshot(self, path: Path, step: int, weights: dict[str, Tensor]) -> None:
-        with atomic_directory(path, overwrite=True) as directory:
-            self._write_model(directory, step, weights)
 
     def _together(self, work: Future | None) -> None:
         """Wait for `work` on all ranks, and raise on all if it failed on any."""
@@ -194,8 +201,3 @@ class Saver:
         fault = None if error is None else f"rank {distributed.rank()}: {error}"
         if faults := [f for f in distributed.gather_objects(fault) if f]:
             raise OSError(f"{self._where}: could not be written ({faults[0]})")
-
-
-def _run_all(jobs: list[Callable[[], None]]) -> None:
-    for job in jobs:
-        job()

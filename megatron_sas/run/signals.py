@@ -1,8 +1,8 @@
 """Requests to stop: signals and a stop file, turned into a flag that all ranks agree on at the end of an update.
 
 A signal often reaches one rank only (the `deepspeed` launcher sends it to one after another) or none (it drops
-SIGUSR1), hence the file. What to do next is told by another file, because launchers do not pass exit codes on:
-`RUN_DIR/requeue` exists after a run that stopped before its end and wants to be started again, and holds the reason.
+SIGUSR1), hence the file. Launchers do not pass exit codes on: `RUN_DIR/requeue` exists after a run that stopped before
+its end and wants to be started again, and holds the reason.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def rank_by_launcher() -> int:
 
 
 class StopRequest:
-    """What this process was asked."""
+    """A pending request to stop."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -43,7 +43,7 @@ class StopRequest:
         self._wakeup_before = -1
 
     def listen(self) -> None:
-        """Take signals for requests from now on; only the main thread can say so."""
+        """Install the signal handlers. Must be called from the main thread."""
         self._arrivals = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._wakeup_before = signal.set_wakeup_fd(self._arrivals[1], warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, self._receive) for number in signals_to_heed()}
@@ -82,20 +82,17 @@ class StopRequest:
 
     def look_for_file(self, run: RunDirectory) -> None:
         """Take a file `stop` in the run's directory for a request."""
-        path = run.stop
-        if self.reason is None and path.exists():
-            self.reason = f"file {path}"
+        if self.reason is None and run.stop.exists():
+            self.reason = f"file {run.stop}"
 
     def clear_marks(self, run: RunDirectory) -> None:
         """The run begins: remove its requeue marker, and a stop file that was meant for an earlier process."""
-        requeue, stop = run.requeue, run.stop
-        if os.path.lexists(requeue):
-            requeue.unlink()
-        if stop.exists() and stop.stat().st_mtime < self._since:
-            stop.unlink()
+        run.requeue.unlink(missing_ok=True)
+        if run.stop.exists() and run.stop.stat().st_mtime < self._since:
+            run.stop.unlink()
 
 
 def mark_for_requeue(run: RunDirectory, reason: str) -> None:
-    """Say that the run stopped before its end and should be started again; a stop file has done its work."""
+    """Mark that the run stopped before its end and should be started again; a stop file has done its work."""
     write_text_atomic(run.requeue, reason + "\n")
     run.stop.unlink(missing_ok=True)

@@ -5,35 +5,28 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import psutil
 import torch
 
+from megatron_sas.model.config import ModelConfig
 
-def flops_per_token(
-    *,
-    num_layers: int,
-    hidden_size: int,
-    intermediate_size: int,
-    vocab_size: int,
-    seq_length: int,
-    mask_prob: float,
-    mlp_matrices: int = 2,
-    windows: Sequence[tuple[int, int] | None] | None = None,
-) -> float:
+
+def flops_per_token(shape: ModelConfig, seq_length: int, mask_prob: float) -> float:
     """Floating-point operations of one token's forward and backward pass through an encoder.
 
     A weight matrix costs 2 operations per weight forward and 4 backward. Counted are the four projections and the
     `mlp_matrices` feed-forward matrices of each layer, the products QKᵀ and PV over the full square of the sequence, or
-    in layers with a window of `windows` over what it shows of it, and, on the `mask_prob` masked positions only, the
+    in layers with a window over what it shows of it, and, on the `mask_prob` masked positions only, the
     transform and the decoder of the LM head. Norms, softmax, embeddings and recomputation are not counted, as is the
     custom for model FLOPs (PaLM, Chowdhery et al. 2022, appendix B).
     """
-    encoder = 6 * num_layers * (4 * hidden_size**2 + mlp_matrices * hidden_size * intermediate_size)
-    keys = sum(seen_keys(seq_length, window) for window in windows or (None,) * num_layers)
-    attention = 3 * 2 * (2 * keys * hidden_size)
-    head = 6 * mask_prob * (hidden_size**2 + hidden_size * vocab_size)
+    hidden = shape.hidden_size
+    encoder = 6 * shape.num_layers * (4 * hidden**2 + shape.mlp_matrices * hidden * shape.intermediate_size)
+    keys = sum(seen_keys(seq_length, window) for window in shape.windows)
+    attention = 3 * 2 * (2 * keys * hidden)
+    head = 6 * mask_prob * (hidden**2 + hidden * shape.vocab_size)
     return encoder + attention + head
 
 
@@ -88,13 +81,9 @@ class Throughput:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Start the clock. `tokens` and `seconds` continue a resumed run; `peak_flops` is that of all devices."""
-        self.tokens = tokens
-        self.seconds = seconds
-        self._flops_per_token = flops_per_token
-        self._peak_flops = peak_flops
-        self._clock = clock
-        self._window_tokens = 0
-        self._window_seconds = 0.0
+        self.tokens, self.seconds = tokens, seconds
+        self._flops_per_token, self._peak_flops, self._clock = flops_per_token, peak_flops, clock
+        self._window_tokens, self._window_seconds = 0, 0.0
         self._since: float | None = clock()
 
     def add(self, tokens: int) -> None:
@@ -128,8 +117,7 @@ class Throughput:
         values = {"tokens_per_second": rate, "tokens": self.tokens, "seconds": self.seconds}
         if self._flops_per_token and self._peak_flops:
             values["mfu"] = rate * self._flops_per_token / self._peak_flops
-        self._window_tokens = 0
-        self._window_seconds = 0.0
+        self._window_tokens, self._window_seconds = 0, 0.0
         return values
 
     def _stop(self) -> None:

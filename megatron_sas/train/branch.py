@@ -33,13 +33,10 @@ from megatron_sas.run.directory import (
 from megatron_sas.run.reading import verify_checkpoint
 from megatron_sas.run.records import lines_until
 
-MAY_CHANGE = (*TERMS, "run", "checkpoint", "snapshots", "evaluation", "logging", "watch")
-"""Sections that a branch may change; `run.seed` is excepted."""
-MAY_CHANGE_TOO = (
-    "data.heads",
-    "masking.rate",
-    *(f"train.{field}" for field in ("steps", "zero_stage", "deepspeed_config", "max_nonfinite_updates")),
-)
+UNTRAINED = ("run", "checkpoint", "snapshots", "evaluation", "logging", "watch")
+"""Sections that do not touch what is trained, so that a continued run and a branch may change them, but `run.seed`."""
+UNTRAINED_FIELDS = ("train.steps", "train.zero_stage", "train.deepspeed_config", "train.max_nonfinite_updates")
+"""Fields of which that is true as well."""
 BY_CONTENT = ("data.train", "data.validation", "data.tokenizer")
 """Paths whose contents are compared when they are opened, for a branch and a continued run alike."""
 RECORDED = (*TERMS, "data", "masking", "train")
@@ -64,7 +61,7 @@ class Branch:
         return {name: value for name, value in self.lineage.items() if name not in ("format", "version")}
 
 
-def find_branch(config: Config, say: Callable[[str], None]) -> Branch:
+def find_branch(config: Config, log: Callable[[str], None]) -> Branch:
     """The verified checkpoint that `run.branch_from` names, for a run that may branch off there.
 
     Raises:
@@ -75,11 +72,9 @@ def find_branch(config: Config, say: Callable[[str], None]) -> Branch:
         raise InputError(f"{where}: no such directory; give a run or a checkpoint of one")
     if is_checkpoint(source):
         verify_checkpoint(source)
-        checkpoint = source
-    else:
-        checkpoint = newest_checkpoint(source, say)
-        if checkpoint is None:
-            raise InputError(f"{where}: has no checkpoint; give a run or a checkpoint of one")
+    checkpoint = source if is_checkpoint(source) else newest_checkpoint(source, log)
+    if checkpoint is None:
+        raise InputError(f"{where}: has no checkpoint; give a run or a checkpoint of one")
     parent = run_of(checkpoint)
     in_run = checkpoint.resolve().parent == parent.checkpoints and parent.records.is_file()
     if not in_run or not (checkpoint / CONFIG).is_file():
@@ -117,10 +112,10 @@ def begin_branch(run: RunDirectory, branch: Branch) -> None:
 def _check_same_past(old: Config, new: Config, step: int, checkpoint: Path) -> None:
     """The new configuration must hold for the updates that the parent has made."""
     where = f"run.branch_from: {checkpoint}"
-    refused = [name for name in _changes(old, new) if not _may_change(name)]
+    refused = {name: values for name, values in _changes(old, new).items() if not _may_change(name)}
     if refused:
-        values = _changes(old, new)[refused[0]]
-        example = f" ({json.dumps(values[0])}, not {json.dumps(values[1])})" if len(refused) == 1 else ""
+        before, after = next(iter(refused.values()))
+        example = f" ({json.dumps(before)}, not {json.dumps(after)})" if len(refused) == 1 else ""
         raise InputError(
             f"{where} was made with other values of {', '.join(refused)}{example}; restore them: a branch may change "
             f"{', '.join(TERMS)}, data.heads, masking.rate, and what does not touch training"
@@ -150,7 +145,8 @@ def _first_difference(before: Schedule, after: Schedule, step: int) -> int | Non
 
 
 def _may_change(name: str) -> bool:
-    return name in MAY_CHANGE_TOO or (name.split(".")[0] in MAY_CHANGE and name != "run.seed")
+    known = name.split(".")[0] in (*TERMS, *UNTRAINED) or name in ("data.heads", "masking.rate", *UNTRAINED_FIELDS)
+    return known and name != "run.seed"
 
 
 def _changes(old: Config, new: Config, sections: tuple[str, ...] | None = None) -> dict[str, list[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -36,7 +37,7 @@ from megatron_sas.objective.base import EDGES, Term
 from megatron_sas.objective.pretraining import MaskedLMWithTerms
 from megatron_sas.objective.terms import number_needing
 from megatron_sas.optim.schedules import largest, mean
-from megatron_sas.run.checkpoint import load_moments, read_state, write_description
+from megatron_sas.run.checkpoint import RankSlice, load_moments, read_state, write_description, write_slice
 from megatron_sas.run.directory import RunDirectory
 from megatron_sas.run.leftovers import leftovers
 from megatron_sas.run.reading import architecture_differences, load_state, read_model, read_tokenizer
@@ -83,23 +84,32 @@ class RunState:
             return "a new run"
         return f"{'continuing' if self.branch is None else 'branching'} from {self.checkpoint}"
 
-    def load_optimizer(self, engine: Engine) -> None:
-        """Give `engine`, built with the checkpoint's weights, its moments; AdamW has none before its first update."""
+    def engine(self, config: Config, device: torch.device) -> Engine:
+        """The model under DeepSpeed, with the checkpoint's moments; there are none before the first update."""
+        module, options = MaskedLMWithTerms(self.bert, self.terms), config.optimizer_options()
+        engine = Engine(module, config.train, config.seeds().dropout, device, options)
         if self.checkpoint is not None and self.start_step > 0:
             skipped = self.counters.get("skipped", {}).get("total", 0)
             load_moments(engine, self.checkpoint, self.start_step - skipped)
+        return engine
 
 
 class BuiltRun:
     """A run with its engine: all that the training loop moves."""
 
-    def __init__(self, config: Config, state: RunState, device: torch.device, clock: Callable[[], float]) -> None:
-        self.config, self.state, self.directory = config, state, RunDirectory(Path(config.run.output_dir))
-        self.threads = threads_of_processes()
-        module, options = MaskedLMWithTerms(state.bert, state.terms), config.optimizer_options()
-        self.engine = Engine(module, config.train, config.seeds().dropout, device, options)
-        state.load_optimizer(self.engine)
-        self.saver = make_saver(config, self.engine, state)
+    def __init__(
+        self,
+        config: Config,
+        state: RunState,
+        device: torch.device,
+        clock: Callable[[], float] = time.perf_counter,
+        write: Callable[[Path, RankSlice], None] = write_slice,
+    ) -> None:
+        """`clock` counts seconds; `write` writes this rank's tensors of a checkpoint into a directory."""
+        self.config, self.state, self.clock = config, state, clock
+        self.directory, self.threads = RunDirectory(config.run.output_dir), threads_of_processes()
+        self.engine = state.engine(config, device)
+        self.saver = make_saver(config, self.engine, state, write)
         self.throughput = measure_throughput(config, state, device, clock)
 
     @property
@@ -124,16 +134,15 @@ class BuiltRun:
 
     def announce(self, journal: Journal) -> None:
         """Record and print what the run is made of."""
-        if self.state.branch is not None:
-            journal.event(self.state.start_step, event="branched", parent=self.state.branch.lineage["parent_run"])
-        facts, line = run_summary(self.config, self.state, self.engine)
-        journal.event(self.state.start_step, event="start", versions=VERSIONS, threads=self.threads, **facts)
-        journal.log(line)
-        for shortage in shortages(self.state.evaluation.section, self.state.evaluation.validation):
-            journal.log(f"warning: {shortage}")
-        for name, unknown in self.state.evaluation.unknown().items():
-            if unknown.is_high:
-                journal.log(unknown.line(name))
+        state, evaluation = self.state, self.state.evaluation
+        if state.branch is not None:
+            journal.event(state.start_step, event="branched", parent=state.branch.lineage["parent_run"])
+        facts, line = run_summary(self.config, state, self.engine)
+        journal.event(state.start_step, event="start", versions=VERSIONS, threads=self.threads, **facts)
+        unknown = [known.line(name) for name, known in evaluation.unknown().items() if known.is_high]
+        warnings = [f"warning: {shortage}" for shortage in shortages(evaluation.section, evaluation.validation)]
+        for text in (line, *evaluation.notes(), *warnings, *unknown):
+            journal.log(text)
 
 
 def claim_old_run(run: RunDirectory, lock: DirectoryLock, request: StopRequest) -> None:
@@ -144,15 +153,17 @@ def claim_old_run(run: RunDirectory, lock: DirectoryLock, request: StopRequest) 
 
 
 def build_run(
-    config: Config, device: torch.device, log: Callable[[str], None], lock: DirectoryLock, clock: Callable[[], float]
+    config: Config, device: torch.device, log: Callable[[str], None], lock: DirectoryLock, *hooks: Callable[..., Any]
 ) -> BuiltRun:
     """Build everything, and report what the run continues from and what earlier starts left.
+
+    `hooks` are the last arguments of `BuiltRun`.
 
     Raises:
         InputError: see `build_state`.
     """
     state = build_state(config, log, lock)
-    built = BuiltRun(config, state, device, clock)
+    built = BuiltRun(config, state, device, *hooks)
     if state.checkpoint is not None:
         log(state.origin)
         if line := other_threads(state.counters.get("threads"), built.threads):
@@ -165,20 +176,19 @@ def build_run(
     return built
 
 
-def open_records(config: Config, built: BuiltRun, journal: Journal) -> OnsetSnapshots | None:
+def open_records(built: BuiltRun, journal: Journal) -> OnsetSnapshots | None:
     """Open rank 0's records, and the watch over them if the configuration has one."""
     if not distributed.is_main():
         return None
-    resume_step = built.state.start_step if built.state.checkpoint is not None else -1
+    config, state = built.config, built.state
+    resume_step = state.start_step if state.checkpoint is not None else -1
     journal.records = Records(built.directory.path, resume_step, config.logging.tensorboard)
-    if built.state.branch is not None:
+    if state.branch is not None:
         journal.records.show_past()
     if not config.watch.metrics:
         return None
-    own_step = built.state.start_step if built.state.checkpoint is not None and built.state.branch is None else -1
-    watch = OnsetSnapshots(
-        config.watch, config.snapshots, config.train.steps, own_step, journal.records, built.saver, journal.log
-    )
+    own_step = resume_step if state.branch is None else -1
+    watch = OnsetSnapshots(config, own_step, journal.records, built.saver, journal.log)
     journal.observers.append(watch.observe)
     return watch
 
@@ -197,15 +207,13 @@ def build_state(config: Config, log: Callable[[str], None], lock: DirectoryLock 
     if branch is not None:
         state.branch = branch
         state.counters["lineage"] = [*state.counters.get("lineage", []), branch.link]
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     device = torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
-    seq_length = state.dataset.packed.seq_length
     sets = number_needing(EDGES, state.terms)
-    on_all_ranks(lambda: check_attention_backend(state.bert.config, seq_length, dtype, device, sets))
+    asked = (state.dataset.packed.seq_length, _dtype(config), device, sets)
+    on_all_ranks(lambda: check_attention_backend(state.bert.config, *asked))
     if device.type == "cuda":
-        size = config.train.micro_batch_size
         # It communicates, but every rank meets its one barrier whatever fails.
-        on_all_ranks(lambda: build_attention_kernels(state.bert.config, size, seq_length, dtype, device, sets))
+        on_all_ranks(lambda: build_attention_kernels(state.bert.config, config.train.micro_batch_size, *asked))
     if lock is not None:  # last, so that a run which is refused leaves no directory behind
         step = state.start_step
         on_all_ranks(lambda: begin_run(config, checkpoint, branch, lock, step) if distributed.is_main() else None)
@@ -258,7 +266,9 @@ def _build(config: Config, checkpoint: Path | None) -> RunState:
     return RunState(tokenizer, identity, dataset, bert, terms, evaluation, checkpoint, counters)
 
 
-def make_saver(config: Config, engine: Engine, state: RunState) -> Saver:
+def make_saver(
+    config: Config, engine: Engine, state: RunState, write: Callable[[Path, RankSlice], None] = write_slice
+) -> Saver:
     """What writes the run's checkpoints and snapshots."""
     bert_config, tokenizer = state.bert.config, state.tokenizer
     describe = partial(write_description, bert_config=bert_config, tokenizer=tokenizer, config_yaml=config.to_yaml())
@@ -267,7 +277,7 @@ def make_saver(config: Config, engine: Engine, state: RunState) -> Saver:
         # A copy, since writing a tokenizer for other programs changes it.
         write_hf(directory, bert_config, weights, copy.deepcopy(tokenizer), config.snapshots.dtype, step)
 
-    return Saver(RunDirectory(Path(config.run.output_dir)), config.checkpoint, engine, describe, write_model)
+    return Saver(RunDirectory(config.run.output_dir), config.checkpoint, engine, describe, write_model, write)
 
 
 def run_summary(config: Config, state: RunState, engine: Engine) -> tuple[dict[str, Any], str]:
@@ -280,36 +290,28 @@ def run_summary(config: Config, state: RunState, engine: Engine) -> tuple[dict[s
     facts = {"world_size": world_size, "device": name, "parameters": parameters}
     facts |= {"attention": attention, "compiled": compiled}
     if unknown := state.evaluation.unknown():
-        facts["unknown"] = {name: counted.record() for name, counted in unknown.items()}
-    line = (
+        facts["unknown"] = {field: counted.record() for field, counted in unknown.items()}
+    return facts | state.evaluation.facts(), (
         f"megatron_sas {__version__}: {parameters:,} parameters, {packed.num_sequences:,} sequences of "
         f"{packed.seq_length}, {world_size} × {name}, ZeRO-{train.zero_stage}, {train.precision}, attention by "
         f"{attention}{', compiled' if compiled else ''}, "
         f"batch {train.global_batch_size} = {world_size} × {train.micro_batch_size} × {state.dataset.accumulation}"
     )
-    return facts | state.evaluation.facts(), "\n".join([line, *state.evaluation.notes()])
 
 
 def measure_throughput(config: Config, state: RunState, device: torch.device, clock: Callable[[], float]) -> Throughput:
     """The run's clock and token counter, from zero."""
-    bert, peak = state.bert.config, None
+    masked, peak = mean(config.masking_rate(), config.train.steps), None
+    flops = flops_per_token(state.bert.config, state.dataset.packed.seq_length, masked)
     if device.type == "cuda":
-        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        peak = peak_flops(torch.cuda.get_device_name(device), dtype)
+        peak = peak_flops(torch.cuda.get_device_name(device), _dtype(config))
     return Throughput(
-        clock=clock,
-        flops_per_token=flops_per_token(
-            num_layers=bert.num_layers,
-            hidden_size=bert.hidden_size,
-            intermediate_size=bert.intermediate_size,
-            vocab_size=bert.vocab_size,
-            seq_length=state.dataset.packed.seq_length,
-            mask_prob=mean(config.masking_rate(), config.train.steps),
-            mlp_matrices=bert.mlp_matrices,
-            windows=bert.windows,
-        ),
-        peak_flops=None if peak is None else peak * distributed.world_size(),
+        clock=clock, flops_per_token=flops, peak_flops=None if peak is None else peak * distributed.world_size()
     )
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
 
 def _model(

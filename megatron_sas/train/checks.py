@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import re
 import resource
@@ -13,7 +12,9 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import util
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,35 +29,44 @@ OPEN_FILES = 1024
 GPU_DEVICE = Path("/dev/nvidia0")
 SHARED_SECONDS = 10.0
 
+FindSpec = Callable[[str], Any]
 
-def check_torch() -> str:
+
+def check_torch(
+    *,
+    version: str = torch.__version__,
+    built_for: str | None = torch.version.cuda,
+    has_gpu: Callable[[], bool] = torch.cuda.is_available,
+    gpu_device: Path = GPU_DEVICE,
+) -> str:
     """A torch that is new enough and can use the GPUs that are there."""
-    found = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
-    if found < OLDEST_TORCH:
-        raise InputError(f"torch {torch.__version__} is too old; pip install -r requirements.txt")
-    if torch.cuda.is_available():
+    if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < OLDEST_TORCH:
+        raise InputError(f"torch {version} is too old; pip install -r requirements.txt")
+    if has_gpu():
         check_gpu()
-        return f"{torch.__version__}, {torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
-    if GPU_DEVICE.exists():
-        if torch.version.cuda is None:
+        return f"{version}, {torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    if gpu_device.exists():
+        if built_for is None:
             raise InputError(
-                f"this machine has an NVIDIA GPU, but torch {torch.__version__} is built without CUDA; "
+                f"this machine has an NVIDIA GPU, but torch {version} is built without CUDA; "
                 "install the CUDA build (https://pytorch.org/get-started)"
             )
         raise InputError(
-            f"torch {torch.__version__} finds no usable GPU although {GPU_DEVICE} exists; compare `nvidia-smi` (the "
-            f"driver) with CUDA {torch.version.cuda} (torch), and check CUDA_VISIBLE_DEVICES"
+            f"torch {version} finds no usable GPU although {gpu_device} exists; compare `nvidia-smi` (the "
+            f"driver) with CUDA {built_for} (torch), and check CUDA_VISIBLE_DEVICES"
         )
-    return f"{torch.__version__}, no GPU: trains on the CPU"
+    return f"{version}, no GPU: trains on the CPU"
 
 
-def check_collectives() -> str:
+def check_collectives(
+    has_gpu: Callable[[], bool] = torch.cuda.is_available, has_nccl: Callable[[], bool] = dist.is_nccl_available
+) -> str:
     """NCCL where there are GPUs, gloo elsewhere."""
-    if not torch.cuda.is_available():
+    if not has_gpu():
         if not dist.is_gloo_available():
             raise InputError("this torch has no gloo, which processes on CPUs need; install the wheel from PyPI")
         return "gloo"
-    if not dist.is_nccl_available():
+    if not has_nccl():
         raise InputError(
             f"torch {torch.__version__} has no NCCL, which GPUs need; install the CUDA wheel for Linux "
             "(https://pytorch.org/get-started)"
@@ -64,20 +74,20 @@ def check_collectives() -> str:
     return "NCCL " + ".".join(map(str, torch.cuda.nccl.version()))
 
 
-def check_triton() -> str:
+def check_triton(has_gpu: Callable[[], bool] = torch.cuda.is_available, find_spec: FindSpec = util.find_spec) -> str:
     """Triton on GPUs; it comes with torch's CUDA wheels."""
-    if not torch.cuda.is_available():
+    if not has_gpu():
         return "not needed on a CPU"
-    if importlib.util.find_spec("triton") is None:
+    if find_spec("triton") is None:
         raise InputError(
             "triton is missing, whose kernels run on GPUs; pip install triton, or reinstall torch's CUDA wheel"
         )
     return "found"
 
 
-def check_compiler() -> str:
+def check_compiler(has_gpu: Callable[[], bool] = torch.cuda.is_available) -> str:
     """A C compiler on GPUs, for Triton."""
-    if not torch.cuda.is_available():
+    if not has_gpu():
         return "not needed on a CPU"
     path = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
     if path is None:
@@ -87,9 +97,9 @@ def check_compiler() -> str:
     return path
 
 
-def check_apex() -> str:
+def check_apex(find_spec: FindSpec = util.find_spec) -> str:
     """NVIDIA's apex or none; PyPI's package of that name is something else."""
-    if importlib.util.find_spec("apex") is None:
+    if find_spec("apex") is None:
         return "not installed, not required"
     try:
         from apex.normalization import FusedLayerNorm  # noqa: F401

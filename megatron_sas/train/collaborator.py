@@ -1,4 +1,4 @@
-"""What the training loop moves beside the engine: each collaborator does one thing after updates."""
+"""What the training loop moves besides the engine: each collaborator does one thing after updates."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,69 +48,52 @@ FIXED = {
 """Keys of the JSON that nobody can choose, and why."""
 
 
-def _is_switch(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
 def _is_size(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0 and float(value).is_integer()
 
 
-SWITCH = ("true or false", _is_switch)
-SIZE = ("a whole number, 0 or more", _is_size)
-OBJECT = ("an object", lambda value: isinstance(value, dict))
-OBJECT_OR_NULL = ("an object", lambda value: value is None or isinstance(value, dict))
 DATA_TYPES = ("fp32", "bf16", "fp16")
-OFFLOAD = {
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "switch": ("true or false", lambda value: isinstance(value, bool)),
+    "switch or null": ("true or false", lambda value: value is None or isinstance(value, bool)),
+    "size": ("a whole number, 0 or more", _is_size),
+    "size or null": ("a whole number, 0 or more", lambda value: value is None or _is_size(value)),
+    "object": ("an object", lambda value: isinstance(value, dict)),
+    "object or null": ("an object", lambda value: value is None or isinstance(value, dict)),
+    "list": ("a list", lambda value: isinstance(value, list)),
+    "data type": (" or ".join(DATA_TYPES), lambda value: value is None or value in DATA_TYPES),
     "device": ("none or cpu", lambda value: value in ("none", "cpu")),
-    "pin_memory": SWITCH,
 }
+"""Kinds of values of the JSON: in words, and as a test."""
 
-ALLOWED = {
+_OFFLOAD = {"device": "device", "switch": "pin_memory"}
+_ALLOWED = {
     "": {
-        "zero_optimization": OBJECT,
-        "communication_data_type": (" or ".join(DATA_TYPES), lambda value: value is None or value in DATA_TYPES),
-        "wall_clock_breakdown": SWITCH,
-        "memory_breakdown": SWITCH,
-        "steps_per_print": (SIZE[0], lambda value: value is None or _is_size(value)),
-        "comms_logger": OBJECT,
+        "object": "zero_optimization comms_logger",
+        "data type": "communication_data_type",
+        "switch": "wall_clock_breakdown memory_breakdown",
+        "size or null": "steps_per_print",
     },
     "zero_optimization.": {
-        "contiguous_gradients": SWITCH,
-        "reduce_scatter": SWITCH,
-        "reduce_bucket_size": SIZE,
-        "use_multi_rank_bucket_allreduce": SWITCH,
-        "allgather_partitions": SWITCH,
-        "allgather_bucket_size": SIZE,
-        "overlap_comm": (SWITCH[0], lambda value: value is None or _is_switch(value)),
-        "round_robin_gradients": SWITCH,
-        "sub_group_size": SIZE,
-        "offload_optimizer": OBJECT_OR_NULL,
-        "offload_param": OBJECT_OR_NULL,
-        "stage3_prefetch_bucket_size": SIZE,
-        "stage3_param_persistence_threshold": SIZE,
-        "stage3_model_persistence_threshold": SIZE,
-        "stage3_max_live_parameters": SIZE,
-        "stage3_max_reuse_distance": SIZE,
-        "stage3_module_granularity_threshold": SIZE,
-        "stage3_use_all_reduce_for_fetch_params": SWITCH,
-        "stage3_allgather_sequential": SWITCH,
-        "memory_efficient_linear": SWITCH,
-        "log_trace_cache_warnings": SWITCH,
-        "enable_sanity_checks": SWITCH,
+        "switch": "contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions "
+        "round_robin_gradients stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential "
+        "memory_efficient_linear log_trace_cache_warnings enable_sanity_checks",
+        "switch or null": "overlap_comm",
+        "size": "reduce_bucket_size allgather_bucket_size sub_group_size stage3_prefetch_bucket_size "
+        "stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters "
+        "stage3_max_reuse_distance stage3_module_granularity_threshold",
+        "object or null": "offload_optimizer offload_param",
     },
-    "zero_optimization.offload_optimizer.": OFFLOAD,
-    "zero_optimization.offload_param.": OFFLOAD,
-    "comms_logger.": {
-        "enabled": SWITCH,
-        "prof_all": SWITCH,
-        "prof_ops": ("a list", lambda value: isinstance(value, list)),
-        "verbose": SWITCH,
-        "debug": SWITCH,
-    },
+    "zero_optimization.offload_optimizer.": _OFFLOAD,
+    "zero_optimization.offload_param.": _OFFLOAD,
+    "comms_logger.": {"switch": "enabled prof_all verbose debug", "list": "prof_ops"},
 }
-"""Keys of the JSON, by the object that they are in, that change speed and memory but not what is trained, and their
-values: in words, and as a test.
+ALLOWED = {
+    prefix: {name: kind for kind, names in kinds.items() for name in names.split()}
+    for prefix, kinds in _ALLOWED.items()
+}
+"""Keys of the JSON, by the object that they are in, that change speed and memory but not what is trained, and the kinds
+of their values.
 
 The names are those of DeepSpeed 0.19.8. The rest writes files, does nothing here, or trains something else unnoticed.
 """
@@ -172,8 +156,8 @@ def _faults(section: dict[str, Any], prefix: str, path: str) -> list[str]:
                 faults.append(f"{name} (did you mean {meant}?)")
             else:
                 unknown.append(name)
-        elif not ALLOWED[prefix][key][1](value):
-            raise InputError(f"{path}: {name} must be {ALLOWED[prefix][key][0]}, not {json.dumps(value)}")
+        elif not KINDS[ALLOWED[prefix][key]][1](value):
+            raise InputError(f"{path}: {name} must be {KINDS[ALLOWED[prefix][key]][0]}, not {json.dumps(value)}")
         elif isinstance(value, dict):
             faults += _faults(value, f"{name}.", path)
     if unknown:

@@ -6,8 +6,9 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,13 @@ import torch
 from megatron_sas.config import Config, read_config
 from megatron_sas.core import distributed
 from megatron_sas.core.cli import InputError
-from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.data.mixture import MixedData, open_training_data
 from megatron_sas.data.overlap import check_overlap
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_identity
+from megatron_sas.evaluation.base import TEXT
 from megatron_sas.evaluation.live import shortages
-from megatron_sas.evaluation.minimal_pairs import PairSet, load_blimp
-from megatron_sas.evaluation.treebank import Treebank, load_treebank
+from megatron_sas.evaluation.registry import EVALUATIONS
 from megatron_sas.launch.environment import (
     check_gpu,
     collective_timeout,
@@ -34,26 +34,27 @@ from megatron_sas.launch.environment import (
 )
 from megatron_sas.model.config import ModelConfig
 from megatron_sas.objective.base import EDGES, QUERIES_KEYS
-from megatron_sas.objective.pretraining import MaskedLMWithTerms
 from megatron_sas.objective.terms import number_needing, weights
 from megatron_sas.optim.schedules import largest
 from megatron_sas.run.directory import RunDirectory, steps_in
 from megatron_sas.run.memory import MemoryEstimate, PeakMemory, count_parameters, estimate_memory, show_bytes
 from megatron_sas.train.branch import Branch
-from megatron_sas.train.build import build_state
+from megatron_sas.train.build import RunState, build_state
 from megatron_sas.train.checks import CHECKS, check_shared_directory, existing_ancestor
 from megatron_sas.train.deepspeed_config import deepspeed_config
 from megatron_sas.train.dry_run_report import Report
 from megatron_sas.train.resume import check_tokenizer, find_start
-from megatron_sas.train.step import Engine
 
 CHECKPOINT_BYTES = 12  # per parameter: float32 weights and AdamW's two moments, the most that an optimizer keeps
 
 
-def preflight(path: str, overrides: Sequence[str]) -> int:
-    """The exit code of a dry run: 0 when a training run could start, 2 when something is wrong."""
+def preflight(path: str, overrides: Sequence[str], build: Callable[..., RunState] = build_state) -> int:
+    """The exit code of a dry run: 0 when a training run could start, 2 when something is wrong.
+
+    `build` is what a run is built by for its one step.
+    """
     report = Report()
-    report.join()
+    report.check("processes", report.join)
     for name, action in CHECKS:
         report.check(name, action)
     config, faulty = _read_configuration(path, overrides, report)
@@ -63,7 +64,7 @@ def preflight(path: str, overrides: Sequence[str]) -> int:
     ready = report.agree()  # alike on all processes, since the step needs all of them
     if ready:
         with report.all_or_none():
-            _try_one_step(config, report)
+            _try_one_step(config, report, build)
         ready = report.agree()
     if not ready:
         return report.fail()
@@ -89,76 +90,66 @@ def _read_configuration(path: str, overrides: Sequence[str], report: Report) -> 
 
 
 def _check_configured(config: Config, report: Report, faulty: Collection[str] = ()) -> None:
-    """Everything that the configuration names, but what depends on `faulty` fields."""
-    data, section = config.data, config.evaluation
-    world_size = number_of_processes()
+    """Everything that the configuration names, except what depends on `faulty` fields."""
+    data, section, run = config.data, config.evaluation, RunDirectory(config.run.output_dir)
 
-    def sound(*names: str) -> bool:
-        return not any(field.startswith(names) for field in faulty)
-
+    sound = partial(_are_sound, faulty)
     deepspeed = packed = validation = None
     if sound("train"):
-        deepspeed = report.check(
-            "batch and DeepSpeed", lambda: deepspeed_config(config.train, world_size), partial(_describe_batch, config)
-        )
+        made = partial(deepspeed_config, config.train, number_of_processes())
+        deepspeed = report.check("batch and DeepSpeed", made, partial(_describe_batch, config))
     if sound("data.train", "data.heads", "data.tokenizer", "model"):
-        packed = report.check(
-            "training data",
-            lambda: _open_data(config, data.parts(), data.heads, report),
-            lambda found: f"{_describe_data(found)}; {_describe_epochs(config, found)}" if sound("train") else found,
-        )
+        opened = partial(_open_data, config, data.parts(), data.heads, report)
+        described = partial(_describe_data, config=config if sound("train") else None)
+        packed = report.check("training data", opened, described)
     if data.validation is not None and sound("data.validation", "data.tokenizer", "model"):
-        validation = report.check(
-            "validation data", lambda: _open_data(config, [(data.validation, None)], None, report), _describe_data
-        )
+        opened = partial(_open_data, config, [(data.validation, None)], None, report)
+        validation = report.check("validation data", opened, _describe_data)
         for shortage in shortages(section, validation):
             report.warn(shortage)
-    begins = config.run.branch_from is None and not RunDirectory(Path(config.run.output_dir)).config.is_file()
+    begins = config.run.branch_from is None and not run.config.is_file()
     if packed is not None and begins and sound("run"):
         report.check("overlap", lambda: check_overlap(packed.parts, validation), lambda _: "none by the headers")
-    if section.treebank is not None and sound("evaluation.treebank"):
-        limit = section.treebank_sentences
-        report.check("treebank", lambda: load_treebank(section.treebank), partial(_describe_treebank, limit, report))
-    if section.blimp is not None and sound("evaluation.blimp"):
-        limit = section.blimp_pairs_per_set
-        report.check("minimal pairs", lambda: load_blimp(section.blimp), partial(_describe_pairs, limit, report))
-    if not sound("run"):
-        return
-    report.check("output directory", lambda: check_output_directory(Path(config.run.output_dir)))
+    for evaluation in EVALUATIONS.values():
+        name = evaluation.input
+        if name != TEXT and evaluation.wanted(section) and sound(f"evaluation.{name}"):
+            previewed = partial(evaluation.preview, section)
+            _, short = report.check(evaluation.input_title or name, previewed, itemgetter(0)) or ("", [])
+            for shortage in short:
+                report.warn(f"evaluation.{shortage}")
+    if sound("run"):
+        _check_run(config, run, report, faulty, packed, deepspeed)
+
+
+def _check_run(
+    config: Config,
+    run: RunDirectory,
+    report: Report,
+    faulty: Collection[str],
+    packed: PackedData | MixedData | None,
+    deepspeed: dict[str, Any] | None,
+) -> None:
+    """The run's directory, what it branches from, and whether it fits on the disk and into memory."""
+    report.check("output directory", lambda: check_output_directory(run.path))
     branch = None
     if config.run.branch_from is not None and not faulty:  # which the run's own checkpoint replaces once there is one
         _, branch = report.check("branch", lambda: find_start(config, print), _describe_start) or (None, None)
-    if packed is not None and sound("train", "checkpoint", "snapshots", "watch"):
+    if packed is not None and _are_sound(faulty, "train", "checkpoint", "snapshots", "watch"):
         shape = config.shape(packed.tokenizer.vocab_size, packed.tokenizer.pad_id)
         report.check("disk space", lambda: check_disk_space(config, count_parameters(shape), branch))
         if deepspeed is not None:
-            estimate = _estimate(config, shape, packed.seq_length, world_size, deepspeed)
+            estimate = _estimate(config, shape, packed.seq_length, deepspeed)
             report.check("memory per device (estimate)", lambda: check_memory(estimate))
+
+
+def _are_sound(faulty: Collection[str], *names: str) -> bool:
+    """Whether no faulty field begins with one of the names."""
+    return not any(field.startswith(names) for field in faulty)
 
 
 def _describe_batch(config: Config, deepspeed: dict[str, Any]) -> str:
     batch = (number_of_processes(), config.train.micro_batch_size, deepspeed["gradient_accumulation_steps"])
     return f"{' × '.join(map(str, batch))} sequences, ZeRO-{config.train.zero_stage}"
-
-
-def _describe_epochs(config: Config, packed: PackedData | MixedData) -> str:
-    epochs = config.train.steps * config.train.global_batch_size / packed.num_sequences
-    return f"{config.train.steps:,} updates of {config.train.global_batch_size} read it {epochs:.3g} times"
-
-
-def _describe_pairs(limit: int | None, report: Report, sets: Sequence[PairSet]) -> str:
-    smallest = min(len(pairs.pairs) for pairs in sets)
-    if limit is not None and smallest < limit:
-        report.warn(f"evaluation.blimp_pairs_per_set: {limit} are wanted, but a set has only {smallest}")
-    used = "all pairs" if limit is None else f"the first {limit} pairs of each"
-    return f"{len(sets)} sets, {used} are used"
-
-
-def _describe_treebank(limit: int | None, report: Report, treebank: Treebank) -> str:
-    if limit is not None and len(treebank) < limit:
-        report.warn(f"evaluation.treebank_sentences: {limit} are wanted, but the treebank has {len(treebank)}")
-    used = "" if limit is None or len(treebank) <= limit else f", the first {limit} are used"
-    return "; ".join(filter(None, (f"{len(treebank)} sentences{used}", blanked_note(treebank.num_blanked))))
 
 
 def _open_data(
@@ -177,8 +168,13 @@ def _open_data(
     return packed
 
 
-def _describe_data(packed: PackedData | MixedData) -> str:
-    return f"{packed.num_sequences:,} sequences of {packed.seq_length}, tokenizer and checksums match"
+def _describe_data(packed: PackedData | MixedData, config: Config | None = None) -> str:
+    """`config` is that of a run which trains on it."""
+    text = f"{packed.num_sequences:,} sequences of {packed.seq_length}, tokenizer and checksums match"
+    if config is not None:
+        steps, batch = config.train.steps, config.train.global_batch_size
+        text += f"; {steps:,} updates of {batch} read it {steps * batch / packed.num_sequences:.3g} times"
+    return text
 
 
 def _describe_start(start: tuple[Path | None, Branch | None]) -> str:
@@ -188,13 +184,13 @@ def _describe_start(start: tuple[Path | None, Branch | None]) -> str:
     return f"from {checkpoint}, changes {', '.join(branch.lineage['changed']) or 'nothing'}"
 
 
-def check_output_directory(path: Path) -> str:
+def check_output_directory(path: Path, temporary_file: Callable[..., Any] = tempfile.TemporaryFile) -> str:
     """Whether a run could be written there; the file that tries it has no name, so nothing is left."""
     directory = existing_ancestor(path)
     if not directory.is_dir():
         raise InputError(f"run.output_dir: {directory} is a file; choose another run.output_dir")
     try:
-        with tempfile.TemporaryFile(dir=directory) as file:
+        with temporary_file(dir=directory) as file:
             file.write(b"x" * 4096)
     except OSError as error:
         raise InputError(
@@ -203,10 +199,13 @@ def check_output_directory(path: Path) -> str:
     return f"{path} can be written"
 
 
-def check_disk_space(config: Config, parameters: int, branch: Branch | None = None) -> str:
-    """Whether all checkpoints and snapshots that the schedule still asks for fit; a branch begins after its parent."""
-    run_dir, section, last = Path(config.run.output_dir), config.checkpoint, config.train.steps
-    done = max(steps_in(RunDirectory(run_dir).checkpoints), default=branch.step if branch else -1)
+def check_disk_space(config: Config, parameters: int, branch: Branch | None = None, free: int | None = None) -> str:
+    """Whether all checkpoints and snapshots that the schedule still asks for fit; a branch begins after its parent.
+
+    `free` bytes are on the disk; default: what the file system says.
+    """
+    run, section, last = RunDirectory(config.run.output_dir), config.checkpoint, config.train.steps
+    done = max(steps_in(run.checkpoints), default=branch.step if branch else -1)
     due = [step for step in range(done + 1, last + 1) if section.due(step, last)]
     count = len(due)
     if section.seconds is not None:
@@ -222,7 +221,7 @@ def check_disk_space(config: Config, parameters: int, branch: Branch | None = No
         size = parameters * (2 if config.snapshots.dtype == "bf16" else 4)
         needed += snapshots * size
         text += f" and {snapshots} snapshots of {show_bytes(size)}"
-    free = shutil.disk_usage(existing_ancestor(run_dir)).free
+    free = shutil.disk_usage(existing_ancestor(run.path)).free if free is None else free
     text += f" need {show_bytes(needed)}"
     if needed > free:
         raise InputError(
@@ -232,14 +231,18 @@ def check_disk_space(config: Config, parameters: int, branch: Branch | None = No
     return f"{text}, {show_bytes(free)} are free"
 
 
-def check_memory(estimate: MemoryEstimate) -> str:
-    """Whether the estimate fits in what is free now, on the GPU or in this process's share of the host."""
-    if torch.cuda.is_available():
+def free_memory(on_host: int | None = None, has_gpu: Callable[[], bool] = torch.cuda.is_available) -> tuple[int, str]:
+    """Bytes that are free on the GPU, or in this process's share of `on_host` (default: of what is free), and where."""
+    if has_gpu():
         check_gpu()
-        free, place = torch.cuda.mem_get_info(distributed.local_rank())[0], "the GPU"
-    else:
-        free = psutil.virtual_memory().available // distributed.local_world_size()
-        place = "a process's share of this host"
+        return torch.cuda.mem_get_info(distributed.local_rank())[0], "the GPU"
+    on_host = psutil.virtual_memory().available if on_host is None else on_host
+    return on_host // distributed.local_world_size(), "a process's share of this host"
+
+
+def check_memory(estimate: MemoryEstimate) -> str:
+    """Whether the estimate fits in what is free now."""
+    free, place = free_memory()
     if estimate.total > free:
         raise InputError(
             f"{estimate} do not fit into the {show_bytes(free)} that are free on {place}; lower train.micro_batch_size "
@@ -248,12 +251,10 @@ def check_memory(estimate: MemoryEstimate) -> str:
     return f"{estimate} of {show_bytes(free)} free"
 
 
-def _estimate(
-    config: Config, shape: ModelConfig, seq_length: int, world_size: int, deepspeed: dict[str, Any]
-) -> MemoryEstimate:
+def _estimate(config: Config, shape: ModelConfig, seq_length: int, deepspeed: dict[str, Any]) -> MemoryEstimate:
     return estimate_memory(
         shape,
-        world_size=world_size,
+        world_size=number_of_processes(),
         zero_stage=config.train.zero_stage,
         precision=config.train.precision,
         accumulation=deepspeed["gradient_accumulation_steps"],
@@ -268,7 +269,7 @@ def _estimate(
     )
 
 
-def _try_one_step(config: Config, report: Report) -> None:
+def _try_one_step(config: Config, report: Report, build: Callable[..., RunState] = build_state) -> None:
     """The update that a run would begin with, through the real engine; its weights are thrown away."""
 
     def step() -> tuple[str, int]:
@@ -277,13 +278,10 @@ def _try_one_step(config: Config, report: Report) -> None:
         share_cores()
         check_shared_directory(Path(config.run.output_dir))
         with PeakMemory(device) as memory:
-            state = build_state(config, lambda _: None)
-            terms = state.terms
-            module, options = MaskedLMWithTerms(state.bert, terms), config.optimizer_options()
-            engine = Engine(module, config.train, config.seeds().dropout, device, options)
-            state.load_optimizer(engine)
+            state = build(config, lambda _: None)
+            engine = state.engine(config, device)
             engine.set_learning_rate(0.0)
-            weight = weights(terms, state.start_step)
+            weight = weights(state.terms, state.start_step)
             result = engine.update(state.dataset.window(state.start_step), weight, measure=True)
             sums = distributed.all_reduce_sum_(torch.stack([result.mlm_sum.float(), result.grad_norm.float()]))
         loss = float(sums[0]) / max(int(result.num_masked), 1)
@@ -299,6 +297,6 @@ def _try_one_step(config: Config, report: Report) -> None:
             reason = str(error).split(". ")[0]
             raise InputError(f"{reason}; lower train.micro_batch_size or raise train.zero_stage") from None
 
-    done = report.check("one step", step_within_memory, lambda found: found[0])
+    done = report.check("one step", step_within_memory, itemgetter(0))
     if done is not None:
         report.check("memory per device (measured)", lambda: show_bytes(done[1]))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from megatron_sas.evaluation.live import LiveEvaluation, collapsed_attention, evaluation_line
+from megatron_sas.evaluation.live import collapsed_attention, evaluation_line
 from megatron_sas.launch.watchdog import Watchdog
-from megatron_sas.objective.base import Term
 from megatron_sas.objective.terms import weights
-from megatron_sas.run.throughput import Throughput
+from megatron_sas.train.build import BuiltRun
 from megatron_sas.train.collaborator import Collaborator
 from megatron_sas.train.journal import Journal
-from megatron_sas.train.step import Engine
 from megatron_sas.train.stop_vote import Stopped, StopVote
 
 COLLAPSE = "attention_collapsed"
@@ -24,38 +22,31 @@ MEASURED_UPDATES = 10
 
 
 class Evaluations(Collaborator):
-    """Evaluates the model. `owed` tells that the evaluation of the last step was abandoned, because the run stops."""
+    """Evaluates the model. `owed`: the evaluation of the last step was abandoned, because the run stops."""
 
     def __init__(
-        self,
-        evaluation: LiveEvaluation,
-        engine: Engine,
-        terms: Mapping[str, Term],
-        journal: Journal,
-        vote: StopVote,
-        watchdog: Watchdog,
-        throughput: Throughput,
-        last_step: int,
-        before: Callable[[], None],
-        clock: Callable[[], float],
+        self, built: BuiltRun, journal: Journal, vote: StopVote, watchdog: Watchdog, before: Callable[[], None]
     ) -> None:
         """`before` is called before an evaluation: it brings records and clock up to date."""
-        self.evaluation, self.engine, self.terms = evaluation, engine, terms
-        self.journal, self.vote, self.watchdog, self.throughput = journal, vote, watchdog, throughput
-        self.last_step, self.before, self.clock = last_step, before, clock
+        self.evaluation, self.engine, self.throughput = built.state.evaluation, built.engine, built.throughput
+        self.journal, self.vote, self.watchdog, self.before = journal, vote, watchdog, before
+        self.terms, self.last_step, self.clock = built.state.terms, built.config.train.steps, built.clock
         self.owed = False
         self._seconds: float | None = None  # of the last evaluation
         self._first: tuple[int, float] | None = None  # step and seconds of training when this start began
 
+    def _due(self, step: int) -> bool:
+        return self.evaluation.section.due(step, self.last_step)
+
     def begin(self, step: int, resumed: bool) -> None:
         """Evaluate the initial model, or the resumed one if it was stopped before its evaluation."""
         self._first = (step, self.throughput.seconds)
-        if self.evaluation.section.due(step, self.last_step) and not (resumed and self.journal.evaluated(step)):
+        if self._due(step) and not (resumed and self.journal.evaluated(step)):
             self._evaluate(step)
 
     def after_update(self, step: int) -> None:
         """Evaluate if the configuration names this step."""
-        if self.evaluation.section.due(step, self.last_step):
+        if self._due(step):
             self._evaluate(step)
         if self._first is not None and step - self._first[0] >= MEASURED_UPDATES and self._seconds is not None:
             self._report_cost(step)
@@ -87,7 +78,7 @@ class Evaluations(Collaborator):
         self.before()
         first, seconds = self._first
         self._first = None
-        number = sum(self.evaluation.section.due(s, self.last_step) for s in range(first, self.last_step + 1))
+        number = sum(map(self._due, range(first, self.last_step + 1)))
         evaluating = number * self._seconds
         training = (self.throughput.seconds - seconds) / (step - first) * (self.last_step - first)
         if (share := evaluating / (evaluating + training)) > COSTLY_SHARE:
@@ -98,10 +89,10 @@ class Evaluations(Collaborator):
             )
 
     def _warn_of_collapse(self, step: int, values: dict[str, Any]) -> None:
-        """Say once in a run, and record, that the regularizer takes attention away from nearly everything."""
+        """Log once in a run, and record, that a regularizer has collapsed attention."""
         active = {name: weight for name, weight in weights(self.terms, step - 1).items() if weight} if step else {}
-        attention = collapsed_attention(values)
-        if self.journal.records is None or not active or attention is None or self.journal.has_event(COLLAPSE):
+        attention, records = collapsed_attention(values), self.journal.records
+        if records is None or not active or attention is None or records.has_event(COLLAPSE):
             return
         under = ", ".join(f"{name} λ = {weight:g}" for name, weight in active.items())  # of the last update
         entropy, largest = attention["entropy"]["mean"], attention["uniform_entropy"]

@@ -45,10 +45,6 @@ class Journal:
         """Write a record of something that happened."""
         self.record("event", step, values)
 
-    def has_event(self, name: str) -> bool:
-        """Whether this run, before or since its newest start, has recorded an event of that name."""
-        return self.records is not None and self.records.has_event(name)
-
     def evaluated(self, step: int) -> bool:
         """Whether the evaluation after `step` updates is recorded. A collective."""
         return distributed.broadcast_object(self.records is not None and self.records.has("evaluation", step))

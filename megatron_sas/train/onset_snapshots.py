@@ -1,6 +1,6 @@
 """The breakthrough watch: recent models in a ring on the disk, kept for good when an onset is detected.
 
-Every `watch.every` steps the saver writes a snapshot, as beside any training. As long as nothing happens it goes to
+Every `watch.every` steps the saver writes a snapshot next to training. As long as nothing happens it goes to
 RUN/ring, which forgets old ones; an onset moves the ring to RUN/snapshots, and so do the snapshots after it go there.
 All ranks gather for each of these snapshots anyway, so rank 0, which alone has a `Watch`, decides alone.
 
@@ -14,12 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_sas.config import Config
 from megatron_sas.core.files import fsync_directory
-from megatron_sas.onsets.online import WATCHED, OnsetDetector, WatchSection
+from megatron_sas.onsets.online import WATCHED, OnsetDetector
 from megatron_sas.run.checkpoint import remove_directory
 from megatron_sas.run.directory import RunDirectory, step_name, steps_in
 from megatron_sas.run.records import Records, iterate_records
-from megatron_sas.run.saver import Saver, SnapshotSection
+from megatron_sas.run.saver import Saver
 
 EVENT = "onset_detected"
 
@@ -29,9 +30,7 @@ class OnsetSnapshots:
 
     def __init__(
         self,
-        section: WatchSection,
-        scheduled: SnapshotSection,
-        last_step: int,
+        config: Config,
         own_step: int,
         records: Records,
         saver: Saver,
@@ -40,19 +39,16 @@ class OnsetSnapshots:
         """Go on where the records end.
 
         Args:
-            section: a watch that is on.
-            scheduled: snapshots that are taken in any case.
-            last_step: of the run.
+            config: of a run whose watch is on.
             own_step: of the checkpoint of this run that it continues from; -1 if it has none.
             records: cut back to the step that the run continues from; events are written there.
             saver: writes the snapshots.
             log: prints a line.
         """
-        self.section, self.scheduled, self.last_step = section, scheduled, last_step
+        self.section, self.scheduled, self.last_step = config.watch, config.snapshots, config.train.steps
         self.records, self.saver, self.log = records, saver, log
         run = RunDirectory(records.path.parent)
-        self.ring, self.snapshots = run.ring, run.snapshots
-        self._own_step = own_step
+        self.ring, self.snapshots, self._own_step = run.ring, run.snapshots, own_step
         self._detectors = {
             name: OnsetDetector(self.section.delta, WATCHED[name][2], self.section.start)
             for name in self.section.metrics
@@ -67,17 +63,17 @@ class OnsetSnapshots:
         Raises:
             OSError: the ring could not be moved.
         """
-        for name, found in self._feed(kind, step, values).items():
+        for name, onset in self._feed(kind, step, values).items():
             self.saver.wait_for_thread()  # the newest of the ring may still be under way
             reach = self.section.keep * self.section.interval
             known = steps_in(self.ring).keys() | steps_in(self.snapshots).keys()
             kept = [s for s in sorted(known) if step - reach <= s < step and self.section.due(s)]
-            values = {"metric": name, "strength": found.strength, "threshold": found.threshold, "snapshots": kept}
+            values = {"metric": name, "strength": onset.strength, "threshold": onset.threshold, "snapshots": kept}
             self.records.write("event", step, {"event": EVENT, **values})
             self._keep_until = max(self._keep_until, step + self.section.reach_after)
             self._promote(step)
             self.log(
-                f"step {step}: onset of {name} detected (bend {found.strength:.3g}, threshold {found.threshold:.3g}); "
+                f"step {step}: onset of {name} detected (bend {onset.strength:.3g}, threshold {onset.threshold:.3g}); "
                 f"{len(kept)} snapshots kept, more until step {step + self.section.reach_after}"
             )
 
@@ -97,29 +93,27 @@ class OnsetSnapshots:
 
     def _feed(self, kind: str, step: int, values: dict[str, Any]) -> dict[str, Any]:
         """Give every detector its value; returns the onsets, whose detectors have done their work."""
-        found = {}
-        for name, detector in self._detectors.items():
+        onsets = {}
+        for name, detector in list(self._detectors.items()):
             wanted, key, _ = WATCHED[name]
-            if kind == wanted and (detection := detector.add(step, values.get(key))):
-                found[name] = detection
-        for name in found:
-            del self._detectors[name]
-        return found
+            if kind == wanted and (onset := detector.add(step, values.get(key))):
+                onsets[name] = onset
+                del self._detectors[name]
+        return onsets
 
     def _read_past(self) -> None:
-        passed, told = {}, set()
+        passed, recorded = {}, set()
         for line in iterate_records(self.records.path):
             passed |= dict.fromkeys(self._feed(line["kind"], line["step"], line), line["step"])
             if line.get("event") == EVENT and line["step"] >= self.section.start:
-                told.add(line["metric"])
+                recorded.add(line["metric"])
                 self._keep_until = max(self._keep_until, line["step"] + self.section.reach_after)
                 self._promote(line["step"])  # again, if the machine went down meanwhile
-        for name in told:
+        for name in recorded:
             self._detectors.pop(name, None)
-        for name in passed.keys() - told:  # the settings have changed
-            self.log(
-                f"watch: by these settings {name} had its onset at step {passed[name]}; it is not watched any more"
-            )
+        for name in passed.keys() - recorded:  # the settings have changed
+            at = passed[name]
+            self.log(f"watch: by these settings {name} had its onset at step {at}; it is not watched any more")
 
     def _remove_what_was_cut_off(self) -> None:
         """Snapshots that a run which was killed made after the checkpoint; they are made again, where they belong."""

@@ -18,41 +18,37 @@ from megatron_sas.run.checkpoint import newest_checkpoint
 from megatron_sas.run.directory import CONFIG, RunDirectory
 from megatron_sas.run.records import read_records
 from megatron_sas.run.starts import record_start
-from megatron_sas.train.branch import BY_CONTENT, Branch, begin_branch, find_branch
-
-MAY_CHANGE = ("run", "checkpoint", "snapshots", "evaluation", "logging", "watch")
-MAY_CHANGE_IN_TRAIN = ("train.steps", "train.zero_stage", "train.deepspeed_config", "train.max_nonfinite_updates")
+from megatron_sas.train.branch import BY_CONTENT, UNTRAINED, UNTRAINED_FIELDS, Branch, begin_branch, find_branch
 
 
-def find_start(config: Config, say: Callable[[str], None]) -> tuple[Path | None, Branch | None]:
+def find_start(config: Config, log: Callable[[str], None]) -> tuple[Path | None, Branch | None]:
     """The checkpoint that the run continues from, or the branch that it begins, or neither for a new run.
 
     Raises:
         InputError: the directory is something else, the checkpoint belongs to something else, or there were checkpoints
             that are gone.
     """
-    run_dir = Path(config.run.output_dir)
-    run = RunDirectory(run_dir)
-    saved = run.config
+    run = RunDirectory(config.run.output_dir)
+    run_dir, saved = run.path, run.config
     occupied = run_dir.exists() and (not run_dir.is_dir() or not all(map(run.half_begun, run_dir.iterdir())))
     if occupied and config.run.resume == "never":
         raise InputError(f"run.output_dir: {run_dir} exists and is not empty; choose another or set run.resume: auto")
     if occupied and not saved.is_file():
         raise InputError(f"run.output_dir: {run_dir} exists but is not a run (no {CONFIG}); choose another directory")
-    checkpoint = newest_checkpoint(run_dir, say) if occupied else None
+    checkpoint = newest_checkpoint(run_dir, log) if occupied else None
     if checkpoint is not None:
         check_same_experiment(load_config(saved), config, saved)
         return checkpoint, None
     if run.records.is_file():
         _check_no_checkpoint_is_lost(run)
     if config.run.branch_from is not None:
-        branch = find_branch(config, say)
+        branch = find_branch(config, log)
         return branch.checkpoint, branch
     return None, None
 
 
 def _check_no_checkpoint_is_lost(run: RunDirectory) -> None:
-    """Refuse (`InputError`) to begin a run anew whose records prove that it had a checkpoint.
+    """Refuse (`InputError`) to begin a run again whose records prove that it had a checkpoint.
 
     A save begins when the one before is published, so records beyond the second one that was due prove the first, be it
     due by step or by the clock. So does a run that was continued, stopped or finished later than it began.
@@ -82,7 +78,7 @@ def _check_no_checkpoint_is_lost(run: RunDirectory) -> None:
 
 def begin_run(config: Config, checkpoint: Path | None, branch: Branch | None, lock: DirectoryLock, step: int) -> None:
     """Make the directory a run, or this start's, after `step` updates; rank 0's part."""
-    run = RunDirectory(Path(config.run.output_dir))
+    run = RunDirectory(config.run.output_dir)
     if not lock.held:  # where to start was decided without it, because nothing was there
         lock.take()
         if run.config.exists():
@@ -107,8 +103,8 @@ def check_same_experiment(old: Config, new: Config, saved: Path) -> None:
     # The reduction `sum` is over the micro-batch, which is then part of what λ means.
     summed = any(term.reduction == "sum" for term in old.terms().values())
     sharding = () if summed else ("train.micro_batch_size",)
-    changed = [name for name in differences if name.split(".")[0] not in MAY_CHANGE]
-    changed = [name for name in changed if name not in (*MAY_CHANGE_IN_TRAIN, *BY_CONTENT, *sharding)]
+    changed = [name for name in differences if name.split(".")[0] not in UNTRAINED]
+    changed = [name for name in changed if name not in (*UNTRAINED_FIELDS, *BY_CONTENT, *sharding)]
     changed += [name for name in ("run.seed", "run.branch_from") if name in differences]
     if changed:
         raise InputError(

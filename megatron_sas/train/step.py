@@ -145,9 +145,12 @@ class Engine:
         read_flags = _reader(counts[1:])
         rounds = self.world_size * self.accumulation
         mlm_scale = rounds / num_masked.clamp(min=1)
+        # Those with a weight first: a kernel treats the first set of edges on its own, and whether others are measured
+        # must not show in what it rounds.
+        terms = sorted(self._engine.module.terms.items(), key=lambda term: weights[term[0]] == 0.0)
         scales = {
             name: weights[name] * (rounds / train.global_batch_size if term.reduction == "sequence" else 1.0)
-            for name, term in self._engine.module.terms.items()
+            for name, term in terms
             if weights[name] or measure
         }
         mlm_sum = torch.zeros((), device=self.device)
@@ -200,12 +203,11 @@ class Engine:
     def weight_norm(self) -> float:
         """Euclidean norm of all weights, in the precision that the model computes with. A collective."""
         if self.train_section.zero_stage == 3:
-            parts = [_own_elements(parameter) for _, parameter in self.named_parameters()]
+            parts = [own_elements(parameter, distributed.rank()) for _, parameter in self.named_parameters()]
         else:
             parts = [parameter.detach() for _, parameter in self.named_parameters()]
-        total = (
-            torch.stack([part.double().square().sum() for part in parts]).sum().to(self.device)
-        )  # offloaded ones are not there
+        total = torch.stack([part.double().square().sum() for part in parts]).sum()
+        total = total.to(self.device)  # offloaded parameters are not there
         if self.train_section.zero_stage == 3:
             distributed.all_reduce_sum_(total)
         return float(total.sqrt())
@@ -281,9 +283,9 @@ class Engine:
                 safe_set_full_optimizer_state(parameter, value, key)
 
 
-def _own_elements(parameter: nn.Parameter) -> Tensor:
-    """ZeRO-3: this rank's partition without the padding, which DeepSpeed never initialises."""
-    before = parameter.ds_tensor.numel() * distributed.rank()  # elements that lower ranks hold
+def own_elements(parameter: nn.Parameter, rank: int) -> Tensor:
+    """ZeRO-3: the rank's partition, which is here, without the padding, which DeepSpeed never initialises."""
+    before = parameter.ds_tensor.numel() * rank  # elements that lower ranks hold
     return parameter.ds_tensor[: max(parameter.ds_numel - before, 0)]
 
 

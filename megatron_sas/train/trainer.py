@@ -17,6 +17,7 @@ from megatron_sas.data.mlm_dataset import Window
 from megatron_sas.launch.environment import join_processes
 from megatron_sas.launch.watchdog import Watchdog
 from megatron_sas.objective.terms import weights
+from megatron_sas.run.checkpoint import RankSlice, write_slice
 from megatron_sas.run.directory import RunDirectory
 from megatron_sas.run.signals import StopRequest, mark_for_requeue
 from megatron_sas.train.build import build_run, claim_old_run, open_records
@@ -25,7 +26,6 @@ from megatron_sas.train.collaborator import Collaborator
 from megatron_sas.train.evaluations import Evaluations
 from megatron_sas.train.journal import Journal
 from megatron_sas.train.saves import Saves
-from megatron_sas.train.skipped_updates import SkippedUpdates
 from megatron_sas.train.step_log import PendingUpdate, StepLog
 from megatron_sas.train.stop_vote import StopVote
 
@@ -40,6 +40,7 @@ class Trainer:
         *,
         clock: Callable[[], float] = time.perf_counter,
         observer: Callable[[int, dict[str, Any]], None] | None = None,
+        write: Callable[[Path, RankSlice], None] = write_slice,
     ) -> None:
         """Join the process group and build everything.
 
@@ -47,36 +48,28 @@ class Trainer:
             config: what to do.
             stop: where requests to stop arrive; None: only as a file.
             clock: counts seconds.
-            observer: called with the step and values of every update's record before it is written.
+            observer: called with the step and values of every update's record before it is written; may change them.
+            write: writes this rank's tensors of a checkpoint into a directory, in a thread.
 
         Raises:
             InputError: anything that the user must mend; a CommonError where every rank raises it.
         """
-        request, directory = stop or StopRequest(), RunDirectory(Path(config.run.output_dir))
+        request, directory = stop or StopRequest(), RunDirectory(config.run.output_dir)
         device = join_processes(config.run.timeout_minutes, config.train.deterministic)
         check_shared_directory(directory.path)
-        self.config, self.last_step, self.journal = config, config.train.steps, Journal()
         # Rank 0's; two runs in one directory would overwrite each other's records and saves.
         remedy = f"wait for it, or create the file {directory.stop} to have it save and end"
-        self.lock = DirectoryLock(directory.path, remedy)
+        self.lock, self.journal = DirectoryLock(directory.path, remedy), Journal()
         on_all_ranks(lambda: claim_old_run(directory, self.lock, request))
-        self.built = built = build_run(config, device, self.journal.log, self.lock, clock)
-        self.engine, self.watchdog = built.engine, Watchdog(config.run.timeout_minutes)
-        watch = on_all_ranks(lambda: open_records(config, built, self.journal))
-        skipped = SkippedUpdates(config.train.max_nonfinite_updates, self.journal, built.samples_of, built.saver.finish)
+        self.built = built = build_run(config, device, self.journal.log, self.lock, clock, write)
+        self.config, self.engine, self.last_step = config, built.engine, config.train.steps
+        self.watchdog = Watchdog(config.run.timeout_minutes)
+        ring = on_all_ranks(lambda: open_records(built, self.journal))
         self.vote = StopVote(request, directory, device)
-        self.log = StepLog(
-            config.logging, config.train, built.state.terms, self.journal, built.throughput, skipped, device, observer
-        )
-        self.evaluations = Evaluations(
-            built.state.evaluation, self.engine, built.state.terms, self.journal, self.vote, self.watchdog,
-            built.throughput, self.last_step, self.log.flush, clock,
-        )  # fmt: skip
-        sections = (config.checkpoint, config.snapshots, config.watch)
-        self.saves = Saves(
-            sections, built.saver, self.log, self.journal, self.watchdog, self.last_step, self._state_dict, clock, watch
-        )
-        self.collaborators: list[Collaborator] = [self.vote, skipped, self.log, self.evaluations, self.saves]
+        self.log = StepLog(built, self.journal, observer)
+        self.evaluations = Evaluations(built, self.journal, self.vote, self.watchdog, self.log.flush)
+        self.saves = Saves(built, self.log, self.watchdog, self._state_dict, ring)
+        self.collaborators: list[Collaborator] = [self.vote, self.log, self.evaluations, self.saves]
         for collaborator in self.collaborators:
             collaborator.load_state_dict(built.state.counters)
 
@@ -87,17 +80,15 @@ class Trainer:
             InputError: too many updates in a row were not finite; on every rank.
             OSError: a checkpoint could not be written, on every rank; or data could not be read, maybe on one.
         """
-        step = self.built.state.start_step
+        step, state = self.built.state.start_step, self.built.state
         self.built.announce(self.journal)
         with contextlib.closing(self.lock), self.watchdog:
-            if (
-                step == self.last_step or not self.vote.decide()
-            ):  # a request may have come while the run was being built
+            if step == self.last_step or not self.vote.decide():  # a request may have come while the run was built
                 for collaborator in self.collaborators:
-                    collaborator.begin(step, resumed=self.built.state.checkpoint is not None)
+                    collaborator.begin(step, resumed=state.checkpoint is not None)
             pinned = self.engine.device.type == "cuda"
             with (
-                PrefetchLoader(self.built.state.dataset, step, self.last_step, pin_memory=pinned) as loader,
+                PrefetchLoader(state.dataset, step, self.last_step, pin_memory=pinned) as loader,
                 self.journal.progress(step, self.last_step),
             ):
                 while step < self.last_step and not self.vote.stopping:
@@ -120,11 +111,11 @@ class Trainer:
         for collaborator, group in zip(self.collaborators, flags, strict=True):
             collaborator.react(*(next(sums) for _ in group))
         masking_rate = None if self.config.masking.rate is None else self.config.masking.rate(window.step)
-        self.log.add(PendingUpdate(step, result, weight, rate, masking_rate), self.built.tokens_per_update)
+        self.log.add(PendingUpdate(step, result, weight, rate, masking_rate))
         return step
 
     def _end(self, step: int) -> None:
-        """Everything on the disk; then say whether the run is finished or wants to be started again."""
+        """Everything on the disk; then report whether the run is finished or wants to be started again."""
         self.watchdog.beat("the last checkpoint")
         if step == self.last_step and not self.evaluations.owed:
             self.built.saver.finish()
@@ -143,7 +134,7 @@ class Trainer:
         self.journal.log(line)
 
     def _state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside tensors: the collaborators' counters, and what the run is made of."""
+        """What a checkpoint keeps as well as tensors: the collaborators' counters, and what the run is made of."""
         state = self.built.facts()
         for collaborator in self.collaborators:
             state |= collaborator.state_dict()

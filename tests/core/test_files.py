@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -13,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sas.core import cli, files
+from megatron_sas.core import files
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.files import (
     atomic_directory,
@@ -38,10 +41,8 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_one_hash_of_several_files(tmp_path, monkeypatch):
+def test_one_hash_of_several_files(tmp_path):
     """Of names and contents, wherever they lie; read again only when a file has changed."""
-    read, whole = [], files.sha256_file
-    monkeypatch.setattr(files, "sha256_file", lambda path: read.append(Path(path).name) or whole(path))
     for folder in ("one", "two"):
         (tmp_path / folder / "b").mkdir(parents=True)
         for name in ("b/y", "b/x", "a", "other"):
@@ -49,7 +50,12 @@ def test_one_hash_of_several_files(tmp_path, monkeypatch):
     first = files.sha256_files(tmp_path / "one", ["b", "a", "missing"])
     lines = "".join(f"{hashlib.sha256(name.encode()).hexdigest()} {name}\n" for name in ("a", "b/x", "b/y"))
     assert first == hashlib.sha256(lines.encode()).hexdigest() == files.sha256_files(tmp_path / "one", ["a", "b"])
-    assert read == ["a", "x", "y"]
+    status = (tmp_path / "one" / "a").stat()
+    (tmp_path / "one" / "a").write_text("b")
+    os.utime(tmp_path / "one" / "a", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert files.sha256_files(tmp_path / "one", ["b", "a"]) == first  # not read again
+    os.utime(tmp_path / "one" / "a", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert files.sha256_files(tmp_path / "one", ["b", "a"]) != first
     assert files.sha256_files(tmp_path / "two", ["a", "b"]) == first
     (tmp_path / "two" / "b" / "x").rename(tmp_path / "two" / "b" / "z")
     assert files.sha256_files(tmp_path / "two", ["a", "b"]) != first
@@ -209,6 +215,18 @@ def test_manifest_notices_damage(whole, content, message):
         verify_manifest(whole, ["never"])
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_manifest_names_a_file_that_cannot_be_read(whole, code):
+    """A bad disk or a stale handle: the file's size is known, its content is not to be had."""
+
+    def fail(path):
+        raise OSError(code, os.strerror(code))
+
+    message = f"{whole / 'a.bin'}: cannot be read ({os.strerror(code)}); use another checkpoint"
+    with pytest.raises(InputError, match=re.escape(message)):
+        verify_manifest(whole, ["a.bin"], sha256=fail)
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"files": 3}', "\x00"])
 def test_damaged_manifest(whole, content):
     (whole / MANIFEST).write_text(content)
@@ -250,12 +268,17 @@ def test_run_main_passes_on_codes_and_bugs():
         run_main(lambda: 1 // 0)
 
 
-def test_progress_is_silent_without_a_terminal(capsys, monkeypatch):
-    assert list(progress(range(3))) == [0, 1, 2]
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(cli.sys.stderr, "isatty", lambda: True, raising=False)
-    assert list(progress(range(3), desc="counting")) == [0, 1, 2]
-    assert "counting" in capsys.readouterr().err
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("stream", "shown"), [(io.StringIO(), False), (Terminal(), True)])
+def test_progress_is_silent_without_a_terminal(stream, shown):
+    with contextlib.redirect_stderr(stream):
+        assert list(progress(range(3), desc="counting")) == [0, 1, 2]
+    assert ("counting" in stream.getvalue()) == shown
+    assert bool(stream.getvalue()) == shown
 
 
 def test_written_json_is_json(tmp_path):

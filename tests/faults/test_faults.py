@@ -21,8 +21,8 @@ from megatron_sas.run.checkpoint import newest_checkpoint
 
 pytestmark = pytest.mark.slow
 
-STEPS = 80
-RUN = {"train.steps": STEPS, "train.decay_horizon": 1000, "checkpoint.every": 10, "evaluation.every": 40}
+STEPS = 50
+RUN = {"train.steps": STEPS, "train.decay_horizon": 1000, "checkpoint.every": 10, "evaluation.every": 25}
 LONG = RUN | {"train.steps": 90_000, "train.decay_horizon": 100_000}
 UPDATES_ONLY = LONG | {"checkpoint.every": 100_000, "evaluation.every": 100_000}
 
@@ -155,7 +155,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk(fork_server, config, whole, small_disk):
     """Whatever cannot be written any more, checkpoint or record: the last whole checkpoint stays, and is enough."""
-    disk = small_disk("size=2500k")
+    disk = small_disk("size=1500k")
     run = disk / "run"
     job = fork_server.start(config, run, RUN, ranks=2)
     codes = job.wait_as_launchers_do()

@@ -53,19 +53,19 @@ def test_a_signal_to_any_rank_stops_all(fork_server, config, tmp_path, ranks, nu
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(fork_server, config, tmp_path):
     """Stopped by the file, in the middle; then finished: no marker, equal to the run without a stop."""
-    run, whole, short = tmp_path / "run", tmp_path / "whole", LONG | {"train.steps": 60}
+    run, whole, short = tmp_path / "run", tmp_path / "whole", LONG | {"train.steps": 30}
     hold = {"before": "megatron_sas.train.step:Engine.update", "call": 4, "until": str(run / "stop")}
     job = fork_server.start(config, run, short, ranks=2, fault={"hold": hold})
     wait_until(lambda: steps_done(run) >= 3, "training")
     (run / "stop").touch()
     assert job.wait() == [0, 0]
     step = check_stopped(run, f"file {run / 'stop'}")
-    assert 3 <= step < 60
+    assert 3 <= step < 30
     output = fork_server.train(config, run, short, ranks=2)
     assert f"continuing from {checkpoint(run, step)}" in output
     assert not (run / "requeue").exists()
     fork_server.train(config, whole, short, ranks=2)
-    assert all(weights(whole, 60)[name].equal(tensor) for name, tensor in weights(run, 60).items())
+    assert all(weights(whole, 30)[name].equal(tensor) for name, tensor in weights(run, 30).items())
     assert records(run) == records(whole)
 
 

@@ -76,6 +76,27 @@ def test_equal_inputs_give_equal_bits():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_a_set_that_is_only_measured_changes_no_bits():
+    """After the set that has a weight; as when an update's line is printed."""
+    case = make_case(2, batch=1, num_heads=2, seq=40, dim=16, dtype=torch.float32, kind="random")
+    measured, results = make_heads("random", 1, 40), []
+    for heads in (case.heads, torch.stack([case.heads, measured], 1)):
+        qkv = [x.to(DEVICE, torch.float32).requires_grad_() for x in case.qkv]
+        out, *along = dependency_attention(*qkv, heads.to(DEVICE), backend="triton")
+        first = [x[:, 0] if heads.dim() == 3 else x for x in along]
+        gradients = tuple(g.to(DEVICE) for g in case.gradients)
+        results.append((out, *first, *backward((out, *first), gradients, qkv)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_calls_without_edges_share_the_search_of_calls_with_edges():
+    """Triton's search tells them apart by the dtypes of their arguments."""
+    from megatron_sas.kernels.triton.attention import _heads_pointer
+
+    q, heads = torch.empty(1, 1, 4, 16), torch.zeros(1, 4, dtype=torch.int64)
+    assert _heads_pointer(None, q).dtype == _heads_pointer(heads, q).dtype
+
+
 @pytest.mark.parametrize("integer", [torch.uint8, torch.int8, torch.int16, torch.int32])
 def test_integer_types_of_heads(integer):
     """-1 for "beyond the valid part" is 255 to an unsigned type, and token 255 exists here.

@@ -15,6 +15,7 @@ from megatron_sas.launch.environment import (
     number_of_processes,
     other_threads,
     share_cores,
+    share_of_cores,
 )
 
 ALLOCATION = {  # what a shell inside an allocation of two nodes has, which srun did not start
@@ -82,17 +83,26 @@ def test_tasks_that_cannot_meet(environment, name):
     [({}, 1), ({"LOCAL_SIZE": "4"}, 4), ({"LOCAL_WORLD_SIZE": "2"}, 2)],
     ids=["python", "deepspeed", "torchrun"],
 )
-def test_each_process_of_a_host_takes_its_share_of_the_cores(environment, monkeypatch, variables, expected):
-    threads = []
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+def test_each_process_of_a_host_takes_its_share_of_the_cores(environment, variables, expected):
     environment.update(variables)
-    share_cores()
-    assert (local_world_size(), threads) == (expected, [8 // expected])
+    assert (local_world_size(), share_of_cores(8)) == (expected, 8 // expected)
     environment["OMP_NUM_THREADS"] = "3"
-    share_cores()
-    assert len(threads) == 1
+    assert share_of_cores(8) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CPUs do not train here")
+def test_the_share_of_the_cores_becomes_the_number_of_threads(environment):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1000)
+        environment["OMP_NUM_THREADS"] = "3"
+        share_cores()
+        assert torch.get_num_threads() == 1000
+        del environment["OMP_NUM_THREADS"]
+        share_cores()
+        assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_other_threads_are_named_where_results_could_be_the_same_bits():

@@ -11,7 +11,6 @@ from engine_runs import launch
 from torch._inductor.runtime import cache_dir_utils
 
 from megatron_sas.kernels.backends import BACKENDS, Backend
-from megatron_sas.launch import kernel_cache
 from megatron_sas.launch.kernel_cache import CACHES, build_attention_kernels, use_local_caches
 from megatron_sas.model.config import BertConfig
 from megatron_sas.model.modernbert import ModernBertConfig
@@ -45,9 +44,8 @@ def test_what_the_user_says_stays(clean, monkeypatch):
     assert os.environ["TRITON_CACHE_DIR"] == "/elsewhere"
 
 
-def test_a_directory_of_somebody_else_is_not_used(clean, monkeypatch):
-    monkeypatch.setattr(kernel_cache.os, "getuid", lambda: 4_000_000)  # root may make it, but owns it as 0
-    use_local_caches()
+def test_a_directory_of_somebody_else_is_not_used(clean):
+    use_local_caches(user=4_000_000)  # who may make it, but does not own it
     assert not CACHES.keys() & os.environ.keys()
 
 

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 import types
 
 import pytest
 
-from megatron_sas.launch import watchdog
 from megatron_sas.launch.watchdog import STORE_SILENT, Watchdog
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def clock():
     """Seconds that pass only when a test says so."""
-    clock = types.SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(watchdog, "time", types.SimpleNamespace(time=lambda: clock.now))
-
-    def exit_(code):
-        raise SystemExit(code)
-
-    monkeypatch.setattr(watchdog.os, "_exit", exit_)
-    return clock
+    return types.SimpleNamespace(now=1000.0)
 
 
 def watch(clock, tells, rounds):
     """Run a watchdog of 40 s for so many rounds; `tells` are (seconds, answer) of telling the others, in turn."""
-    dog = Watchdog(40 / 60)
+    dog = Watchdog(40 / 60, clock=lambda: clock.now, exit=sys.exit)
     tells = iter(tells)
 
     def tell():

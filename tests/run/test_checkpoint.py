@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 
 import pytest
 from engine_runs import checkpoint, largest_difference, records, train, weights
 
 from megatron_sas.config import load_config
-from megatron_sas.core import manifest as manifest_module
 from megatron_sas.core.cli import InputError
-from megatron_sas.run import checkpoint as checkpoint_module
-from megatron_sas.run import saver as saving
-from megatron_sas.run.checkpoint import newest_checkpoint
+from megatron_sas.run.checkpoint import newest_checkpoint, partial_directory, publish, write_slice
 from megatron_sas.run.directory import RunDirectory
 from megatron_sas.run.reading import load_model
 from megatron_sas.run.records import lines_until
-from megatron_sas.train import build
 from megatron_sas.train.build import build_state
 
 
@@ -67,50 +62,25 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(run, damage, reason, name):
     assert reason in line
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
-def test_a_checkpoint_that_cannot_be_read_is_passed_over_aloud(run, monkeypatch, code):
-    """A bad disk or a stale handle: the file's size is known, its content is not to be had."""
-    sha256_file = manifest_module.sha256_file
+@pytest.mark.parametrize("error", [InputError("x: cannot be read"), OSError(errno.EIO, "Input/output error", "x")])
+def test_a_checkpoint_that_cannot_be_read_is_passed_over_aloud(run, error):
+    """A shard that a bad disk does not give (tests/core/test_files.py), or its manifest."""
 
-    def fail_for_a_shard(path):
-        if path == checkpoint(run, 4) / FILES[1]:
-            raise OSError(code, os.strerror(code))
-        return sha256_file(path)
-
-    monkeypatch.setattr(manifest_module, "sha256_file", fail_for_a_shard)
-    said = []
-    assert newest_checkpoint(run, said.append) == checkpoint(run, 2)
-    path = checkpoint(run, 4) / FILES[1]
-    reason = f"{path}: cannot be read ({os.strerror(code)}); use another checkpoint"
-    assert said == [f"checkpoint step_00000004 is passed over: {reason}"]
-
-
-def test_a_manifest_that_cannot_be_read_is_no_end_either(run, monkeypatch):
-    verify = checkpoint_module.verify_checkpoint
-
-    def fail(path):
+    def verify(path):
         if path == checkpoint(run, 4):
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path / "manifest.json"))
-        verify(path)
+            raise error
 
-    monkeypatch.setattr(checkpoint_module, "verify_checkpoint", fail)
-    said = []
-    assert newest_checkpoint(run, said.append) == checkpoint(run, 2)
-    assert "Input/output error" in said[0] and "manifest.json" in said[0]
+    lines = []
+    assert newest_checkpoint(run, lines.append, verify) == checkpoint(run, 2)
+    assert lines == [f"checkpoint step_00000004 is passed over: {error}"]
 
 
-def test_a_directory_that_cannot_be_read_is_not_an_empty_one(config, run, monkeypatch):
-    """The run would begin anew, over its records."""
+def test_a_directory_that_cannot_be_read_is_not_an_empty_one(config, run):
+    """The run would begin again, over its records. What cannot be listed here is no directory: root may read all."""
     before = (run / "metrics.jsonl").read_bytes()
-
-    def refuse(path, listdir=os.listdir):
-        if path == run / "checkpoints":
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return listdir(path)
-
-    monkeypatch.setattr(os, "listdir", refuse)
-    monkeypatch.setattr(os, "scandir", refuse)  # what glob reads
-    with pytest.raises(InputError, match=r"Permission denied: '.*checkpoints'"):
+    (run / "checkpoints").rename(run / "elsewhere")
+    (run / "checkpoints").touch()
+    with pytest.raises(InputError, match=r"Not a directory: '.*checkpoints'"):
         train(config, run, {"train.steps": 4, "checkpoint.every": 2})
     assert (run / "metrics.jsonl").read_bytes() == before
 
@@ -214,7 +184,7 @@ def test_what_proves_that_there_was_a_checkpoint(config, run, events, proof):
         assert build_state(settings, print).checkpoint is None
 
 
-def test_what_an_attempt_before_the_last_recorded_proves_nothing(config, whole, tmp_path, monkeypatch):
+def test_what_an_attempt_before_the_last_recorded_proves_nothing(config, whole, tmp_path):
     """Twice killed before its first save, the second time with a denser schedule, before it had records of its own."""
     run = tmp_path / "run"
     run.mkdir()
@@ -224,30 +194,28 @@ def test_what_an_attempt_before_the_last_recorded_proves_nothing(config, whole, 
     assert "every: 2" in text
     (run / "config.yaml").write_text(text.replace("every: 2", "every: 4", 1))
 
-    def die(*_):
+    def die():  # which is first asked for the time between the configuration and the records
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(build, "Records", die)
-        train(config, run, {"train.steps": 4, "checkpoint.every": 1})
+    with pytest.raises(KeyboardInterrupt):
+        train(config, run, {"train.steps": 4, "checkpoint.every": 1}, clock=die)
+    assert "every: 1" in (run / "config.yaml").read_text()
     train(config, run, {"train.steps": 4, "checkpoint.every": 1})
     assert records(run) == records(whole)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_partial(config, tmp_path, monkeypatch):
-    run, write, calls = tmp_path / "run", checkpoint_module.write_weights, []
+def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_partial(config, tmp_path):
+    run = tmp_path / "run"
 
-    def fail_at_the_second_checkpoint(path, tensors):
-        calls.append(path)
-        write(path, tensors)
-        if len(calls) == 3:
+    def fail_at_the_second_checkpoint(directory, part):
+        write_slice(directory, part)
+        if directory.name.startswith(".step_00000002."):
+            (directory / FILES[1]).unlink()
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_module, "write_weights", fail_at_the_second_checkpoint)
     with pytest.raises(OSError, match=r"step_00000002: could not be written \(rank 0: .*No space left"):
-        train(config, run, {"train.steps": 4, "checkpoint.every": 2})
+        train(config, run, {"train.steps": 4, "checkpoint.every": 2}, write=fail_at_the_second_checkpoint)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step_00000000"]
-    monkeypatch.undo()
     train(config, run, {"train.steps": 4, "checkpoint.every": 2})
     assert sorted(records(run)) == [1, 2, 3, 4]
 
@@ -257,45 +225,44 @@ def test_files_of_a_checkpoint_obey_the_umask(whole):
     assert len(modes) == 1
 
 
-def test_a_checkpoint_without_another_hosts_shard_is_not_published(run, monkeypatch):
-    """As when every host has an output_dir of its own: rank 0 does not see what rank 1 has written."""
-    monkeypatch.setattr(checkpoint_module.distributed, "world_size", lambda: 2)
-    partial = checkpoint_module.partial_directory(RunDirectory(run), 5, "token")
+def test_a_checkpoint_without_another_hosts_shard_is_not_published(run):
+    """As when every host has its own output_dir: rank 0 does not see what rank 1 has written."""
+    partial = partial_directory(RunDirectory(run), 5, "token")
     shutil.copytree(checkpoint(run, 4), partial)
     (partial / FILES[1]).rename(partial / "optimizer-00000-of-00002.safetensors")
     with pytest.raises(OSError, match=r"optimizer-00001-of-00002.safetensors is not there: run.output_dir must be one"):
-        checkpoint_module.publish(partial, 5)
+        publish(partial, 5, world_size=2)
     assert newest_checkpoint(run, pytest.fail) == checkpoint(run, 4)
 
 
 @pytest.mark.parametrize("step", [0, 5])
 def test_a_checkpoint_with_a_shard_of_nobody_is_not_published(run, step):
-    partial = checkpoint_module.partial_directory(RunDirectory(run), step, "token")
+    partial = partial_directory(RunDirectory(run), step, "token")
     shutil.copytree(checkpoint(run, min(step, 4)), partial)
     (partial / "optimizer-00001-of-00002.safetensors").touch()
     with pytest.raises(OSError, match=r"optimizer-00001-of-00002.safetensors is another program's"):
-        checkpoint_module.publish(partial, step)
+        publish(partial, step, world_size=1)
 
 
-def test_an_orphan_of_an_earlier_start_cannot_spoil_a_checkpoint(config, tmp_path, monkeypatch):
+def test_an_orphan_of_an_earlier_start_cannot_spoil_a_checkpoint(config, tmp_path):
     """Rank 1 of a job of two whose rank 0 was killed: its thread still writes, where it was told to."""
-    run, write, begun, stale = tmp_path / "run", saving.write_slice, {}, {}
+    run, begun, stale = tmp_path / "run", {}, {}
 
-    def write_and_note(directory, share):
-        write(directory, share)
+    def write_and_note(directory, part):
+        write_slice(directory, part)
         begun[directory.parent / directory.name[:14]] = directory
         if orphaned := stale.get(directory.parent / directory.name[:14]):
             orphaned.mkdir(exist_ok=True)
             (orphaned / "optimizer-00001-of-00002.safetensors").write_bytes(b"of another start")
 
-    monkeypatch.setattr(saving, "write_slice", write_and_note)
-    train(config, run, {"train.steps": 4, "checkpoint.every": 2})
+    overrides = {"train.steps": 4, "checkpoint.every": 2}
+    train(config, run, overrides, write=write_and_note)
     shutil.rmtree(checkpoint(run, 4))
     stale.update(begun)
-    train(config, run, {"train.steps": 4, "checkpoint.every": 2})
+    train(config, run, overrides, write=write_and_note)
     assert newest_checkpoint(run, pytest.fail) == checkpoint(run, 4)
     assert [path.name for path in checkpoint(run, 4).glob("optimizer-*")] == [FILES[1]]
-    train(config, run, {"train.steps": 4, "checkpoint.every": 2})
+    train(config, run, overrides)
     assert not list((run / "checkpoints").glob(".*"))  # what the orphan left
 
 
@@ -311,19 +278,23 @@ def test_a_checkpoint_that_was_published_without_a_shard_is_passed_over(run):
 
 
 @pytest.mark.parametrize(("part", "value"), [("weights", "inf"), ("weights", "nan"), ("moments", "-inf")])
-def test_what_is_not_finite_is_not_published(config, tmp_path, monkeypatch, part, value):
+def test_what_is_not_finite_is_not_published(config, tmp_path, part, value):
     """Else it would be the newest checkpoint, and `keep_last` would remove the good ones."""
+    run, trainers = tmp_path / "run", []
 
-    def damage(*arguments, **options):
-        share = gather(*arguments, **options)
-        if arguments[1] == 3:
-            next(iter(getattr(share, part).values())).view(-1)[5] = float(value)
-        return share
+    def damage(step, values):
+        if step == 3:  # the update is done, its checkpoint not yet begun
+            engine = trainers[0].engine
+            (name, _), *_ = engine.named_parameters()
+            tensors = dict(engine.full_tensors(None if part == "weights" else "exp_avg"))
+            tensors[name].view(-1)[5] = float(value)
+            if part == "weights":
+                engine.bert.load_state_dict(tensors)
+            else:
+                engine.load_moments(lambda key, name: tensors[name].abs(), 3)
 
-    gather = saving.gather_slice
-    monkeypatch.setattr(saving, "gather_slice", damage)
-    run = tmp_path / "run"
     with pytest.raises(OSError, match=r"step_00000003: could not be written \(rank 0: .* is not finite; the newest"):
-        train(config, run, {"checkpoint.every": 1, "checkpoint.keep_last": 1})
+        overrides = {"checkpoint.every": 1, "checkpoint.keep_last": 1}
+        train(config, run, overrides, prepare=trainers.append, observer=damage)
     assert newest_checkpoint(run, pytest.fail) == checkpoint(run, 2)
     assert all(bool(tensor.isfinite().all()) for tensor in weights(run, 2).values())

@@ -49,41 +49,40 @@ class FakeNvml(types.ModuleType):
         return types.SimpleNamespace(used=(handle + 1) * 2**30)
 
 
-@pytest.fixture
-def cuda(monkeypatch):
+class FakeCuda:
     """Two visible CUDA devices, in the opposite of NVML's order, and a MIG slice."""
-    uuids = ["bbb", "aaa", "ccc", "unknown"]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: types.SimpleNamespace(uuid=uuids[i]))
+
+    def __init__(self, available=True):
+        self.is_available, self.current_device = lambda: available, lambda: 1
+
+    def get_device_properties(self, index):
+        return types.SimpleNamespace(uuid=["bbb", "aaa", "ccc", "unknown"][index])
 
 
 def install(monkeypatch, module):
     monkeypatch.setitem(sys.modules, "pynvml", module)
 
 
-def test_devices_are_found_by_uuid_not_by_index(monkeypatch, cuda):
+def test_devices_are_found_by_uuid_not_by_index(monkeypatch):
     install(monkeypatch, FakeNvml())
-    assert GpuMonitor(0).read() == {
+    assert GpuMonitor(0, FakeCuda()).read() == {
         "gpu_utilization": 91.0,
         "gpu_power": pytest.approx(350.501),
         "gpu_temperature": 61.0,
         "gpu_memory_gib": 2.0,
     }
-    assert GpuMonitor().read()["gpu_utilization"] == 90.0
+    assert GpuMonitor(cuda=FakeCuda()).read()["gpu_utilization"] == 90.0
 
 
-def test_missing_sensors_are_left_out(monkeypatch, cuda):
+def test_missing_sensors_are_left_out(monkeypatch):
     install(monkeypatch, FakeNvml())
-    assert set(GpuMonitor(2).read()) == NAMES - {"gpu_utilization"}
+    assert set(GpuMonitor(2, FakeCuda()).read()) == NAMES - {"gpu_utilization"}
 
 
 @pytest.mark.parametrize("case", ["no cuda", "no module", "no driver", "unknown device"])
-def test_inactive_without_nvml_or_gpu(monkeypatch, cuda, case):
+def test_inactive_without_nvml_or_gpu(monkeypatch, case):
     install(monkeypatch, FakeNvml(driver=case != "no driver") if case != "no module" else None)
-    if case == "no cuda":
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monitor = GpuMonitor(3 if case == "unknown device" else 0)
+    monitor = GpuMonitor(3 if case == "unknown device" else 0, FakeCuda(available=case != "no cuda"))
     assert not monitor.active
     assert monitor.read() == {}
 

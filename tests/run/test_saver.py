@@ -13,11 +13,10 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from megatron_sas.config import load_config
 from megatron_sas.core.cli import InputError
 from megatron_sas.export.hf import to_hf
-from megatron_sas.run import saver as saving
-from megatron_sas.run.checkpoint import newest_checkpoint, remove_old_checkpoints
+from megatron_sas.run.checkpoint import newest_checkpoint, remove_old_checkpoints, write_slice
 from megatron_sas.run.directory import RunDirectory
 from megatron_sas.run.reading import load_model
-from megatron_sas.run.saver import CheckpointSection
+from megatron_sas.run.saver import CheckpointSection, Saver
 
 
 def kept(run):
@@ -99,31 +98,24 @@ def test_leftovers_are_removed_and_named_when_a_run_starts(config, tmp_path, cap
     assert (elsewhere / "thesis.tex").exists()
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(config, tmp_path, monkeypatch):
+def test_training_goes_on_while_a_checkpoint_is_written(config, tmp_path):
     """The thread that writes step 2 waits for an update that comes after it."""
-    updated, write = threading.Event(), saving.write_slice
-    steps, threads = [], set()
+    updated, steps, threads = threading.Event(), [], set()
 
-    def write_when_training_has_gone_on(directory, share):
+    def write_when_training_has_gone_on(directory, part):
         threads.add(threading.current_thread())
         if directory.name.startswith(".step_00000002."):
             assert updated.wait(20), "training waited for the checkpoint"
-        write(directory, share)
+        write_slice(directory, part)
 
-    from megatron_sas.train.step import Engine
-
-    update = Engine.update
-
-    def note(self, window, *arguments):
-        steps.append(window.step)
-        if window.step == 3:
+    def note(step, values):
+        steps.append(step)
+        if step == 3:
             updated.set()
-        return update(self, window, *arguments)
 
-    monkeypatch.setattr(saving, "write_slice", write_when_training_has_gone_on)
-    monkeypatch.setattr(Engine, "update", note)
-    train(config, tmp_path / "run", {"checkpoint.every": 2})
-    assert steps == [0, 1, 2, 3, 4, 5]
+    options = {"write": write_when_training_has_gone_on, "observer": note}
+    train(config, tmp_path / "run", {"checkpoint.every": 2}, **options)
+    assert steps == [1, 2, 3, 4, 5, 6]
     assert threading.main_thread() not in threads
     assert kept(tmp_path / "run") == [0, 2, 4, 6]
     # What was saved is step 2, though training had gone on.
@@ -131,17 +123,15 @@ def test_training_goes_on_while_a_checkpoint_is_written(config, tmp_path, monkey
     assert largest_difference(weights(tmp_path / "run", 2), weights(tmp_path / "short", 2)) == 0.0
 
 
-def test_an_error_of_the_thread_ends_the_run_soon(config, tmp_path, monkeypatch):
-    def fail(directory, share):
+def test_an_error_of_the_thread_ends_the_run_soon(config, tmp_path):
+    def fail(directory, part):
         if directory.name.startswith(".step_00000002."):
             raise OSError(28, "No space left on device")
-        write(directory, share)
+        write_slice(directory, part)
 
-    write = saving.write_slice
-    monkeypatch.setattr(saving, "write_slice", fail)
-    run = tmp_path / "run"
+    run, overrides = tmp_path / "run", {"train.steps": 90, "checkpoint.at": [2]}  # no later checkpoint would find out
     with pytest.raises(OSError, match=r"step_00000002: could not be written \(rank 0: .*No space left"):
-        train(config, run, {"train.steps": 90, "checkpoint.at": [2]})  # no later checkpoint would find out
+        train(config, run, overrides, write=fail)
     assert kept(run) == [0]
     assert list((run / "checkpoints").glob(".*")) == []
 
@@ -190,20 +180,20 @@ def test_a_resumed_run_writes_its_snapshots_again(config, tmp_path):
 def test_waiting_for_the_disk_is_not_counted_as_training(config, tmp_path, monkeypatch):
     """By a clock that stands still but while training waits for the save before this one."""
     now, waiting = [0.0], threading.Event()
-    write, finish = saving.write_slice, saving.Saver.finish
+    finish = Saver.finish
 
-    def slow(directory, share):
+    def slow(directory, part):
         assert waiting.wait(60)
         waiting.clear()
         now[0] += 1.0
-        write(directory, share)
+        write_slice(directory, part)
 
     def wait(saver):
         if saver._writing is not None:
             waiting.set()
         finish(saver)
 
-    monkeypatch.setattr(saving, "write_slice", slow)
-    monkeypatch.setattr(saving.Saver, "finish", wait)
-    trainer = train(config, tmp_path / "run", {"checkpoint.every": 1, "train.steps": 4}, clock=lambda: now[0])
+    monkeypatch.setattr(Saver, "finish", wait)
+    overrides = {"checkpoint.every": 1, "train.steps": 4}
+    trainer = train(config, tmp_path / "run", overrides, clock=lambda: now[0], write=slow)
     assert (now[0], trainer.built.throughput.seconds) == (5.0, 0.0)

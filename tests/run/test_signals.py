@@ -5,10 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
 
 import pytest
 
-from megatron_sas.run import signals
 from megatron_sas.run.signals import SIGNALS, StopRequest
 
 
@@ -79,23 +79,28 @@ def test_two_interrupts_before_python_calls_the_handler_are_two(received):
     assert again.reason == "SIGINT"
 
 
-@pytest.mark.parametrize("inside", ["rank_by_launcher", "os.isatty", "os.read", "signal.Signals"])
-def test_an_interrupt_while_the_first_is_handled_is_the_second(received, monkeypatch, inside):
-    module, _, name = inside.rpartition(".")
-    owner = getattr(signals, module) if module else signals
-    function = getattr(owner, name)
+@pytest.mark.parametrize("inside", ["rank_by_launcher", "isatty", "read", "write", "__call__"])
+def test_an_interrupt_while_the_first_is_handled_is_the_second(received, inside):
+    """At each function that the handler calls; `__call__` is that of `signal.Signals`."""
+    reached = []
 
-    def interrupted(*arguments):
-        monkeypatch.setattr(owner, name, function)
-        signal.raise_signal(signal.SIGINT)
-        return function(*arguments)
+    def interrupt(frame, event, argument):
+        called = argument.__name__ if event == "c_call" else frame.f_code.co_name if event == "call" else ""
+        if called == inside and not reached:
+            reached.append(called)
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGINT)
 
     stop = StopRequest()
     stop.listen()
-    monkeypatch.setattr(owner, name, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
-    assert stop.reason == "SIGINT"  # and so the program says "interrupted twice"
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sys.setprofile(interrupt)
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        sys.setprofile(None)
+    assert reached == [inside]
+    assert stop.reason == "SIGINT"  # and so the program prints "interrupted twice"
 
 
 def test_a_hangup_is_a_request_except_under_nohup(received):
@@ -111,12 +116,16 @@ def test_a_hangup_is_a_request_except_under_nohup(received):
     assert stop.reason == "SIGHUP"
 
 
-def test_a_closed_standard_error_does_not_matter(received, monkeypatch):
-    def closed(*_):
-        raise BrokenPipeError
-
-    monkeypatch.setattr(os, "write", closed)
+def test_a_closed_standard_error_does_not_matter(received):
     stop = StopRequest()
     stop.listen()
-    signal.raise_signal(signal.SIGTERM)
+    kept, (reader, writer) = os.dup(2), os.pipe()
+    os.close(reader)
+    try:
+        os.dup2(writer, 2)  # where nobody reads
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        os.dup2(kept, 2)
+        os.close(writer)
+        os.close(kept)
     assert stop.reason == "SIGTERM"

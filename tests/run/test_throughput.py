@@ -8,28 +8,21 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sas.kernels.reference import in_window
+from megatron_sas.model.config import BertConfig
+from megatron_sas.model.modernbert import ModernBertConfig
 from megatron_sas.run.throughput import Throughput, flops_per_token, memory, peak_flops, seen_keys
-
-BASE = {
-    "num_layers": 12,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "vocab_size": 30522,
-    "seq_length": 512,
-    "mask_prob": 0.15,
-}
 
 
 def test_bert_base_figures():
     giga = 1e-9
-    total = flops_per_token(**BASE) * giga
-    encoder_and_attention = flops_per_token(**BASE | {"mask_prob": 0}) * giga
-    encoder = flops_per_token(**BASE | {"mask_prob": 0, "seq_length": 0}) * giga
+    total = flops_per_token(BertConfig(), 512, 0.15) * giga
+    encoder_and_attention = flops_per_token(BertConfig(), 512, 0) * giga
+    encoder = flops_per_token(BertConfig(), 0, 0) * giga
     assert encoder == pytest.approx(0.510, abs=5e-4)
     assert encoder_and_attention - encoder == pytest.approx(0.057, abs=5e-4)
     assert total - encoder_and_attention == pytest.approx(0.022, abs=5e-4)
     assert total == pytest.approx(0.588, abs=5e-4)
-    assert 0.4 * 989e12 / flops_per_token(**BASE) == pytest.approx(673e3, rel=1e-3)
+    assert 0.4 * 989e12 * giga / total == pytest.approx(673e3, rel=1e-3)
 
 
 @pytest.mark.parametrize("window", [(0, 0), (3, 3), (2, 7), (40, 40), (0, 9)])
@@ -44,9 +37,7 @@ def test_keys_in_a_window_are_counted(window, seq):
 
 def test_a_gated_block_and_windows_count():
     """Layers of ModernBERT-base at S = 1024: three matrices in the feed-forward block, two of three layers local."""
-    modern = {"num_layers": 3, "hidden_size": 768, "intermediate_size": 1152, "vocab_size": 1, "mask_prob": 0}
-    windows = (None, (64, 64), (64, 64))
-    total = flops_per_token(**modern, seq_length=1024, mlp_matrices=3, windows=windows)
+    total = flops_per_token(ModernBertConfig(num_layers=3), 1024, 0)
     keys = 1024 + 2 * seen_keys(1024, (64, 64))
     assert total == pytest.approx(6 * 3 * (4 * 768**2 + 3 * 768 * 1152) + 12 * keys * 768)
     assert seen_keys(1024, (64, 64)) == pytest.approx(129, rel=0.04)
@@ -66,10 +57,8 @@ def test_equals_the_operations_that_torch_counts(layers, width, inner, vocab, le
             x = torch.tanh((attention @ wo) @ up) @ down
         ((x @ transform) @ decoder).sum().backward()
     expected = counter.get_total_flops() / length
-    got = flops_per_token(
-        num_layers=layers, hidden_size=width, intermediate_size=inner, vocab_size=vocab, seq_length=length, mask_prob=1
-    )
-    assert got == pytest.approx(expected, rel=1e-9)
+    shape = BertConfig(num_layers=layers, hidden_size=width, intermediate_size=inner, vocab_size=vocab)
+    assert flops_per_token(shape, length, mask_prob=1) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(

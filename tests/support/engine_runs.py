@@ -9,7 +9,9 @@ import random
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import torch
@@ -19,6 +21,9 @@ from synthetic_data import write_packed
 
 from megatron_sas.config import load_config
 from megatron_sas.run.records import read_records
+
+if TYPE_CHECKING:
+    from megatron_sas.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 SCENARIOS = ROOT / "tests" / "support" / "engine_scenarios.py"
@@ -87,20 +92,32 @@ def override_arguments(overrides: dict) -> list[str]:
     return [f"--{name}={json.dumps(value)}" for name, value in overrides.items()]
 
 
-def train(config: Path, output_dir: Path, overrides: dict | None = None, **options: object):
-    """Run `Trainer` (with its `options`) in this process on one thread and return it; the environment stays."""
+def train(
+    config: Path,
+    output_dir: Path,
+    overrides: dict | None = None,
+    *,
+    threads: int = 1,
+    prepare: Callable[[Trainer], object] = lambda trainer: None,
+    **options: object,
+) -> Trainer:
+    """Run `Trainer` (with its `options`) in this process and return it; the environment stays.
+
+    `prepare` is called with the trainer before it runs.
+    """
     from megatron_sas.train.trainer import Trainer
 
-    threads, linear = torch.get_num_threads(), torch.nn.functional.linear
+    before, linear = torch.get_num_threads(), torch.nn.functional.linear
     clean = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     with mock.patch.dict(os.environ, clean | {"OMP_NUM_THREADS": "1"}, clear=True):
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
         try:
             arguments = override_arguments({**(overrides or {}), "run.output_dir": str(output_dir)})
             trainer = Trainer(load_config(config, arguments), **options)
+            prepare(trainer)
             trainer.run()
         finally:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(before)
             torch.nn.functional.linear = linear  # ZeRO-3 puts another one there, indefinitely
     return trainer
 

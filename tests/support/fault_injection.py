@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 def inject(what: dict[str, Any], rank: int) -> None:
     """Prepare this process: {"kill_at": number or name | "points": file, "from_step": s, "run": directory},
     {"batches": file} or {"hold": arguments of `_hold`}, with "rank": r on that rank alone; {"drop_at": s} has the
-    records say that the loss fell then."""
+    records say that the loss fell then; {"directories": d} has each rank work in d/RANK."""
     if "drop_at" in what:
         _tell_of_a_drop(what["drop_at"])
     if what.get("rank", rank) != rank:
@@ -33,6 +33,8 @@ def inject(what: dict[str, Any], rank: int) -> None:
     if "from_step" in what:
         names = Path(f"{what['points']}-{rank}") if "points" in what else None
         _WritePoints(what.get("kill_at"), names, what["from_step"], what.get("run", "/"))
+    if "directories" in what:
+        os.chdir(Path(what["directories"], str(rank)))
     if "batches" in what:
         _write_down_batches(Path(f"{what['batches']}-{rank}"))
     if "hold" in what:

@@ -2,7 +2,7 @@
 
 The forked processes are those that `python pretrain_mlm.py …` or a launcher would start: their own process, their own
 process group of ranks, the real command line and exit code. Requests are JSON lines on stdin, answers JSON lines on
-stdout: {"start": {"argv": [...], "ranks": n, "fault": {...}, "log": PATH}} → {"pids": [...]}, and
+stdout: {"start": {"argv": [...], "ranks": n, "fault": {...}, "log": PATH, "main": "module:f"}} → {"pids": [...]}, and
 {"poll": true} → {"exits": {pid: code}}, a negative code being the signal that ended the process.
 """
 
@@ -70,9 +70,8 @@ def _fork(job: dict, rank: int, fault_injection: object) -> int:
         os.environ.update({name: str(value) for name, value in variables.items()})
     sys.argv = ["pretrain_mlm.py", *job["argv"]]
     fault_injection.inject(job.get("fault") or {}, rank)
-    from pretrain_mlm import main as train
-
-    code = train()
+    module, _, function = job["main"].partition(":")
+    code = getattr(importlib.import_module(module), function)()
     sys.stdout.flush()
     sys.exit(code)
 

@@ -106,12 +106,16 @@ class ForkServer:
         ranks: int = 1,
         fault: dict | None = None,
         log: Path | None = None,
+        main: str = "pretrain_mlm:main",
     ) -> Job:
-        """Start training in `run` with one process per rank; what it prints goes to `log`, by default beside `run`."""
+        """Start training in `run` with one process per rank; what it prints goes to `log`, by default next to `run`.
+
+        `main`, module:function, is called for it.
+        """
         self._number += 1
         log = log or run.with_name(f"{run.name}-log{self._number}")
         argv = ["--config", str(config), *override_arguments({**(overrides or {}), "run.output_dir": str(run)})]
-        job = {"argv": argv, "ranks": ranks, "fault": fault, "log": str(log), "port": free_port()}
+        job = {"argv": argv, "ranks": ranks, "fault": fault, "log": str(log), "port": free_port(), "main": main}
         return Job(self, self._ask({"start": job})["pids"], log)
 
     def train(self, config: Path, run: Path, overrides: dict | None = None, *, ranks: int = 1) -> str:

@@ -10,7 +10,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_sas.config import load_config
 from megatron_sas.data.mlm_dataset import validation_batches
 from megatron_sas.data.packed import PackedData
-from megatron_sas.evaluation import observers
 from megatron_sas.evaluation.text import VALIDATION_SEED
 from megatron_sas.run.reading import load_model
 from megatron_sas.run.records import read_records
@@ -52,24 +51,32 @@ def test_live_statistics_are_those_of_the_maps(config, tmp_path):
         assert found["collapsed_heads"] == 0.0
 
 
-def test_collapse_is_warned_of_once_also_over_a_resume(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(observers.AttentionStatistics.result, "__defaults__", (2.0,))  # every head counts as collapsed
+def collapse(trainer):
+    """Make every head attend to one token, as queries and keys a thousand times as large do."""
+    with torch.no_grad():
+        for layer in trainer.engine.bert.layers:
+            layer.attention.qkv.weight.mul_(1000.0)
+
+
+def test_collapse_is_warned_of_once_also_over_a_resume(config, tmp_path, capsys):
     run, every = tmp_path / "run", {"evaluation.every": 1}
-    train(config, run, {**every, "train.steps": 3})
+    train(config, run, {**every, "train.steps": 3}, prepare=collapse)
     out = capsys.readouterr().out
-    assert out.count("warning: attention has collapsed under sas λ = 0.1: its entropy is 3.") == 1
+    assert out.count("warning: attention has collapsed under sas λ = 0.1: its entropy is 0.") == 1
     assert "step 1: warning: attention has collapsed" in out  # not of the untrained model
     train(config, run, every)
     assert "collapsed" not in capsys.readouterr().out
     events = [r for r in read_records(run / "metrics.jsonl") if r.get("event") == "attention_collapsed"]
     assert [(event["step"], event["heads"]) for event in events] == [(1, 1.0)]
-    assert 3.0 < events[0]["entropy"] < 3.47
+    assert 0.0 <= events[0]["entropy"] < 0.1
     assert 0.0 < events[0]["to_special"] < 0.2
 
 
-def test_without_a_regularizer_nothing_is_warned_of(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(observers.AttentionStatistics.result, "__defaults__", (2.0,))
-    train(config, tmp_path / "run", {"evaluation.every": 1, "train.steps": 2, "sas.schedule": []})
+def test_without_a_regularizer_nothing_is_warned_of(config, tmp_path, capsys):
+    overrides = {"evaluation.every": 1, "train.steps": 2, "sas.schedule": []}
+    train(config, tmp_path / "run", overrides, prepare=collapse)
+    evaluations = [line for line in read_records(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "evaluation"]
+    assert [line["validation_attention"]["collapsed_heads"] for line in evaluations] == [1.0, 1.0, 1.0]
     assert "collapsed" not in capsys.readouterr().out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import signal
 import socket
 import sys
 import types
@@ -13,14 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from engine_runs import ROOT, launch, records, train
+from processes import wait_until
 
 from megatron_sas.config import load_config, read_config
 from megatron_sas.core.cli import InputError
+from megatron_sas.launch.environment import check_gpu
 from megatron_sas.run.memory import MemoryEstimate
-from megatron_sas.train import build as setup
 from megatron_sas.train import checks
 from megatron_sas.train import dry_run as preflight
-from megatron_sas.train import dry_run_report as preflight_report
+from megatron_sas.train.dry_run_report import of_others
 
 SCRIPT = ROOT / "pretrain_mlm.py"
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -101,29 +103,25 @@ def test_all_problems_at_once(config, tmp_path):
     assert problems == found | {"output directory", "configuration"}
     assert "configuration: " + f"{config}: sas.schedule: stage 0: end 2 is not after start 5\n" in output
     assert "configuration: " + f"{config}: logging.evry: unknown field; did you mean every?\n" in output
+    assert f"problem  temporary files: TMPDIR {tmp_path / 'gone'}: cannot be written; create it or set TMPDIR" in output
     assert "9 problems; a run would fail" in output
     assert "pip uninstall apex" in output
     assert "one step" not in output
     assert "Traceback" not in output
 
 
-def as_rank_1(tmp_path: Path, lines: str) -> list:
-    """A launcher and a script: the dry run in two processes, of which the second first does `lines`."""
-    script = tmp_path / "dry_run.py"
-    script.write_text(
-        "import os, sys, time\nfrom pathlib import Path\nimport torch\n"
-        "from megatron_sas.train import dry_run as preflight, dry_run_report as preflight_report\n"
-        f"if os.environ['RANK'] == '1':\n    {lines}\n"
-        "code = preflight.preflight(sys.argv[1], sys.argv[2:])\nsys.stdout.flush()\nos._exit(code)\n"
-    )
-    return [*TWO, script]
-
-
 @pytest.mark.slow
 def test_a_problem_of_one_process_stops_all(config, tmp_path):
-    """The other process does not wait for it in the step, and the first says whose problem it is."""
-    command = as_rank_1(tmp_path, "os.environ['TMPDIR'] = '/gone'")
-    output = launch(*command, config, f"--run.output_dir={tmp_path / 'run'}", expect=1, timeout=180)
+    """The other process does not wait for it in the step, and rank 0 prints whose problem it is before torchrun stops
+    it."""
+    (tmp_path / "dry_run.py").write_text(
+        "import os, sys\n"
+        "if os.environ['RANK'] == '1':\n    os.environ['TMPDIR'] = '/gone'\n"
+        "from megatron_sas.train.dry_run import preflight\n"
+        "code = preflight(sys.argv[1], sys.argv[2:])\nsys.stdout.flush()\nos._exit(code)\n"
+    )
+    arguments = [config, f"--run.output_dir={tmp_path / 'run'}"]
+    output = launch(*TWO, tmp_path / "dry_run.py", *arguments, expect=1, timeout=180)
     host = socket.gethostname()
     problems = [line for line in output.splitlines() if line.startswith("problem ")]
     assert len(problems) == 1
@@ -133,42 +131,57 @@ def test_a_problem_of_one_process_stops_all(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failure_of_one_process_in_the_step_ends_all(config, tmp_path):
+def test_a_failure_of_one_process_in_the_step_ends_all(fork_server, config, tmp_path):
     """While the other waits for it in a collective."""
-    fails = "raise torch.OutOfMemoryError('Out of memory. Tried') "
-    command = as_rank_1(tmp_path, f"def build_state(*_): {fails}\n    preflight.build_state = build_state")
-    output = launch(*command, config, f"--run.output_dir={tmp_path / 'run'}", expect=1, timeout=180)
-    assert "(rank 1): one step: Out of memory; lower train.micro_batch_size" in output
-    assert output.count("1 problem; a run would fail") == 1
+    job = fork_server.start(config, tmp_path / "run", ranks=2, main="dry_runs:out_of_memory_on_rank_1")
+    assert job.wait() == [2, 2]
+    assert "(rank 1): one step: Out of memory; lower train.micro_batch_size" in job.output()
+    assert job.output().count("1 problem; a run would fail") == 1
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_in_the_step_does_not_keep_the_other(fork_server, config, tmp_path):
+    """Killed, as by the kernel when the host has no memory left: nobody reports it, but the collective breaks."""
+    hold = {"before": "megatron_sas.train.step:Engine.update", "until": str(tmp_path / "go")}
+    fault = {"hold": hold, "rank": 1}
+    job = fork_server.start(config, tmp_path / "run", ranks=2, fault=fault, main="dry_runs:as_configured")
+    wait_until((tmp_path / "go-reached").exists, "the step")
+    job.send(signal.SIGKILL, [1])
+    assert job.wait(60) == [3, -9]
+    assert "lost contact with another process" in job.output()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_directory_of_its_own_on_each_host(config, tmp_path, exists):
+def test_a_directory_of_its_own_on_each_host(fork_server, config, tmp_path, exists):
     """Played by two working directories; nothing is left in them."""
-    for place in ("first", "second"):
-        (tmp_path / place / "run" if exists else tmp_path / place).mkdir(parents=True)
-    before = tree(tmp_path / "first"), tree(tmp_path / "second")
-    command = as_rank_1(tmp_path, f"os.chdir({str(tmp_path / 'second')!r})")
-    command[-1].write_text(f"import os; os.chdir({str(tmp_path / 'first')!r})\n" + command[-1].read_text())
-    output = launch(*command, config, "--run.output_dir=run", expect=1, timeout=180)
+    places = [tmp_path / "0", tmp_path / "1"]
+    for place in places:
+        (place / "run" if exists else place).mkdir(parents=True)
+    before = tree(places[1])
+    fault = {"directories": str(tmp_path)}
+    job = fork_server.start(
+        config, Path("run"), ranks=2, fault=fault, log=tmp_path / "log", main="dry_runs:as_configured"
+    )
+    assert job.wait() == [2, 2]
+    output = job.output()
     assert "problem  one step: run.output_dir: run is not one directory for all processes: " in output
     assert "(rank 1) cannot see what rank 0 writes there; choose a directory on a file system" in output
-    assert [path.name for path in (tmp_path / "first").rglob("*")] == (["run"] if exists else [])
-    assert len(before[1]) == len(tree(tmp_path / "second"))
+    assert [path.name for path in places[0].rglob("*")] == (["run"] if exists else [])
+    assert len(before) == len(tree(places[1]))
 
 
 def test_problems_of_others_are_named_once():
     """Equal ones together; what the first process's own host has was printed when it was found."""
 
     def process(where, *problems, device="no GPU"):
-        return {"where": where, "device": device, "problems": list(problems)}
+        return [where, device, list(problems)]
 
-    found = [process("a (rank 0)", "p"), process("a (rank 1)", "p"), process("b (rank 2)", "p", "q"), None]
-    lines = preflight_report._of_others(found)
+    every = [process("a (rank 0)", "p"), process("a (rank 1)", "p"), process("b (rank 2)", "p", "q"), None]
+    lines = of_others(every)
     assert lines == ["b (rank 2): p", "b (rank 2): q", "rank 3: processes: did not come in time"]
-    found = [process("a (rank 0)", device="a GPU"), process("b (rank 1)", "q"), process("b (rank 2)", "q")]
-    assert preflight_report._of_others(found) == [
+    every = [process("a (rank 0)", device="a GPU"), process("b (rank 1)", "q"), process("b (rank 2)", "q")]
+    assert of_others(every) == [
         "b (rank 1), b (rank 2): q",
         "processes: a GPU on a (rank 0) but no GPU on b (rank 1), b (rank 2); all must train on the same",
     ]
@@ -237,21 +250,20 @@ def test_altered_data_is_found(config, capsys):
     assert f"{path}: content does not match its checksum" in capsys.readouterr().out
 
 
-def test_validation_data_that_are_trained_on(config, tmp_path, capsys, monkeypatch):
+def test_validation_data_that_are_trained_on(config, tmp_path, capsys):
     data = load_config(config).data.train
     settings = load_config(config, [f"--run.output_dir={tmp_path / 'run'}", f"--data.validation={data}"])
 
     agreed, output = dry_check(settings, capsys)
     assert f"problem  overlap: data.validation: {data} and {data} of data.train hold the same sequences; take" in output
     assert not agreed and output.count("problem ") == 1
-    with monkeypatch.context() as patch:
-        patch.setattr(setup, "check_overlap", lambda *_: None)
-        train(config, tmp_path / "run", {"data.validation": data, "train.steps": 1})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(settings.to_yaml())  # begun by an earlier version
     agreed, output = dry_check(settings, capsys)
     assert agreed and "overlap" not in output  # it would go on
 
 
-def test_disk_space(config, tmp_path, monkeypatch):
+def test_disk_space(config, tmp_path):
     settings = load_config(config, [f"--run.output_dir={tmp_path / 'a' / 'b'}"])
     assert preflight.check_disk_space(settings, 1_000).startswith("3 checkpoints of 12 KiB need 35 KiB, ")
     kept = load_config(config, ["--run.output_dir=x", "--checkpoint.keep_last=1", "--snapshots.every=2"])
@@ -259,21 +271,19 @@ def test_disk_space(config, tmp_path, monkeypatch):
     assert text.startswith("2 checkpoints of 12 KiB and 4 snapshots of 2 KiB need 31 KiB, ")
     clock = load_config(config, ["--run.output_dir=x", "--checkpoint.every=null", "--train.steps=90"])
     assert preflight.check_disk_space(clock, 1_000).startswith("3 checkpoints of 12 KiB need 35 KiB, ")
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=35_000))
     with pytest.raises(
         InputError, match=r"3 checkpoints .* need 35 KiB, but 34 KiB are free; set checkpoint\.keep_last"
     ):
-        preflight.check_disk_space(settings, 1_000)
+        preflight.check_disk_space(settings, 1_000, free=35_000)
     assert not (tmp_path / "a").exists()
 
 
-def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
+def test_a_directory_that_cannot_be_written(tmp_path):
     def refuse(**_):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(preflight.tempfile, "TemporaryFile", refuse)
     with pytest.raises(InputError, match=r"cannot be written \(Read-only file system\); choose another directory"):
-        preflight.check_output_directory(tmp_path / "run")
+        preflight.check_output_directory(tmp_path / "run", refuse)
 
 
 def test_a_model_that_does_not_fit():
@@ -281,84 +291,77 @@ def test_a_model_that_does_not_fit():
         preflight.check_memory(MemoryEstimate(1e15, 0, 0, 0, 0))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's memory counts here")
 def test_a_process_has_its_share_of_the_hosts_memory(monkeypatch):
     """As the deepspeed launcher says how many there are."""
-    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=8 * 2**30))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setenv("LOCAL_SIZE", "4")
-    assert preflight.check_memory(MemoryEstimate(1, 0, 0, 0, 0)).endswith("of 2.0 GiB free")
+    assert preflight.free_memory(on_host=8 * 2**30) == (2 * 2**30, "a process's share of this host")
+    assert preflight.check_memory(MemoryEstimate(1, 0, 0, 0, 0)).endswith(" free")
+
+
+def yes():
+    return True
+
+
+def no():
+    return False
 
 
 class TestEnvironment:
-    """Wrong environments, played by changing what the checks ask."""
+    """Wrong environments, played by telling the checks what they would find."""
 
-    @pytest.fixture
-    def gpu(self, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-
-    def test_torch_without_cuda(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(checks, "GPU_DEVICE", tmp_path)
-        monkeypatch.setattr(torch.version, "cuda", None)
+    def test_torch_without_cuda(self, tmp_path):
         with pytest.raises(InputError, match=r"built without CUDA; install the CUDA build"):
-            checks.check_torch()
+            checks.check_torch(built_for=None, has_gpu=no, gpu_device=tmp_path)
 
-    def test_a_gpu_that_the_driver_does_not_offer(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(checks, "GPU_DEVICE", tmp_path)
-        monkeypatch.setattr(torch.version, "cuda", "12.8")
+    def test_a_gpu_that_the_driver_does_not_offer(self, tmp_path):
         with pytest.raises(InputError, match=r"no usable GPU .*nvidia-smi"):
-            checks.check_torch()
+            checks.check_torch(built_for="12.8", has_gpu=no, gpu_device=tmp_path)
 
-    def test_fewer_gpus_than_processes(self, monkeypatch, gpu):
+    def test_fewer_gpus_than_processes(self, monkeypatch):
         """`srun --gpus-per-task=1` shows each process one, as number 0."""
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setenv("LOCAL_RANK", "1")
         fault = r"process 1 of this host needs a GPU of its own but sees only 1; .* --gpus-per-node"
         with pytest.raises(InputError, match=fault):
-            checks.check_torch()
-        with pytest.raises(InputError, match=fault):
-            preflight.check_memory(MemoryEstimate(1, 0, 0, 0, 0))
+            check_gpu(gpus=1)
+        with pytest.raises(InputError, match=r"process 1 of this host needs a GPU of its own"):
+            checks.check_torch(has_gpu=yes)
+        with pytest.raises(InputError, match=r"process 1 of this host needs a GPU of its own"):
+            preflight.free_memory(has_gpu=yes)
 
-    def test_old_torch(self, monkeypatch):
-        monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
-        with pytest.raises(InputError, match=r"too old; pip install -r requirements\.txt"):
-            checks.check_torch()
+    def test_old_torch(self):
+        with pytest.raises(InputError, match=r"torch 2\.9\.1\+cu128 is too old; pip install -r requirements\.txt"):
+            checks.check_torch(version="2.9.1+cu128")
 
-    def test_no_nccl(self, monkeypatch, gpu):
-        monkeypatch.setattr(checks.dist, "is_nccl_available", lambda: False)
+    def test_no_nccl(self):
         with pytest.raises(InputError, match=r"has no NCCL, which GPUs need; install"):
-            checks.check_collectives()
+            checks.check_collectives(has_gpu=yes, has_nccl=no)
 
-    def test_no_triton(self, monkeypatch, gpu):
-        monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    def test_no_triton(self):
         with pytest.raises(InputError, match="triton is missing"):
-            checks.check_triton()
+            checks.check_triton(has_gpu=yes, find_spec=lambda name: None)
 
     def test_a_compiler_only_where_one_is_needed(self, monkeypatch):
         monkeypatch.setenv("PATH", "/nowhere")
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert checks.check_compiler().startswith("not needed")
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert checks.check_compiler(has_gpu=no).startswith("not needed")
         with pytest.raises(InputError, match=r"no compiler .* Triton"):
-            checks.check_compiler()
+            checks.check_compiler(has_gpu=yes)
 
     def test_foreign_apex(self, monkeypatch):
-        monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: object())
         monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
         with pytest.raises(InputError, match="pip uninstall apex"):
-            checks.check_apex()
+            checks.check_apex(find_spec=lambda name: object())
         normalization = types.ModuleType("apex.normalization")
         normalization.FusedLayerNorm = object
         monkeypatch.setitem(sys.modules, "apex.normalization", normalization)
-        assert checks.check_apex() == "NVIDIA's"
+        assert checks.check_apex(find_spec=lambda name: object()) == "NVIDIA's"
 
-    def test_few_open_files(self, monkeypatch):
-        monkeypatch.setattr(resource, "getrlimit", lambda which: (256, 4096))
-        with pytest.raises(InputError, match=r"only 256 open files .*ulimit -n 4096"):
-            checks.check_open_files()
-
-    def test_tmpdir(self, monkeypatch, tmp_path):
-        monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
-        monkeypatch.setattr(checks.tempfile, "tempdir", None)
-        with pytest.raises(InputError, match=r"gone: cannot be written; create it or set TMPDIR"):
-            checks.check_temporary_directory()
+    def test_few_open_files(self):
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+            with pytest.raises(InputError, match=r"only 256 open files .*ulimit -n 4096"):
+                checks.check_open_files()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)

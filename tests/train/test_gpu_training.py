@@ -45,6 +45,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, zero_stage)
     assert records(tmp_path / "parts") == records(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("offset", [[], [{"start": 1, "end": 4, "value": 0.5}]])
+def test_how_often_lines_are_printed_does_not_show_in_the_weights(config, tmp_path, offset):
+    """Terms of weight 0 are measured only for them."""
+    overrides = {"train.precision": "bf16", "train.deterministic": True, "sas.schedule": [], "offset.schedule": offset}
+    for every in (1, 6):
+        pretrain(config, tmp_path / str(every), overrides | {"logging.every": every})
+    assert largest_difference(weights(tmp_path / "1", 6), weights(tmp_path / "6", 6)) == 0.0
+    assert largest_difference(moments(tmp_path / "1", 6), moments(tmp_path / "6", 6)) == 0.0
+
+
 def test_an_update_does_not_wait_for_the_gpu(config):
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_gpu_training as t; t.updates()"
     assert "nothing waited" in launch("-c", code, config)

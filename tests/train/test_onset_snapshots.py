@@ -28,8 +28,7 @@ def test_the_ring_has_what_now_and_what_a_restart_would_need(config, tmp_path, p
     settings = load_config(config, override_arguments({**SECTION, "run.output_dir": str(tmp_path)}))
     saver = SimpleNamespace(published=published, step=begun)
     records = SimpleNamespace(path=tmp_path / "metrics.jsonl")
-    last = settings.train.steps
-    watch = OnsetSnapshots(settings.watch, settings.snapshots, last, -1, records, saver, print)
+    watch = OnsetSnapshots(settings, -1, records, saver, print)
     for step in range(0, 101, 5):
         (tmp_path / "ring" / step_name(step)).mkdir(parents=True)
     assert watch.place(105) == tmp_path / "ring"

@@ -11,13 +11,11 @@ from bert_pairs import hf_model
 from engine_runs import largest_difference, override_arguments, records, train, weights
 
 from megatron_sas.config import load_config
-from megatron_sas.core import distributed
 from megatron_sas.data.mlm_dataset import MLMDataset
 from megatron_sas.data.packed import PackedData
-from megatron_sas.model.bert import Embeddings
 from megatron_sas.model.huggingface import from_hf_state
 from megatron_sas.run.reading import read_model_config
-from megatron_sas.train.step import Engine
+from megatron_sas.train.step import own_elements
 
 NO_DROPOUT = {"model.hidden_dropout": 0.0}
 
@@ -168,10 +166,20 @@ def test_the_loss_is_a_mean_over_masked_tokens_of_the_global_batch(config, tmp_p
     assert records(tmp_path / "run")[1]["mlm_loss"] == pytest.approx(total / count, rel=1e-6)
 
 
-@pytest.mark.parametrize("attention_dropout", [0.0, 0.1])
-def test_records_and_evaluations_leave_training_alone(config, tmp_path, attention_dropout):
+OFFSET = {"offset.schedule": [{"start": 1, "end": 3, "value": 0.5}], "offset.distance": 3}
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        {"model.attention_dropout": 0.0, "sas.schedule": [{"start": 1, "end": 3, "value": 0.1}]},
+        {"model.attention_dropout": 0.1, "sas.schedule": [{"start": 1, "end": 3, "value": 0.1}]},
+        {"sas.schedule": [], **OFFSET},
+    ],
+    ids=["plain", "dropout", "two terms"],
+)
+def test_records_and_evaluations_leave_training_alone(config, tmp_path, base):
     """Dropout is a function of (seed, step, micro-batch): not of what else happens between updates."""
-    base = {"model.attention_dropout": attention_dropout, "sas.schedule": [{"start": 1, "end": 3, "value": 0.1}]}
     often = {"logging.every": 1, "evaluation.every": 1, "checkpoint.every": 1}
     seldom = {"logging.every": 4, "evaluation.every": None, "checkpoint.every": None}
     for name, more in (("often", often), ("seldom", seldom), ("other", {**seldom, "run.seed": 5})):
@@ -180,7 +188,7 @@ def test_records_and_evaluations_leave_training_alone(config, tmp_path, attentio
     assert largest_difference(weights(tmp_path / "often", 4), weights(tmp_path / "other", 4)) > 0.0
 
 
-def test_dropout_differs_between_steps_and_micro_batches(config, tmp_path, monkeypatch):
+def test_dropout_differs_between_steps_and_micro_batches(config, tmp_path):
     """The masks of the embedding's dropout, read off its output: all differ, and a second run draws the same."""
     masks = []
 
@@ -188,19 +196,15 @@ def test_dropout_differs_between_steps_and_micro_batches(config, tmp_path, monke
         if module.training:
             masks.append(hash((output == 0).numpy().tobytes()))
 
-    build = Embeddings.__init__
+    def prepare(trainer):
+        trainer.engine.bert.embeddings.dropout.register_forward_hook(observe)
 
-    def observed(self, bert_config):
-        build(self, bert_config)
-        self.dropout.register_forward_hook(observe)
-
-    monkeypatch.setattr(Embeddings, "__init__", observed)
-    train(config, tmp_path / "run", {"train.steps": 3})
+    train(config, tmp_path / "run", {"train.steps": 3}, prepare=prepare)
     first = masks.copy()
     assert len(first) == len(set(first)) == 3 * 4
     masks.clear()
-    train(config, tmp_path / "again", {"train.steps": 2})
-    train(config, tmp_path / "again", {"train.steps": 3})
+    train(config, tmp_path / "again", {"train.steps": 2}, prepare=prepare)
+    train(config, tmp_path / "again", {"train.steps": 3}, prepare=prepare)
     assert masks == first
 
 
@@ -222,20 +226,12 @@ def test_the_first_update_of_a_warm_up_changes_nothing_and_stages_begin_on_time(
 
 
 @pytest.mark.parametrize("count", [4, 5, 6])
-def test_the_norm_of_sharded_weights_leaves_out_their_padding(monkeypatch, count):
+def test_the_norm_of_sharded_weights_leaves_out_their_padding(count):
     """A parameter over three processes in parts of two; what is beyond its end is memory as DeepSpeed found it."""
     padded = torch.cat([torch.arange(1.0, count + 1), torch.full((6 - count,), torch.nan)])
-    squares = []
-    for rank, part in enumerate(padded.split(2)):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        parameter = types.SimpleNamespace(ds_numel=count, ds_tensor=part)
-        engine = types.SimpleNamespace(
-            train_section=types.SimpleNamespace(zero_stage=3),
-            named_parameters=lambda parameter=parameter: [("weight", parameter)],
-            device=torch.device("cpu"),
-        )
-        squares.append(Engine.weight_norm(engine) ** 2)
-    assert sum(squares) == pytest.approx(sum(n * n for n in range(1, count + 1)))
+    parts = [types.SimpleNamespace(ds_numel=count, ds_tensor=part) for part in padded.split(2)]
+    own = torch.cat([own_elements(part, rank) for rank, part in enumerate(parts)])
+    assert own.tolist() == list(range(1, count + 1))
 
 
 def test_the_sign_of_the_weight_moves_the_term(config, tmp_path):
@@ -249,13 +245,12 @@ def test_bf16_holds_where_deepspeed_switches_off_the_autocast_around_it(config, 
     """DeepSpeed asks for CUDA's autocast and disables what it finds; here it is made to see the CPU's."""
     asked, seen = torch.is_autocast_enabled, set()
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: asked(*(device or ("cpu",))))
-    linear = torch.nn.functional.linear
 
-    def note(*arguments):
-        result = linear(*arguments)
-        seen.add(result.dtype)
-        return result
+    def note(trainer):
+        bert = trainer.engine.bert
+        for module in (*(m for m in bert.modules() if isinstance(m, torch.nn.Linear)), bert.head):
+            module.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
 
-    monkeypatch.setattr(torch.nn.functional, "linear", note)
-    train(config, tmp_path / "run", {"train.precision": "bf16", "train.steps": 1, "evaluation.every": 1000})
+    overrides = {"train.precision": "bf16", "train.steps": 1, "evaluation.every": 1000}
+    train(config, tmp_path / "run", overrides, prepare=note)
     assert seen == {torch.bfloat16}

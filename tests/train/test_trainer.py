@@ -13,17 +13,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_sas.config import load_config
 from megatron_sas.core.cli import InputError
+from megatron_sas.core.directory_lock import DirectoryLock
+from megatron_sas.core.manifest import write_manifest
 from megatron_sas.data.packed import PackedData
 from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension, weight_norm
-from megatron_sas.evaluation.live import EvaluationSection, LiveEvaluation
+from megatron_sas.evaluation.live import EvaluationSection
 from megatron_sas.evaluation.text import packed_text
 from megatron_sas.export.hf import to_hf
-from megatron_sas.run.reading import load_model
+from megatron_sas.run.reading import FORMAT, VERSION, load_model
 from megatron_sas.run.records import read_records
 from megatron_sas.run.signals import StopRequest
-from megatron_sas.train import build
 from megatron_sas.train.build import build_state
-from megatron_sas.train.resume import check_same_data, data_facts
+from megatron_sas.train.resume import begin_run, check_same_data, data_facts, find_start
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +80,11 @@ def test_a_killed_run_loses_what_came_after_its_checkpoint(config, whole, tmp_pa
     assert not partial.exists()
 
 
-def test_other_threads_than_the_checkpoints_are_named(config, tmp_path, monkeypatch, capsys):
+def test_other_threads_than_the_checkpoints_are_named(config, tmp_path, capsys):
     run = tmp_path / "run"
     line = "threads per process: 3, where the checkpoint was made with 1; from here the run equals an uninterrupted one"
     for steps, threads in ((1, 1), (2, 1), (3, 3), (4, 3)):
-        monkeypatch.setattr("megatron_sas.train.build.threads_of_processes", lambda threads=threads: [threads])
-        train(config, run, {"train.steps": steps})
+        train(config, run, {"train.steps": steps}, threads=threads)
         assert capsys.readouterr().out.count(line) == (steps == 3)
     starts = [line for line in read_records(run / "metrics.jsonl") if line.get("event") == "start"]
     assert [line["threads"] for line in starts] == [[1], [1], [3], [3]]
@@ -135,24 +135,6 @@ def test_evaluations_and_checkpoints_come_when_they_are_due(config, tmp_path):
     batches = packed_text(PackedData(load_config(config).data.validation), num_sequences=10, batch_tokens=320)
     assert live["twonn"] == pytest.approx(intrinsic_dimension(cls_vectors(model, batches, 10))["twonn"], rel=1e-3)
     assert live["weight_norm"] == pytest.approx(weight_norm(model), rel=1e-9)
-
-
-def test_evaluations_are_made_where_the_configuration_says_however_long_they_take(
-    config, tmp_path, monkeypatch, capsys
-):
-    """By a clock that only evaluations move."""
-    now, evaluate = [0.0], LiveEvaluation.evaluate
-
-    def slow(*arguments):
-        now[0] += 20.0
-        return evaluate(*arguments)
-
-    monkeypatch.setattr(LiveEvaluation, "evaluate", slow)
-    train(config, tmp_path / "run", {"evaluation.every": 2, "train.steps": 12}, clock=lambda: now[0])
-    assert sorted(records(tmp_path / "run", "evaluation")) == [0, 2, 4, 6, 8, 10, 12]
-    out = capsys.readouterr().out
-    assert out.count("step 10: 7 evaluations of 20.0 s will take about 100% of the run; a larger evaluation.every") == 1
-    assert out.count("will take about") == 1
 
 
 def test_a_run_that_is_stopped_in_its_last_evaluation_is_not_finished(config, whole, tmp_path):
@@ -261,18 +243,14 @@ def test_a_continued_run_may_find_its_data_elsewhere(config, whole, tmp_path):
         assert message.startswith(f"data.validation: {name or 'none'} is not what the run was started with (SHA-256")
 
 
-def test_a_run_that_another_process_has_begun_meanwhile_is_not_begun_again(config, tmp_path, monkeypatch):
+def test_a_run_that_another_process_has_begun_meanwhile_is_not_begun_again(config, tmp_path):
     """It was new when this process looked, and the other has come and gone before this one claims the directory."""
-    run, begin = tmp_path / "run", build.begin_run
-
-    def begin_after_another(*arguments):
-        monkeypatch.setattr(build, "begin_run", begin)
-        train(config, run, {"train.steps": 3})
-        return begin(*arguments)
-
-    monkeypatch.setattr(build, "begin_run", begin_after_another)
+    run = tmp_path / "run"
+    settings = load_config(config, [f"--run.output_dir={run}"])
+    start = find_start(settings, print)
+    train(config, run, {"train.steps": 3})
     with pytest.raises(InputError, match="another process has begun this run meanwhile; start the same command again"):
-        train(config, run)
+        begin_run(settings, *start, DirectoryLock(run, "wait for it"), 0)
     assert sorted(records(run)) == [1, 2, 3]
     train(config, run)
     assert sorted(records(run)) == [1, 2, 3, 4, 5, 6]
@@ -320,7 +298,7 @@ def test_data_that_does_not_fit_is_refused(config, whole, tmp_path):
     assert "is not the data that the run was started with" in refusal(config, tmp_path / "run", moved)
 
 
-def test_what_a_run_may_not_begin_with(config, tmp_path, monkeypatch):
+def test_what_a_run_may_not_begin_with(config, tmp_path):
     """Training data twice, or those of validation; a run that began with them under an earlier version goes on."""
     train_data = load_config(config).data.train
     twice = [{"prefix": train_data, "weight": weight} for weight in (1, 2)]
@@ -329,9 +307,12 @@ def test_what_a_run_may_not_begin_with(config, tmp_path, monkeypatch):
     overrides = {"data.validation": train_data, "train.steps": 1}
     message = refusal(config, tmp_path / "run", overrides)
     assert message.startswith(f"data.validation: {train_data} and {train_data} of data.train hold the same sequences; ")
-    with monkeypatch.context() as patch:
-        patch.setattr(build, "check_overlap", lambda *_: None)
-        train(config, tmp_path / "run", overrides)
+    train(config, tmp_path / "run", {"train.steps": 1})
+    of_version_before = checkpoint(tmp_path / "run", 1)
+    state, data = json.loads((of_version_before / "state.json").read_text()), PackedData(train_data)
+    state["data"]["validation"] = [data.fingerprint, data.heads_fingerprint]
+    (of_version_before / "state.json").write_text(json.dumps(state))
+    write_manifest(of_version_before, format=FORMAT, version=VERSION, step=1)
     train(config, tmp_path / "run", overrides | {"train.steps": 2})
     assert sorted(records(tmp_path / "run")) == [1, 2]
 

@@ -132,7 +132,7 @@ def _forward(
         dropout_keys_kernel[token_grid](seed, keys, maps, seq, BLOCK=TOKEN_BLOCK)
     _launch(
         forward_kernel, lambda meta: (triton.cdiv(seq, meta["BLOCK_M"]) * maps,),
-        q, k, v, _pointer(heads, q), _pointer(seqlens, q), keys, out, lse, first, second,
+        q, k, v, _heads_pointer(heads, q), _pointer(seqlens, q), keys, out, lse, first, second,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         maps, num_heads, seq, scale / math.log(2), 1.0 / (1.0 - dropout_p), before, after,
         **_shape_constants(q, dropout_p), HAS_HEADS=heads is not None, HAS_SEQLENS=seqlens is not None,
@@ -194,7 +194,7 @@ def _backward(
         for g in (grad_to_head, grad_to_dependent)
     ]
     pointers = [_pointer(g, lse) for g in entry_gradients]
-    edges = (_pointer(heads, q), _pointer(_contiguous(seqlens), q))
+    edges = (_heads_pointer(heads, q), _pointer(_contiguous(seqlens), q))
     entry_strides = [stride for g in pointers for stride in g.stride()[:2]]
     constants = _shape_constants(q, dropout_p)
     which = {
@@ -321,6 +321,15 @@ def _further_sets(heads: Tensor | None, seqlens: Tensor | None) -> Tensor | None
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+def _heads_pointer(heads: Tensor | None, q: Tensor) -> Tensor:
+    """Heads, or an empty tensor of their dtype.
+
+    The search for tile sizes tells calls apart by dtypes. An update in which a term of weight 0 is measured must have
+    the tile sizes, and so the rounding, of one in which none is.
+    """
+    return q.new_empty(0, dtype=torch.int64) if heads is None else heads
 
 
 def _pointer(x: Tensor | None, other: Tensor) -> Tensor:
