@@ -20,7 +20,7 @@ from megatron_sas.kernels.reference import Window
 from megatron_sas.model.base import ModelOutput
 
 COLLAPSED = 0.25
-"""A head with less than this share of the largest possible entropy gives almost all of its attention to few tokens."""
+"""A head with less than this share of the largest entropy that it can have gives almost all of its attention to few tokens."""
 
 OBSERVED = (
     Metric("attention_entropy", axis="attention\nentropy (nats)", point=("attention_entropy", "mean")),
@@ -90,7 +90,9 @@ class AttentionStatistics(Observer):
     def __init__(self, cls_id: int, sep_id: int) -> None:
         self._special_ids = (cls_id, sep_id)
         self._sums: dict[int, Tensor | float] = {}  # float64 (3, H) by layer: entropy, to [CLS], to [SEP]
-        self._tokens: Tensor | float = 0.0  # float64 (2,): tokens, and the sum of their largest possible entropies
+        self._tokens: Tensor | float = 0.0  # float64 (2,): tokens, and the sum of entropies of attention to all alike
+        self._windows: dict[int, Window] = {}  # by layer
+        self._largest: dict[Window, Tensor | float] = {}  # float64 (): the sum of the largest entropies in a window
 
     def observe(self, batch: TokenBatch, layer: int, *seen: Any) -> None:
         """See `Observer`."""
@@ -99,6 +101,7 @@ class AttentionStatistics(Observer):
             entropy, (to_cls, to_sep) = map_statistics(*seen, groups)
         else:
             q, k, window = seen
+            self._windows[layer] = window
             entropy, (to_cls, to_sep) = attention_statistics(q, k, seqlens=batch.seqlens, groups=groups, window=window)
         total = torch.stack([entropy, to_cls, to_sep]).double()  # (3, B, H, S)
         if batch.seqlens is not None:
@@ -112,18 +115,27 @@ class AttentionStatistics(Observer):
         lengths = torch.full((rows,), seq) if batch.seqlens is None else batch.seqlens
         lengths = lengths.to(batch.input_ids.device, torch.float64) * _rows_that_count(batch)
         self._tokens = self._tokens + torch.stack([lengths.sum(), torch.xlogy(lengths, lengths).sum()])
+        for window in set(self._windows.values()) - {None}:
+            seen = seen_keys(seq, lengths, window)  # (B, S)
+            self._largest[window] = self._largest.get(window, 0.0) + seen.clamp(min=1).log().sum()
 
     def result(self, threshold: float = COLLAPSED) -> dict[str, Any]:
         """`entropy`, `to_cls` and `to_sep`, each with the `mean` over heads and `per_head` [L][H]; and two numbers.
 
-        `uniform_entropy` is that of attention to all tokens alike, the largest possible, and `collapsed_heads` the
-        share of heads with less than `threshold` of it. A collective: every rank gets the result of all ranks.
+        `uniform_entropy` is that of attention to all tokens alike, and `collapsed_heads` the share of heads with less
+        than `threshold` of it, or, in a layer with local attention, of the largest entropy in its window. A collective:
+        every rank gets the result of all ranks.
         """
-        sums = torch.stack([self._sums[layer] for layer in sorted(self._sums)], dim=1)  # (3, L, H)
-        reduced = all_reduce_sum_(torch.cat([sums.flatten(), self._tokens]))
+        layers = sorted(self._sums)
+        sums = torch.stack([self._sums[layer] for layer in layers], dim=1)  # (3, L, H)
+        local = [window for window in dict.fromkeys(self._windows.get(layer) for layer in layers) if window is not None]
+        largest = [self._largest[window].reshape(1) for window in local]
+        reduced = all_reduce_sum_(torch.cat([sums.flatten(), *largest, self._tokens]))
         tokens, uniform = reduced[-2:].tolist()
-        means = (reduced[:-2] / tokens).view_as(sums).cpu()
-        collapsed = means[0] < threshold * uniform / tokens
+        means = (reduced[: sums.numel()] / tokens).view_as(sums).cpu()
+        limits = {None: uniform, **dict(zip(local, reduced[sums.numel() : -2].tolist(), strict=True))}
+        limit = torch.tensor([limits[self._windows.get(layer)] for layer in layers], dtype=torch.float64)
+        collapsed = means[0] < (threshold * limit / tokens)[:, None]
         return {
             **{
                 name: {"mean": float(per_head.mean()), "per_head": per_head.tolist()}
@@ -136,6 +148,14 @@ class AttentionStatistics(Observer):
     def point(self) -> dict[str, Any]:
         """`result` under the names of a point.json."""
         return {f"attention_{name}": value for name, value in self.result().items()}
+
+
+def seen_keys(seq: int, lengths: Tensor, window: tuple[int, int]) -> Tensor:
+    """How many keys each query of sequences of `lengths` `(B,)` sees in a window: float64 `(B, S)`, 0 for padding."""
+    rows, limit = torch.arange(seq, device=lengths.device), lengths[:, None]
+    before, after = window
+    seen = torch.minimum(rows + after, limit - 1) - (rows - before).clamp(min=0) + 1
+    return torch.where(rows < limit, seen, 0.0).double()
 
 
 def _rows_that_count(batch: TokenBatch) -> Tensor:

@@ -2,7 +2,7 @@
 
 from megatron_sas.kernels.backends import BACKENDS, choose_backend, unsupported_reason
 from megatron_sas.kernels.dependency_attention import dependency_attention, window_bounds
-from megatron_sas.kernels.entropy import attention_entropy, attention_statistics, map_statistics
+from megatron_sas.kernels.entropy import attention_entropy, attention_statistics, hands_out_entropy, map_statistics
 
 __all__ = [
     "BACKENDS",
@@ -10,6 +10,7 @@ __all__ = [
     "attention_statistics",
     "choose_backend",
     "dependency_attention",
+    "hands_out_entropy",
     "map_statistics",
     "unsupported_reason",
     "window_bounds",

@@ -111,7 +111,7 @@ class CpuFlashInWindow:
         return total[:, :, before : before + self.seq]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=2)  # it holds a copy for every sequence of a batch
 def _unpadded_mask(kernel: CpuFlashInWindow, batch: int, dtype: torch.dtype) -> Tensor:
     """The mask without padding, which all local layers and all steps share."""
     with torch.inference_mode(mode=False):  # a tensor made in that mode could not be kept for a backward

@@ -106,6 +106,13 @@ def map_statistics(probs: Tensor, groups: Sequence[Tensor]) -> tuple[Tensor, lis
     return -torch.xlogy(probs, probs).sum(-1), [(probs * group[:, None, None]).sum(-1) for group in groups]
 
 
+def hands_out_entropy(backend: str, q: Tensor, window: Window = None) -> bool:
+    """Whether `attention_entropy` can be computed by this backend for such queries."""
+    if backend == "auto":
+        return True
+    return BACKENDS[backend].output_and_lse is not None and unsupported_reason(backend, q, 0.0, window=window) is None
+
+
 def _entropy_and_lse(
     q: Tensor, k: Tensor, seqlens: Tensor | None, scale: float, window: Window, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -114,9 +121,9 @@ def _entropy_and_lse(
     if backend == "auto":
         backend = choose_backend(q, 0.0, **asked)
     if backend not in BACKENDS or BACKENDS[backend].output_and_lse is None:
-        raise ValueError(f"attention_statistics: backend {backend!r} returns no logsumexp here; choose 'auto'")
+        raise ValueError(f"entropy of attention: backend {backend!r} returns no logsumexp here; choose 'auto'")
     if (reason := unsupported_reason(backend, q, 0.0, **asked)) is not None:
-        raise ValueError(f"attention_statistics: backend {backend!r}: {reason}; choose 'auto'")
+        raise ValueError(f"entropy of attention: backend {backend!r}: {reason}; choose 'auto'")
     mean_key, lse = BACKENDS[backend].output_and_lse(q, k, k.detach(), seqlens, scale, window)
     dtype = accumulation_dtype(q.dtype)
     mean_score = (q.detach().to(dtype) * mean_key.to(dtype)).sum(-1) * scale
@@ -125,7 +132,7 @@ def _entropy_and_lse(
 
 def _attention_to(group: Tensor, q: Tensor, k: Tensor, lse: Tensor, scale: float, window: Window) -> Tensor:
     """Σ_j α_ij over the tokens j of `group`, bool `(B, S)`: `(B, H, S)`."""
-    most = int(group.sum(dim=1).max())
+    most = int(group.sum(dim=1).max()) if len(group) else 0
     tokens = torch.argsort(group.to(torch.int8), dim=1, descending=True, stable=True)[:, :most]  # (B, N), members first
     seen = group.gather(1, tokens)[:, None, None, :]  # (B, 1, 1, N)
     if window is not None:

@@ -21,6 +21,7 @@ class QueriesKeys(NamedTuple):
     q: Tensor  # (B, H, S, D)
     k: Tensor  # (B, H, S, D)
     window: Window  # None, or how many keys before and after its position a query sees
+    backend: str = "auto"  # of the layer's attention
 
 
 class SelfAttention(nn.Module):
@@ -70,7 +71,7 @@ class SelfAttention(nn.Module):
             q, k, v, heads, seqlens=seqlens, dropout_p=dropout_p, backend=backend, window=self.window
         )
         out = self.output(out.transpose(1, 2).reshape(batch, seq, hidden))
-        return out, to_head, to_dependent, QueriesKeys(q, k, self.window) if queries_keys else None
+        return out, to_head, to_dependent, QueriesKeys(q, k, self.window, backend) if queries_keys else None
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `(B, H, S, D)` of `(B, S, C)`."""

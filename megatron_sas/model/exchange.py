@@ -85,7 +85,8 @@ def read_fields(
         InputError: a value that no model can have.
     """
     fields = {ours: values.get(field, getattr(defaults, ours)) for field, ours in {**whole, **numbers}.items()}
-    fields["pad_token_id"] = 0 if values.get("pad_token_id") is None else values["pad_token_id"]
+    pad = values.get("pad_token_id", defaults.pad_token_id)
+    fields["pad_token_id"] = 0 if pad is None else pad
     for field, ours in whole.items():
         if type(fields[ours]) is not int or fields[ours] < 1:
             raise InputError(f"{where}: {field} is {fields[ours]!r}, not a whole number above 0; correct it")

@@ -52,6 +52,7 @@ class ForeignModel(nn.Module):
         self.model = model
         self.no_maps: str | None = None
         self._head_takes_rows = False
+        self._attention_type = getattr(model.base_model, "attention_type", None)
         longest = _longest(model)
         layers, num_heads = self._probe(min(longest, 19))
         config = model.config.get_text_config()
@@ -91,12 +92,14 @@ class ForeignModel(nn.Module):
         return ModelOutput(hidden, logits, tuple(to_head), tuple(to_dependent))
 
     def _encode(self, input_ids: Tensor, seqlens: Tensor | None, maps: bool) -> Any:
+        self._restore_attention()
         return self.model.base_model(input_ids, attention_mask=_mask(input_ids, seqlens), output_attentions=maps)
 
     def _logits(self, hidden: Tensor, positions: Tensor, input_ids: Tensor, seqlens: Tensor | None) -> Tensor:
         """`(M, V)`: the head at these positions alone, where it can be had, else everywhere."""
         if self._head_takes_rows:
             return self._head(hidden.reshape(-1, hidden.shape[-1])[positions])
+        self._restore_attention()
         logits = self.model(input_ids, attention_mask=_mask(input_ids, seqlens)).logits
         return logits.reshape(-1, logits.shape[-1])[positions]
 
@@ -104,6 +107,12 @@ class ForeignModel(nn.Module):
         """Logits `(M, V)` of hidden states `(M, C)`: the model's own forward, with these instead of an encoder's."""
         with _encoder_returns(self.model.base_model, rows[None]):
             return self.model(torch.zeros(1, len(rows), dtype=torch.int64, device=rows.device)).logits[0]
+
+    def _restore_attention(self) -> None:
+        """BigBird takes another kind of attention for a short text, and would keep it for all texts after that."""
+        encoder = self.model.base_model
+        if getattr(encoder, "attention_type", None) != self._attention_type:
+            encoder.set_attention_type(self._attention_type)
 
     @torch.no_grad()
     def _probe(self, seq: int) -> tuple[int, int | None]:
@@ -168,7 +177,10 @@ def load_foreign(path: Path) -> ForeignModel:
         raise InputError(
             f"{path}: {sorted(others)[0]} is no part of a {type(model).__name__}; give the files as they were saved"
         )
-    return ForeignModel(model.eval())
+    try:
+        return ForeignModel(model.eval())
+    except Exception as error:  # of any kind: its code is transformers', and wants more than tokens
+        raise InputError(f"{path}: a {type(model).__name__} cannot be measured ({first_line(error)})") from None
 
 
 @contextmanager
@@ -196,8 +208,8 @@ def _longest(model: PreTrainedModel) -> int:
     """Tokens that the model takes. Those of RoBERTa's family count positions from behind the padding's id."""
     config = model.config.get_text_config()
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.num_embeddings - module.padding_idx - 1
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return len(module.weight) - module.padding_idx - 1
     return config.max_position_embeddings
 
 

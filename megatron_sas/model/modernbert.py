@@ -107,7 +107,7 @@ class ModernBertSection(ModelSection):
     architecture: Literal["modernbert"] = Field("modernbert", description=KIND)
     global_attn_every_n_layers: int = Field(
         3,
-        description="attention is global in the first of every N layers and local in the others; 1: in none",
+        description="attention is global in the first of every N layers and local in the others; 1: global in all",
         ge=1,
     )
     local_attention: int = Field(
@@ -404,9 +404,11 @@ def _thetas(values: dict[str, Any], where: str) -> dict[str, Any]:
     """The two thetas, where config.json has them as transformers 5 writes them."""
     if values.get("rope_scaling") is not None:
         raise InputError(f"{where}: rope_scaling is {values['rope_scaling']!r}; only plain rotations can be read")
-    found = {}
+    found, parameters = {}, values.get("rope_parameters") or {}
+    if not isinstance(parameters, dict) or not all(isinstance(parameters.get(kind) or {}, dict) for kind in parameters):
+        raise InputError(f"{where}: rope_parameters is {parameters!r}; only those by kind of layer can be read")
     for kind, ours in THETAS.items():
-        rope = (values.get("rope_parameters") or {}).get(kind) or {}
+        rope = parameters.get(kind) or {}
         if rope.get("rope_type", "default") != "default":
             raise InputError(f"{where}: rope_type is {rope['rope_type']!r}; only 'default' can be read")
         if "rope_theta" in rope:

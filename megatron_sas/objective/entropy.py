@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from megatron_sas.kernels import attention_entropy
+from megatron_sas.kernels import attention_entropy, hands_out_entropy
 from megatron_sas.model.base import ModelOutput
 from megatron_sas.objective.base import QUERIES_KEYS, Batch, Counts, TermSection
 
@@ -41,8 +41,9 @@ class EntropyTerm:
         """R of every sequence, `(B,)`; 0 for a sequence of nothing but padding."""
         rows = batch.holds_text(self.padding_ids)  # (B, S)
         total = 0.0
-        for q, k, window in output.queries_keys:
-            entropy = attention_entropy(q, k, window=window)  # (B, H, S)
+        for q, k, window, backend in output.queries_keys:
+            able = hands_out_entropy(backend, q, window)  # else another kernel than the layer's
+            entropy = attention_entropy(q, k, window=window, backend=backend if able else "auto")  # (B, H, S)
             total = total + (entropy.mean(dim=1) * rows).sum(dim=1)
         return total / (rows.sum(dim=1).clamp(min=1) * len(output.queries_keys))
 

@@ -47,8 +47,11 @@ def read_starts(run: RunDirectory) -> list[dict[str, Any]]:
         content = json.loads(run.starts.read_text(encoding="utf-8"))
         if (content["format"], content["version"]) != (FORMAT, VERSION):
             raise ValueError(f"format {content['format']!r}, version {content['version']}")
-        return list(content["starts"])
-    except (ValueError, KeyError, TypeError) as error:
+        starts = content["starts"]
+        if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+            raise TypeError("starts are no list of objects")
+        return starts
+    except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"{run.starts}: is no list of starts that this program reads ({error}); it begins anew", file=sys.stderr)
         return []
 
@@ -57,11 +60,16 @@ def _this_start(step: int) -> dict[str, Any]:
     return {
         "step": step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": list(sys.argv),
-        "directory": os.getcwd(),
+        "command": [_text(argument) for argument in sys.argv],
+        "directory": _text(os.getcwd()),
         "git": git_state(CHECKOUT),
         "versions": package_versions(),
     }
+
+
+def _text(name: str) -> str:
+    """A name of the file system, of which not every one is text."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 @functools.cache
@@ -97,7 +105,8 @@ def _git(checkout: Path, *arguments: str) -> str | None:
         done = subprocess.run(
             ["git", "-C", str(checkout), *arguments],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="surrogateescape",
             timeout=GIT_SECONDS,
             env={**clean, "GIT_OPTIONAL_LOCKS": "0"},
             check=True,

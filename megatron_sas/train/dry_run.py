@@ -38,6 +38,7 @@ from megatron_sas.objective.terms import number_needing, weights
 from megatron_sas.optim.schedules import largest
 from megatron_sas.run.directory import RunDirectory, steps_in
 from megatron_sas.run.memory import MemoryEstimate, PeakMemory, count_parameters, estimate_memory, show_bytes
+from megatron_sas.run.reading import read_model
 from megatron_sas.train.branch import Branch
 from megatron_sas.train.build import RunState, build_state
 from megatron_sas.train.checks import CHECKS, check_shared_directory, existing_ancestor
@@ -134,6 +135,10 @@ def _check_run(
     branch = None
     if config.run.branch_from is not None and not faulty:  # which the run's own checkpoint replaces once there is one
         _, branch = report.check("branch", lambda: find_start(config, print), _describe_start) or (None, None)
+    elif run.path.exists() and not faulty:
+        report.check("start", lambda: find_start(config, print), _describe_start)
+    if (source := config.model.init_from) is not None and not run.config.is_file():
+        report.check("model.init_from", lambda: read_model(source), lambda _: f"{source} can be read")
     if packed is not None and _are_sound(faulty, "train", "checkpoint", "snapshots", "watch"):
         shape = config.shape(packed.tokenizer.vocab_size, packed.tokenizer.pad_id)
         report.check("disk space", lambda: check_disk_space(config, count_parameters(shape), branch))
@@ -180,7 +185,7 @@ def _describe_data(packed: PackedData | MixedData, config: Config | None = None)
 def _describe_start(start: tuple[Path | None, Branch | None]) -> str:
     checkpoint, branch = start
     if branch is None:
-        return f"already begun, continues from {checkpoint}"
+        return "new" if checkpoint is None else f"already begun, continues from {checkpoint}"
     return f"from {checkpoint}, changes {', '.join(branch.lineage['changed']) or 'nothing'}"
 
 
@@ -205,14 +210,17 @@ def check_disk_space(config: Config, parameters: int, branch: Branch | None = No
     `free` bytes are on the disk; default: what the file system says.
     """
     run, section, last = RunDirectory(config.run.output_dir), config.checkpoint, config.train.steps
-    done = max(steps_in(run.checkpoints), default=branch.step if branch else -1)
+    there = steps_in(run.checkpoints)
+    done = max(there, default=branch.step if branch else -1)
     due = [step for step in range(done + 1, last + 1) if section.due(step, last)]
     count = len(due)
     if section.seconds is not None:
         count = last - done  # at most: nobody knows how often the clock asks
-    if section.kept is not None:  # and one more while the oldest is not yet removed
-        forever = sum(step % section.keep_every == 0 for step in due) if section.keep_every else 0
-        count = min(count, section.kept + 1 + forever)
+    if section.kept is not None:  # and one more while the oldest is not yet removed; those that are there have room
+        every = section.keep_every
+        forever = sum(step % every == 0 for step in due) if every else 0
+        going = sum(step % every != 0 for step in there) if every else len(there)
+        count = min(count, max(1, section.kept + 1 - going) + forever)
     snapshots = sum(config.snapshots.due(step, last) for step in range(done + 1, last + 1))
     snapshots += config.watch.most_snapshots
     needed = count * parameters * CHECKPOINT_BYTES
@@ -282,6 +290,8 @@ def _try_one_step(config: Config, report: Report, build: Callable[..., RunState]
             engine = state.engine(config, device)
             engine.set_learning_rate(0.0)
             weight = weights(state.terms, state.start_step)
+            # Where λ is 0 a term has no gradient. Memory is that of an update in which every term of the run has one.
+            weight |= {name: value for name, value in _later_weights(state).items() if weight[name] == 0.0}
             result = engine.update(state.dataset.window(state.start_step), weight, measure=True)
             sums = distributed.all_reduce_sum_(torch.stack([result.mlm_sum.float(), result.grad_norm.float()]))
         loss = float(sums[0]) / max(int(result.num_masked), 1)
@@ -293,10 +303,22 @@ def _try_one_step(config: Config, report: Report, build: Callable[..., RunState]
     def step_within_memory() -> tuple[str, int]:
         try:
             return step()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
             reason = str(error).split(". ")[0]
             raise InputError(f"{reason}; lower train.micro_batch_size or raise train.zero_stage") from None
 
     done = report.check("one step", step_within_memory, itemgetter(0))
     if done is not None:
         report.check("memory per device (measured)", lambda: show_bytes(done[1]))
+
+
+def _later_weights(state: RunState) -> dict[str, float]:
+    """The first λ of each term that is not 0, near a step where its schedule changes its course; 0 if there is none."""
+    found = {}
+    for name, term in state.terms.items():
+        schedule = term.section.schedule
+        steps = sorted({step for knot in schedule.knots() for step in (knot - 1, knot) if step >= 0})
+        found[name] = next(filter(None, map(schedule, steps)), 0.0)
+    return found

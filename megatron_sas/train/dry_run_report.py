@@ -139,8 +139,8 @@ class Report:
     def fail(self) -> int:
         """Report that a run would fail; returns the exit code."""
         if self.rank == 0:
-            problems = f"{self._count} problem{'s' if self._count > 1 else ''}"
-            print(f"{problems}; a run would fail", file=sys.stderr, flush=True)
+            count = max(self._count, 1)  # contact lost is one
+            print(f"{count} problem{'s' if count > 1 else ''}; a run would fail", file=sys.stderr, flush=True)
         self.leave()
         return 2
 

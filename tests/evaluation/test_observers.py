@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from megatron_sas.evaluation.batching import TokenBatch, shard_batches
-from megatron_sas.evaluation.observers import SasOfEdges, SasOfMaps, share_pass
+from megatron_sas.evaluation.observers import AttentionStatistics, SasOfEdges, SasOfMaps, seen_keys, share_pass
 from megatron_sas.evaluation.treebank import Sentence, load_treebank
 from megatron_sas.evaluation.uas import TreebankTask, UasObserver
+from megatron_sas.kernels.reference import in_window
+from megatron_sas.model.architectures import build_model
+from megatron_sas.model.modernbert import ModernBertConfig
 from megatron_sas.objective.along_edges import attention_along
 from megatron_sas.run.reading import load_model
 
@@ -134,3 +137,24 @@ def test_sas_of_maps_and_of_the_models_output_agree(model_directory, task):
         with torch.no_grad():
             share_pass(model, batch, [output])
     assert output.result() == pytest.approx(maps.result(), rel=1e-5)
+
+
+@pytest.mark.parametrize("window", [(0, 0), (3, 3), (2, 7), (40, 1)])
+def test_keys_that_are_seen_in_a_window_are_counted(window):
+    lengths, rows = torch.tensor([11, 1, 6]), torch.arange(11)
+    valid = rows < lengths[:, None]
+    inside = in_window(rows[:, None], rows, window) & valid[:, None] & valid[:, :, None]  # (3, 11, 11)
+    assert seen_keys(11, lengths.double(), window).equal(inside.sum(-1).double())
+
+
+def test_a_local_head_that_looks_everywhere_in_its_window_is_not_collapsed():
+    """A window of 2 shows 3 tokens, whose entropy is far below a quarter of that of 128."""
+    sizes = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "vocab_size": 32}
+    config = ModernBertConfig(**sizes, pad_token_id=0, local_attention=2, global_attn_every_n_layers=2)
+    model, statistics = build_model(config).eval(), AttentionStatistics(1, 2)
+    ids = torch.randint(3, 32, (2, 128), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        share_pass(model, TokenBatch(ids, torch.full_like(ids, -1)), [statistics])
+    result = statistics.result()
+    assert result["entropy"]["per_head"][1][0] < 0.25 * result["uniform_entropy"]
+    assert result["collapsed_heads"] == 0.0

@@ -160,3 +160,43 @@ def test_weights_must_be_all_there_and_all_used(tmp_path):
     model.save_pretrained(tmp_path / "more", state_dict=state)
     with pytest.raises(InputError, match=r"roberta.encoder.layer.7.output.dense.bias is no part of a RobertaFor"):
         load_foreign(tmp_path / "more")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Funnel", {"block_sizes": [1, 1, 1], "d_model": 32, "n_head": 2, "d_head": 16, "d_inner": 48}),
+        ("Perceiver", {"d_model": 32, "num_latents": 8, "d_latents": 32, "num_self_attends_per_block": 1}),
+    ],
+)
+def test_models_of_another_make_are_refused_in_a_line(kind, options, tmp_path):
+    config = getattr(transformers, f"{kind}Config")(**{"vocab_size": 64, **options})
+    getattr(transformers, f"{kind}ForMaskedLM")(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"a {kind}ForMaskedLM cannot be measured") as error:
+        load_foreign(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_short_text_does_not_change_the_attention_of_long_ones(tmp_path):
+    """BigBird switches to another kind of attention for short texts, and does not switch back."""
+    options = {"block_size": 8, "num_random_blocks": 2, "max_position_embeddings": 512, "initializer_range": 0.5}
+    torch.manual_seed(0)
+    theirs = transformers.BigBirdForMaskedLM(transformers.BigBirdConfig(**{**SIZES, **options})).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = load_foreign(tmp_path)
+    ids, positions = torch.randint(5, 64, (1, 400)), torch.arange(0, 400, 50)
+    with torch.no_grad():
+        expected = theirs(ids).logits[0, positions]  # first, so with the attention of its configuration
+        for _ in range(2):
+            torch.testing.assert_close(ours(ids, masked_positions=positions).logits, expected, rtol=1e-4, atol=1e-4)
+            ours(ids[:, :9], masked_positions=torch.tensor([1]))
+
+
+def test_positions_that_are_counted_from_behind_the_padding(tmp_path):
+    """Also where they are no `nn.Embedding`."""
+    torch.manual_seed(0)
+    config = transformers.IBertConfig(**{**SIZES, "max_position_embeddings": 42, "pad_token_id": 1})
+    transformers.IBertForMaskedLM(config).save_pretrained(tmp_path)
+    model = load_foreign(tmp_path)
+    assert model.config.max_position_embeddings == 40
+    model(torch.full((1, 40), 7), masked_positions=torch.tensor([0]))

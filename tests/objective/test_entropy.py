@@ -140,6 +140,24 @@ def test_a_modernbert_has_the_entropy_of_its_own_maps():
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-7, atol=1e-9)
 
 
+def test_the_kernel_is_that_of_the_layers_where_it_hands_out_entropy(monkeypatch):
+    """`auto` would take sdpa here, and the reference hands out no logsumexp."""
+    asked = []
+
+    def entropy(q, k, *, window, backend):
+        asked.append(backend)
+        return q.sum(-1)
+
+    monkeypatch.setattr("megatron_sas.objective.entropy.attention_entropy", entropy)
+    ids = torch.randint(5, 30, (2, 8))
+    batch = Batch(ids, torch.zeros(1, dtype=torch.int64), torch.full((1,), -100), torch.full_like(ids, -1))
+    for backend, expected in (("chunked", "chunked"), ("reference", "auto"), ("auto", "auto")):
+        sizes = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "vocab_size": 32}
+        bert = Bert(BertConfig(**sizes, attention_dropout=0.0, attention_backend=backend))
+        EntropyTerm(EntropySection())(bert(ids, queries_keys=True), batch)
+        assert asked.pop() == expected
+
+
 def test_a_sequence_of_padding_counts_nothing():
     batch = Batch(torch.full((2, 4), PAD), torch.zeros(1, dtype=torch.int64), torch.tensor([-100]), torch.empty(0))
     layer = QueriesKeys(*torch.randn(2, 2, 1, 4, 8), None)
@@ -242,6 +260,6 @@ def test_a_run_resumes_exactly_and_keeps_its_weight(config, steered, tmp_path):
 def test_the_card_of_an_exported_model_names_the_term(steered, tmp_path):
     to_hf(steered, tmp_path / "hf")
     card = (tmp_path / "hf" / "README.md").read_text()
-    assert "| λ of entropy | -0.5 from update 1 until update 4; otherwise 0 |" in card
+    assert "| λ of entropy | −0.5 in steps 1 to 4, then 0 |" in card
     assert "| R of entropy | mean over layers, heads and tokens, in nats |" in card
     assert "| entropy of attention on held-out text, per sequence |" in card

@@ -213,6 +213,17 @@ def test_a_bad_batch_hides_neither_bad_heads_nor_bad_minimal_pairs(config, tmp_p
     assert "batch and DeepSpeed" not in output
 
 
+def test_an_occupied_directory_hides_neither_a_missing_model_nor_a_missing_treebank(config, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "notes.txt").write_text("mine")
+    wrong = [f"--run.output_dir={run}", f"--model.init_from={tmp_path / 'model'}", "--evaluation.treebank=none.conllu"]
+    agreed, output = dry_check(load_config(config, wrong), capsys)
+    assert not agreed and output.count("problem ") == 3
+    assert f"problem  start: run.output_dir: {run} exists but is not a run" in output
+    assert "problem  model.init_from: " in output and "problem  treebank: none.conllu: no such file" in output
+
+
 def test_missing_and_mistyped_fields_leave_the_rest_to_look_at(config, tmp_path):
     path = tmp_path / "partly.yaml"
     data = load_config(config).data.train
@@ -276,6 +287,17 @@ def test_disk_space(config, tmp_path):
     ):
         preflight.check_disk_space(settings, 1_000, free=35_000)
     assert not (tmp_path / "a").exists()
+
+
+def test_checkpoints_that_are_there_have_their_room_already(config, tmp_path):
+    run = tmp_path / "run"
+    for step in (1, 2):
+        (run / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    every = ["--checkpoint.every=1", f"--run.output_dir={run}"]
+    kept = load_config(config, [*every, "--checkpoint.keep_last=2"])
+    assert preflight.check_disk_space(kept, 1_000).startswith("1 checkpoints of 12 KiB need ")
+    more = load_config(config, [*every, "--checkpoint.keep_last=2", "--checkpoint.keep_every=2"])  # steps 4 and 6 too
+    assert preflight.check_disk_space(more, 1_000).startswith("4 checkpoints of 12 KiB need ")
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):
