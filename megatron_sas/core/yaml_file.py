@@ -37,7 +37,11 @@ for _class in (Loader, Dumper):
     )
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Ten times as fast as `Loader` where libyaml is, for files that this program wrote: it lacks what people need."""
+
+
+def read_yaml(path: str | Path, loader: type = Loader) -> dict[str, Any]:
     """A YAML file that holds a mapping.
 
     Raises:
@@ -50,7 +54,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not UTF-8 text; give a YAML configuration") from None
     try:
-        values = yaml.load(text, Loader=Loader)
+        values = yaml.load(text, Loader=loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

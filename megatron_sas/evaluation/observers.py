@@ -20,7 +20,7 @@ from megatron_sas.kernels.reference import Window
 from megatron_sas.model.base import ModelOutput
 
 COLLAPSED = 0.25
-"""A head with less than this share of the largest entropy that it can have gives almost all of its attention to few tokens."""
+"""A head with less than this share of the largest entropy it can have gives nearly all its attention to few tokens."""
 
 OBSERVED = (
     Metric("attention_entropy", axis="attention\nentropy (nats)", point=("attention_entropy", "mean")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -109,7 +109,7 @@ class RunDirectory:
         self.latest = self.checkpoints / LATEST  # name of the newest of them
         self.snapshots = path / "snapshots"  # models by step, as Hugging Face directories
         self.ring = path / "ring"  # recent models by step, until an onset is detected
-        self.starts = path / "starts.json"  # command line, code and packages of every start (`starts.py`)
+        self.starts = path / "starts.json"  # command line, place, code and packages of every start (`starts.py`)
         self.lineage = path / "lineage.json"  # where a branch comes from
         self.stop = path / "stop"  # a request to save and end
         self.requeue = path / "requeue"  # why the run ended early and wants to be started again
@@ -152,6 +152,18 @@ class RunDirectory:
                 f"{self.lineage}: is not a lineage that this program reads ({error}); copy it anew"
             ) from None
         return parent, step
+
+
+def is_run_with(names: Collection[str]) -> bool:
+    """Whether a directory in which these names are is a run: `CONFIG`, and something else that a start leaves."""
+    run = RunDirectory("")
+    left = (run.records, run.starts, run.checkpoints, run.snapshots, run.lineage)
+    return CONFIG in names and not {LOCK, *(path.name for path in left)}.isdisjoint(names)
+
+
+def is_model_with(names: Collection[str]) -> bool:
+    """Whether a directory in which these names are is a model or checkpoint."""
+    return not {MODEL_CONFIG, HF_CONFIG, MANIFEST}.isdisjoint(names)
 
 
 def open_run(path: str | Path) -> RunDirectory:

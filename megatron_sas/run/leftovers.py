@@ -16,27 +16,10 @@ import psutil
 
 from megatron_sas.core import distributed
 from megatron_sas.core.cli import listed
-from megatron_sas.core.directory_lock import SINCE, DirectoryLock
+from megatron_sas.core.directory_lock import SINCE, DirectoryLock, still_runs, this_process
 
 SHARED_MEMORY = Path("/dev/shm")
 OF_LIBRARIES = ("nccl-*", "torch_*")  # what NCCL and torch call their files there
-
-CLOCKS_DIFFER = 5.0  # seconds; times of start move when the host's clock is set, and no number comes again so soon
-
-
-def this_process() -> str:
-    """A line that names this process, so that `still_runs` can recognise it."""
-    return f"process {os.getpid()} on {socket.gethostname()}{SINCE}{psutil.Process().create_time():.2f}"
-
-
-def still_runs(line: str) -> bool:
-    """Whether the process of this host that wrote the line `this_process` is there: by number and time of start."""
-    name, _, began = line.partition(SINCE)
-    with contextlib.suppress(psutil.NoSuchProcess, IndexError, ValueError):
-        process = psutil.Process(int(name.split()[1]))
-        same = abs(process.create_time() - float(began)) < CLOCKS_DIFFER
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def abandoned_memory() -> list[Path]:

@@ -1,4 +1,4 @@
-"""`RUN/starts.json`: of every start of a run the command line, the code and the packages.
+"""`RUN/starts.json`: of every start of a run the command line, where it ran, the code and the packages.
 
 The file is replaced as a whole at each start, so it is complete or absent. A run that begins anew, without a checkpoint
 of its own, begins the list anew too.
@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -41,19 +42,37 @@ def record_start(run: RunDirectory, step: int, *, anew: bool) -> None:
 
 def read_starts(run: RunDirectory) -> list[dict[str, Any]]:
     """The starts on record, the first one first; none where the file is absent or not readable, which is reported."""
-    if not run.starts.is_file():
-        return []
     try:
-        content = json.loads(run.starts.read_text(encoding="utf-8"))
-        if (content["format"], content["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"format {content['format']!r}, version {content['version']}")
-        starts = content["starts"]
-        if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
-            raise TypeError("starts are no list of objects")
-        return starts
+        return _read(run)
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"{run.starts}: is no list of starts that this program reads ({error}); it begins anew", file=sys.stderr)
         return []
+
+
+def last_start(run: RunDirectory) -> dict[str, Any]:
+    """The newest start on record; {} where there is none, or none that can be read. Earlier versions recorded less."""
+    try:
+        return dict(_read(run)[-1])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return {}
+
+
+def slurm_job() -> str | None:
+    """The Slurm job that this process is part of, as `scontrol` takes it: of an array its element alone, "12_3"."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def _read(run: RunDirectory) -> list[dict[str, Any]]:
+    if not run.starts.is_file():
+        return []
+    content = json.loads(run.starts.read_text(encoding="utf-8"))
+    if (content["format"], content["version"]) != (FORMAT, VERSION):
+        raise ValueError(f"format {content['format']!r}, version {content['version']}")
+    starts = content["starts"]
+    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+        raise TypeError("starts are no list of objects")
+    return starts
 
 
 def _this_start(step: int) -> dict[str, Any]:
@@ -62,6 +81,9 @@ def _this_start(step: int) -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": [_text(argument) for argument in sys.argv],
         "directory": _text(os.getcwd()),
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "slurm_job": slurm_job(),
         "git": git_state(CHECKOUT),
         "versions": package_versions(),
     }

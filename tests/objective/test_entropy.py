@@ -109,10 +109,10 @@ def test_local_layers_have_the_entropy_of_what_they_see():
     layers = [QueriesKeys(*torch.randn(2, 2, 3, 12, 8).double().requires_grad_(), window) for window in (None, 4)]
     term = EntropyTerm(EntropySection(), SPECIAL)
     found = term(SimpleNamespace(queries_keys=layers), inputs)
-    maps = [attention_probs(q, k, None, 8**-0.5, window and (2, 2)) for q, k, window in layers]
+    maps = [attention_probs(q, k, None, 8**-0.5, window and (2, 2)) for q, k, window, _ in layers]
     expected = by_maps(torch.stack(maps), real)
     torch.testing.assert_close(found, expected)
-    wanted = [x for q, k, _ in layers for x in (q, k)]
+    wanted = [x for q, k, *_ in layers for x in (q, k)]
     for mine, true in zip(*(torch.autograd.grad(x.sum(), wanted) for x in (found, expected)), strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-7, atol=1e-9)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from importlib.metadata import version
@@ -12,7 +14,7 @@ import pytest
 from engine_runs import train, write_inputs
 
 from megatron_sas.run.directory import RunDirectory
-from megatron_sas.run.starts import git_state, package_versions, read_starts, record_start
+from megatron_sas.run.starts import git_state, last_start, package_versions, read_starts, record_start, slurm_job
 
 
 def git(directory: Path, *arguments: str) -> str:
@@ -79,15 +81,35 @@ def test_starts_add_up_until_a_run_begins_anew(tmp_path, monkeypatch):
     assert (first["step"], first["command"]) == (0, ["pretrain_mlm.py", "--config", "a.yaml"])
     assert (second["step"], second["command"][-1], second["directory"]) == (3, "--train.steps=9", str(Path.cwd()))
     assert second["versions"] == package_versions()
+    assert (second["host"], second["process"]) == (socket.gethostname(), os.getpid())
+    assert last_start(run) == second
     assert list(tmp_path.iterdir()) == [run.starts]
     record_start(run, 0, anew=True)
     assert [start["step"] for start in read_starts(run)] == [0]
+
+
+@pytest.mark.parametrize(
+    ("variables", "job"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "12"}, "12"),
+        ({"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}, "12_3"),
+    ],
+)
+def test_a_start_records_its_slurm_job(tmp_path, monkeypatch, variables, job):
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    record_start(RunDirectory(tmp_path), 0, anew=True)
+    assert slurm_job() == last_start(RunDirectory(tmp_path))["slurm_job"] == job
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "other", "version": 1, "starts": []}'])
 def test_an_unreadable_list_begins_anew_and_is_reported(tmp_path, content, capsys):
     run = RunDirectory(tmp_path)
     run.starts.write_text(content)
+    assert last_start(run) == {}
     record_start(run, 3, anew=False)
     assert f"{run.starts}: is no list of starts that this program reads" in capsys.readouterr().err
     assert [start["step"] for start in read_starts(run)] == [3]
