@@ -31,6 +31,7 @@ def main() -> int:
 
         if not distributed.lost_contact(error):
             raise
+        time.sleep(1)  # a launcher takes the first that ends for the cause: let that be the other one
         print(
             f"error: rank {distributed.rank()}: lost contact with another process ({first_line(error)}); "
             "started again, the run continues from its newest checkpoint",

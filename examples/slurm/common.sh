@@ -60,6 +60,12 @@ next_port
 messages=$(mktemp) # what srun and the tasks say on standard error
 trap 'rm -f "$messages"' EXIT
 
+# A node that was away when a step was ended is told so when it is back, by the step's number. So the steps of a job that
+# starts again have other numbers than those of the start before; steps that do nothing use up the lower ones.
+for ((unused = ${SLURM_RESTART_COUNT:-0} % 10; unused > 0; unused--)); do
+    srun --quiet --nodes=1 --ntasks=1 true
+done
+
 # launch COMMAND…: run it with srun and return srun's exit code. What is said on standard error is kept in $messages too.
 launch() {
     local try tee code
@@ -92,7 +98,7 @@ ask_slurm() {
 # node_of TASK: the name of the node on which that task of the step runs.
 node_of() { echo "${nodes[$1 / ${SLURM_NTASKS_PER_NODE:-1}]:-an unknown node}"; }
 
-# find_cause CODE: set `cause` (fault, memory or loss), `what` in words, and `suspect`, a node or nothing.
+# find_cause CODE: set `cause` (fault, memory or loss), `what` in words, `suspect`, a node or nothing, and `code`.
 #
 # srun's exit code is the largest of all tasks, and those that it ends itself because another has failed are among them.
 # What comes first in its messages tells more: the cause. But exit code 3 is what the others end with when one is gone, and
@@ -114,11 +120,15 @@ find_cause() {
         elif [[ $line =~ $failed ]]; then
             node=${BASH_REMATCH[1]} task=${BASH_REMATCH[2]} line=${BASH_REMATCH[3]}
             case $line in
-            "Exited with exit code 3") what=${what:-task $task on $node lost contact with another} ;;
-            "Exited with exit code 1") [ -n "$ending" ] || cause=fault what="task $task on $node ended with exit code 1" ;;
+            "Exited with exit code 3") what=${what:-task $task on $node lost contact with another, or saw no progress} ;;
+            "Exited with exit code 1" | Killed* | Terminated*)
+                [ -z "$ending" ] || continue # srun has ended it
+                cause=loss what="task $task on $node: $line" suspect=$node
+                [ "${line% 1}" = "$line" ] || cause=fault what="task $task on $node ended with exit code 1" suspect='' code=1
+                ;;
             "Exited with exit code "*)
-                cause=fault what="task $task on $node ended with exit code ${line##* }"
-                [ "${line##* }" -le 128 ] || cause=loss suspect=$node
+                cause=fault what="task $task on $node ended with exit code ${line##* }" code=${line##* }
+                if [ "$code" -gt 128 ]; then cause=loss suspect=$node; fi
                 ;;
             "Out Of Memory"*) cause=memory what="task $task on $node ran out of memory" suspect=$node ;;
             *) cause=loss what="task $task on $node: $line" suspect=$node ;;
@@ -138,7 +148,7 @@ last_update() { tail -n 2 "$1/metrics.jsonl" 2>/dev/null | sed -n 's/.*"step": \
 # may_try_again RUN: whether a job that lost something is started again; if not, set `why`. Earlier losses are lines of
 # RUN/losses: job, update, cause, and in words.
 may_try_again() {
-    local update lost last
+    local update lost last count
     update=$(last_update "$1")
     # A directory that is not a run yet must stay empty; so without records only the job's first start has another try.
     if [ -z "$update" ] || [ ! -e "$1/config.yaml" ]; then
@@ -147,13 +157,13 @@ may_try_again() {
         return
     fi
     lost=$(grep -s "^$job " "$1/losses")
-    last=$(tail -n 1 <<<"$lost")
+    last=$(tail -n 1 <<<"$lost") count=$(grep -c . <<<"$lost")
     if [ "$cause" = memory ] && [[ $lost == *" memory "* ]]; then
         why="for the second time"
     elif [[ $last == "$job $update "* ]]; then
         why="at update $update, where it was lost before"
-    elif [ -n "$lost" ] && [ "$(wc -l <<<"$lost")" -ge "${MAX_RESTARTS:-10}" ]; then
-        why="after ${MAX_RESTARTS:-10} losses (MAX_RESTARTS)"
+    elif [ "$count" -ge "${MAX_RESTARTS:-10}" ]; then
+        why="after MAX_RESTARTS=${MAX_RESTARTS:-10} restarts"
     else
         echo "$job $update $cause $what" >>"$1/losses"
         return 0
@@ -179,6 +189,7 @@ decide() {
     verdict='done' why=
     if [ "$1" = 0 ] && [ -z "$mark" ]; then return; fi
     find_cause "$1"
+    [ -z "$mark" ] || suspect='' # it ended in good order
     why=${mark:-$what}
     verdict=stays
     if [[ $mark == "file "* && -z ${3:-} ]]; then return; fi # somebody's file `stop`
@@ -235,7 +246,7 @@ requeue() {
 # ASKED, this shell got a signal: a code other than 0 without the file is then that of a run which the signal ended before
 # it could save. What somebody has stopped for good, by scancel or by a file `stop` of his own, stays out of the queue.
 finish() {
-    local verdict why cause='' what='' suspect='' facts=''
+    local code=$1 verdict why cause='' what='' suspect='' facts=''
     decide "$@"
     case $verdict in
     stays) echo "stopped before its end ($why): not requeued; submit the job again to continue" ;;
@@ -254,5 +265,5 @@ finish() {
         echo "error: job $job could not be requeued: Slurm does not answer; the run is not finished: submit it again" >&2
         exit 75
     fi
-    exit "$1"
+    exit "$code"
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from megatron_sas.core import distributed
+from megatron_sas.launch.slurmstepd import LOST, is_gone, own_slurmstepd
 
 EXIT_CODE = 3
 STORE_TIMEOUT = timedelta(seconds=2)
@@ -30,6 +32,7 @@ class Watchdog:
         self._doing, self._since = "starting", time.time()
         self._ended = threading.Event()
         self._store = self._own_store() if distributed.world_size() > 1 else None
+        self._slurmstepd = own_slurmstepd()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self, doing: str) -> None:
@@ -61,6 +64,9 @@ class Watchdog:
                 asleep = time.time()
             if self._ended.wait(interval):
                 return
+            if is_gone(self._slurmstepd):
+                print(f"error: rank {distributed.rank()} on {socket.gethostname()}: {LOST}", file=sys.stderr, flush=True)
+                os._exit(EXIT_CODE)
             if time.time() - asleep > 2 * interval + 1:  # this process was suspended: its time begins anew
                 self._since = time.time()
             if time.time() - self._since > self._timeout and not self._ended.is_set():
@@ -79,7 +85,7 @@ class Watchdog:
         if self._store is None:
             return "it waits for nobody else"
         try:
-            self._store.set(self._key(distributed.rank()), json.dumps([time.time(), self._since, self._doing]))
+            self._store.set(self._key(distributed.rank()), json.dumps([time.time(), self._since, self._doing, socket.gethostname()]))
         except (RuntimeError, OSError):  # torch's store errors are RuntimeErrors
             return STORE_SILENT
         return None
@@ -97,15 +103,15 @@ class Watchdog:
         silent, behind = [], []
         for rank in range(distributed.world_size()):
             try:
-                told, since, doing = json.loads(self._store.get(self._key(rank)))
+                told, since, doing, host = json.loads(self._store.get(self._key(rank)))
             except (RuntimeError, OSError, ValueError):
                 silent.append(f"rank {rank} (never heard of)")
                 continue
             age = time.time() - told
             if age > 2 * interval + 1:
-                silent.append(f"rank {rank} (silent for {age:.0f} s, last in {doing})")
+                silent.append(f"rank {rank} on {host} (silent for {age:.0f} s, last in {doing})")
             elif rank != distributed.rank() and doing != self._doing:
-                behind.append(f"rank {rank} (for {time.time() - since:.0f} s in {doing})")
+                behind.append(f"rank {rank} on {host} (for {time.time() - since:.0f} s in {doing})")
         if silent:
             return "it waits for " + ", ".join(silent)
         if behind:

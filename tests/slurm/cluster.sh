@@ -8,10 +8,12 @@
 # It needs slurmctld, slurmd and munged (Debian: apt-get install --no-install-recommends slurm-wlm munge), but neither
 # their services nor /etc/slurm. Jobs run as the user who starts it.
 #
-# Nodes: 127.0.0.1 and 127.0.0.2. These names resolve everywhere, so MASTER_ADDR works. Each has 4 CPUs and 8 GPUs in
+# Nodes: 127.0.0.1 and 127.0.0.2. These names resolve everywhere, so MASTER_ADDR works. Each has 16 CPUs and 64 GPUs in
 # Slurm's books, whatever the machine has.
 # Partitions: low (default; preempted jobs are requeued after 20 s of grace), nograce (requeued at once), cancel (cancelled
 # at once), high (preempts the other three).
+#
+# Numbers of jobs begin anywhere, so that two such Slurms, whose jobs meet on one host, rarely choose the same ports.
 #
 # Variables of `start`, with what Slurm's default would be:
 #   PREEMPTION       partition_prio; `none` is Slurm's default: no partition preempts another
@@ -90,6 +92,7 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MpiDefault=none
+FirstJobId=$((RANDOM % 11000 + 1))
 SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -104,16 +107,16 @@ MessageTimeout=5
 SchedulerParameters=sched_interval=2,bf_interval=2
 PreemptType=preempt/$preemption
 PreemptMode=$mode
-NodeName=${nodes[0]} NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[1]} CoresPerSocket=4 Gres=gpu:8
-NodeName=${nodes[1]} NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[2]} CoresPerSocket=4 Gres=gpu:8
-PartitionName=DEFAULT Nodes=${nodes[0]},${nodes[1]} State=UP MaxTime=1-0 DefaultTime=10
+NodeName=${nodes[0]} NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[1]} CoresPerSocket=16 Gres=gpu:64
+NodeName=${nodes[1]} NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[2]} CoresPerSocket=16 Gres=gpu:64
+PartitionName=DEFAULT Nodes=${nodes[0]},${nodes[1]} State=UP DefaultTime=10
 PartitionName=low Default=YES PriorityTier=1 PreemptMode=$requeue GraceTime=${GRACE:-20}
 PartitionName=nograce PriorityTier=1 PreemptMode=$requeue GraceTime=0
 PartitionName=cancel PriorityTier=1 PreemptMode=$cancel GraceTime=0
 PartitionName=high PriorityTier=10 PreemptMode=OFF
 CONF
-    for gpu in {0..7}; do : >"$dir/gpu$gpu"; done # Slurm counts files, whatever they are
-    echo "Name=gpu File=$dir/gpu[0-7]" >"$dir/gres.conf"
+    for gpu in {0..63}; do : >"$dir/gpu$gpu"; done # Slurm counts files, whatever they are
+    echo "Name=gpu File=$dir/gpu[0-63]" >"$dir/gres.conf"
 }
 
 is_ready() { [ "$(sinfo --noheader --Node --partition=low --format=%T | sort | uniq -c | tr -d ' ')" = "${#nodes[@]}idle" ]; }
@@ -142,7 +145,16 @@ start() { # DIR
 }
 
 # all_steps DIR: the process ids of its slurmstepd, which outlive their slurmd.
-all_stop() { # DIR
+all_steps() {
+    local process
+    for process in /proc/[0-9]*; do
+        [ "$(cat "$process/comm" 2>/dev/null)" = slurmstepd ] &&
+            [[ $(readlink "$process/cwd" 2>/dev/null)/ == "$1"/* ]] && echo "${process#/proc/}"
+    done
+    return 0
+}
+
+stop() { # DIR
     local dir node step task
     dir=$(cd "$1" && pwd -P)
     export SLURM_CONF=$dir/slurm.conf
