@@ -75,7 +75,7 @@ launch() {
         code=$? tee=$!
         while kill -0 "$tee" 2>/dev/null; do wait "$tee"; done
         # Between `next_port` and the start of the processes another program may have taken the port.
-        [ "$try" -lt 3 ] && grep -q '^error: MASTER_PORT: .* is taken' "$messages" || break
+        if [ "$try" = 3 ] || ! grep -q '^error: MASTER_PORT: .* is taken' "$messages"; then break; fi
         MASTER_PORT=$((MASTER_PORT + 1))
         next_port
     done
@@ -121,14 +121,14 @@ find_cause() {
             node=${BASH_REMATCH[1]} task=${BASH_REMATCH[2]} line=${BASH_REMATCH[3]}
             case $line in
             "Exited with exit code 3") what=${what:-task $task on $node lost contact with another, or saw no progress} ;;
-            "Exited with exit code 1" | Killed* | Terminated*)
-                [ -z "$ending" ] || continue # srun has ended it
-                cause=loss what="task $task on $node: $line" suspect=$node
-                [ "${line% 1}" = "$line" ] || cause=fault what="task $task on $node ended with exit code 1" suspect='' code=1
-                ;;
             "Exited with exit code "*)
+                [ -z "$ending" ] || [ "${line##* }" != 1 ] || continue
                 cause=fault what="task $task on $node ended with exit code ${line##* }" code=${line##* }
                 if [ "$code" -gt 128 ]; then cause=loss suspect=$node; fi
+                ;;
+            Killed* | Terminated*)
+                [ -z "$ending" ] || continue # by srun
+                cause=loss what="task $task on $node: $line" suspect=$node
                 ;;
             "Out Of Memory"*) cause=memory what="task $task on $node ran out of memory" suspect=$node ;;
             *) cause=loss what="task $task on $node: $line" suspect=$node ;;

@@ -73,18 +73,12 @@ class Case:
         self.act(job)
         facts = job.wait()
         outcome = Outcome(job, facts, time.monotonic() - began)
-        if outcome.requeued and facts["JobState"] == "PENDING":
-            if self.starts_again():
-                job.wait_for_starts(2)
+        if outcome.requeued:
+            job.wait_for_starts(2)
             cluster.call("scancel", job.id)
         outcome.last = job.wait_for_end()
-        time.sleep(1)
         outcome.starts, outcome.output = len(job.starts()), job.output()
         return outcome
-
-    def starts_again(self) -> bool:
-        """Whether the case waits for the second start."""
-        return True
 
 
 def nothing(job: Job) -> None:
