@@ -65,7 +65,9 @@ class Watchdog:
             if self._ended.wait(interval):
                 return
             if is_gone(self._slurmstepd):
-                print(f"error: rank {distributed.rank()} on {socket.gethostname()}: {LOST}", file=sys.stderr, flush=True)
+                print(
+                    f"error: rank {distributed.rank()} on {socket.gethostname()}: {LOST}", file=sys.stderr, flush=True
+                )
                 os._exit(EXIT_CODE)
             if time.time() - asleep > 2 * interval + 1:  # this process was suspended: its time begins anew
                 self._since = time.time()
@@ -85,7 +87,9 @@ class Watchdog:
         if self._store is None:
             return "it waits for nobody else"
         try:
-            self._store.set(self._key(distributed.rank()), json.dumps([time.time(), self._since, self._doing, socket.gethostname()]))
+            self._store.set(
+                self._key(distributed.rank()), json.dumps([time.time(), self._since, self._doing, socket.gethostname()])
+            )
         except (RuntimeError, OSError):  # torch's store errors are RuntimeErrors
             return STORE_SILENT
         return None

@@ -1,6 +1,6 @@
 """The decision of examples/slurm/common.sh, case by case; `test_events.py` has it made on a real Slurm.
 
-The facts are lines of `scontrol show job` as a real one has printed them, and what srun says on standard error likewise.
+The facts are lines of `scontrol show job` as a real one has printed them, and so is what srun says on standard error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ update*) echo "$*" >>asked ;;
 esac
 """
 PARTITION = "PartitionName=low PreemptMode={mode} State=UP\n"
-KILLED = "srun: error: node2: task 1: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=7.0\n"
+ENDING = "srun: launch/slurm: _step_signal: Terminating StepId=7.0\n"
+KILLED = f"srun: error: node2: task 1: Killed\n{ENDING}"
+LOST_CONTACT = "srun: error: node1: task 0: Exited with exit code 3\n"
 
 
 def facts(state="RUNNING", reason="None", restarts=0, preempted="PreemptTime=None", requeue=1):
@@ -60,10 +62,8 @@ class Decision:
             (self.run / "requeue").write_text(mark + "\n")
         if update is not None:
             (self.run / "config.yaml").touch()
-            (self.run / "metrics.jsonl").write_text(
-                f'{{"kind": "train", "step": {update - 1}, "time": 1.0}}\n{{"kind": "train", "step": {update}, "time": 1.0}}\n'
-                '{"kind": "train", "st'
-            )
+            lines = [f'{{"kind": "train", "step": {step}, "time": 1.0}}\n' for step in (update - 1, update)]
+            (self.run / "metrics.jsonl").write_text("".join(lines) + '{"kind": "train", "st')
         script = f'source {SCRIPTS}/common.sh\ncat >"$messages"\nfinish {code} "{self.run}" {asked}\n'
         done = subprocess.run(
             ["bash", "-uo", "pipefail", "-c", script],
@@ -148,8 +148,7 @@ def test_run_that_a_signal_to_the_script_killed_goes_back(decision):
         (3, "srun: error: Node failure on node2\n", "node node2 was lost", "node2"),
         (
             3,
-            "srun: error: node1: task 0: Exited with exit code 3\nsrun: launch/slurm: _step_signal: Terminating StepId=7.0\n"
-            "srun: First task exited 15s ago\nsrun: StepId=7.0 task 1: running\n",
+            f"{LOST_CONTACT}{ENDING}srun: First task exited 15s ago\nsrun: StepId=7.0 task 1: running\n",
             "nothing was heard of task 1 on node2",
             "node2",
         ),
@@ -171,7 +170,10 @@ def test_suspected_node_is_left_out_on_request(decision):
     ("messages", "code"),
     [
         ("srun: error: node2: task 1: Exited with exit code 1\n" + KILLED.replace("task 1", "task 0"), 1),
-        ("srun: error: node1: task 0: Exited with exit code 3\nsrun: error: node2: task 1: Exited with exit code 2\n", 2),
+        (
+            f"{LOST_CONTACT}srun: error: node2: task 1: Exited with exit code 2\n",
+            2,
+        ),
         ("", 137 - 10),
     ],
 )
@@ -181,7 +183,7 @@ def test_own_fault_stays_out_whatever_became_of_the_other_tasks(decision, messag
 
 
 def test_launcher_that_srun_has_ended_is_no_fault(decision):
-    ended = "srun: launch/slurm: _step_signal: Terminating StepId=7.0\nsrun: error: node1: task 0: Exited with exit code 1\n"
+    ended = f"{ENDING}srun: error: node1: task 0: Exited with exit code 1\n"
     decision.finish(247, messages="srun: error: node2: task 1: Exited with exit code 247\n" + ended)
     assert decision.asked == ["requeue 7"]
 
@@ -256,6 +258,8 @@ def test_job_that_cannot_begin_says_why_in_one_line(tmp_path, environment, words
     for name in ("bash", "hostname"):
         (bin / name).symlink_to(f"/bin/{name}")
     command = [bin / "bash", SCRIPTS / "single_node.sbatch", "config.yaml", tmp_path / "run"]
-    done = subprocess.run(command, cwd=ROOT, env={"PATH": str(bin), **environment}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env={"PATH": str(bin), **environment}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert (tmp_path / "run" / "requeue").exists()

@@ -5,6 +5,8 @@ All events happen before the first test, at the same time as far as they can (`s
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import slurm_cluster
 import slurm_events
@@ -68,7 +70,11 @@ def test_job_that_was_asked_to_stop_goes_back_into_the_queue(outcome, name):
     assert found.said().endswith(BACK), found.output
     first, second = found.job.starts()
     assert first["step"] == 0 and second["step"] >= 5  # and continues from what it saved
-    assert first["arguments"][-4:] == second["arguments"][-4:] == ["--config", "config.yaml", "--run.output_dir", str(found.job.run)]
+    assert (
+        first["arguments"][-4:]
+        == second["arguments"][-4:]
+        == ["--config", "config.yaml", "--run.output_dir", str(found.job.run)]
+    )
     # Another number for the step, or what was meant for the first start may reach the second.
     assert (first["SLURM_STEP_ID"], second["SLURM_STEP_ID"]) == ("0", "1")
 
@@ -142,7 +148,7 @@ def test_last_element_of_an_array_is_started_again_alone(outcome):
 
 def test_every_case_is_looked_at():
     """One that nobody asks for would be run for nothing."""
-    source = open(__file__).read()
+    source = Path(__file__).read_text()
     assert all(f'"{name}"' in source for name in PLAIN | PREEMPTION)
 
 

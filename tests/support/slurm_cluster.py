@@ -95,7 +95,11 @@ class Cluster:
     def submit(self, script: str, run: Path, *arguments: object, options: tuple = (), **environment: object) -> Job:
         """Submit one of examples/slurm: by default two tasks on two nodes, of the stand-in for the trainer."""
         run.parent.mkdir(parents=True, exist_ok=True)
-        output = run.parent / f"{run.name}-%a.out" if any("--array" in o for o in options) else run.parent / f"{run.name}.out"
+        output = (
+            run.parent / f"{run.name}-%a.out"
+            if any("--array" in o for o in options)
+            else run.parent / f"{run.name}.out"
+        )
         one_node = script in ("single_node.sbatch", "sweep.sbatch", "preprocess.sbatch")
         shape = ("--nodes=1", "--ntasks-per-node=2") if one_node else ("--nodes=2", "--ntasks-per-node=1")
         if script == "preprocess.sbatch":

@@ -2,7 +2,7 @@
 
     python tests/support/slurm_events.py      # prints the table of docs/clusters.md, from what Slurm did
 
-The cases of one Slurm run at the same time, since most of their time is waiting; those that lose a node come after them.
+The cases of one Slurm run at the same time, since most of their time is waiting; the loss of a node comes after them.
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ class Case:
     def run(self, cluster: Cluster, directory: Path, name: str) -> Outcome:
         """Submit the job, do it, and see what comes; a job that starts again is watched, then cancelled."""
         run = directory / name
-        job = cluster.submit(
-            self.script, run, "config.yaml", run, options=self.options, **dict(self.environment)
-        )
+        job = cluster.submit(self.script, run, "config.yaml", run, options=self.options, **dict(self.environment))
         job.wait_for_step(self.after)
         began = time.monotonic()
         self.act(job)
@@ -161,7 +159,9 @@ PREEMPTION = {
     "grace-deepspeed": Case("preempted, grace time 20 s, deepspeed", preempted, DEEPSPEED, ("--partition=low",)),
     "no-grace": Case("preempted, grace time 0", preempted, SRUN, ("--partition=nograce",), LONG_SAVE),
     "cancel": Case("preempted, `PreemptMode=CANCEL`", preempted, options=("--partition=cancel",)),
-    "grace-scancel": Case("`scancel` in the grace time", preempted_and_cancelled, SRUN, ("--partition=low",), LONG_SAVE),
+    "grace-scancel": Case(
+        "`scancel` in the grace time", preempted_and_cancelled, SRUN, ("--partition=low",), LONG_SAVE
+    ),
 }
 """On one that preempts by partition; one job of a higher partition preempts those that wait for it."""
 
@@ -253,7 +253,8 @@ def lost_node(cluster: Cluster, directory: Path, away: float, title: str) -> Out
     facts = None
     while time.monotonic() - began < away:
         time.sleep(0.4)
-        facts = facts or job.facts()["Restarts"] == "1" and (job.facts(), time.monotonic() - began)
+        if facts is None and job.facts()["Restarts"] == "1":
+            facts = job.facts(), time.monotonic() - began
     cluster.bring_back(NODES[1])
     wait_until(lambda: job.facts()["Restarts"] == "1", "the job's return")
     facts = facts or (job.facts(), time.monotonic() - began)
