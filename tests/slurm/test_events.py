@@ -63,13 +63,16 @@ def test_no_node_is_held_longer_than_saving_takes(outcome, name):
     assert outcome(name).seconds < 15  # 3 to save; requeueing in vain took half a minute
 
 
-@pytest.mark.parametrize("name", ["grace", "grace-deepspeed", "time-limit", "time-limit-deepspeed"])
+@pytest.mark.parametrize(
+    "name", ["grace", "grace-deepspeed", "time-limit", "time-limit-deepspeed", "importing", "importing-again"]
+)
 def test_job_that_was_asked_to_stop_goes_back_into_the_queue(outcome, name):
     found = outcome(name)
     assert found.requeued and found.starts == 2, found.output
     assert found.said().endswith(BACK), found.output
     first, second = found.job.starts()
-    assert first["step"] == 0 and second["step"] >= 5  # and continues from what it saved
+    assert first["step"] == 0 and second["step"] >= (1 if name.startswith("importing") else 5)
+    assert not (found.job.run / "stop").exists()
     assert (
         first["arguments"][-4:]
         == second["arguments"][-4:]
@@ -85,10 +88,25 @@ def test_preemption_is_final_in_a_partition_that_cancels(outcome):
     assert "preempted in a partition that cancels (PreemptMode=CANCEL)): not requeued" in found.said(), found.output
 
 
-def test_file_stop_is_final(outcome):
-    found = outcome("stop-file")
+@pytest.mark.parametrize("name", ["stop-file", "stop-file-deepspeed"])
+def test_file_stop_is_final(outcome, name):
+    found = outcome(name)
     assert (found.facts["JobState"], found.starts) == ("COMPLETED", 1)
     assert found.said().startswith("stopped before its end (file ") and "not requeued" in found.said(), found.output
+
+
+def test_tasks_get_what_they_need(outcome):
+    first, second = (outcome("unlimited").job.starts(rank)[0] for rank in (0, 1))
+    assert first["HF_HUB_OFFLINE"] == "1" and first["MASTER_ADDR"] == second["MASTER_ADDR"] == "127.0.0.1"
+    assert first["MASTER_PORT"] == second["MASTER_PORT"]
+    assert (second["SLURM_PROCID"], second["SLURM_LOCALID"], second["SLURM_CPUS_PER_TASK"]) == ("1", "1", "2")
+
+
+def test_each_node_has_its_deepspeed_launcher(outcome):
+    for rank in (0, 1):
+        arguments = outcome("grace-deepspeed").job.starts(rank)[0]["arguments"]
+        assert arguments[:5] == ["-m", "deepspeed.launcher.runner", "--no_ssh", "--node_rank", str(rank)]
+        assert arguments[5:7] == ["--master_addr", "127.0.0.1"]
 
 
 def test_job_that_slurm_may_not_requeue_says_so(outcome):

@@ -25,6 +25,8 @@ if reason := slurm_cluster.missing():
 pytestmark = pytest.mark.slow
 
 REAL = {"PYTHON": sys.executable}
+LONG = [f"--{name}=100000" for name in ("train.steps", "train.decay_horizon", "checkpoint.every", "evaluation.every")]
+"""A run that does not end by itself."""
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +106,11 @@ def test_stand_in_does_what_the_trainer_does(config, tmp_path, event):
                 other.bind(("0.0.0.0", int(environment["MASTER_PORT"])))
                 other.listen()
                 environment |= {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-            more = (
-                ["--train.steps=100000", "--evaluation.every=100000", "--checkpoint.every=100000"]
-                if name == "real"
-                else []
-            )
+            more = LONG if name == "real" else ()
             process = started([sys.executable, *command, *arguments, *more], run, **environment)
             if event != "port":
-                wait_until(lambda run=run: '"step": 3' in text_of(run / "metrics.jsonl"), "three updates")
+                started_well = lambda run=run: '"step": 3' in text_of(run / "metrics.jsonl")  # noqa: E731
+                wait_until(lambda p=process, well=started_well: p.poll() is not None or well(), "three updates")
                 if event == "file":
                     (run / "stop").touch()
                 else:
@@ -136,9 +135,9 @@ def test_array_of_shards_survives_the_loss_of_a_task_of_its_last_element(cluster
     job = cluster.submit(
         "preprocess.sbatch", tmp_path / "job", *arguments, options=options, **REAL, PREPROCESS_OPTIONS="--seq-length 16"
     )
-    ids = [wait_until(lambda e=e: job.facts(f"{job.id}_{e}").get("JobId"), "the array") for e in range(2)]
-    last = ids.index(job.id)  # the element that has the id of the array
-    kill(*wait_until(lambda: cluster.processes(job.id), "its task"))
+    tasks = wait_until(lambda: cluster.processes(job.id), "the task of the element that has the id of the array")
+    last = int(next(iter(tasks.values()))["SLURM_ARRAY_TASK_ID"])
+    kill(*tasks)
     ends = [job.wait_for_end(f"{job.id}_{element}") for element in range(2)]
     assert [end["JobState"] for end in ends] == ["COMPLETED"] * 2, job.output(0) + job.output(1)
     assert ends[last]["Restarts"] == "1" and ends[1 - last]["Restarts"] == "0"
@@ -291,8 +290,7 @@ def test_preempted_run_of_two_nodes_continues_where_it_was(config, tmp_path):
 def test_lost_slurmstepd_ends_a_real_run(cluster, config, tmp_path):
     """The watchdog sees it: srun alone would wait for the end of the run, and then forever."""
     run = tmp_path / "run"
-    arguments = ("--train.steps=100000", "--checkpoint.every=100000", "--evaluation.every=100000")
-    job = cluster.submit("multi_node_srun.sbatch", run, config, run, *arguments, **REAL)
+    job = cluster.submit("multi_node_srun.sbatch", run, config, run, *LONG, **REAL)
     job.wait_for_step(3)
     began = time.monotonic()
     kill(*{slurm_cluster.slurmstepd_of(task) for task in job.tasks(rank=1)})

@@ -196,7 +196,12 @@ class Job:
 
     def wait_for_step(self, step: int) -> None:
         """Wait until that many updates are done."""
-        wait_until(lambda: self.step() >= step, f"update {step} of job {self.id}: {self.output()}")
+
+        def done() -> bool:
+            assert self.facts().get("JobState") not in ("FAILED", "CANCELLED"), self.output()
+            return self.step() >= step
+
+        wait_until(done, f"update {step} of job {self.id}")
 
     def wait_for_starts(self, number: int, more: int = 5) -> None:
         """Wait for the start of that number, and for some updates of it."""

@@ -108,6 +108,19 @@ def touch_stop(job: Job) -> None:
     (job.run / "stop").touch()
 
 
+def signal_while_importing(job: Job) -> None:
+    """The notice of the time limit comes while launchers and ranks import."""
+    wait_until(job.tasks, "the tasks")
+    job.cluster.call("scancel", "--batch", "--signal=USR1", job.id)
+
+
+def signal_while_importing_again(job: Job) -> None:
+    """The same where the run's directory exists: the ranks, which begin later, take the file `stop` for a leftover."""
+    job.run.mkdir()
+    (job.run / "config.yaml").touch()
+    signal_while_importing(job)
+
+
 def preempted(job: Job) -> None:
     """Wait until Slurm preempts it: the cases of a cluster are preempted by one job, see `preempt`."""
     wait_until(lambda: (job.cluster.directory / "preempted").exists(), "the job of the partition high")
@@ -122,6 +135,7 @@ def preempted_and_cancelled(job: Job) -> None:
 
 SRUN, DEEPSPEED, ONE_NODE = "multi_node_srun.sbatch", "multi_node_deepspeed.sbatch", "single_node.sbatch"
 LONG_SAVE = (("TRAINER_SAVES", 3),)
+IMPORTS = (("TRAINER_IMPORTS", 2),)
 
 
 def fails(code: int, update: int = 5, rank: int = 1, **more: object) -> dict:
@@ -140,7 +154,12 @@ PLAIN = {
         "time limit, notice of 30 s, deepspeed", nothing, DEEPSPEED, ("--time=1", "--signal=B:USR1@30")
     ),
     "no-requeue": Case("time limit, `--no-requeue`", nothing, SRUN, ("--time=1", "--signal=USR1@30", "--no-requeue")),
-    "unlimited": Case("`scancel`, no time limit", scancel, ONE_NODE, ("--time=UNLIMITED",)),
+    "unlimited": Case("`scancel`, no time limit", scancel, ONE_NODE, ("--time=UNLIMITED", "--cpus-per-task=2")),
+    "stop-file-deepspeed": Case("the file `RUN/stop`, deepspeed", touch_stop, DEEPSPEED),
+    "importing": Case("notice while importing, deepspeed", signal_while_importing, DEEPSPEED, (), IMPORTS, 0),
+    "importing-again": Case(
+        "the same, of a run that exists", signal_while_importing_again, DEEPSPEED, (), IMPORTS, 0
+    ),
     "kill-task": Case("`kill -9` of a task", kill_task),
     "kill-task-waits": Case("`kill -9` of a task, the others hang", kill_task, environment=(("TRAINER_WAITS", 1),)),
     "kill-slurmstepd": Case("`kill -9` of a slurmstepd", kill_slurmstepd),
