@@ -8,6 +8,7 @@
 #   PYTHON            the interpreter (.venv/bin/python)
 #   MAX_RESTARTS      how often a job is started again after a loss (10); preemptions and time limits do not count
 #   EXCLUDE_SUSPECT   set to 1, a job that lost a node goes back into the queue without that node
+#   SRUN_OPTIONS      more options for srun, such as those of containers (python_in_apptainer.sh has examples)
 #   SLURM_WAIT        seconds that srun waits for the other tasks after the first has ended (15)
 #
 # docs/clusters.md has a table of what happens when.
@@ -68,10 +69,11 @@ done
 
 # launch COMMAND…: run it with srun and return srun's exit code. What is said on standard error is kept in $messages too.
 launch() {
-    local try tee code
+    local try tee code options
+    read -ra options <<<"${SRUN_OPTIONS:-}"
     for try in 1 2 3; do
         # The signals that ask the job to stop must not take the log from it.
-        srun --kill-on-bad-exit=1 "$@" 2> >(trap '' TERM USR1 INT HUP && exec tee "$messages" >&2)
+        srun --kill-on-bad-exit=1 "${options[@]}" "$@" 2> >(trap '' TERM USR1 INT HUP && exec tee "$messages" >&2)
         code=$? tee=$!
         while kill -0 "$tee" 2>/dev/null; do wait "$tee"; done
         # Between `next_port` and the start of the processes another program may have taken the port.

@@ -9,6 +9,7 @@ RUN/snapshots/step_…/       the model alone, as a Hugging Face directory
 RUN/ring/step_…/            recent models, until an onset is detected
 RUN/lineage.json            where a branch comes from
 RUN/stop, RUN/requeue       a request to stop, and the mark of a run that wants to be started again
+RUN/losses                  what a batch script's jobs have lost (docs/clusters.md); nothing here reads it
 RUN/.lock                   held by the process that writes here
 """
 

@@ -81,7 +81,9 @@ def soak(directory: Path, events: int, seed: int, say: Callable[[str], None]) ->
                 assert facts["JobState"] == "CANCELLED" and int(facts["Restarts"]) == restarts, job.output()
                 job = submit(cluster, config, run, steps)
             else:
-                wait_until(lambda job=job, n=restarts: int(job.facts()["Restarts"]) == n + 1, f"the return after {event}")
+                wait_until(
+                    lambda job=job, n=restarts: int(job.facts()["Restarts"]) == n + 1, f"the return after {event}"
+                )
             say(f"{number}: {event} at update {step}")
         cluster.call("scancel", job.id)
         job.wait_for_end()

@@ -91,7 +91,7 @@ def decision(tmp_path):
 
 @pytest.mark.skipif(not SHELLCHECK.exists(), reason="shellcheck is not beside this Python")
 def test_shellcheck_finds_nothing():
-    scripts = [*SCRIPTS.iterdir(), *ROOT.glob("tests/slurm/*.sh"), *ROOT.glob("examples/**/*.sh"), ROOT / ".ci" / "run"]
+    scripts = [*SCRIPTS.iterdir(), *ROOT.glob("tests/slurm/*.sh"), *ROOT.glob("examples/*.sh"), ROOT / ".ci" / "run"]
     assert len(scripts) > 9
     done = subprocess.run([SHELLCHECK, "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -157,9 +157,7 @@ PLAIN = {
     "unlimited": Case("`scancel`, no time limit", scancel, ONE_NODE, ("--time=UNLIMITED", "--cpus-per-task=2")),
     "stop-file-deepspeed": Case("the file `RUN/stop`, deepspeed", touch_stop, DEEPSPEED),
     "importing": Case("notice while importing, deepspeed", signal_while_importing, DEEPSPEED, (), IMPORTS, 0),
-    "importing-again": Case(
-        "the same, of a run that exists", signal_while_importing_again, DEEPSPEED, (), IMPORTS, 0
-    ),
+    "importing-again": Case("the same, of a run that exists", signal_while_importing_again, DEEPSPEED, (), IMPORTS, 0),
     "kill-task": Case("`kill -9` of a task", kill_task),
     "kill-task-waits": Case("`kill -9` of a task, the others hang", kill_task, environment=(("TRAINER_WAITS", 1),)),
     "kill-slurmstepd": Case("`kill -9` of a slurmstepd", kill_slurmstepd),
