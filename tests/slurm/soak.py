@@ -3,8 +3,8 @@
 
     python tests/slurm/soak.py --events 20 --seed 1 --output soak.json
 
-An event comes at a random moment of a start: `scancel` and another submission, `scontrol requeue`, a preemption, the loss
-of a node that is back after some seconds, SIGKILL of a task or of a slurmstepd.
+An event comes at a random moment of a start: `scancel` and another submission, `scontrol requeue`, a preemption, the
+loss of a node that is back after some seconds, SIGKILL of a task or of a slurmstepd.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def started(command: list, run, **environment: str) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("event", ["SIGTERM", "SIGUSR1", "file", "port"])
+@pytest.mark.parametrize("event", ["SIGTERM", "file", "port"])
 def test_stand_in_does_what_the_trainer_does(config, tmp_path, event):
     """Exit code, standard error and the file `requeue` of both, for one event."""
     seen = []
@@ -287,6 +287,7 @@ def test_preempted_run_of_two_nodes_continues_where_it_was(config, tmp_path):
     assert largest_difference(weights(run, 200), weights(tmp_path / "whole", 200)) < 1e-4
 
 
+@pytest.mark.full
 def test_lost_slurmstepd_ends_a_real_run(cluster, config, tmp_path):
     """The watchdog sees it: srun alone would wait for the end of the run, and then forever."""
     run = tmp_path / "run"
