@@ -47,16 +47,19 @@ MASTER_ADDR=${nodes[0]}
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
 export MASTER_ADDR MASTER_PORT
 
-# next_port: leave MASTER_PORT if nobody listens there, or take the next one that is free.
-next_port() {
+# another_port: far from those of jobs submitted before or after this one, which may run on the same node.
+another_port() { MASTER_PORT=$((20000 + (MASTER_PORT - 20000 + 4001) % 12000)); }
+
+# find_port: leave MASTER_PORT if nobody listens there, or take another that is free.
+find_port() {
     local try
     for try in {1..100}; do
         (: >"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null || (: >"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null || return 0
-        echo "port $MASTER_PORT of $MASTER_ADDR is taken: trying the next" >&2
-        MASTER_PORT=$((20000 + (MASTER_PORT + 1 - 20000) % 12000))
+        echo "port $MASTER_PORT of $MASTER_ADDR is taken: trying another" >&2
+        another_port
     done
 }
-next_port
+find_port
 
 messages=$(mktemp) # what srun and the tasks say on standard error
 trap 'rm -f "$messages"' EXIT
@@ -76,10 +79,10 @@ launch() {
         srun --kill-on-bad-exit=1 "${options[@]}" "$@" 2> >(trap '' TERM USR1 INT HUP && exec tee "$messages" >&2)
         code=$? tee=$!
         while kill -0 "$tee" 2>/dev/null; do wait "$tee"; done
-        # Between `next_port` and the start of the processes another program may have taken the port.
+        # Between `find_port` and the start of the processes another program may have taken the port.
         if [ "$try" = 3 ] || ! grep -q '^error: MASTER_PORT: .* is taken' "$messages"; then break; fi
-        MASTER_PORT=$((MASTER_PORT + 1))
-        next_port
+        another_port
+        find_port
     done
     return "$code"
 }
@@ -206,7 +209,7 @@ decide() {
         why+=", preempted in a partition that cancels (PreemptMode=CANCEL)"
     elif [ "$(fact Reason)" = TimeLimit ]; then
         verdict=requeue why+=", its time was up"
-    elif [[ $(fact JobState) != RUNNING ]]; then
+    elif [[ ! $(fact JobState) =~ ^(RUNNING|SIGNALING|RESIZING|STOPPED|SUSPENDED)$ ]]; then # SIGNALING: by --signal
         why+=", cancelled"
     elif [ -n "$preempted" ]; then
         verdict=requeue why+=", preempted"

@@ -114,6 +114,7 @@ ABSENT, TIME = "", "PreemptTime=2026-12-01T14:46:25"
         pytest.param(facts(preempted=TIME), "CANCEL", 0, "PreemptMode=CANCEL)): not", id="cancels-in-grace"),
         pytest.param(facts("COMPLETING", "TimeLimit"), "OFF", 1, "its time was up): job 7 goes back", id="time-is-up"),
         pytest.param(facts(), "OFF", 1, "(SIGTERM): job 7 goes back", id="notice"),
+        pytest.param(facts("SIGNALING"), "OFF", 1, "(SIGTERM): job 7 goes back", id="notice-on-its-way"),
         pytest.param(facts(requeue=0), "OFF", 0, "Slurm may not requeue it", id="no-requeue"),
     ],
 )

@@ -155,7 +155,7 @@ def test_losses_are_bounded(outcome):
 
 def test_taken_port_is_retried_with_another(outcome):
     found = outcome("taken-port")
-    assert "is taken: trying the next" in found.output and found.facts["JobState"] == "COMPLETED", found.output
+    assert "is taken: trying another" in found.output and found.facts["JobState"] == "COMPLETED", found.output
 
 
 def test_last_element_of_an_array_is_started_again_alone(outcome):

@@ -211,7 +211,7 @@ class Job:
     def ended(self, id: str | None = None) -> dict[str, str] | None:
         """The job's facts when it has ended or waits for another start; None while it runs."""
         facts = self.facts(id)
-        return None if facts.get("JobState") in ("RUNNING", "COMPLETING", "CONFIGURING") else facts
+        return None if facts.get("JobState") in ("RUNNING", "SIGNALING", "COMPLETING", "CONFIGURING") else facts
 
     def wait(self, id: str | None = None) -> dict[str, str]:
         """Wait for the end of this start and return the facts."""

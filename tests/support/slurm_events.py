@@ -1,13 +1,14 @@
 """What happens to jobs of examples/slurm on a real Slurm: each event once, with a stand-in for the trainer.
 
-    python tests/support/slurm_events.py      # prints the table of docs/clusters.md, from what Slurm did
+    python tests/support/slurm_events.py [--write docs/clusters.md] [--keep]
+
+prints the table of that page, from what Slurm did, and writes it there; --keep leaves what the jobs have written.
 
 The cases of one Slurm run at the same time, since most of their time is waiting; the loss of a node comes after them.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import socket
@@ -306,6 +307,12 @@ def all_events(directory: Path) -> dict[str, Outcome | str]:
         return both[0].result() | both[1].result()
 
 
+LONG_WORDS = (
+    ("; submit the job again to continue", ""),
+    (": see the messages above; the job does not start again by itself", ""),
+)
+
+
 def table(outcomes: dict[str, Outcome | str]) -> str:
     """Markdown: what Slurm and the scripts did."""
     titles = {name: case.title for name, case in (PLAIN | PREEMPTION).items()}
@@ -317,21 +324,35 @@ def table(outcomes: dict[str, Outcome | str]) -> str:
             error = next(line for line in outcome.splitlines() if "Error" in line)
             lines.append(f"| {titles[name]} | {error} | | | |")
             continue
-        then = "back in the queue" if outcome.requeued else outcome.facts["JobState"]
-        said = outcome.said().replace(str(outcome.job.run), "RUN").replace(f"job {outcome.job.id} ", "job JOB ")
-        code = "" if outcome.requeued else outcome.facts["ExitCode"].partition(":")[0]
-        lines.append(f"| {titles[name]} | {then} | {outcome.seconds:.0f} s | {code} | {said} |")
+        state, said = outcome.facts, outcome.said()
+        then = "back in the queue" if outcome.requeued else state["JobState"]
+        if name == "repeats":
+            then, state = "back in the queue, then FAILED", outcome.last
+            said = next((line for line in outcome.output.splitlines() if line.startswith(FAILED)), "")
+        for words, short in ((str(outcome.job.run), "RUN"), (f"job {outcome.job.id} ", "job JOB "), *LONG_WORDS):
+            said = said.replace(words, short)
+        code = "" if then == "back in the queue" else state["ExitCode"].partition(":")[0]
+        seconds = f"{outcome.seconds:.0f} s" if outcome.seconds else ""
+        lines.append(f"| {titles[name]} | {then} | {seconds} | {code} | {said} |")
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """The command line."""
     place = Path(tempfile.mkdtemp(prefix="events-"))
-    found = all_events(place)
-    print(table(found))
+    outcomes = all_events(place)
+    print(table(outcomes))
+    if "--write" in sys.argv:
+        page = Path(sys.argv[sys.argv.index("--write") + 1])
+        before, rest = page.read_text().split("<!-- events -->\n")
+        after = rest[rest.index("<!-- end -->") :]
+        page.write_text(f"{before}<!-- events -->\n{table(outcomes)}\n{after}")
     if "--keep" in sys.argv:
         print(place)
-        for name, outcome in found.items():
-            print(f"\n=== {name}\n{outcome if isinstance(outcome, str) else outcome.output}")
     else:
         shutil.rmtree(place)
-    os._exit(any(isinstance(outcome, str) for outcome in found.values()))
+    return any(isinstance(outcome, str) for outcome in outcomes.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
