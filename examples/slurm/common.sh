@@ -72,13 +72,17 @@ done
 
 # launch COMMAND…: run it with srun and return srun's exit code. What is said on standard error is kept in $messages too.
 launch() {
-    local try tee code options
+    local try tee code options left
     read -ra options <<<"${SRUN_OPTIONS:-}"
     for try in 1 2 3; do
         # The signals that ask the job to stop must not take the log from it.
         srun --kill-on-bad-exit=1 "${options[@]}" "$@" 2> >(trap '' TERM USR1 INT HUP && exec tee "$messages" >&2)
         code=$? tee=$!
-        while kill -0 "$tee" 2>/dev/null; do wait "$tee"; done
+        for ((left = 30; left > 0; left--)); do # it ends with srun, unless something of srun is left
+            kill -0 "$tee" 2>/dev/null || break
+            sleep 0.1
+        done
+        kill -KILL "$tee" 2>/dev/null
         # Between `find_port` and the start of the processes another program may have taken the port.
         if [ "$try" = 3 ] || ! grep -q '^error: MASTER_PORT: .* is taken' "$messages"; then break; fi
         another_port

@@ -189,7 +189,8 @@ def attempt(what: Callable[..., Outcome], cluster: Cluster, *arguments: object) 
     try:
         return what(cluster, *arguments)
     except Exception:
-        return f"{traceback.format_exc()}{cluster.call('squeue')}{cluster.call('sinfo')}"
+        jobs = cluster.call("scontrol", "--oneliner", "show", "job")
+        return f"{traceback.format_exc()}{jobs}{cluster.call('sinfo', '--Node', '--long')}"
 
 
 def run_cases(cluster: Cluster, cases: dict[str, Case], directory: Path) -> dict[str, Outcome | str]:
@@ -342,6 +343,8 @@ def main() -> int:
     place = Path(tempfile.mkdtemp(prefix="events-"))
     outcomes = all_events(place)
     print(table(outcomes))
+    for failed in (outcome for outcome in outcomes.values() if isinstance(outcome, str)):
+        print(failed, file=sys.stderr)
     if "--write" in sys.argv:
         page = Path(sys.argv[sys.argv.index("--write") + 1])
         before, rest = page.read_text().split("<!-- events -->\n")
