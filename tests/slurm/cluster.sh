@@ -64,8 +64,14 @@ find_port() {
 }
 
 start_node() { # DIR NAME
+    local try
     end "$1/slurmd-$2.pid" slurmd
-    slurmd -f "$1/slurm.conf" -N "$2" >>"$1/slurmd-$2.log" 2>&1 </dev/null
+    for try in {1..10}; do # what a killed slurmd has left behind may hold its port for a moment
+        slurmd -f "$1/slurm.conf" -N "$2" >>"$1/slurmd-$2.log" 2>&1 </dev/null || return 1
+        sleep "$((try > 1)).3"
+        if is_alive "$(cat "$1/slurmd-$2.pid" 2>/dev/null || echo 0)" slurmd; then return 0; fi
+    done
+    return 1
 }
 
 write_configuration() { # DIR
