@@ -11,12 +11,14 @@ import time
 
 from megatron_sas.core.streams import keep_printing
 from megatron_sas.launch.arguments import parse_arguments
+from megatron_sas.launch.slurmstepd import own_slurmstepd
 from megatron_sas.run.signals import StopRequest, rank_by_launcher
 
 
 def main() -> int:
     """Train as the command line says; returns the exit code."""
     keep_printing()
+    own_slurmstepd()  # kept for the watchdog
     stop = StopRequest()
     stop.listen()  # before torch and deepspeed are imported, which takes seconds
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from pathlib import Path
 
 NAME = "slurmstepd"
@@ -12,8 +13,12 @@ LOST = (
 )
 
 
+@functools.cache
 def own_slurmstepd(proc: Path = Path("/proc")) -> int | None:
-    """The process id of the nearest slurmstepd above this process, under a launcher or not; None without Slurm."""
+    """The process id of the nearest slurmstepd above this process, under a launcher or not; None without Slurm.
+
+    The first answer is kept: `main` asks before anything is imported, and later it may be gone.
+    """
     process = "self"
     while process not in ("0", "1"):
         try:

@@ -32,3 +32,9 @@ def test_slurmstepd_is_gone_when_it_has_ended_or_another_has_its_number(proc):
     assert is_gone(30, proc) and is_gone(40, proc)
     (proc / "10" / "stat").write_text("7 (slurmstepd) Z 1 1 1 0\n")
     assert is_gone(10, proc)
+
+
+def test_first_answer_is_kept(proc):
+    assert own_slurmstepd(proc) == 10
+    (proc / "10" / "stat").unlink()
+    assert own_slurmstepd(proc) == 10 and is_gone(10, proc)
