@@ -12,12 +12,14 @@ from collections.abc import Callable
 
 from megatron_sas.core.streams import keep_printing
 from megatron_sas.launch.arguments import parse_arguments
+from megatron_sas.launch.slurmstepd import own_slurmstepd
 from megatron_sas.run.signals import StopRequest, rank_by_launcher
 
 
 def main() -> int:
     """Train as the command line says; returns the exit code."""
     keep_printing()
+    own_slurmstepd()  # kept for the watchdog
     stop = StopRequest()
     stop.listen()  # before torch and deepspeed are imported, which takes seconds
     try:
@@ -32,6 +34,7 @@ def main() -> int:
 
         if not distributed.lost_contact(error):
             raise
+        time.sleep(1)  # a launcher takes the first that ends for the cause: let that be the other one
         print(
             f"error: rank {distributed.rank()}: lost contact with another process ({first_line(error)}); "
             "started again, the run continues from its newest checkpoint",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -17,12 +18,13 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from megatron_sas.core import distributed
+from megatron_sas.launch.slurmstepd import LOST, is_gone, own_slurmstepd
 
 EXIT_CODE = 3
 STORE_TIMEOUT = timedelta(seconds=2)
 STORE_SILENT = "it waits for rank 0 or its launcher, which keeps the store of the process group and does not answer"
 KEY = "megatron_sas/watchdog/{}"
-"""In the store, by rank: when it last wrote there, since when it does what it does, and what."""
+"""In the store, by rank: when it last wrote there, since when it does what it does, what, and its host."""
 
 
 class Watchdog:
@@ -34,6 +36,7 @@ class Watchdog:
         """`clock` gives unix seconds; `exit` ends the process."""
         self._timeout, self._clock, self._exit = timeout_minutes * 60, clock, exit
         self._ended, self._store = threading.Event(), None
+        self._slurmstepd = own_slurmstepd()
         self.beat("starting")
         if distributed.world_size() > 1:  # a connection of its own: the training thread may be waiting in the group's
             self._store = dist.distributed_c10d._get_default_store().clone()
@@ -61,7 +64,11 @@ class Watchdog:
             if fault == STORE_SILENT:  # for which it has waited
                 asleep = self._clock()
             if self._ended.wait(interval):
-                return
+                return None
+            if is_gone(self._slurmstepd):
+                where = f"rank {distributed.rank()} on {socket.gethostname()}"
+                print(f"error: {where}: {LOST}", file=sys.stderr, flush=True)
+                return self._exit(EXIT_CODE)
             if self._clock() - asleep > 2 * interval + 1:  # this process was suspended: its time begins again
                 self._since = self._clock()
             if self._clock() - self._since > self._timeout and not self._ended.is_set():
@@ -80,7 +87,8 @@ class Watchdog:
         if self._store is None:
             return "it waits for nobody else"
         try:
-            self._store.set(KEY.format(distributed.rank()), json.dumps([self._clock(), self._since, self._doing]))
+            words = [self._clock(), self._since, self._doing, socket.gethostname()]
+            self._store.set(KEY.format(distributed.rank()), json.dumps(words))
         except (RuntimeError, OSError):  # torch's store errors are RuntimeErrors
             return STORE_SILENT
         return None
@@ -98,14 +106,14 @@ class Watchdog:
         silent, behind = [], []
         for rank in range(distributed.world_size()):
             try:
-                wrote, since, doing = json.loads(self._store.get(KEY.format(rank)))
+                wrote, since, doing, host = json.loads(self._store.get(KEY.format(rank)))
             except (RuntimeError, OSError, ValueError):
                 silent.append(f"rank {rank} (never heard of)")
                 continue
             if (age := self._clock() - wrote) > 2 * interval + 1:
-                silent.append(f"rank {rank} (silent for {age:.0f} s, last in {doing})")
+                silent.append(f"rank {rank} on {host} (silent for {age:.0f} s, last in {doing})")
             elif rank != distributed.rank() and doing != self._doing:
-                behind.append(f"rank {rank} (for {self._clock() - since:.0f} s in {doing})")
+                behind.append(f"rank {rank} on {host} (for {self._clock() - since:.0f} s in {doing})")
         if silent or behind:
             return "it waits for " + ", ".join(silent or behind)
         return "all ranks answer and are in the same place: a collective or the file system hangs"

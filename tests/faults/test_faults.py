@@ -74,7 +74,7 @@ def test_a_hung_rank(fork_server, config, tmp_path, victim):
     message = next(line for line in job.output().splitlines() if "no progress" in line)
     assert message.startswith(f"error: rank {1 - victim}: no progress for 0.1 minutes in update ")
     if victim == 1:
-        assert "it waits for rank 1 (silent for " in message
+        assert f"it waits for rank 1 on {socket.gethostname()} (silent for " in message
     else:
         assert "it waits for rank 0 or its launcher, which keeps the store" in message
 
