@@ -294,15 +294,19 @@ def plain_events(directory: Path) -> dict[str, Outcome | str]:
 
 
 def preemption_events(directory: Path) -> dict[str, Outcome | str]:
-    """All that happens where partitions preempt, and the loss of a node."""
+    """All that happens where partitions preempt."""
     with Cluster(SLURMD_TIMEOUT=15) as cluster:
-        outcomes = run_cases(cluster, PREEMPTION, directory)
-        outcomes["node"] = attempt(lost_node, cluster, directory, 40, "node")
-        return outcomes
+        return run_cases(cluster, PREEMPTION, directory)
+
+
+def node_event(directory: Path) -> dict[str, Outcome | str]:
+    """The loss of a node, which disturbs whatever else its Slurm does."""
+    with Cluster(SLURMD_TIMEOUT=15) as cluster:
+        return {"node": attempt(lost_node, cluster, directory, 40, "node")}
 
 
 def all_events(directory: Path) -> dict[str, Outcome | str]:
-    """Both, at the same time."""
+    """What happens without and with preemption, at the same time."""
     with ThreadPoolExecutor(2) as pool:
         both = [pool.submit(events, directory) for events in (plain_events, preemption_events)]
         return both[0].result() | both[1].result()
@@ -341,7 +345,7 @@ def table(outcomes: dict[str, Outcome | str]) -> str:
 def main() -> int:
     """The command line."""
     place = Path(tempfile.mkdtemp(prefix="events-"))
-    outcomes = all_events(place)
+    outcomes = all_events(place) | node_event(place)
     print(table(outcomes))
     for failed in (outcome for outcome in outcomes.values() if isinstance(outcome, str)):
         print(failed, file=sys.stderr)
