@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_sas.core.settings import Section
 from megatron_sas.data.mlm_dataset import IGNORED
 from megatron_sas.model.base import ModelOutput
-from megatron_sas.optim.schedules import AnySchedule, Stages, schedule_faults
+from megatron_sas.optim.schedules import ANY_KIND, AnySchedule, Stages, schedule_faults
 
 EDGES, QUERIES_KEYS = "edges", "queries_keys"
 """What a term may need of the model: probabilities along its edges; queries and keys of every layer."""
@@ -27,8 +27,8 @@ class TermSection(Section):
 
     schedule: AnySchedule = Field(
         Stages(()),
-        description="λ by completed updates: a number, stages {start, end, value[, end_value]}, or {kind: linear, "
-        "cosine or wsd, value, warmup_steps, decay_horizon[, decay_steps]}; default 0",
+        description="λ by completed updates: a number, stages {start, end, value[, end_value]}, or {kind: "
+        f"{ANY_KIND}, value, warmup_steps, decay_horizon[, decay_steps]}}; default 0",
     )
 
     def faults(self) -> list[str]:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from megatron_sas.core.settings import Section
 from megatron_sas.data.masking import BERT_SPLIT
-from megatron_sas.optim.schedules import AnySchedule, Schedule, Stages, read_schedule, schedule_faults
+from megatron_sas.optim.schedules import ANY_KIND, AnySchedule, Schedule, Stages, read_schedule, schedule_faults
 
 
 class MaskingSection(Section):
@@ -21,7 +21,7 @@ class MaskingSection(Section):
     rate: AnySchedule | None = Field(
         None,
         description="probability with which a token is masked, by completed updates: a number, stages {start, end, "
-        "value[, end_value]} without a gap, or {kind: linear, cosine or wsd, value, decay_horizon[, decay_steps]}; "
+        f"value[, end_value]}} without a gap, or {{kind: {ANY_KIND}, value, decay_horizon[, decay_steps]}}; "
         "default: data.mask_prob",
     )
     split: tuple[float, float, float] = Field(

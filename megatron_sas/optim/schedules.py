@@ -242,6 +242,11 @@ class Wsd(Linear):
 SCHEDULES = {"stages": Stages, "linear": Linear, "cosine": Cosine, "wsd": Wsd}
 
 
+MAPPED = tuple(name for name in SCHEDULES if name != "stages")
+"""Kinds that are written as mappings; `stages` are a list."""
+ANY_KIND = f"{', '.join(MAPPED[:-1])} or {MAPPED[-1]}"
+
+
 def _as_written(value: Any) -> Any:
     """A number is a constant; a mapping says which kind it is."""
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -253,9 +258,8 @@ def _as_written(value: Any) -> Any:
 
 def check_kind(kind: Any) -> None:
     """Raise `PydanticCustomError` unless `kind` names a schedule that is written as a mapping."""
-    kinds = [name for name in SCHEDULES if name != "stages"]
-    if kind not in kinds:
-        raise PydanticCustomError("schedule_kind", f"should be a list of stages or a kind: {', '.join(kinds)}")
+    if kind not in MAPPED:
+        raise PydanticCustomError("schedule_kind", f"should be a list of stages or a kind: {', '.join(MAPPED)}")
 
 
 def _kind(value: Any) -> str:

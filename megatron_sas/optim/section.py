@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from megatron_sas.core.settings import Section
 from megatron_sas.optim.optimizers import OPTIMIZERS
-from megatron_sas.optim.schedules import AnySchedule, Stages, check_kind
+from megatron_sas.optim.schedules import MAPPED, AnySchedule, Stages, check_kind
 
 NEIGHBOURS = {"value": "learning_rate", "warmup_steps": "warmup_steps", "decay_horizon": "decay_horizon"}
 """What a schedule of the learning rate takes from fields next to it, by its own names."""
@@ -28,8 +28,8 @@ class TrainSection(Section):
     decay_horizon: int = Field(1_000_000, description="step at which the decay would reach 0", ge=1)
     schedule: AnySchedule = Field(
         "linear",
-        description="learning rate by completed updates: linear, cosine, wsd, {kind: wsd, decay_steps: N} (default: a "
-        "tenth of decay_horizon), or stages of rates",
+        description=f"learning rate by completed updates: {', '.join(MAPPED)}, {{kind: wsd, decay_steps: N}} (default: "
+        "a tenth of decay_horizon), or stages of rates",
         validate_default=True,
     )
     optimizer: Literal[*OPTIMIZERS] = Field("adamw", description="what makes updates of gradients")

@@ -1,7 +1,7 @@
 """The decision of examples/slurm/common.sh, case by case; `test_events.py` has it made on a real Slurm.
 
-The facts are lines of `scontrol show job` as a real one has printed them. So is what srun says on standard error, but for
-the kill for lack of memory, which the clusters of the tests cannot do.
+The facts are lines of `scontrol show job` as a real one has printed them. So is what srun says on standard error, but
+for the kill for lack of memory, which the clusters of the tests cannot do.
 """
 
 from __future__ import annotations

@@ -36,7 +36,9 @@ def reader_of(name: str) -> Reader:
     check_file_name(name)
     reader = find_reader(name)
     if reader is None:
-        schemes = "".join(f" or {scheme}NAME:SPLIT" for scheme in READERS_BY_SCHEME)
+        schemes = "".join(
+            f" or {scheme}{reader.remark.partition(',')[0]}" for scheme, reader in READERS_BY_SCHEME.items()
+        )
         raise InputError(
             f"{name}: unknown input; give {', '.join(READERS_BY_SUFFIX)} (also {', '.join(COMPRESSED)}){schemes}"
         )
