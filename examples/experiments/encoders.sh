@@ -21,4 +21,4 @@ done
 python "$tools/run_sweep.py" "$here/examples/experiments/encoders.yaml" --output "$out/runs" --jobs "$jobs" \
     --data.train "$out/data/train" --data.validation "$out/data/validation" \
     --evaluation.treebank "$out/corpus/treebank.conllu" --evaluation.blimp "$out/corpus/blimp"
-python "$tools/analyze_trajectory.py" "$out"/runs/*/seed-* --delta 200 --output "$out/report"
+python "$tools/analyze_trajectory.py" "$out/runs" --delta 200 --output "$out/report"
