@@ -207,7 +207,7 @@ def test_a_branch_may_add_the_term(config, tmp_path):
 def test_both_terms_are_in_the_card_of_an_exported_model(both, tmp_path):
     to_hf(both, tmp_path / "hf")
     card = (tmp_path / "hf" / "README.md").read_text()
-    assert "| λ of offset | 0.2 from update 1 until update 4; otherwise 0 |" in card
+    assert "| λ of offset | 0.2 in steps 1 to 4, then 0 |" in card
     assert "| R of offset | distance -2, mode max, directions both, reduction sequence |" in card
     assert "| offset term on held-out text, per sequence |" in card
 

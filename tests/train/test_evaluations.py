@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from types import SimpleNamespace
 
-from megatron_sas.evaluation.section import EvaluationSection
+from megatron_sas.evaluation.live import EvaluationSection
 
 from megatron_sas.run.throughput import Throughput
 from megatron_sas.train.evaluations import Evaluations
