@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -26,13 +27,18 @@ PATIENCE = 180.0  # seconds for what takes few on an idle machine
 FROM_OUTSIDE = ("SLURM_", "SRUN_", "SBATCH_", "TRAINER_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
 
 
+@functools.cache
 def missing() -> str | None:
-    """Why there can be no Slurm here; None if there can."""
+    """Why there can be no Slurm here; None if there can. One is started to find out."""
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
     absent = [name for name in ("slurmctld", "slurmd", "munged", "sbatch", "srun") if not shutil.which(name, path=path)]
     if absent:
         return f"no Slurm here ({', '.join(absent)} not in PATH): apt-get install slurm-wlm munge"
-    return None
+    try:
+        with Cluster():
+            return None
+    except AssertionError as error:
+        return f"Slurm does not start here: {' '.join(str(error).split())}"
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> object:

@@ -6,7 +6,6 @@ import contextlib
 from types import SimpleNamespace
 
 from megatron_sas.evaluation.live import EvaluationSection
-
 from megatron_sas.run.throughput import Throughput
 from megatron_sas.train.evaluations import Evaluations
 from megatron_sas.train.journal import Journal
