@@ -6,6 +6,7 @@ takes no time for torch.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -35,7 +36,7 @@ class Activations(NamedTuple):
     masks: int  # of dropout
 
 
-class ModelConfig:
+class ModelConfig(ABC):
     """The shape of a model: a subclass is a frozen dataclass that has these fields and its own."""
 
     architecture: ClassVar[str]
@@ -71,14 +72,14 @@ class ModelConfig:
         return (None,) * self.num_layers
 
     @property
+    @abstractmethod
     def activations(self) -> Activations:
         """What one layer keeps of a token, for the estimate of memory."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def embedding_dropout_masks(self) -> int:
         """Numbers a token of the dropout mask of the embeddings; 0 without."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,8 @@ class ForeignModel(nn.Module):
         to_head, to_dependent = [], []
         for layer, maps in enumerate(output.attentions if wants_maps else ()):
             maps = maps.float()  # (B, H, S, S)
+            if maps.shape[2:] != (input_ids.shape[1],) * 2:  # which can depend on the length, and was probed for one
+                raise InputError(f"{self.config.architecture}: gives no map of tokens by tokens for so long a text")
             if attention_observer is not None:
                 attention_observer(layer, maps)
             if heads is not None:

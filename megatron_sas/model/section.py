@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -38,9 +39,9 @@ class ModelSection(Section):
         """Layers, hidden size, heads and intermediate size: the named size's, or what replaces them."""
         return {name: getattr(self, name) or value for name, value in self.SIZES[self.size].items()}
 
+    @abstractmethod
     def shape(self, vocab_size: int, pad_token_id: int) -> ModelConfig:
         """The configuration of the model, for a vocabulary."""
-        raise NotImplementedError
 
     def faults(self) -> list[str]:
         """The hidden size must divide among the heads."""

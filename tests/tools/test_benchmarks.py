@@ -105,6 +105,18 @@ def test_training_benchmark(tmp_path):
     assert again.stderr == f"error: {output}: exists already; choose another output or pass --overwrite\n"
 
 
+def test_architectures_benchmark(tmp_path):
+    output = tmp_path / "out.json"
+    sizes = ("--size", "tiny", "--seq-length", "16", "--batch", "2", "--rounds", "2")
+    done = run_tool("benchmark_architectures", *sizes, "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    variants = json.loads(output.read_text())["variants"]
+    assert set(variants) == {"bert", "modernbert", "global"} and variants["bert"]["cpu_ratio"] == 1.0
+    assert (
+        variants["modernbert"]["megaflops_per_token"] == variants["global"]["megaflops_per_token"]
+    )  # a window sees 16
+
+
 def test_deepspeed_and_other_batches(tmp_path):
     output = tmp_path / "out.json"
     arguments = ["--model", "tiny", "--vocab-size", "200", "--seq-length", "16", "--batch", "2", "--pairs", "1"]

@@ -3,9 +3,9 @@
 
 A step is forward with the SAS term, backward, clipping and AdamW, in float32, without dropout. `global` is the
 ModernBERT whose attention is global in all layers, so that what windows save stands by itself. Ratios are medians of
-the ratios within a round; those of CPU time hardly depend on what else runs. Run it from the root of the project:
+the ratios within a round; those of CPU time hardly depend on what else runs.
 
-    PYTHONPATH=. python benchmarks/architectures.py --size mini --seq-length 512 --batch 4 --output FILE.json
+    python tools/benchmark_architectures.py --size mini --seq-length 512 --batch 4 --output FILE.json
 """
 
 from __future__ import annotations
@@ -15,16 +15,13 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from megatron_sas.core.benchmark import describe_device, median_ratio, time_interleaved
+import _checkout
 from megatron_sas.core.cli import run_main
 from megatron_sas.core.files import write_json_atomic
-from megatron_sas.model.architectures import ARCHITECTURES, build_model
 from megatron_sas.model.config import SIZES, ModelConfig
-from megatron_sas.objective.pretraining import MaskedLMWithTerms
-from megatron_sas.objective.sas import SasSection, SasTerm
-from megatron_sas.run.throughput import flops_per_token
+
+if TYPE_CHECKING:
+    pass
 
 VOCABULARY, MASK_PROB = 30522, 0.15
 VARIANTS = {
@@ -36,6 +33,12 @@ VARIANTS = {
 
 def main() -> None:
     arguments = parse_arguments()
+    import torch
+
+    from megatron_sas.core.benchmark import describe_device, median_ratio, time_interleaved
+    from megatron_sas.model.architectures import build_model
+    from megatron_sas.run.throughput import flops_per_token
+
     torch.set_num_threads(arguments.threads)
     configs = {name: shape(name, arguments) for name in VARIANTS}
     steps = {name: training_step(config, arguments) for name, config in configs.items()}
@@ -44,16 +47,7 @@ def main() -> None:
     times = time_interleaved(steps, arguments.rounds, device)
     result = {"arguments": vars(arguments) | {"output": None}, "device": before, "variants": {}}
     for name, config in configs.items():
-        flops = flops_per_token(
-            num_layers=config.num_layers,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            vocab_size=config.vocab_size,
-            seq_length=arguments.seq_length,
-            mask_prob=MASK_PROB,
-            mlp_matrices=config.mlp_matrices,
-            windows=config.windows,
-        )
+        flops = flops_per_token(config, arguments.seq_length, MASK_PROB)
         found = {
             "parameters": sum(p.numel() for p in build_model(config).parameters()),
             "megaflops_per_token": flops / 1e6,
@@ -70,6 +64,8 @@ def main() -> None:
 
 def shape(name: str, arguments: argparse.Namespace) -> ModelConfig:
     """The configuration of a variant."""
+    from megatron_sas.model.architectures import ARCHITECTURES
+
     architecture, fields = VARIANTS[name]
     same = {"architecture": architecture, "size": arguments.size, "attention_dropout": 0.0}
     section = ARCHITECTURES[architecture].SECTION(
@@ -80,6 +76,12 @@ def shape(name: str, arguments: argparse.Namespace) -> ModelConfig:
 
 def training_step(config: ModelConfig, arguments: argparse.Namespace) -> Callable[[], None]:
     """A closure that trains a model of its own on the batch that all variants share."""
+    import torch
+
+    from megatron_sas.model.architectures import build_model
+    from megatron_sas.objective.pretraining import MaskedLMWithTerms
+    from megatron_sas.objective.sas import SasSection, SasTerm
+
     torch.manual_seed(0)
     size = (arguments.batch, arguments.seq_length)
     ids, masked = torch.randint(5, VOCABULARY, size), torch.rand(size) < MASK_PROB
