@@ -20,9 +20,6 @@ from megatron_sas.core.cli import run_main
 from megatron_sas.core.files import write_json_atomic
 from megatron_sas.model.config import SIZES, ModelConfig
 
-if TYPE_CHECKING:
-    pass
-
 VOCABULARY, MASK_PROB = 30522, 0.15
 VARIANTS = {
     "bert": ("bert", {"hidden_dropout": 0.0}),
