@@ -124,8 +124,7 @@ def _describe_one(onset: RunOnset, metric: Metric) -> str:
     if strongest.detected:
         over = [f"95 % over items {show_interval(onset.interval, 'g')}"] if onset.interval else []
     else:
-        doubt = f": {strongest.reason}" if strongest.reason else ", could be noise"
-        over = [f"its largest bend, {strongest.strength:.3f} at step {strongest.step:.0f}{doubt}"]
+        over = [f"its largest bend, {strongest.strength:.3f} at step {strongest.step:.0f}: {strongest.reason}"]
     over += [f"a fit of straight pieces breaks between steps {fit[0]:g} and {fit[1]:g}"] if fit else []
     what = f"{_breaks(metric)} at step {strongest.step:.0f}" if strongest.detected else "shows no clear break"
     return what + (f" ({'; '.join(over)})" if over else "")
