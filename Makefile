@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env quickstart test test-all gpu gpu-tests gpu-bench lint format clean
+.PHONY: help env quickstart test test-all gpu lint format clean
 
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -34,28 +34,12 @@ test: env lint  ## the test suite (about 20 minutes on two cores)
 test-all: env lint  ## everything, also what takes hours or a whole corpus
 	$(BIN)/python -m pytest $(TEST_PROCESSES)
 
-# Nothing is installed for these: `make env` first, or name an interpreter that has torch and the rest
-# (`make gpu GPU_PYTHON=python3`). Most of the tests' time goes into compiling kernels, one at a time in each process.
+# Nothing is installed for it: `make env` first, or name an interpreter that has torch and the rest
+# (`make gpu GPU_PYTHON=python3`). GPU_ARGUMENTS are those of tools/check_gpu.py.
 GPU_PYTHON ?= $(BIN)/python
-GPU_PROCESSES ?= -n 8 --dist worksteal
-GPU_RESULTS ?= benchmarks/gpu
-GPU_DROPOUTS ?= 0.1 0.0
-GPU_TESTS := tests/kernels tests/objective tests/run/test_nvml.py tests/train/test_gpu_training.py
-gpu:  ## on a machine with an NVIDIA GPU: gpu-tests, then (even if some fail) gpu-bench
-	$(MAKE) --keep-going --jobs=1 gpu-tests gpu-bench
-
-gpu-tests: export OMP_NUM_THREADS := 2
-gpu-tests:  ## the tests of GPUs
-	$(GPU_PYTHON) -m pytest -m "not full" $(GPU_PROCESSES) $(GPU_TESTS)
-
-gpu-bench:  ## the benchmarks of GPUs, into benchmarks/gpu
-	mkdir -p $(GPU_RESULTS)
-	failed=0; for p in $(GPU_DROPOUTS); do \
-	  $(GPU_PYTHON) tools/benchmark_attention.py --tokens 16384 --num-heads 12 --maps 144 --precision bf16 --dropout $$p \
-	    --head-dims 64 --seq-lengths 128 512 2048 --output $(GPU_RESULTS)/attention-dropout-$$p.json --overwrite || failed=1; \
-	  $(GPU_PYTHON) tools/benchmark_training.py --model base --batch 32 --precision bf16 --dropout $$p \
-	    --output $(GPU_RESULTS)/training-base-dropout-$$p.json --overwrite || failed=1; \
-	done; exit $$failed
+GPU_MINUTES ?= 8
+gpu:  ## check and measure a machine with an NVIDIA GPU; again: go on with what is missing
+	$(GPU_PYTHON) tools/check_gpu.py --minutes $(GPU_MINUTES) $(GPU_ARGUMENTS)
 
 lint: env  ## check style and formatting
 	$(BIN)/ruff check .

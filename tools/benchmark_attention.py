@@ -11,10 +11,14 @@ not the smaller number, Python was measured. The regularizer's gradient on the t
     none      no edges are asked for
     max       non-zero in one of --maps (layer, head) pairs only, as the `max` regularizer's
     uniform   non-zero everywhere, as the `uniform` regularizer's
+    alone     as uniform, and that of the output is zero: R is the whole loss
 
 Peers are torch's scaled_dot_product_attention without edges (on GPUs, each of its kernels) and `reference`, which forms
-whole maps as the paper's code does. An error is ‖x - exact‖ / ‖exact‖, exact in float64 from the same inputs, the
-largest of dq, dk, dv; with dropout, whose masks differ, it is not measured.
+whole maps as the paper's code does. TFLOP/s count the two products of the forward and the five of the backward. An
+error is ‖x - exact‖ / ‖exact‖, exact in float64 from the same inputs; that of gradients is the largest of dq, dk, dv,
+relative to the largest of their norms and that of the gradients at the entries, whose sum may vanish. With dropout,
+whose masks differ, it is not measured. --tolerance makes it a check, with exit code 1 for a larger error or a backend
+that fails.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import _checkout
-from megatron_sas.core.cli import InputError, first_line, run_main
+from megatron_sas.core.cli import InputError, first_line, kind_and_reason, run_main
 from megatron_sas.core.device import DEVICE_HELP, DTYPES, choose_device
 from megatron_sas.core.files import check_absent, write_json_atomic
 
@@ -46,8 +50,9 @@ PEERS = {
 """torch's own kernels by kind of device, by their names in `SDPBackend`."""
 EXACT_SEQUENCES = 2  # whole maps in float64 are large; sequences do not depend on each other
 QUEUE_SECONDS = 0.02  # on a GPU
-GRADIENTS = ("none", "max", "uniform")
+GRADIENTS = ("none", "max", "uniform", "alone")
 PRECISIONS = {**DTYPES, "fp16": "float16"}
+PRODUCTS = {"forward": 2, "backward": 5}  # of matrices (S, D) and (S, S); a flash backward forms the scores again
 
 
 class Variant:
@@ -71,9 +76,11 @@ class Variant:
 
 
 def short_heads(batch: int, seq: int, device: torch.device) -> Tensor:
-    """int64 `(B, S)`: three tokens in four have a head, most of them one to three tokens away."""
+    """int64 `(B, S)`: three tokens in four have a head, most of them one to three tokens away; one token is its own."""
     import torch
 
+    if seq == 1:
+        return torch.zeros(batch, 1, dtype=torch.int64, device=device)
     distance = torch.empty(batch, seq, device=device).geometric_(0.35).long()
     heads = (
         torch.arange(seq, device=device) + torch.where(torch.rand(batch, seq, device=device) < 0.5, -1, 1) * distance
@@ -89,10 +96,11 @@ def build_variants(
     dim: int,
     device: torch.device,
     left_out: dict[str, str],
+    failed: dict[str, str],
 ) -> list[tuple]:
     """(backend, gradient, variant, the same in float64) for every backend that takes such inputs, and the peers.
 
-    `left_out` gets the others, with the reason.
+    `left_out` gets the others, with the reason; `failed` those that take them and then raise an error.
     """
     import torch
     from torch._functorch import config as functorch_config
@@ -107,8 +115,8 @@ def build_variants(
     grad_out = torch.randn(batch, seq, num_heads, dim, device=device).to(dtype).transpose(1, 2)
     heads = short_heads(batch, seq, device)
     rows = []
-    for gradient in GRADIENTS:
-        used, gradients = None, [grad_out]
+    for gradient in arguments.gradients:
+        used, gradients = None, [torch.zeros_like(grad_out) if gradient == "alone" else grad_out]
         if gradient != "none":
             used = heads
             shape = (2, batch, num_heads, seq)
@@ -122,7 +130,7 @@ def build_variants(
                 [x[:EXACT_SEQUENCES].double() for x in (q, k, v)],
                 [g[:EXACT_SEQUENCES].double() for g in gradients],
             )
-        candidates = {name: _ours(name, used, arguments.dropout) for name in BACKENDS}
+        candidates = {name: _ours(name, used, arguments.dropout) for name in arguments.backends or BACKENDS}
         if gradient == "none":
             candidates |= {name: _peer(kind, arguments.dropout) for name, kind in PEERS[device.type].items()}
         for name, attend in candidates.items():
@@ -130,8 +138,9 @@ def build_variants(
                 rows.append((name, gradient, Variant(f"{name}, {gradient}", attend, [q, k, v], gradients), exact))
             except ValueError as error:  # a backend's refusal
                 left_out[name] = first_line(error)
-            except RuntimeError as error:
-                left_out[f"{name}, {gradient}, S {seq}, D {dim}"] = first_line(error)
+            except Exception as error:  # compilers of kernels have all kinds
+                expected = name not in BACKENDS or isinstance(error, torch.OutOfMemoryError)
+                (left_out if expected else failed)[f"{name}, {gradient}, S {seq}, D {dim}"] = kind_and_reason(error)
     return rows
 
 
@@ -162,14 +171,27 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
+def gradient_error(found: tuple[Tensor, ...], exact: Variant) -> float:
+    """The largest ‖x - exact‖ of dq, dk and dv, relative to the largest term that they are sums of."""
+    true = exact.backward()
+    entries = zip(exact.outputs[1:], exact.gradients[1:], strict=True)  # with `randn` inputs ‖scale · k‖ is about 1
+    size = max(float(x.detach().norm()) for x in (*true, *(p * g for p, g in entries)))
+    return max(float((a[: len(b)].double() - b).norm()) for a, b in zip(found, true, strict=True)) / size
+
+
 def measure(
-    arguments: argparse.Namespace, seq: int, dim: int, device: torch.device, left_out: dict[str, str]
+    arguments: argparse.Namespace,
+    seq: int,
+    dim: int,
+    device: torch.device,
+    left_out: dict[str, str],
+    failed: dict[str, str],
 ) -> list[dict[str, Any]]:
-    """One record for each backend and gradient at this size; `left_out` gets what has none, with the reason."""
+    """One record for each backend and gradient at this size; `left_out` and `failed` get what has none, and why."""
     from megatron_sas.core.benchmark import time_interleaved
 
     batch = arguments.batch if arguments.tokens is None else max(1, arguments.tokens // seq)
-    rows = build_variants(arguments, batch, seq, dim, device, left_out)
+    rows = build_variants(arguments, batch, seq, dim, device, left_out, failed)
     actions = {f"{row[2].name} {part}": getattr(row[2], part) for row in rows for part in ("forward", "backward")}
     without_memory: dict[str, str] = {}
     times = time_interleaved(actions, arguments.rounds, device, queue_seconds=QUEUE_SECONDS, left_out=without_memory)
@@ -190,10 +212,11 @@ def measure(
             **{f"{part}_host_seconds": statistics.median(t.host) if t.host else None for part, t in parts.items()},
             "peak_bytes": peak_memory(variant, device),
         }
+        products = 2 * batch * arguments.num_heads * seq**2 * dim
+        record |= {f"{part}_tflops": products * n / record[f"{part}_seconds"] / 1e12 for part, n in PRODUCTS.items()}
         if exact is not None:
-            pairs = zip(variant.backward(), exact.backward(), strict=True)
             record["output_error"] = relative_error(variant.outputs[0], exact.outputs[0])
-            record["gradient_error"] = max(relative_error(ours, true) for ours, true in pairs)
+            record["gradient_error"] = gradient_error(variant.backward(), exact)
         records.append(record)
     return records
 
@@ -217,9 +240,9 @@ def peak_memory(variant: Variant, device: torch.device) -> int | None:
 def table(records: list[dict[str, Any]]) -> str:
     """The records as Markdown."""
     lines = [
-        "| B | S | D | backend | gradient | forward ms | backward ms | host ms | CPU ms | peak MiB | error of out "
-        "| of gradients |",
-        "|---:|---:|---:|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| B | S | D | backend | gradient | forward ms | backward ms | TFLOP/s | TFLOP/s | host ms | CPU ms | peak MiB "
+        "| error of out | of gradients |",
+        "|---:|---:|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in records:
         cpu = r["forward_cpu_seconds"] + r["backward_cpu_seconds"]
@@ -229,14 +252,15 @@ def table(records: list[dict[str, Any]]) -> str:
         errors = " | ".join(f"{r[n]:.1e}" if n in r else "-" for n in ("output_error", "gradient_error"))
         lines.append(
             f"| {r['batch']} | {r['seq_length']} | {r['head_dim']} | {r['backend']} | {r['gradient']} "
-            f"| {1000 * r['forward_seconds']:.3f} | {1000 * r['backward_seconds']:.3f} | {queued} | {1000 * cpu:.2f} "
+            f"| {1000 * r['forward_seconds']:.3f} | {1000 * r['backward_seconds']:.3f} "
+            f"| {r['forward_tflops']:.3g} | {r['backward_tflops']:.3g} | {queued} | {1000 * cpu:.2f} "
             f"| {peak} | {errors} |"
         )
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measure, print a table, write the JSON."""
+def read_arguments() -> argparse.Namespace:
+    """The command line, checked. Raises `InputError` for a number that makes no sense or an output that exists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seq-lengths", type=int, nargs="+", default=[128, 512], help="tokens (128 512)")
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64], help="dimensions of a head (64)")
@@ -245,6 +269,10 @@ def main() -> None:
     parser.add_argument("--num-heads", type=int, default=4, help="attention heads (4)")
     parser.add_argument("--maps", type=int, default=16, help="layers × heads among which `max` chooses one (16)")
     parser.add_argument("--dropout", type=float, default=0.0, help="of attention probabilities (0)")
+    parser.add_argument("--backends", nargs="+", metavar="NAME", help="which of ours (all)")
+    text = f"which gradients of the regularizer ({' '.join(GRADIENTS[:-1])})"
+    parser.add_argument("--gradients", nargs="+", choices=GRADIENTS, default=GRADIENTS[:-1], help=text)
+    parser.add_argument("--tolerance", type=float, metavar="X", help="fail if a gradient's error is larger")
     parser.add_argument("--rounds", type=int, default=10, help="rounds in which every variant runs once (10)")
     parser.add_argument("--device", help=DEVICE_HELP)
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help="of q, k and v (fp32)")
@@ -259,31 +287,51 @@ def main() -> None:
             raise InputError(f"--{name.replace('_', '-')}: must be at least 1")
     if not 0.0 <= arguments.dropout < 1.0:
         raise InputError("--dropout: must be at least 0 and less than 1")
+    if arguments.tolerance is not None and arguments.dropout > 0.0:
+        raise InputError("--tolerance: errors are measured without --dropout only")
     if arguments.output:
         check_absent(arguments.output, arguments.overwrite)
+    return arguments
+
+
+def main() -> int:
+    """Measure, print a table, write the JSON; 1 if what --tolerance asks for does not hold."""
+    arguments = read_arguments()
     import torch
 
     from megatron_sas.core.benchmark import describe_device
+    from megatron_sas.kernels import BACKENDS
 
+    if unknown := sorted(set(arguments.backends or ()) - set(BACKENDS)):
+        raise InputError(f"--backends: {', '.join(unknown)}: choose from {', '.join(BACKENDS)}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = choose_device(arguments.device)
     left_out: dict[str, str] = {}
+    failed: dict[str, str] = {}
     records = [
         record
         for seq in arguments.seq_lengths
         for dim in arguments.head_dims
-        for record in measure(arguments, seq, dim, device, left_out)
+        for record in measure(arguments, seq, dim, device, left_out, failed)
     ]
     described = describe_device(device)
-    names = ("num_heads", "maps", "precision", "dropout", "rounds")
+    names = ("num_heads", "maps", "precision", "dropout", "rounds", "tolerance")
     shape = {name: getattr(arguments, name) for name in names}
+    if arguments.tolerance is not None:
+        for r in records:
+            if not r["gradient_error"] <= arguments.tolerance:  # nor if it is not a number
+                name = f"{r['backend']}, {r['gradient']}, S {r['seq_length']}, D {r['head_dim']}"
+                failed[name] = f"gradient error {r['gradient_error']:.1e}, more than {arguments.tolerance}"
     print(", ".join(f"{name} {value}" for name, value in (described | shape).items()))
     print(f"\n{table(records)}")
-    for name, reason in left_out.items():
-        print(f"\n{name} is left out: {reason}")
+    for what, reasons in (("is left out", left_out), ("failed", failed)):
+        for name, reason in reasons.items():
+            print(f"\n{name} {what}: {reason}")
     if arguments.output:
-        write_json_atomic(arguments.output, {"device": described, **shape, "records": records, "left_out": left_out})
+        result = {"device": described, **shape, "records": records, "left_out": left_out, "failed": failed}
+        write_json_atomic(arguments.output, result)
+    return 1 if failed and arguments.tolerance is not None else 0
 
 
 if __name__ == "__main__":

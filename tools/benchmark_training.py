@@ -12,6 +12,10 @@ Variants take turns on the same random tokens, masks and dependency heads, from 
     ours_mlm        this project without a term (λ = 0, not measured)
     ours_deepspeed  ours_max inside the trainer's DeepSpeed engine, ZeRO stage 0
     ours_flex       ours_max on FlexAttention with its logsumexp (GPU, no attention dropout)
+    ours_cudnn, ours_packed, ours_uncompiled, ours_autotuned, ours_graphs
+                    ours_max with one thing changed, only where they are named: attention by cuDNN; queries, keys and
+                    values in one tensor, and so their gradient (Triton); not compiled; with torch.compile's search
+                    for products; in CUDA graphs
     paper           the regularizer as the paper computes it: transformers' eager attention, `output_attentions=True`,
                     the maps stacked to [L, B, H, S, S], LM head on all positions; --paper-batch sequences a step,
                     by default on GPUs as many as fit beside the other variants
@@ -32,6 +36,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +57,8 @@ TERM_VARIANTS = ("ours_offset", "ours_entropy")
 VARIANTS = (
     *("ours_max", "ours_uniform", *TERM_VARIANTS, "ours_mlm", "ours_deepspeed", "ours_flex", "paper", "hf_sdpa"),
 )
+COMPILE_MODES = {"ours_autotuned": "max-autotune-no-cudagraphs", "ours_graphs": "reduce-overhead"}
+CHANGED = ("ours_cudnn", "ours_packed", "ours_uncompiled", *COMPILE_MODES)
 CPU_VARIANTS = ("ours_max", "ours_mlm", "paper", "hf_sdpa")
 MASK_PROB = 0.15
 GRAD_CLIP = 1.0  # the trainer's default
@@ -62,7 +69,7 @@ RATIOS = (
     ("ours_uniform", "ours_mlm"),
     *((name, "ours_mlm") for name in TERM_VARIANTS),
     ("ours_deepspeed", "ours_max"),
-    ("ours_flex", "ours_max"),
+    *((name, "ours_max") for name in ("ours_flex", *CHANGED)),
     ("hf_sdpa", "ours_mlm"),
 )
 
@@ -151,12 +158,17 @@ def _ours(name: str, setting: Setting, batch: Batch, weight: float) -> tuple[nn.
     from megatron_sas.objective.pretraining import MaskedLMWithTerms
     from megatron_sas.objective.terms import TERMS
 
-    bert = setting.bert(attention_backend="flex" if name == "ours_flex" else "auto")
+    bert = setting.bert(attention_backend={"ours_flex": "flex", "ours_cudnn": "cudnn"}.get(name, "auto"))
+    if name == "ours_packed":
+        from megatron_sas.kernels.triton.attention import run_packed
+
+        for layer in bert.layers:
+            layer.attention.forward = partial(_packed_attention, layer.attention, run_packed)
     term = name.removeprefix("ours_") if name in TERM_VARIANTS else "sas"
     settings = {"mode": "uniform"} if name == "ours_uniform" else {}
     module = MaskedLMWithTerms(bert, {term: TERMS[term](TERMS[term].section_class(**settings))})
-    if setting.compiled:
-        module.compile_parts()
+    if setting.compiled and name != "ours_uncompiled":
+        module.compile_parts(COMPILE_MODES.get(name))
     count, sequences = int((batch.labels >= 0).sum()), batch.input_ids.shape[0]
 
     def loss() -> Tensor:
@@ -170,6 +182,19 @@ def _ours(name: str, setting: Setting, batch: Batch, weight: float) -> tuple[nn.
         ).loss
 
     return module, loss
+
+
+def _packed_attention(
+    attention: nn.Module, run_packed: Callable[..., tuple], x: Tensor, heads: Tensor | None, *_: object,
+    queries_keys: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, None]:  # fmt: skip
+    """`SelfAttention.forward` by `run_packed` of our Triton kernels."""
+    import torch
+
+    qkv = attention.qkv(x).view(*x.shape[:2], 3, attention.num_heads, -1)  # (B, S, 3, H, D)
+    with torch.autocast(x.device.type, enabled=False):
+        out, *probabilities = run_packed(qkv, heads, None, attention.dropout_p, qkv.shape[-1] ** -0.5, None)
+    return attention.output(out.transpose(1, 2).reshape(x.shape)), *probabilities, None
 
 
 def _transformers_bert(
@@ -202,6 +227,7 @@ def _training_step(module: nn.Module, loss: Callable[[], Tensor], setting: Setti
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(setting.device.type, dtype=torch.bfloat16, enabled=setting.precision == "bf16"):
             value = loss()
         value.backward()
@@ -373,7 +399,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--variants",
         nargs="+",
-        choices=VARIANTS,
+        choices=(*VARIANTS, *CHANGED),
         help="which to run (ours_max, ours_mlm, paper, hf_sdpa; on GPUs all, ours_flex without dropout only)",
     )
     parser.add_argument("--device", help=DEVICE_HELP)

@@ -24,7 +24,10 @@ def describe_device(device: torch.device) -> dict[str, Any]:
     """Name, threads and load of the device, and the versions that decide its speed."""
     description: dict[str, Any] = {"type": device.type, "torch": torch.__version__, "python": platform.python_version()}
     if device.type == "cuda":
-        description |= {"name": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+        major, minor = torch.cuda.get_device_capability(device)
+        description |= {
+            "name": torch.cuda.get_device_name(device), "architecture": f"sm_{major}{minor}", "cuda": torch.version.cuda
+        }  # fmt: skip
     else:
         description |= {
             "name": _cpu_name(),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from megatron_sas.kernels import chunked, fa4, flex, reference, sdpa, triton
@@ -55,11 +58,31 @@ operations in bounded memory; plain tensor operations on whole maps."""
 PREFERENCE = {"cuda": ("triton", "cudnn", "sdpa", "chunked"), "cpu": ("sdpa", "chunked")}
 """What `auto` tries, in this order, by kind of device. On CPU this is the order of speed (`benchmarks/cpu`)."""
 
+MEASURED: dict[str, dict[str, list[str]]] = json.loads(Path(__file__).with_name("preference.json").read_text("utf-8"))
+"""The same by architecture ("sm_90"), with ("dropout") and without ("no_dropout"), for GPUs that were measured;
+`tools/check_gpu.py --write-preference` writes the file."""
+
+
+@torch.compiler.assume_constant_result
+def _architecture(index: int | None) -> str:
+    """The architecture of a GPU, by default of the current one; "" where there is none."""
+    if not torch.cuda.is_available():
+        return ""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+
+
+def _preference(device: torch.device, dropout_p: float) -> Sequence[str]:
+    if device.type == "cuda" and MEASURED:
+        orders = MEASURED.get(_architecture(device.index), {})
+        if order := orders.get("dropout" if dropout_p > 0.0 else "no_dropout"):
+            return order
+    return PREFERENCE.get(device.type, ("chunked",))
+
 
 def choose_backend(
     q: Tensor, dropout_p: float, *, has_seqlens: bool = False, sets: int = 1, window: Window = None
 ) -> str:
-    """Return the backend that `auto` takes for such inputs: the first of `PREFERENCE` that can.
+    """Return the backend that `auto` takes for such inputs: the first of `MEASURED` or `PREFERENCE` that can.
 
     Args:
         q: `(batch, heads, seq, head_dim)`; only its shape, dtype, device and whether it has a gradient count.
@@ -70,7 +93,7 @@ def choose_backend(
     """
     return next(
         name
-        for name in PREFERENCE.get(q.device.type, ("chunked",))
+        for name in _preference(q.device, dropout_p)
         if BACKENDS[name].unsupported_reason(q, dropout_p, has_seqlens, sets, window) is None
     )
 

@@ -91,15 +91,16 @@ class MaskedLMWithTerms(nn.Module):
         """
         return mlm_loss_sum(self.bert.logits(hidden, masked_positions), labels)
 
-    def compile_parts(self) -> None:
+    def compile_parts(self, mode: str | None = None) -> None:
         """Compile embeddings, layers and loss with `torch.compile`: fused element-wise work, one kind of layer once.
 
         Parts, because all layers share one compiled function and λ, which changes, stays outside. The terms too.
+        `mode` is that of `torch.compile`.
         """
-        self.bert.embeddings.compile(dynamic=False)
+        self.bert.embeddings.compile(dynamic=False, mode=mode)
         for layer in self.bert.layers:
-            layer.compile(dynamic=False)
-        self.mlm_loss = torch.compile(self.mlm_loss, dynamic=False)
+            layer.compile(dynamic=False, mode=mode)
+        self.mlm_loss = torch.compile(self.mlm_loss, dynamic=False, mode=mode)
 
 
 def mlm_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:

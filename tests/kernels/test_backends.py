@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_sas.core.cli import InputError
-from megatron_sas.kernels import BACKENDS, choose_backend, dependency_attention, reference, unsupported_reason
+from megatron_sas.kernels import BACKENDS, backends, choose_backend, dependency_attention, reference, unsupported_reason
 from megatron_sas.kernels.backends import PREFERENCE, Backend
 from megatron_sas.launch.kernel_cache import check_attention_backend
 from megatron_sas.model.attention import SelfAttention
@@ -78,6 +78,20 @@ def test_auto_on_a_gpu_without_triton(monkeypatch):
         assert choose_backend(q, 0.1) == "sdpa"
         assert choose_backend(q, 0.1, has_seqlens=True) == "chunked"
         assert choose_backend(q, 0.1, window=(8, 8)) == "chunked"
+
+
+def test_auto_takes_what_measured_fastest_on_this_architecture(monkeypatch):
+    """With and without dropout apart; another architecture keeps the order that nobody measured. Also compiled."""
+    with FakeTensorMode():
+        q = torch.empty(2, 3, 64, 64, device="cuda", dtype=torch.bfloat16)
+    default = choose_backend(q, 0.0)
+    monkeypatch.setattr(backends, "MEASURED", {"sm_90": {"no_dropout": ["fa4", "sdpa", "chunked"]}})
+    assert choose_backend(q, 0.0) == default  # no GPU here, or another
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, index))
+    assert choose_backend(q, 0.0) == "sdpa" and choose_backend(q, 0.1) != "sdpa"
+    compiled = torch.compile(lambda x: x + len(backends._architecture(0)), backend="eager", fullgraph=True)
+    assert int(compiled(torch.zeros(()))) == len("sm_90")
 
 
 def test_a_model_with_windows_is_refused_a_backend_without(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from attention_cases import GRADIENT_KINDS, HEAD_KINDS, backward, make_case, make_heads
 from attention_errors import check_against_float64
 
-from megatron_sas.kernels import choose_backend, dependency_attention, dropout
+from megatron_sas.kernels import backends, choose_backend, dependency_attention, dropout
 from megatron_sas.kernels.fa4 import has_fa4
 from megatron_sas.kernels.reference import attention_probs
 
@@ -148,7 +148,8 @@ def test_searched_and_fixed_tiles_agree():
         assert float((a.double() - b.double()).norm() / b.double().norm()) < 0.01
 
 
-def test_auto_takes_our_kernels():
+def test_auto_takes_our_kernels(monkeypatch):
+    monkeypatch.setattr(backends, "MEASURED", {})
     q = torch.zeros(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
     assert choose_backend(q, 0.1) == "triton"
     assert choose_backend(q.double(), 0.1) == "chunked"

@@ -35,6 +35,28 @@ def test_operator_is_well_formed(dropout_p, uneven, sets):
     torch.library.opcheck(_forward, tuple(inputs))
 
 
+@pytest.mark.parametrize(("dropout_p", "uneven", "sets"), [(0.0, True, 1), (0.3, False, 1), (0.3, True, 2)])
+def test_packed_attention_is_the_same_to_the_bit(dropout_p, uneven, sets):
+    """And its gradient is one tensor, in the layout of what it is the gradient of."""
+    from megatron_sas.kernels.triton.attention import _forward_packed, run, run_packed
+
+    *qkv, heads, lengths, seed, dropout_p, scale = make_inputs(dropout_p, uneven=uneven)
+    heads = torch.stack([make_heads("random", 2, 40) for _ in range(sets)], 1).to(DEVICE) if sets > 1 else heads
+    packed = torch.stack(qkv).permute(1, 3, 0, 2, 4).detach().contiguous().requires_grad_()  # (B, S, 3, H, D)
+    results = []
+    for inputs, attend in ((qkv, run), ([packed], run_packed)):
+        torch.manual_seed(3)
+        outputs = attend(*inputs, heads, lengths, dropout_p, scale, None)
+        torch.manual_seed(4)
+        gradients = torch.autograd.grad(outputs, inputs, [torch.randn_like(x) for x in outputs])
+        results.append((outputs, gradients))
+    (outputs, separate), (packed_outputs, (gradient,)) = results
+    assert all(torch.equal(a, b) for a, b in zip(outputs, packed_outputs, strict=True))
+    assert torch.equal(gradient, torch.stack(separate).permute(1, 3, 0, 2, 4)) and gradient.is_contiguous()
+    if sets == 1:
+        torch.library.opcheck(_forward_packed, (packed, heads, lengths, seed, dropout_p, scale))
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 @pytest.mark.parametrize("directions", ["both", "to_head", "none"])
 def test_compiles_without_graph_break(dropout_p, directions):

@@ -101,6 +101,19 @@ def run(
     return (out, None, None) if heads is None else (out, to_head, to_dependent)
 
 
+def run_packed(
+    qkv: Tensor, heads: Tensor | None, seqlens: Tensor | None, dropout_p: float, scale: float, window: Window
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`run` on q, k and v `(B, S, 3, H, D)` as one projection makes them: their gradient is one tensor, too.
+
+    Separate gradients are copied side by side for the projection's backward. The numbers are those of `run`.
+    """
+    seed = dropout.draw_seed(qkv.device) if dropout_p > 0.0 else None
+    bounds = NO_WINDOW if window is None else window
+    out, to_head, to_dependent, *_ = _forward_packed(qkv, heads, seqlens, seed, dropout_p, scale, *bounds)
+    return (out, None, None) if heads is None else (out, to_head, to_dependent)
+
+
 def output_and_lse(
     q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, scale: float, window: Window
 ) -> tuple[Tensor, Tensor]:
@@ -109,9 +122,12 @@ def output_and_lse(
     return out, lse * math.log(2)
 
 
-@torch.library.custom_op("megatron_sas::dependency_attention_forward", mutates_args=())
-@_on_its_device
-def _forward(
+def _unpacked(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views `(B, H, S, D)` of q, k and v `(B, S, 3, H, D)`."""
+    return qkv.permute(2, 0, 3, 1, 4).unbind()
+
+
+def _forward_kernels(
     q: Tensor, k: Tensor, v: Tensor, heads: Tensor | None, seqlens: Tensor | None, seed: Tensor | None,
     dropout_p: float, scale: float, before: int = -1, after: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -150,6 +166,21 @@ def _forward(
     return out, to_head, to_dependent, lse, keys
 
 
+_forward = torch.library.custom_op("megatron_sas::dependency_attention_forward", mutates_args=())(
+    _on_its_device(_forward_kernels)
+)
+
+
+@torch.library.custom_op("megatron_sas::packed_attention_forward", mutates_args=())
+@_on_its_device
+def _forward_packed(
+    qkv: Tensor, heads: Tensor | None, seqlens: Tensor | None, seed: Tensor | None,
+    dropout_p: float, scale: float, before: int = -1, after: int = -1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`_forward` on q, k and v `(B, S, 3, H, D)`."""
+    return _forward_kernels(*_unpacked(qkv), heads, seqlens, seed, dropout_p, scale, before, after)
+
+
 def _forward_outputs(q: Tensor, heads: Tensor | None, seed: Tensor | None) -> tuple[Tensor, ...]:
     batch, num_heads, seq, dim = q.shape
     out = q.new_empty((batch, seq, num_heads, dim)).transpose(1, 2)  # so that joining the heads is a view
@@ -169,6 +200,11 @@ def _(q, k, v, heads, seqlens, seed, dropout_p, scale, before=-1, after=-1):  # 
     return _forward_outputs(q, heads, seed)
 
 
+@_forward_packed.register_fake
+def _(qkv, heads, seqlens, seed, dropout_p, scale, before=-1, after=-1):  # noqa: ANN001, ANN202
+    return _forward_outputs(_unpacked(qkv)[0], heads, seed)
+
+
 @torch.library.custom_op("megatron_sas::dependency_attention_backward", mutates_args=())
 @_on_its_device
 def _backward(
@@ -178,8 +214,41 @@ def _backward(
     before: int, after: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v."""
+    gradients = _backward_outputs(q)
+    _backward_kernels(
+        gradients, grad_out, grad_to_head, grad_to_dependent, q, k, v, heads, seqlens, out, to_head, to_dependent,
+        lse, keys, dropout_p, scale, before, after,
+    )  # fmt: skip
+    return gradients
+
+
+@torch.library.custom_op("megatron_sas::packed_attention_backward", mutates_args=())
+@_on_its_device
+def _backward_packed(
+    grad_out: Tensor, grad_to_head: Tensor | None, grad_to_dependent: Tensor | None,
+    qkv: Tensor, heads: Tensor | None, seqlens: Tensor | None,
+    out: Tensor, to_head: Tensor, to_dependent: Tensor, lse: Tensor, keys: Tensor, dropout_p: float, scale: float,
+    before: int, after: int,
+) -> Tensor:  # fmt: skip
+    """The gradient of q, k and v `(B, S, 3, H, D)`."""
+    gradient = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    _backward_kernels(
+        _unpacked(gradient), grad_out, grad_to_head, grad_to_dependent, *_unpacked(qkv), heads, seqlens, out, to_head,
+        to_dependent, lse, keys, dropout_p, scale, before, after,
+    )  # fmt: skip
+    return gradient
+
+
+def _backward_kernels(
+    gradients: tuple[Tensor, Tensor, Tensor],
+    grad_out: Tensor, grad_to_head: Tensor | None, grad_to_dependent: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, heads: Tensor | None, seqlens: Tensor | None,
+    out: Tensor, to_head: Tensor, to_dependent: Tensor, lse: Tensor, keys: Tensor, dropout_p: float, scale: float,
+    before: int, after: int,
+) -> None:  # fmt: skip
+    """Write the gradients of q, k and v to `gradients`, three tensors `(B, H, S, D)` with the same strides."""
     q, k, v, grad_out = (_unit_stride(x) for x in (q, k, v, grad_out))
-    grad_q, grad_k, grad_v = _backward_outputs(q)
+    grad_q, grad_k, grad_v = gradients
     batch, num_heads, seq, _ = q.shape
     maps, blocks = batch * num_heads, triton.cdiv(seq, RANGE_BLOCK.value)
     delta, ranges = torch.empty_like(lse), lse.new_empty((maps, blocks, 4), dtype=torch.int32)
@@ -224,10 +293,10 @@ def _backward(
     )  # fmt: skip
     if row_sum is not None:
         # The entries are added in float32 before rounding to q's dtype.
-        grad_q, grad_k = grad_q.float(), grad_k.float()
-        add_entry_gradients_(grad_q, grad_k, q, k, further, scale, *g_further)
-        grad_q, grad_k = grad_q.to(q.dtype), grad_k.to(q.dtype)
-    return grad_q, grad_k, grad_v
+        sums = grad_q.float(), grad_k.float()
+        add_entry_gradients_(*sums, q, k, further, scale, *g_further)
+        grad_q.copy_(sums[0])
+        grad_k.copy_(sums[1])
 
 
 def _backward_outputs(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,26 +309,33 @@ def _(grad_out, grad_to_head, grad_to_dependent, q, *_):  # noqa: ANN001, ANN202
     return _backward_outputs(q)
 
 
+@_backward_packed.register_fake
+def _(grad_out, grad_to_head, grad_to_dependent, qkv, *_):  # noqa: ANN001, ANN202
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
 def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
-    q, k, v, heads, seqlens, _seed, ctx.dropout_p, ctx.scale, *ctx.window = inputs
-    ctx.save_for_backward(q, k, v, heads, seqlens, *output)
+    *tensors, _seed, ctx.dropout_p, ctx.scale, before, after = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.window = before, after
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, grad_out, grad_to_head, grad_to_dependent, *_):  # noqa: ANN001, ANN202
-    q, k, v, heads, seqlens, out, *rest = ctx.saved_tensors
+    *qkv, heads, seqlens, out, to_head, to_dependent, lse, keys = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     if heads is None:
         grad_to_head = grad_to_dependent = None
-    gradients = _backward(
-        grad_out, grad_to_head, grad_to_dependent, q, k, v, heads, seqlens, out, *rest, ctx.dropout_p, ctx.scale,
-        *ctx.window,
+    gradients = (_backward if len(qkv) == 3 else _backward_packed)(
+        grad_out, grad_to_head, grad_to_dependent, *qkv, heads, seqlens, out, to_head, to_dependent, lse, keys,
+        ctx.dropout_p, ctx.scale, *ctx.window,
     )  # fmt: skip
-    return (*gradients, *(None,) * 7)
+    return (*((gradients,) if len(qkv) == 1 else gradients), *(None,) * 7)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+for _operator in (_forward, _forward_packed):
+    _operator.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _shape_constants(q: Tensor, dropout_p: float) -> dict[str, Any]:
