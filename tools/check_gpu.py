@@ -229,19 +229,22 @@ def check(folder: Path, wanted: list[Stage], minutes: float, about: dict[str, An
 
 def machine() -> dict[str, Any]:
     """The GPUs by name, the packages, and the commit: what all records of a call share. It starts nothing on a GPU."""
-    from megatron_sas.run.starts import git_state, package_versions
-
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         lines = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         lines = []
-    names = sorted({line.split(",")[0].strip() for line in lines})
-    driver = lines[0].split(",")[1].strip() if lines else None
-    return {
-        "gpu": ", ".join(names) or None, "driver": driver, "git": git_state(ROOT), "packages": package_versions(),
+    about: dict[str, Any] = {
+        "gpu": ", ".join(sorted({line.split(",")[0].strip() for line in lines})) or None,
+        "driver": lines[0].split(",")[1].strip() if lines else None,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }  # fmt: skip
+        "git": None,
+    }
+    with contextlib.suppress(ImportError):  # the kernels can be checked with torch alone
+        from megatron_sas.run.starts import git_state, package_versions
+
+        about |= {"git": git_state(ROOT), "packages": package_versions()}
+    return about
 
 
 def headline(name: str, result: dict[str, Any]) -> str:

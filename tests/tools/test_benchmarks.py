@@ -12,6 +12,7 @@ import pytest
 import torch
 from engine_runs import write_inputs
 from synthetic_data import write_packed
+from tool_calls import exit_code
 
 from megatron_sas.core.benchmark import Times, describe_device, median_ratio, time_interleaved
 from megatron_sas.core.cli import InputError
@@ -151,7 +152,9 @@ def test_attention_is_measured_on_the_models_layout(monkeypatch):
     import benchmark_attention as tool
     from torch._functorch import config as functorch_config
 
-    arguments = argparse.Namespace(num_heads=2, precision="fp32", seed=0, dropout=0.0, maps=4)
+    arguments = argparse.Namespace(
+        num_heads=2, precision="fp32", seed=0, dropout=0.0, maps=4, backends=None, gradients=tool.GRADIENTS[:-1]
+    )
     attend = torch.compile(lambda q, k, v: (q @ k.mT).softmax(-1).sin() @ v, backend="aot_eager")
 
     def run(q, k, v, *rest):
@@ -160,7 +163,7 @@ def test_attention_is_measured_on_the_models_layout(monkeypatch):
     monkeypatch.setitem(BACKENDS, "compiled", Backend(run))
     left_out: dict[str, str] = {}
     with functorch_config.patch(donated_buffer=True):
-        rows = tool.build_variants(arguments, 3, 10, 8, torch.device("cpu"), left_out)
+        rows = tool.build_variants(arguments, 3, 10, 8, torch.device("cpu"), left_out, {})
     assert not any(name.startswith("compiled") for name in left_out)
     assert [gradient for name, gradient, *_ in rows if name == "compiled"] == ["none", "max", "uniform"]
     for _, _, variant, _ in rows:
@@ -169,17 +172,40 @@ def test_attention_is_measured_on_the_models_layout(monkeypatch):
         assert variant.gradients[0].stride() == (10 * 16, 8, 16, 1)
 
 
+def test_the_check_of_attention(monkeypatch, tmp_path, capsys):
+    """Too large an error fails it, and so does a backend that takes the inputs and then does not work."""
+    shape = ("--seq-lengths", "1", "9", "--head-dims", "8", "--batch", "1", "--num-heads", "1", "--rounds", "1")
+    arguments = (*shape, "--device", "cpu", "--gradients", "alone", "uniform", "--tolerance")
+
+    def broken(*_):
+        raise KeyError("a compiler's error")
+
+    monkeypatch.setitem(BACKENDS, "broken", Backend(broken))
+    assert exit_code("benchmark_attention", *arguments, "1e-5", "--backends", "sdpa", "reference") == 0
+    assert exit_code("benchmark_attention", *arguments, "1e-30", "--backends", "sdpa") == 1
+    assert "sdpa, alone, S 9, D 8 failed: gradient error " in capsys.readouterr().out
+    output = tmp_path / "out.json"
+    assert exit_code("benchmark_attention", *arguments, "1", "--backends", "broken", "sdpa", "--output", output) == 1
+    result = json.loads(output.read_text())
+    assert result["failed"]["broken, alone, S 1, D 8"] == 'KeyError: "a compiler\'s error"'
+    assert [r["gradient"] for r in result["records"]] == ["alone", "uniform"] * 2
+    assert exit_code("benchmark_attention", *arguments, "1", "--backends", "sdpb") == 2
+    assert "error: --backends: sdpb: choose from triton, " in capsys.readouterr().err
+
+
 def test_the_papers_way_computes_the_same_objective():
     """All variants with the regularizer have one loss, all without it another."""
+    pytest.importorskip("triton")
     import benchmark_training as tool
 
     config = BertConfig(**SIZES["tiny"], vocab_size=150, attention_dropout=0.0, hidden_dropout=0.0)
     cpu = torch.device("cpu")
     setting = tool.Setting(config, cpu, "fp32", False, Bert(config).state_dict())
     batch = tool.random_batch(2, argparse.Namespace(seq_length=24, vocab_size=150, seed=0), cpu)
-    names = ("ours_max", "ours_uniform", "ours_mlm", "paper", "hf_sdpa")
+    names = ("ours_max", "ours_packed", "ours_uniform", "ours_mlm", "paper", "hf_sdpa")
     losses = {name: float(tool.module_and_loss(name, setting, batch, 0.5)[1]().detach()) for name in names}
     assert losses["ours_max"] == pytest.approx(losses["paper"], rel=1e-5)
+    assert losses["ours_max"] == pytest.approx(losses["ours_packed"], rel=1e-5)
     assert losses["ours_mlm"] == pytest.approx(losses["hf_sdpa"], rel=1e-5)
     assert losses["ours_uniform"] > losses["ours_max"] > losses["ours_mlm"] + 0.1
 
