@@ -240,8 +240,8 @@ def peak_memory(variant: Variant, device: torch.device) -> int | None:
 def table(records: list[dict[str, Any]]) -> str:
     """The records as Markdown."""
     lines = [
-        "| B | S | D | backend | gradient | forward ms | backward ms | TFLOP/s | TFLOP/s | host ms | CPU ms | peak MiB "
-        "| error of out | of gradients |",
+        "| B | S | D | backend | gradient | forward ms | backward ms | forward TFLOP/s | backward TFLOP/s | host ms "
+        "| CPU ms | peak MiB | error of out | of gradients |",
         "|---:|---:|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in records:
