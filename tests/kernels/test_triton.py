@@ -53,7 +53,7 @@ def test_packed_attention_is_the_same_to_the_bit(dropout_p, uneven, sets):
     (outputs, separate), (packed_outputs, (gradient,)) = results
     assert all(torch.equal(a, b) for a, b in zip(outputs, packed_outputs, strict=True))
     assert torch.equal(gradient, torch.stack(separate).permute(1, 3, 0, 2, 4)) and gradient.is_contiguous()
-    if sets == 1:
+    if dropout_p > 0.0 and sets == 1:  # once: it takes seconds
         torch.library.opcheck(_forward_packed, (packed, heads, lengths, seed, dropout_p, scale))
 
 
