@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,11 @@ SECONDS = {
     "kernels/test_edges.py": 15, "objective/test_pretraining.py": 15, "train/test_step.py": 15,
 }  # fmt: skip
 """How long files take on two cores; those that are not here take less than the last."""
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported out of garbage collections: DeepSpeed makes one every few lines of a start."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
