@@ -23,10 +23,13 @@ quickstart: env  ## corpus, three short runs, evaluation, report: quickstart/rep
 	bash examples/quickstart.sh quickstart
 
 # Two processes, file by file, in the order of tests/conftest.py.
-TEST_PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder
+TEST_WORKERS ?= 2
+TEST_PROCESSES := -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Their numbers are those of CPUs, so GPUs are hidden from them; `make gpu` has the tests that need one.
 test test-all: export CUDA_VISIBLE_DEVICES :=
+# One thread each: threads that wait for a core that the other process has cost CPU time too.
+test test-all: export OMP_NUM_THREADS := 1
 
 test: env lint  ## the test suite (about 20 minutes on two cores)
 	$(BIN)/python -m pytest -m "not full" $(TEST_PROCESSES)

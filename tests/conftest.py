@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,7 +44,27 @@ def fork_server() -> Iterator[object]:
         yield running
 
 
+SECONDS = {
+    "slurm/test_training.py": 140, "faults/test_stopping.py": 110, "test_end_to_end.py": 110,
+    "slurm/test_events.py": 80, "faults/test_faults.py": 80, "tools/test_run_sweep.py": 75,
+    "train/test_two_processes.py": 60, "train/test_dry_run.py": 50, "faults/test_resume.py": 50,
+    "test_launchers.py": 50, "train/test_zero_stages.py": 40, "kernels/test_dependency_attention.py": 40,
+    "run/test_memory.py": 35, "train/test_nonfinite.py": 35, "kernels/test_triton.py": 35,
+    "kernels/test_triton_compiles.py": 30, "objective/test_backends_agree.py": 30, "glue/test_finetune.py": 25,
+    "faults/test_killed_while_saving.py": 25, "evaluation/test_minimal_pairs.py": 25, "kernels/test_window.py": 25,
+    "tools/test_benchmarks.py": 25, "test_extending.py": 20, "kernels/test_entropy.py": 20,
+    "trajectory/test_workers.py": 20, "kernels/test_several_sets.py": 20, "model/test_modernbert.py": 15,
+    "kernels/test_edges.py": 15, "objective/test_pretraining.py": 15, "train/test_step.py": 15,
+}  # fmt: skip
+"""How long files take on two cores; those that are not here take less than the last."""
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported out of garbage collections: DeepSpeed makes one every few lines of a start."""
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with many slow tests first: the last of a parallel run, which one process has alone, is a short one."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    """The longest files first: the last of a parallel run, which one process has alone, is a short one."""
+    tests = ROOT / "tests"
+    items.sort(key=lambda item: -SECONDS.get(item.path.relative_to(tests).as_posix(), 0))

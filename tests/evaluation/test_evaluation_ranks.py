@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import all_evaluations
 import numpy as np
@@ -14,20 +11,11 @@ from synthetic_data import write_packed
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_results_of_one(data_dir, model_directory, tmp_path):
+def test_two_processes_give_the_results_of_one(fork_server, data_dir, model_directory, tmp_path):
     treebank, blimp = data_dir / "ud_ewt" / "en_ewt-ud-test.conllu", data_dir / "blimp"
     inputs = [str(path) for path in (model_directory, treebank, blimp, write_packed(tmp_path / "packed", sequences=28))]
-    command = [sys.executable, all_evaluations.__file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    workers = [
-        subprocess.Popen([*command, str(rank), "2", tmp_path / "store", tmp_path / "result", *inputs], env=environment)
-        for rank in range(2)
-    ]
-    try:
-        assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
+    arguments = (tmp_path / "store", tmp_path / "result", *inputs)
+    fork_server.call("all_evaluations:main", *arguments, log=tmp_path / "log", ranks=2)
     results = [json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in range(2)]
     assert results[0] == results[1]
 

@@ -35,13 +35,16 @@ def test_statistics_in_a_window_equal_those_of_the_map(backend, dtype, uneven, w
 
 
 def check_statistics(backend, dtype, seq, dim, uneven, logit_scale, window):
-    sizes = {"batch": 3, "num_heads": 2, "seq": seq, "dim": dim, "logit_scale": logit_scale}
+    device, batch = device_of(backend), 3
+    if backend == "triton" and device == "cpu":  # interpreted, and slow: three blocks of rows
+        batch, seq = 2, min(seq, 70)
+    sizes = {"batch": batch, "num_heads": 2, "seq": seq, "dim": dim, "logit_scale": logit_scale}
     case = make_case(seq, dtype=dtype, uneven=uneven, **sizes)
     q, k, _ = case.qkv
-    first, some, none = torch.arange(seq).expand(3, -1) == 0, torch.rand(3, seq) < 0.2, torch.zeros(3, seq) > 0
+    first = torch.arange(seq).expand(batch, -1) == 0
+    some, none = torch.rand(batch, seq) < 0.2, torch.zeros(batch, seq) > 0
     groups = [first, some, none]
     probs = attention_probs(q, k, case.seqlens, dim**-0.5, window)
-    device = device_of(backend)
     seqlens = None if case.seqlens is None else case.seqlens.to(device)
     qk = [x.to(device, dtype) for x in (q, k)]
     on_device = [group.to(device) for group in groups]

@@ -22,9 +22,9 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
             ("triton", torch.float32),
         ]
     ),
-    batch=st.integers(1, 3),
-    num_heads=st.integers(1, 3),
-    seq=st.sampled_from([1, 2, 7, 15, 63, 67]),
+    batch=st.integers(1, 2),
+    num_heads=st.integers(1, 2),
+    seq=st.sampled_from([1, 2, 7, 15, 33, 65]),
     kinds=st.lists(st.sampled_from(HEAD_KINDS), min_size=1, max_size=3),
     uneven=st.booleans(),
     subset=st.sampled_from([(True, True, True), (True, True, False), (False, False, True), (True, False, False)]),

@@ -14,8 +14,8 @@ from megatron_sas.kernels import dependency_attention
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def make_inputs(dropout_p: float, **changes: object) -> tuple:
-    case = make_case(0, batch=2, num_heads=2, seq=40, dim=16, dtype=torch.float32, **changes)
+def make_inputs(dropout_p: float, seq: int = 40, **changes: object) -> tuple:
+    case = make_case(0, batch=2, num_heads=2, seq=seq, dim=16, dtype=torch.float32, **changes)
     qkv = [x.to(DEVICE, torch.float32).requires_grad_() for x in case.qkv]
     seed = torch.tensor([5], device=DEVICE) if dropout_p else None
     lengths = None if case.seqlens is None else case.seqlens.to(DEVICE)
@@ -29,9 +29,9 @@ def test_operator_is_well_formed(dropout_p, uneven, sets):
     """Schema, fake tensors, autograd registration and tracing by AOTAutograd, as torch checks them."""
     from megatron_sas.kernels.triton.attention import _forward
 
-    inputs = list(make_inputs(dropout_p, uneven=uneven))
+    inputs = list(make_inputs(dropout_p, seq=17, uneven=uneven))
     if sets is not None:
-        inputs[3] = torch.stack([make_heads("random", 2, 40) for _ in range(sets)], 1).to(DEVICE)
+        inputs[3] = torch.stack([make_heads("random", 2, 17) for _ in range(sets)], 1).to(DEVICE)
     torch.library.opcheck(_forward, tuple(inputs))
 
 
@@ -84,7 +84,7 @@ def test_compiles_without_graph_break(dropout_p, directions):
 def test_operator_with_a_window_is_well_formed(before, after):
     from megatron_sas.kernels.triton.attention import _forward
 
-    torch.library.opcheck(_forward, (*make_inputs(0.3, uneven=True), before, after))
+    torch.library.opcheck(_forward, (*make_inputs(0.3, seq=17, uneven=True), before, after))
 
 
 def test_equal_inputs_give_equal_bits():

@@ -36,8 +36,8 @@ def test_outputs_and_gradients_equal_those_of_maps(**case):
     check_against_maps(**case)
 
 
-@settings(max_examples=25, **PLAIN)
-@given(seq=st.sampled_from([1, 7, 40, 65, 150]), **CASES)
+@settings(max_examples=20, **PLAIN)
+@given(seq=st.sampled_from([1, 7, 33, 49, 65]), **CASES)
 def test_triton_equals_maps(**case):
     """Its tiles are skipped where the window hides them whole; in the interpreter where there is no GPU."""
     check_against_maps(backend="triton", dtype=torch.float32, **case)

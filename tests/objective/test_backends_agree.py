@@ -13,7 +13,7 @@ from megatron_sas.objective.pretraining import MaskedLMWithTerms
 from megatron_sas.objective.sas import SasSection, SasTerm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-STEPS = 50
+STEPS = 50 if DEVICE == "cuda" else 25
 LAYOUT = (4, 60) if DEVICE == "cuda" else (1, 24)  # heads and tokens: an interpreter takes its time
 WITHOUT_DROPOUT = ["sdpa"] if DEVICE == "cpu" else ["flex"]
 
@@ -35,7 +35,7 @@ def curve(backend: str, dropout_p: float) -> torch.Tensor:
     positions = torch.arange(0, batch * seq, 5)
     labels = tokens.flatten()[positions]
     masked = tokens.flatten().index_fill(0, positions, 4).view(batch, seq)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1 / STEPS)
     losses = []
     for step in range(STEPS):
         torch.manual_seed(step)

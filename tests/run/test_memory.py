@@ -32,7 +32,7 @@ from megatron_sas.train.step import Engine
 SEQ_LENGTH = 128
 SMALL_BUCKETS = {"reduce_bucket_size": 1_000_000, "allgather_bucket_size": 1_000_000}
 # layers, hidden size, vocabulary, micro-batch: the first is mostly weights, the second mostly activations and logits
-DEEP, BROAD = (4, 256, 1_000, 4), (2, 128, 8_000, 16)
+DEEP, BROAD = (2, 256, 1_000, 3), (2, 64, 4_000, 16)
 
 
 SAS = {"sas": SasTerm(SasSection())}

@@ -1,11 +1,13 @@
 """What every evaluation says of a model, alone or as one process of a group.
 
-`python all_evaluations.py RANK RANKS STORE OUTPUT MODEL TREEBANK BLIMP PACKED` writes OUTPUT-RANK.json.
+A rank of a group calls `main` (see fork_server.py) with STORE OUTPUT MODEL TREEBANK BLIMP PACKED, which writes
+OUTPUT-RANK.json.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,9 +64,11 @@ def evaluate(model_path: str, treebank: str, blimp: str, packed: str) -> dict[st
     }
 
 
-if __name__ == "__main__":
-    rank, ranks, store, output, *inputs = sys.argv[1:]
+def main() -> None:
+    """Evaluate as one rank."""
+    store, output, *inputs = sys.argv[1:]
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(ranks))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     Path(f"{output}-{rank}.json").write_text(json.dumps(evaluate(*inputs)))
     dist.destroy_process_group()

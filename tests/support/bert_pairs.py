@@ -7,6 +7,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, BertForMaskedLM, PreTrainedModel
 from transformers import BertConfig as HFConfig
+from transformers.initialization import no_init_weights
 
 from megatron_sas.model.architectures import architecture_of, build_model
 from megatron_sas.model.base import MaskedLM
@@ -56,7 +57,8 @@ def hf_twin(model: MaskedLM, attention: str = "eager") -> PreTrainedModel:
 def hf_model(state: dict[str, Tensor], config: ModelConfig, attention: str = "eager") -> PreTrainedModel:
     """transformers' model with the weights `state` of ours."""
     fields = AutoConfig.for_model(**to_hf_config(config), attn_implementation=attention)
-    twin = getattr(transformers, architecture_of(config).HF_CLASS)(fields)
+    with no_init_weights():  # for the size of a real model it takes seconds
+        twin = getattr(transformers, architecture_of(config).HF_CLASS)(fields)
     missing, unexpected = twin.load_state_dict(to_hf_state(state, config), strict=False)
     assert not unexpected
     assert set(missing) <= {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "decoder.weight"}

@@ -128,4 +128,4 @@ if __name__ == "__main__":
         for kernel, configs in kernels.items():
             for config in configs:
                 facts = compile_kernel(kernel, dtype, int(dim), int(capability), config, CASES[case])
-                print(json.dumps(facts), flush=True)
+                print(json.dumps({"case": argument, **facts}), flush=True)

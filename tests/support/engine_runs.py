@@ -23,10 +23,11 @@ from megatron_sas.config import load_config
 from megatron_sas.run.records import read_records
 
 if TYPE_CHECKING:
+    from processes import ForkServer
+
     from megatron_sas.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
-SCENARIOS = ROOT / "tests" / "support" / "engine_scenarios.py"
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OF_ARCHITECTURE = {
     "bert": {"hidden_dropout": 0.1},
@@ -122,11 +123,11 @@ def train(
     return trainer
 
 
-def train_two_processes(config: Path, directory: Path, runs: list[dict]) -> str:
+def train_two_processes(fork_server: ForkServer, config: Path, directory: Path, runs: list[dict]) -> str:
     """Run all of `runs` (see engine_scenarios.py) in one job of two processes; returns what it printed."""
     job = directory / "job.json"
     job.write_text(json.dumps({"config": str(config), "directory": str(directory), "runs": runs}))
-    return launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCENARIOS, job)
+    return fork_server.call("engine_scenarios:main", job, log=directory / "log", ranks=2)
 
 
 def launch(*arguments: object, expect: int = 0, timeout: int = 300, **environment: str) -> str:

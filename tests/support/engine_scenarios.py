@@ -1,17 +1,15 @@
-"""Training scenarios run inside one process group, so that a test pays for the imports once.
+"""Training scenarios run inside one process group, so that a test pays for the start once.
 
-    torchrun --nproc_per_node N engine_scenarios.py JOB.json
-
-A job is {"config": base.yaml, "directory": …, "runs": [{"name", "overrides": {...}}, …]}; runs happen in order, each in
+Every rank calls `main` (see fork_server.py), whose argument is the file of a job:
+{"config": base.yaml, "directory": …, "runs": [{"name", "overrides": {...}}, …]}; runs happen in order, each in
 the folder `name`, which may exist. `copy_of` an earlier run `without` some checkpoints is what a killed run leaves;
-`fail_write_on_rank` makes that rank's tensors unwritable; `poison` (see poison.py) spoils updates.
+`fail_write_on_rank` makes that rank's tensors unwritable; `poison` (see nonfinite.py) spoils updates.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -46,9 +44,3 @@ def main() -> None:
         except (InputError, OSError) as error:
             (Path(job["directory"]) / f"{run['name']}-error-{distributed.rank()}.txt").write_text(str(error))
     distributed.shutdown()
-
-
-if __name__ == "__main__":
-    main()
-    sys.stdout.flush()
-    os._exit(0)  # as pretrain_mlm.py

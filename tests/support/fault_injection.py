@@ -13,6 +13,7 @@ import itertools
 import os
 import re
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -25,7 +26,11 @@ from safetensors.torch import save_file
 def inject(what: dict[str, Any], rank: int) -> None:
     """Prepare this process: {"kill_at": number or name | "points": file, "from_step": s, "run": directory},
     {"batches": file} or {"hold": arguments of `_hold`}, with "rank": r on that rank alone; {"drop_at": s} has the
-    records say that the loss fell then; {"directories": d} has each rank work in d/RANK."""
+    records say that the loss fell then; {"directories": d} has each rank work in d/RANK; {"environment": {...}} sets
+    variables."""
+    if "environment" in what:
+        os.environ.update(what["environment"])
+        tempfile.tempdir = None  # of TMPDIR
     if "drop_at" in what:
         _tell_of_a_drop(what["drop_at"])
     if what.get("rank", rank) != rank:

@@ -8,6 +8,7 @@ stdout: {"start": {"argv": [...], "ranks": n, "fault": {...}, "log": PATH, "main
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -35,6 +36,7 @@ def main() -> None:
 
     for name in IMPORTED_LATER:
         importlib.import_module(name)
+    gc.freeze()  # DeepSpeed collects garbage at every start: in forked processes that would copy all of this
 
     exits: dict[int, int] = {}
     running: set[int] = set()

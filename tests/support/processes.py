@@ -115,6 +115,16 @@ class ForkServer:
         self._number += 1
         log = log or run.with_name(f"{run.name}-log{self._number}")
         argv = ["--config", str(config), *override_arguments({**(overrides or {}), "run.output_dir": str(run)})]
+        return self._start(argv, ranks, log, main, fault)
+
+    def call(self, main: str, *arguments: object, log: Path, ranks: int = 1, expect: int = 0) -> str:
+        """Call `main` (module:function) with command-line arguments to its end; returns the output."""
+        job = self._start([str(argument) for argument in arguments], ranks, log, main)
+        codes = job.wait(300)
+        assert codes == [expect] * ranks, f"{arguments}: exit codes {codes}\n{job.output()}"
+        return job.output()
+
+    def _start(self, argv: list[str], ranks: int, log: Path, main: str, fault: dict | None = None) -> Job:
         job = {"argv": argv, "ranks": ranks, "fault": fault, "log": str(log), "port": free_port(), "main": main}
         return Job(self, self._ask({"start": job})["pids"], log)
 

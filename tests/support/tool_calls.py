@@ -28,6 +28,12 @@ def exit_code(name: str, *arguments: object) -> int:
     raise AssertionError("run_main ends by SystemExit")
 
 
+def main() -> int:
+    """A tool in a process of its own, for the fork server; the first argument is its name."""
+    sys.path.insert(0, str(TOOLS))  # as when Python is given the tool
+    return exit_code(*sys.argv[1:])
+
+
 def run_tool(capsys, name: str, *arguments: object) -> subprocess.CompletedProcess:
     """The code and what the command prints; the environment that it sets for its workers is taken back."""
     capsys.readouterr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -25,27 +26,27 @@ from megatron_sas.model.config import SIZES, BertConfig
 ROOT = Path(__file__).parents[2]
 
 
-def run_tool(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
+@pytest.fixture
+def run_tool(fork_server, tmp_path):
+    """What a tool prints in a process of its own."""
+    return functools.partial(fork_server.call, "tool_calls:main", log=tmp_path / "log")
 
 
-def test_loader_benchmark(tmp_path):
+def test_loader_benchmark(run_tool, tmp_path):
     data, output = write_packed(tmp_path, sequences=40, seq_length=32), tmp_path / "out.json"
-    done = run_tool(
+    printed = run_tool(
         *("benchmark_loader", "--data", data, "--batch", "4", "--tokens", "2560", "--rounds", "2"),
         *("--output", str(output)),
     )
-    assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())
     assert set(result["tokens_per_second"]) == {"ours", "ours, prefetch", "hf", "hf, torch", "hf, heads"}
     assert result["data"] == {"sequences": 40, "seq_length": 32, "batch": 4}
-    assert result["ratios"]["ours, prefetch / hf, heads"]["cpu"] > 0 and "| ours / hf |" in done.stdout
-    done = run_tool("benchmark_loader", "--data", data, "--batch", "41")
-    assert (done.returncode, done.stderr) == (2, f"error: --batch 41: {data} has only 40 sequences\n")
+    assert result["ratios"]["ours, prefetch / hf, heads"]["cpu"] > 0 and "| ours / hf |" in printed
+    printed = run_tool("benchmark_loader", "--data", data, "--batch", "41", expect=2)
+    assert printed == f"error: --batch 41: {data} has only 40 sequences\n"
 
 
-def test_linear_benchmark(tmp_path):
+def test_linear_benchmark(run_tool, tmp_path):
     output = tmp_path / "out.json"
     arguments = [
         "--model",
@@ -61,56 +62,52 @@ def test_linear_benchmark(tmp_path):
         "--output",
         str(output),
     ]
-    done = run_tool("benchmark_linear", *arguments)
-    assert done.returncode == 0, done.stderr
+    # Started from another folder, as a user would; the other tools are forked.
+    command = [sys.executable, ROOT / "tools" / "benchmark_linear.py", *arguments]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout
     rows = json.loads(output.read_text())["matrices"]
     assert [row["rows"] for row in rows] == [20, 20, 20, 20, 3, 3]
     assert all(row[d][who] > 0 for row in rows for d in ("forward", "backward") for who in ("ours", "torch", "ratio"))
-    assert "| LM head, decoder | 3 × 128 × 30528 |" in done.stdout
-    assert run_tool("benchmark_linear", *arguments).returncode == 2  # the output exists
+    assert "| LM head, decoder | 3 × 128 × 30528 |" in printed
+    run_tool("benchmark_linear", *arguments, expect=2)  # the output exists
 
 
-def test_saving_benchmark(tmp_path):
+def test_saving_benchmark(run_tool, tmp_path):
     config, output = write_inputs(tmp_path), tmp_path / "out.json"
     arguments = ["--config", str(config), "--every", "2", "--rounds", "2", "--threads", "1"]
     arguments += ["--run.output_dir", str(tmp_path / "try"), "--output", str(output)]
-    done = run_tool("benchmark_saving", *arguments)
-    assert done.returncode == 0, done.stderr
+    printed = run_tool("benchmark_saving", *arguments)
     result = json.loads(output.read_text())
     assert set(result["slower"]) == {"checkpoint", "snapshot", "waited for", "deepspeed"}
     assert all(len(row["rounds"]) == 2 for row in result["slower"].values())
     assert result["bytes"]["checkpoint"] > 3 * result["bytes"]["snapshot"] > 0  # weights and moments, fp32; bf16
-    assert "| checkpoint |" in done.stdout and not (tmp_path / "try").exists()
+    assert "| checkpoint |" in printed and not (tmp_path / "try").exists()
     (tmp_path / "try").mkdir()
-    done = run_tool("benchmark_saving", *arguments, "--overwrite")
-    message = f"error: run.output_dir: {tmp_path / 'try'} exists; name a directory to be made and removed\n"
-    assert (done.returncode, done.stderr) == (2, message)
+    printed = run_tool("benchmark_saving", *arguments, "--overwrite", expect=2)
+    assert printed == f"error: run.output_dir: {tmp_path / 'try'} exists; name a directory to be made and removed\n"
     assert (tmp_path / "try").is_dir()
 
 
-def test_training_benchmark(tmp_path):
+def test_training_benchmark(run_tool, tmp_path):
     output = tmp_path / "out.json"
     arguments = ["--model", "tiny", "--vocab-size", "200", "--seq-length", "16", "--batch", "2", "--pairs", "2"]
     arguments += ["--device", "cpu", "--threads", "1", "--output", str(output)]
-    done = run_tool("benchmark_training", *arguments)
-    assert done.returncode == 0, done.stderr
+    printed = run_tool("benchmark_training", *arguments)
     result = json.loads(output.read_text())
     assert set(result["variants"]) == {"ours_max", "ours_mlm", "paper", "hf_sdpa"}
     assert all(len(row["times"]["wall"]) == len(row["times"]["cpu"]) == 2 for row in result["variants"].values())
     assert result["ratios"]["paper / ours_max"] > 0 and result["left_out"] == {}
     assert (result["device"]["type"], result["device"]["torch"]) == ("cpu", torch.__version__)
     assert result["device"]["threads"] == 1
-    assert "| paper / ours_max |" in done.stdout
-    again = run_tool("benchmark_training", *arguments)
-    assert again.returncode == 2
-    assert again.stderr == f"error: {output}: exists already; choose another output or pass --overwrite\n"
+    assert "| paper / ours_max |" in printed
+    again = run_tool("benchmark_training", *arguments, expect=2)
+    assert again == f"error: {output}: exists already; choose another output or pass --overwrite\n"
 
 
-def test_architectures_benchmark(tmp_path):
+def test_architectures_benchmark(run_tool, tmp_path):
     output = tmp_path / "out.json"
     sizes = ("--size", "tiny", "--seq-length", "16", "--batch", "2", "--rounds", "2")
-    done = run_tool("benchmark_architectures", *sizes, "--output", str(output))
-    assert done.returncode == 0, done.stderr
+    run_tool("benchmark_architectures", *sizes, "--output", str(output))
     variants = json.loads(output.read_text())["variants"]
     assert set(variants) == {"bert", "modernbert", "global"} and variants["bert"]["cpu_ratio"] == 1.0
     assert (
@@ -118,12 +115,11 @@ def test_architectures_benchmark(tmp_path):
     )  # a window sees 16
 
 
-def test_deepspeed_and_other_batches(tmp_path):
+def test_deepspeed_and_other_batches(run_tool, tmp_path):
     output = tmp_path / "out.json"
     arguments = ["--model", "tiny", "--vocab-size", "200", "--seq-length", "16", "--batch", "2", "--pairs", "1"]
     arguments += ["--variants", "ours_max", "ours_deepspeed", "ours_uniform", "paper", "--paper-batch", "1"]
-    done = run_tool("benchmark_training", *arguments, "--device", "cpu", "--output", str(output))
-    assert done.returncode == 0, done.stderr
+    run_tool("benchmark_training", *arguments, "--device", "cpu", "--output", str(output))
     result = json.loads(output.read_text())
     assert {name: row["batch"] for name, row in result["variants"].items()} == {
         "ours_max": 2, "ours_deepspeed": 2, "ours_uniform": 2, "paper": 1,
@@ -131,11 +127,10 @@ def test_deepspeed_and_other_batches(tmp_path):
     assert set(result["ratios"]) == {"paper / ours_max", "ours_deepspeed / ours_max"}
 
 
-def test_attention_benchmark(tmp_path):
+def test_attention_benchmark(run_tool, tmp_path):
     output = tmp_path / "out.json"
     arguments = ["--seq-lengths", "8", "20", "--head-dims", "16", "--tokens", "40", "--rounds", "1", "--device", "cpu"]
-    done = run_tool("benchmark_attention", *arguments, "--output", str(output))
-    assert done.returncode == 0, done.stderr
+    printed = run_tool("benchmark_attention", *arguments, "--output", str(output))
     result = json.loads(output.read_text())
     records = result["records"]
     assert {r["backend"] for r in records} == {"reference", "sdpa", "chunked", "torch sdpa"}
@@ -144,7 +139,7 @@ def test_attention_benchmark(tmp_path):
     assert all(0 < r["gradient_error"] < 1e-5 for r in records)
     assert all(r["forward_host_seconds"] is None for r in records)  # a CPU queues nothing
     assert {"cudnn", "flex"} <= set(result["left_out"])
-    assert f"cudnn is left out: {result['left_out']['cudnn']}\n" in done.stdout
+    assert f"cudnn is left out: {result['left_out']['cudnn']}\n" in printed
 
 
 def test_attention_is_measured_on_the_models_layout(monkeypatch):

@@ -39,15 +39,18 @@ def bytes_of(output: str, label: str) -> float:
 
 
 @pytest.mark.slow
-def test_a_good_configuration(config, tmp_path):
+def test_a_good_configuration(fork_server, config, tmp_path):
     """Two processes; nothing is written, and the estimate is near what was measured."""
     run, local = tmp_path / "run", tmp_path / "local"
     local.mkdir()
     before = tree(config.parent)
     buckets = ROOT / "examples" / "deepspeed" / "zero2.json"
-    arguments = ["--config", config, "--run.output_dir", run, "--model.hidden_size=128", "--train.zero_stage=2"]
-    arguments += [f"--train.deepspeed_config={buckets}", "--train.precision=bf16", "--dry-run"]
-    output = launch(*TWO, SCRIPT, *arguments, TMPDIR=str(local))
+    overrides = {"model.hidden_size": 128, "train.zero_stage": 2, "train.precision": "bf16"}
+    overrides["train.deepspeed_config"] = str(buckets)
+    environment = {"environment": {"TMPDIR": str(local)}}
+    job = fork_server.start(config, run, overrides, ranks=2, fault=environment, main="dry_runs:as_configured")
+    assert job.wait() == [0, 0], job.output()
+    output = job.output()
     assert "problem" not in output
     assert "batch and DeepSpeed: 2 × 2 × 2 sequences, ZeRO-2" in output
     assert re.search(r"one step: a new run, masked-LM loss 4\.\d+", output)
@@ -60,7 +63,7 @@ def test_a_good_configuration(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_exists_is_continued_and_stays_as_it_is(config, tmp_path):
+def test_a_run_that_exists_is_continued_and_stays_as_it_is(fork_server, config, tmp_path):
     run = tmp_path / "run"
     train(config, run, {"train.steps": 3})
     before = tree(run)
@@ -68,7 +71,9 @@ def test_a_run_that_exists_is_continued_and_stays_as_it_is(config, tmp_path):
     parameters = 23_584
     assert sum(f.stat().st_size for f in files) == pytest.approx(parameters * preflight.CHECKPOINT_BYTES, rel=0.1)
     allocation = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}  # from a shell that Slurm gave
-    output = launch(SCRIPT, "--config", config, "--run.output_dir", run, "--dry-run", **allocation)
+    job = fork_server.start(config, run, fault={"environment": allocation}, main="dry_runs:as_configured")
+    assert job.wait() == [0], job.output()
+    output = job.output()
     assert "ok       processes: 1\n" in output
     assert f"one step: continuing from {run}/checkpoints/step_00000003" in output
     assert "disk space: 1 checkpoints of" in output

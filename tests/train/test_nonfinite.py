@@ -78,7 +78,7 @@ def test_spoilt_updates_that_are_not_in_a_row_end_nothing(config, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def two(config, tmp_path_factory):
+def two(fork_server, config, tmp_path_factory):
     """Updates 3 and 6 spoilt on rank 1, without a break and continued from checkpoint 4."""
     path, runs = tmp_path_factory.mktemp("two"), []
     for stage, precision in VARIANTS:
@@ -89,7 +89,7 @@ def two(config, tmp_path_factory):
             continue
         killed = {"copy_of": f"whole-{stage}-{precision}", "without": ["step_00000005", "step_00000006"]}
         runs.append({"name": f"parts-{stage}-{precision}", **common, **killed})
-    train_two_processes(config, path, runs)
+    train_two_processes(fork_server, config, path, runs)
     return path
 
 

@@ -1,6 +1,6 @@
 """Two processes in one job: exact resume for every ZeRO stage and precision, and the numbers of one process.
 
-All scenarios run in one torchrun job (a fixture), because starting one costs more than training in it.
+All scenarios run in one job (a fixture), because starting one costs more than training in it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def one(config, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(config, one, tmp_path_factory):
+def two(fork_server, config, one, tmp_path_factory):
     """The folder of the job's runs."""
     path = tmp_path_factory.mktemp("two")
     shutil.copytree(one / "elastic", path / "elastic")
@@ -67,7 +67,7 @@ def two(config, one, tmp_path_factory):
     runs.append({"name": "branch", "overrides": source})
     runs.append({"name": "full-disk", "overrides": {"train.zero_stage": 1}, "fail_write_on_rank": 1})
     runs.append({"name": "indivisible", "overrides": {"train.micro_batch_size": 8}})
-    train_two_processes(config, path, runs)
+    train_two_processes(fork_server, config, path, runs)
     return path
 
 
