@@ -150,6 +150,21 @@ def test_a_mark_that_is_gone_is_a_start_that_did_not_get_far(tmp_path):
     assert activity(late) == Activity("waiting", "stopped by SIGUSR1; it was started again and did not get far", True)
 
 
+def test_losses_name_the_node_that_is_suspected_more_than_once(tmp_path):
+    """As examples/slurm/common.sh writes them."""
+    once = "4 10 loss node7 task 1 on node7: Killed\n4 20 memory - task 0 on node7 ran out of memory\n"
+    run = write_run_files(tmp_path / "run", lock=ELSEWHERE, job="4")
+    run.losses.write_text(once)
+    assert read_status(run, NOW).losses == 2 and activity(run) == Activity("running")
+    run.losses.write_text(f"{once}4 30 loss node7 node node7 was lost\n4 4")  # the last is being written
+    suspicion = "node node7 is suspected of 2 of 3 losses; look at it, or use sbatch --exclude=node7"
+    assert activity(run) == Activity("running", suspicion, True)
+    lost = write_run_files(tmp_path / "lost", lock=ELSEWHERE, seen=10_000)
+    lost.losses.write_text(once)
+    last = "the last loss before, at update 20: task 0 on node7 ran out of memory"
+    assert activity(lost).reason == f"nothing from process 12 on node7 for 2h; {last}"
+
+
 def test_a_checkpoint_that_is_not_whole_needs_somebody(tmp_path):
     run = write_run_files(tmp_path / "run", lock=ELSEWHERE, checkpoints=(1, 2))
     assert read_status(run, NOW).checkpoint == 2
