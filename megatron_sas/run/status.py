@@ -30,7 +30,7 @@ STATES = {
     "lost": "no sign of life for longer than run.timeout_minutes, though nothing says that it has ended",
     "failed": "its process on this host is gone, and it did not end in order",
     "unknown": "its configuration or records cannot be read",
-    "waiting": "it saved and ended before its last update, and wants to be started again (file requeue)",
+    "waiting": "it ended before its last update, and wants to be started again (file requeue, or a loss)",
     "running": "its process is there, or it has shown a sign of life lately",
     "stopped": "it was asked to save and end, by a file stop or Ctrl-C",
     "finished": "it has made its last update",
@@ -102,9 +102,8 @@ def read_status(run: RunDirectory, now: float | None = None, this_host: str | No
     activity = _activity(run, records, holder, start.get("slurm_job"), now, limit, silent, this_host)
     newest, whole = _checkpoints(run)
     losses = _losses(run)
-    if losses and activity.state in ("lost", "failed"):
-        reason = f"{activity.reason}; the last loss before, at update {losses[-1].step}: {losses[-1].words}"
-        activity = Activity(activity.state, reason, activity.needs_somebody)
+    if losses and activity.state in ("running", "lost", "failed"):
+        activity = _after_losses(run, losses, activity, now)
     fault = _fault(records, newest, whole) or (_suspicion(losses) if activity.state in ("running", "waiting") else None)
     if fault and not activity.needs_somebody:
         activity = Activity(activity.state, fault, needs_somebody=True)
@@ -259,6 +258,20 @@ def _losses(run: RunDirectory) -> list[Loss]:
             for job, step, _, node, words in (line for line in lines if len(line) == 5 and line[1].isdigit())
         ]
     return []
+
+
+def _after_losses(run: RunDirectory, losses: Sequence[Loss], activity: Activity, now: float) -> Activity:
+    """The activity of a run of which jobs have lost something; after the newest loss it waits for its next start."""
+    job, step, _, words = losses[-1]
+    since = run.losses.stat().st_mtime
+    waits = max(0.0, now - since)
+    if since >= run.starts.stat().st_mtime and waits <= IN_QUEUE:
+        return Activity("waiting", f"for job {job}, which starts again after: {words}")
+    if since >= run.starts.stat().st_mtime:
+        return Activity("waiting", f"for {age(waits)} since: {words}; is job {job} still in the queue?", True)
+    if activity.state == "running":
+        return activity
+    return Activity(activity.state, f"{activity.reason}; the last loss before, at update {step}: {words}", True)
 
 
 def _suspicion(losses: Sequence[Loss]) -> str | None:
