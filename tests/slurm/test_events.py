@@ -12,10 +12,7 @@ import slurm_cluster
 import slurm_events
 from slurm_events import PLAIN, PREEMPTION, Outcome
 
-if reason := slurm_cluster.missing():
-    pytest.skip(reason, allow_module_level=True)
-
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("real_slurm")]
 
 BACK = "goes back into the queue"
 

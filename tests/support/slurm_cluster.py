@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import re
@@ -29,7 +28,6 @@ LATEST = 0.4  # seconds for which an answer of Slurm about all jobs serves the c
 FROM_OUTSIDE = ("SLURM_", "SRUN_", "SBATCH_", "TRAINER_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
 
 
-@functools.cache
 def missing() -> str | None:
     """Why there can be no Slurm here; None if there can. One is started to find out."""
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
