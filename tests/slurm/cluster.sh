@@ -76,11 +76,11 @@ start_node() { # DIR NAME
 }
 
 write_configuration() { # DIR
-    local dir=$1 host gpu tasks=none preemption=${PREEMPTION:-partition_prio} mode=REQUEUE requeue=REQUEUE cancel=CANCEL
+    local dir=$1 host gpu tasks=none memory='' preemption=${PREEMPTION:-partition_prio} mode=REQUEUE requeue=REQUEUE cancel=CANCEL
     host=$(hostname -s)
     [ "$preemption" != none ] || mode=OFF requeue=OFF cancel=OFF
     if [ "${LIMIT_MEMORY:-no}" = yes ]; then
-        tasks=cgroup
+        tasks=cgroup memory=_Memory
         printf '%s\n' CgroupPlugin=cgroup/v1 Constrain{RAM,Swap}Space=yes AllowedSwapSpace=0 >"$dir/cgroup.conf"
     fi
     cat >"$dir/slurm.conf" <<CONF
@@ -106,7 +106,7 @@ MpiDefault=none
 FirstJobId=$((RANDOM % 11000 + 1))
 SwitchType=switch/none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core$memory
 SlurmdParameters=config_overrides
 GresTypes=gpu
 ReturnToService=2
