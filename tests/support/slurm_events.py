@@ -224,13 +224,9 @@ def repeated_failure(cluster: Cluster, directory: Path, name: str = "repeats", c
     """A task dies in the same way in the first two starts."""
     run = directory / name
     job = cluster.submit(SRUN, run, "config.yaml", run, options=case.options, **dict(case.environment))
-    began = time.monotonic()
-    facts = job.wait()
-    outcome = Outcome(job, facts, time.monotonic() - began)
-    outcome.last = job.wait_for_end()
+    facts = job.wait_for_end()
     time.sleep(1)
-    outcome.starts, outcome.output = len(job.starts()), job.output()
-    return outcome
+    return Outcome(job, facts, 0, len(job.starts()), job.output(), facts)
 
 
 def taken_port(cluster: Cluster, directory: Path) -> Outcome:
