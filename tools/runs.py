@@ -19,8 +19,9 @@ docs/clusters.md explains the states."""
 
 EPILOG = """\
 columns: STATE; RUN, from DIR on if one is given; UPDATE, made and in all; LOSS; λ of the terms; TOK/S, tokens per
-second; SAVED, newest whole checkpoint and its age; SEEN, age of the last sign of life; JOB/HOST, the Slurm job or else
-the host. Terminals of 120 columns and more see numbers in full, and host:process. --json has all of it, exactly.
+second; SAVED, newest whole checkpoint and its age; LOST, losses after which a batch script had its job start again;
+SEEN, age of the last sign of life; JOB/HOST, the Slurm job or else the host. Terminals of 120 columns and more see
+numbers in full, and host:process. --json has all of it, exactly.
 
 exit code: 0; with --needs 1 if any run needs somebody; 2 if something could not be read"""
 

@@ -42,7 +42,9 @@ job=${job:-$SLURM_JOB_ID}
 
 # Where the processes meet: the first node of the job, on which this script runs, and a port below those that Linux gives
 # to any outgoing connection (32768 and up).
-mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null)
+[ ${#nodes[@]} -gt 0 ] ||
+    refuse "scontrol tells no nodes of job $SLURM_JOB_ID on $(hostname): is SLURM_CONF (${SLURM_CONF:-unset}) Slurm's configuration?"
 MASTER_ADDR=${nodes[0]}
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
 export MASTER_ADDR MASTER_PORT
@@ -61,7 +63,8 @@ find_port() {
 }
 find_port
 
-messages=$(mktemp) # what srun and the tasks say on standard error
+# What srun and the tasks say on standard error.
+messages=$(mktemp) || refuse "no temporary file on $(hostname): set TMPDIR to a directory that the job can write"
 trap 'rm -f "$messages"' EXIT
 
 # A node that was away when a step was ended is told so when it is back, by the step's number. So the steps of a job that
@@ -107,11 +110,12 @@ ask_slurm() {
 # node_of TASK: the name of the node on which that task of the step runs.
 node_of() { echo "${nodes[$1 / ${SLURM_NTASKS_PER_NODE:-1}]:-an unknown node}"; }
 
-# find_cause CODE: set `cause` (fault, memory or loss), `what` in words, `suspect`, a node or nothing, and `code`.
+# find_cause CODE: set `cause` (fault, memory, start or loss), `what` in words, `suspect`, a node or nothing, and `code`.
 #
 # srun's exit code is the largest of all tasks, and those that it ends itself because another has failed are among them.
 # What comes first in its messages tells more: the cause. But exit code 3 is what the others end with when one is gone, and
-# 1 what a deepspeed launcher ends with when srun ends it. Above 128 is a death by signal: 137 of a shell, 247 of a launcher.
+# 1 what a deepspeed launcher ends with when srun ends it, and srun itself after a kill for lack of memory. Above 128 is a
+# death by signal: 137 of a shell, 247 of a launcher.
 find_cause() {
     local line node task ending='' failed='srun: error: ([^ ]+): tasks? ([0-9]+)[^:]*: (.*)'
     cause='' what='' suspect=''
@@ -119,6 +123,8 @@ find_cause() {
         if [[ $line =~ "Node failure on "([^ ]+) || $line =~ "failed on node "([^ :]+) ]]; then
             cause=loss what="node ${BASH_REMATCH[1]} was lost" suspect=${BASH_REMATCH[1]}
             return
+        elif [[ $line =~ "Unable to create step for job "[0-9]+": "(.*) ]]; then # nothing of ours has begun
+            cause=start what="Slurm did not start its processes: ${BASH_REMATCH[1]}"
         elif [[ $line =~ Terminating\ StepId ]]; then
             ending=1
         elif [ -n "$cause" ]; then
@@ -139,12 +145,11 @@ find_cause() {
                 [ -z "$ending" ] || continue # by srun
                 cause=loss what="task $task on $node: $line" suspect=$node
                 ;;
-            "Out Of Memory"*) cause=memory what="task $task on $node ran out of memory" suspect=$node ;;
+            "Out Of Memory"*) cause=memory what="task $task on $node ran out of memory" ;;
             *) cause=loss what="task $task on $node: $line" suspect=$node ;;
             esac
         fi
     done <"$messages"
-    [ "$cause" != loss ] || ! grep -q 'oom.kill' "$messages" || cause=memory what="$what, out of memory"
     what=${what:-exit code $1}
     [ -z "$cause" ] || return 0
     cause=fault
@@ -155,27 +160,29 @@ find_cause() {
 last_update() { tail -n 2 "$1/metrics.jsonl" 2>/dev/null | sed -n 's/.*"step": \([0-9]*\),.*/\1/p' | tail -n 1; }
 
 # may_try_again RUN: whether a job that lost something is started again; if not, set `why`. Earlier losses are lines of
-# RUN/losses: job, update, cause, and in words.
+# RUN/losses: job, update, cause, suspected node or -, and in words.
 may_try_again() {
     local update lost last count
     update=$(last_update "$1")
-    # A directory that is not a run yet must stay empty; so without records only the job's first start has another try.
+    # A directory that is not a run yet must stay empty; so without records only the job's first start has another try,
+    # and one that Slurm refused.
     if [ -z "$update" ] || [ ! -e "$1/config.yaml" ]; then
-        why="and no update was made in a second start either"
-        [ "${SLURM_RESTART_COUNT:-0}" = 0 ]
+        why="and no update was made in an earlier start either"
+        [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || [[ $cause = start && $SLURM_RESTART_COUNT = 1 ]]
         return
     fi
     lost=$(grep -s "^$job " "$1/losses")
     last=$(tail -n 1 <<<"$lost") count=$(grep -c . <<<"$lost")
     if [ "$cause" = memory ] && [[ $lost == *" memory "* ]]; then
         why="for the second time"
-    elif [[ $last == "$job $update "* ]]; then
+    elif [[ $last == "$job $update "* ]] && [[ $cause != start || $last == *" start - "* ]]; then
         why="at update $update, where it was lost before"
     elif [ "$count" -ge "${MAX_RESTARTS:-10}" ]; then
         why="after MAX_RESTARTS=${MAX_RESTARTS:-10} restarts"
-    else
-        echo "$job $update $cause $what" >>"$1/losses"
+    elif echo "$job $update $cause ${suspect:--} $what" >>"$1/losses"; then
         return 0
+    else
+        why="and $1/losses cannot be written"
     fi
     return 1
 }

@@ -112,7 +112,7 @@ class RunDirectory:
         self.starts = path / "starts.json"  # command line, place, code and packages of every start (`starts.py`)
         self.lineage = path / "lineage.json"  # where a branch comes from
         self.stop = path / "stop"  # a request to save and end
-        # `losses` holds what a batch script's jobs have lost (docs/clusters.md); nothing here reads it.
+        self.losses = path / "losses"  # why batch scripts had their jobs start again (docs/clusters.md)
         self.requeue = path / "requeue"  # why the run ended early and wants to be started again
 
     def checkpoint(self, step: int) -> Path:

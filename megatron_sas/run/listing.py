@@ -133,6 +133,7 @@ def _columns(statuses: Sequence[RunStatus], wide: bool) -> dict[str, list[str]]:
         "λ": list(map(weights, statuses)),
         "TOK/S": list(map(number, of("tokens_per_second"))),
         "SAVED": list(map(checkpoint, statuses)),
+        "LOST": [str(count or "") for count in of("losses")],
         "SEEN": ["" if silent is None else age(silent) for silent in of("silent_seconds")],
     }
     hosts = ["" if host is None else host.partition(".")[0] for host in of("host")]

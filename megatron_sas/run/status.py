@@ -11,11 +11,12 @@ import contextlib
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.directory_lock import LOCK, Holder, read_holder
@@ -29,7 +30,7 @@ STATES = {
     "lost": "no sign of life for longer than run.timeout_minutes, though nothing says that it has ended",
     "failed": "its process on this host is gone, and it did not end in order",
     "unknown": "its configuration or records cannot be read",
-    "waiting": "it saved and ended before its last update, and wants to be started again (file requeue)",
+    "waiting": "it ended before its last update, and wants to be started again (file requeue, or a loss)",
     "running": "its process is there, or it has shown a sign of life lately",
     "stopped": "it was asked to save and end, by a file stop or Ctrl-C",
     "finished": "it has made its last update",
@@ -50,6 +51,15 @@ class Activity:
     needs_somebody: bool = False  # it will not go on, or is not what it should be, unless somebody does something
 
 
+class Loss(NamedTuple):
+    """Why a job started again: a line of `RUN/losses`, which the batch scripts write."""
+
+    job: str
+    step: int  # the newest update
+    node: str | None  # that is suspected
+    words: str
+
+
 @dataclass(frozen=True)
 class RunStatus:
     """A run as it stands. None: not known, or there is none."""
@@ -67,6 +77,7 @@ class RunStatus:
     checkpoint: int | None = None  # updates before the newest whole one
     checkpoint_seconds: float | None = None  # its age
     silent_seconds: float | None = None  # since the last sign of life
+    losses: int = 0  # after which a batch script had its job start again
 
     def values(self) -> dict[str, Any]:
         """As JSON values, under the names of the fields."""
@@ -90,7 +101,11 @@ def read_status(run: RunDirectory, now: float | None = None, this_host: str | No
     limit = timeout + _longest_pause(records)
     activity = _activity(run, records, holder, start.get("slurm_job"), now, limit, silent, this_host)
     newest, whole = _checkpoints(run)
-    if not activity.needs_somebody and (fault := _fault(records, newest, whole)):
+    losses = _losses(run)
+    if losses and activity.state in ("running", "lost", "failed"):
+        activity = _after_losses(run, losses, activity, now)
+    fault = _fault(records, newest, whole) or (_suspicion(losses) if activity.state in ("running", "waiting") else None)
+    if fault and not activity.needs_somebody:
         activity = Activity(activity.state, fault, needs_somebody=True)
     updates = [record for record in reversed(records) if record["kind"] == "train"]
     last = updates[0] if updates else {}
@@ -107,6 +122,7 @@ def read_status(run: RunDirectory, now: float | None = None, this_host: str | No
         None if whole is None else step_of(whole),
         None if whole is None else max(0.0, now - (whole / MANIFEST).stat().st_mtime),
         silent,
+        len(losses),
     )
 
 
@@ -231,6 +247,39 @@ def _fault(records: Sequence[Mapping[str, Any]], newest: Path | None, whole: Pat
     update = next((record for record in reversed(records) if record["kind"] == "train"), None)
     if update is not None and None in (update.get("loss", 0), update.get("grad_norm", 0)):
         return f"loss or gradient of update {update['step']} is not finite"
+    return None
+
+
+def _losses(run: RunDirectory) -> list[Loss]:
+    with contextlib.suppress(OSError):
+        lines = (line.split(" ", 4) for line in run.losses.read_text(encoding="utf-8", errors="replace").splitlines())
+        return [
+            Loss(job, int(step), None if node == "-" else node, words)
+            for job, step, _, node, words in (line for line in lines if len(line) == 5 and line[1].isdigit())
+        ]
+    return []
+
+
+def _after_losses(run: RunDirectory, losses: Sequence[Loss], activity: Activity, now: float) -> Activity:
+    """The activity of a run of which jobs have lost something; after the newest loss it waits for its next start."""
+    job, step, _, words = losses[-1]
+    since = run.losses.stat().st_mtime
+    waits = max(0.0, now - since)
+    if since >= run.starts.stat().st_mtime and waits <= IN_QUEUE:
+        return Activity("waiting", f"for job {job}, which starts again after: {words}")
+    if since >= run.starts.stat().st_mtime:
+        return Activity("waiting", f"for {age(waits)} since: {words}; is job {job} still in the queue?", True)
+    if activity.state == "running":
+        return activity
+    return Activity(activity.state, f"{activity.reason}; the last loss before, at update {step}: {words}", True)
+
+
+def _suspicion(losses: Sequence[Loss]) -> str | None:
+    """Which node was suspected more than once, if any."""
+    for node, count in Counter(loss.node for loss in losses if loss.node).most_common(1):
+        if count > 1:
+            suspected = f"node {node} is suspected of {count} of {len(losses)} losses"
+            return f"{suspected}; look at it, or use sbatch --exclude={node}"
     return None
 
 

@@ -61,17 +61,19 @@ def check_torch(
 def check_collectives(
     has_gpu: Callable[[], bool] = torch.cuda.is_available, has_nccl: Callable[[], bool] = dist.is_nccl_available
 ) -> str:
-    """NCCL where there are GPUs, gloo elsewhere."""
-    if not has_gpu():
-        if not dist.is_gloo_available():
-            raise InputError("this torch has no gloo, which processes on CPUs need; install the wheel from PyPI")
-        return "gloo"
-    if not has_nccl():
+    """NCCL where there are GPUs, gloo elsewhere, and what the environment sets for them."""
+    if has_gpu() and not has_nccl():
         raise InputError(
             f"torch {torch.__version__} has no NCCL, which GPUs need; install the CUDA wheel for Linux "
             "(https://pytorch.org/get-started)"
         )
-    return "NCCL " + ".".join(map(str, torch.cuda.nccl.version()))
+    if not has_gpu() and not dist.is_gloo_available():
+        raise InputError("this torch has no gloo, which processes on CPUs need; install the wheel from PyPI")
+    backend = "NCCL " + ".".join(map(str, torch.cuda.nccl.version())) if has_gpu() else "gloo"
+    prefix = ("NCCL_", "TORCH_NCCL_") if has_gpu() else "GLOO_"
+    return ", ".join(
+        [backend, *(f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith(prefix))]
+    )
 
 
 def check_triton(has_gpu: Callable[[], bool] = torch.cuda.is_available, find_spec: FindSpec = util.find_spec) -> str:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sas.core.cli import InputError, first_line
+from megatron_sas.core.distributed import local_rank
 from megatron_sas.launch.environment import environment_from_launcher, number_of_processes
 from megatron_sas.run.signals import rank_by_launcher
 
@@ -46,6 +47,15 @@ class Report:
     def where(self) -> str:
         """This process, in messages."""
         return f"{socket.gethostname()} (rank {self.rank})"
+
+    @property
+    def place(self) -> str:
+        """What this process uses: host, number there, device, and where it meets the others."""
+        gpu = f"cuda:{local_rank()} of {torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        meeting = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        return (
+            f"rank {self.rank}: {socket.gethostname()}, local rank {local_rank()}, {gpu}, meets the others at {meeting}"
+        )
 
     def join(self) -> int:
         """Reach the other processes, if there are any; returns how many there are.
@@ -98,7 +108,7 @@ class Report:
         self._round += 1
         device = "a GPU" if torch.cuda.is_available() else "no GPU"
         try:
-            self._store.set(keys[self.rank], json.dumps([self.where, device, own]))
+            self._store.set(keys[self.rank], json.dumps([self.where, device, own, self.place]))
             with contextlib.suppress(dist.DistStoreError):  # who did not come is found below
                 self._store.wait(keys, self.timeout)
             every = [json.loads(self._store.get(key)) if self._store.check([key]) else None for key in keys]
@@ -106,6 +116,9 @@ class Report:
             print(f"problem  {self.where}: processes: lost contact with rank 0 ({first_line(error)})", flush=True)
             self._store = None
             return False
+        if self._round == 1:
+            for words in filter(None, every):
+                self._print(f"ok       {words[3]}")
         others = of_others(every)
         for line in others:
             self._print_problem(line)
@@ -168,18 +181,18 @@ class Report:
         self._print(f"problem  {line}")
 
 
-def of_others(every: list[tuple[str, str, list[str]] | None]) -> list[str]:
+def of_others(every: list[Sequence | None]) -> list[str]:
     """The problems that rank 0 did not find itself, each once, with those who have it.
 
-    `every` has for each rank its place, its device and its problems, or None if it did not come.
+    `every` has for each rank its host, kind of device, problems (and more), or None if it did not come.
     """
     places, devices = defaultdict(list), defaultdict(list)
-    first, _, printed = every[0] or ("", "", [])
+    first, _, printed, *_ = every[0] or ("", "", [])
     for rank, words in enumerate(every):
         if words is None:
             places["processes: did not come in time"].append(f"rank {rank}")
             continue
-        where, device, problems = words
+        where, device, problems, *_ = words
         devices[device].append(where)
         same_host = where.split(" ")[0] == first.split(" ")[0]  # where what rank 0 has found was printed already
         for problem in problems if rank > 0 else []:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_sas.launch.slurmstepd import is_gone, own_slurmstepd
+from megatron_sas.launch.slurmstepd import ENDED, is_gone, own_slurmstepd
 
 
 @pytest.fixture
@@ -13,7 +13,8 @@ def proc(tmp_path):
     rows = {"self": ("python", 20), "20": ("a (b) c", 10), "10": ("slurmstepd", 1), "1": ("init", 0), "30": ("bash", 1)}
     for process, (name, parent) in rows.items():
         (tmp_path / process).mkdir()
-        (tmp_path / process / "stat").write_text(f"7 ({name}) S {parent} 1 1 0\n")
+        number = process.replace("self", "25")
+        (tmp_path / process / "stat").write_text(f"{number} ({name}) S {parent} 1 1 0\n")
     return tmp_path
 
 
@@ -25,6 +26,15 @@ def test_no_slurmstepd_without_slurm(proc):
     (proc / "10" / "stat").write_text("7 (sshd) S 1 1 1 0\n")
     assert own_slurmstepd(proc) is None
     assert own_slurmstepd(proc / "nowhere") is None
+
+
+@pytest.mark.parametrize(("task", "found"), [("25", ENDED), ("20", ENDED), ("7", None)])
+def test_slurmstepd_that_ended_before_it_was_looked_for_is_gone(proc, monkeypatch, task, found):
+    """SLURM_TASK_PID is this process, the launcher above it, or none of those that are seen, as in a container."""
+    (proc / "20" / "stat").write_text("20 (bash) S 1 1 1 0\n")
+    monkeypatch.setenv("SLURM_TASK_PID", task)
+    assert own_slurmstepd(proc) == found
+    assert is_gone(own_slurmstepd(proc), proc) == (found == ENDED)
 
 
 def test_slurmstepd_is_gone_when_it_has_ended_or_another_has_its_number(proc):

@@ -122,6 +122,11 @@ def test_columns_without_anything_are_left_out():
     assert table([bare], ["a"], 80) == ["STATE   RUN", "unknown a", "  ! config.yaml cannot be read"]
 
 
+def test_losses_have_a_column_where_there_are_any():
+    header, row = table([status("a", losses=3)], ["a"], 140)
+    assert header.split()[7:9] == ["LOST", "SEEN"] and row.split()[8:10] == ["3", "12s"]
+
+
 def test_terms_are_named_where_several_are_in_use():
     both = status("a", weights={"sas": 0.001, "offset": -0.1})
     assert "sas 0.001 offset -0.1" in table([both], ["a"], 140)[1]
@@ -154,4 +159,5 @@ def test_values_are_what_json_has(tmp_path):
         ("checkpoint", 2),
         ("checkpoint_seconds", 5.0),
         ("silent_seconds", 5.0),
+        ("losses", 0),
     ]

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from engine_runs import train
@@ -148,6 +149,36 @@ def test_a_mark_that_is_gone_is_a_start_that_did_not_get_far(tmp_path):
     assert activity(run) == Activity("waiting", "is being started again")
     late = write_run_files(tmp_path / "late", end=STOPPED, job="4", seen=4000)
     assert activity(late) == Activity("waiting", "stopped by SIGUSR1; it was started again and did not get far", True)
+
+
+def with_losses(path: Path, text: str, before: float, seen: float = 60.0) -> RunDirectory:
+    """A run with a file `losses`, as examples/slurm/common.sh writes it, that was last changed `before` seconds ago."""
+    run = write_run_files(path, lock=ELSEWHERE, job="4", seen=seen)
+    run.losses.write_text(text)
+    os.utime(run.losses, (NOW - before, NOW - before))
+    return run
+
+
+LOSSES = "4 10 loss node7 task 1 on node7: Killed\n4 20 memory - task 0 on node7 ran out of memory\n"
+
+
+def test_losses_are_counted_and_name_the_node_that_is_suspected_twice(tmp_path):
+    run = with_losses(tmp_path / "run", LOSSES, 100)
+    assert read_status(run, NOW).losses == 2 and activity(run) == Activity("running")
+    more = LOSSES + "4 30 loss node7 node node7 was lost\n4 4"  # the last is being written
+    suspicion = "node node7 is suspected of 2 of 3 losses; look at it, or use sbatch --exclude=node7"
+    assert activity(with_losses(tmp_path / "more", more, 100)) == Activity("running", suspicion, True)
+
+
+def test_a_run_waits_for_its_next_start_after_a_loss(tmp_path):
+    waiting = Activity("waiting", "for job 4, which starts again after: task 0 on node7 ran out of memory")
+    assert activity(with_losses(tmp_path / "now", LOSSES, 1)) == waiting
+    old = activity(with_losses(tmp_path / "old", LOSSES, IN_QUEUE * 3, seen=IN_QUEUE * 3 + 5))
+    asks = "for 3d since: task 0 on node7 ran out of memory; is job 4 still in the queue?"
+    assert old == Activity("waiting", asks, True)
+    lost = activity(with_losses(tmp_path / "lost", LOSSES, 20_000, seen=10_000))  # started again, then lost
+    last = "the last loss before, at update 20: task 0 on node7 ran out of memory"
+    assert lost == Activity("lost", f"nothing from process 12 on node7 for 2h; {last}", True)
 
 
 def test_a_checkpoint_that_is_not_whole_needs_somebody(tmp_path):

@@ -21,6 +21,7 @@
 #   KILL_WAIT        5: seconds from SIGTERM to SIGKILL (30)
 #   GRACE            20: seconds of the partition low (0)
 #   CRED_EXPIRE      10: seconds until a requeued job may start (120)
+#   LIMIT_MEMORY     no; `yes` has a cgroup (v1, which only root may make) kill what uses more than --mem (no)
 set -euo pipefail
 export PATH=$PATH:/usr/sbin:/sbin
 nodes=(127.0.0.1 127.0.0.2)
@@ -75,9 +76,13 @@ start_node() { # DIR NAME
 }
 
 write_configuration() { # DIR
-    local dir=$1 host gpu preemption=${PREEMPTION:-partition_prio} mode=REQUEUE requeue=REQUEUE cancel=CANCEL
+    local dir=$1 host gpu tasks=none memory='' preemption=${PREEMPTION:-partition_prio} mode=REQUEUE requeue=REQUEUE cancel=CANCEL
     host=$(hostname -s)
     [ "$preemption" != none ] || mode=OFF requeue=OFF cancel=OFF
+    if [ "${LIMIT_MEMORY:-no}" = yes ]; then
+        tasks=cgroup memory=_Memory
+        printf '%s\n' CgroupPlugin=cgroup/v1 Constrain{RAM,Swap}Space=yes AllowedSwapSpace=0 >"$dir/cgroup.conf"
+    fi
     cat >"$dir/slurm.conf" <<CONF
 ClusterName=test
 SlurmctldHost=$host(127.0.0.1)
@@ -94,14 +99,14 @@ SlurmdLogFile=$dir/slurmd-%n.log
 SlurmdSpoolDir=$dir/spool/%n
 StateSaveLocation=$dir/state
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/$tasks
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MpiDefault=none
 FirstJobId=$((RANDOM % 11000 + 1))
 SwitchType=switch/none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core$memory
 SlurmdParameters=config_overrides
 GresTypes=gpu
 ReturnToService=2
@@ -113,8 +118,8 @@ MessageTimeout=5
 SchedulerParameters=sched_interval=2,bf_interval=2
 PreemptType=preempt/$preemption
 PreemptMode=$mode
-NodeName=${nodes[0]} NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[1]} CoresPerSocket=16 Gres=gpu:64
-NodeName=${nodes[1]} NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[2]} CoresPerSocket=16 Gres=gpu:64
+NodeName=${nodes[0]} NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[1]} CoresPerSocket=16 RealMemory=65536 Gres=gpu:64
+NodeName=${nodes[1]} NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[2]} CoresPerSocket=16 RealMemory=65536 Gres=gpu:64
 PartitionName=DEFAULT Nodes=${nodes[0]},${nodes[1]} State=UP DefaultTime=10
 PartitionName=low Default=YES PriorityTier=1 PreemptMode=$requeue GraceTime=${GRACE:-20}
 PartitionName=nograce PriorityTier=1 PreemptMode=$requeue GraceTime=0
@@ -178,6 +183,9 @@ stop() { # DIR
     end "$dir/slurmctld.pid" slurmctld
     end "$dir/munged.pid" munged
     rm -f "$dir"/*.pid
+    [ -e "$dir/cgroup.conf" ] || return 0
+    # Another such Slurm gives the same names; what it needs is not empty.
+    find /sys/fs/cgroup/*/slurm_127.0.0.* -depth -type d -exec rmdir {} + 2>/dev/null || true
 }
 
 case ${1-} in

@@ -3,8 +3,9 @@
 
     python tests/slurm/soak.py --events 20 --seed 1 --output soak.json
 
-An event comes at a random moment of a start: `scancel` and another submission, `scontrol requeue`, a preemption, the
-loss of a node that is back after some seconds, SIGKILL of a task or of a slurmstepd.
+An event comes at a random moment of a start, half of them before its first update: `scancel` and another submission,
+`scontrol requeue`, a preemption, SIGKILL of a task or of a slurmstepd, or the loss of a node that is back after some
+seconds. The last comes after an update: before all ranks have met, nobody misses one for half an hour.
 """
 
 from __future__ import annotations
@@ -38,8 +39,15 @@ def settings(steps: int) -> list[str]:
 
 def submit(cluster: Cluster, config: Path, run: Path, steps: int) -> Job:
     """The job, which may lose much."""
-    environment = {"PYTHON": sys.executable, "MAX_RESTARTS": 1000}
+    environment = {"PYTHON": sys.executable, "MAX_RESTARTS": 1000, "SLURM_WAIT": 5}
     return cluster.submit(SCRIPT, run, config, run, *settings(steps), options=("--time=UNLIMITED",), **environment)
+
+
+def runs(job: Job) -> bool:
+    """Whether it does; raises AssertionError if it never will again."""
+    state = job.facts()["JobState"]
+    assert state in ("PENDING", "CONFIGURING", "RUNNING"), job.output()
+    return state == "RUNNING"
 
 
 def happen(cluster: Cluster, job: Job, event: str) -> None:
@@ -64,16 +72,19 @@ def soak(directory: Path, events: int, seed: int, say: Callable[[str], None]) ->
     """Run; raises AssertionError at the first thing that is not as it should be. Returns what happened."""
     chance, happened, began = random.Random(seed), Counter(), time.monotonic()
     config, run, whole = write_inputs(directory), directory / "run", directory / "whole"
-    with Cluster() as cluster:
+    with Cluster(KILL_WAIT=3) as cluster:
         steps = 100_000  # more than there is time for; the length is set when all has happened
         job = submit(cluster, config, run, steps)
         for number in range(1, events + 1):
-            step, event = job.step(), chance.choice(EVENTS)
-            wait_until(lambda job=job: job.facts()["JobState"] == "RUNNING" and len(job.tasks()) == 2, "a start")
-            # Within the start, or after updates that the event before has not lost.
-            wait_until(lambda job=job, step=step: job.step() != step, "an update")
+            event, early = chance.choice(EVENTS), chance.random() < 0.5
+            early &= number > 1 and event != "node"
+            wait_until(lambda job=job: runs(job) and job.tasks(0) and job.tasks(1), "a start")
+            if not early:
+                begun = len(job.output())
+                wait_until(lambda job=job, n=begun: runs(job) and "\nstep " in job.output()[n:], "an update")
             time.sleep(chance.uniform(0, 4))
-            restarts = int(job.facts()["Restarts"])
+            assert runs(job), job.output()
+            step, restarts = job.step(), int(job.facts()["Restarts"])
             (run / "losses").unlink(missing_ok=True)  # two at the same update by chance are no fault of the program
             happen(cluster, job, event)
             happened[event] += 1
@@ -82,16 +93,15 @@ def soak(directory: Path, events: int, seed: int, say: Callable[[str], None]) ->
                 assert facts["JobState"] == "CANCELLED" and int(facts["Restarts"]) == restarts, job.output()
                 job = submit(cluster, config, run, steps)
             else:
-                wait_until(
-                    lambda job=job, n=restarts: int(job.facts()["Restarts"]) == n + 1, f"the return after {event}"
-                )
-            say(f"{number}: {event} at update {step}")
+                facts = job.wait()
+                assert facts["JobState"] == "PENDING" and int(facts["Restarts"]) == restarts + 1, job.output()
+            say(f"{number}: {event} at update {step}{', or before its start made one' * early}")
         cluster.call("scancel", job.id)
         job.wait_for_end()
         steps = (job.step() // 8 + 2) * 8
         jobs = [submit(cluster, config, place, steps) for place in (run, whole)]
         for one in jobs:
-            facts = wait_until(lambda one=one: one.ended(), "the end", 3600)
+            facts = one.wait_for_end(seconds=900)
             assert facts["JobState"] == "COMPLETED", one.output()
     differences = [largest_difference(tensors(run, steps), tensors(whole, steps)) for tensors in (weights, moments)]
     assert differences == [0, 0], f"weights and moments differ by {differences}"

@@ -1,7 +1,6 @@
 """The decision of examples/slurm/common.sh, case by case; `test_events.py` has it made on a real Slurm.
 
-The facts are lines of `scontrol show job` as a real one has printed them. So is what srun says on standard error, but
-for the kill for lack of memory, which the clusters of the tests cannot do.
+The facts are lines of `scontrol show job` as a real one has printed them. So is what srun says on standard error.
 """
 
 from __future__ import annotations
@@ -160,7 +159,7 @@ def test_loss_goes_back_and_names_the_node(decision, code, messages, words, susp
     got, output = decision.finish(code, messages=messages, update=40)
     assert got == code and decision.asked == ["requeue 7"] and words in output, output
     assert (f"node {suspect} is suspected" in output) == (suspect is not None)
-    assert (decision.run / "losses").read_text().startswith("7 40 loss ")
+    assert (decision.run / "losses").read_text().startswith(f"7 40 loss {suspect or '-'} ")
 
 
 def test_suspected_node_is_left_out_on_request(decision):
@@ -200,31 +199,54 @@ def test_loss_at_the_same_update_stays_out(decision):
     assert len(decision.asked) == 3
 
 
+def test_start_that_slurm_refuses_is_tried_once_more(decision):
+    """As after the loss of a node (docs/clusters.md); the update is that of the loss."""
+    refused = "srun: error: Unable to create step for job 7: Invalid generic resource (gres) specification\n"
+    decision.finish(137, messages=KILLED, update=40)
+    _, output = decision.finish(1, messages=refused, update=40)
+    assert "(Slurm did not start its processes: Invalid generic resource (gres) specification): job 7 goes" in output
+    decision.finish(1, messages=refused, update=40)
+    assert len(decision.asked) == 2
+    decision.finish(137, messages=KILLED, update=41)
+    decision.finish(1, messages=refused, update=41)
+    assert len(decision.asked) == 4
+
+
+def test_loss_that_cannot_be_noted_stays_out(decision):
+    (decision.run / "losses").mkdir()  # or it would be started again and again
+    _, output = decision.finish(137, messages=KILLED, update=40)
+    assert not decision.asked and "losses cannot be written): see" in output, output
+
+
 def test_losses_are_counted(decision):
     for update in range(10, 50, 10):
         _, output = decision.finish(137, messages=KILLED, update=update, MAX_RESTARTS=3)
     assert len(decision.asked) == 3 and "after MAX_RESTARTS=3 restarts" in output
 
 
-@pytest.mark.parametrize(
-    "messages",
-    [
-        "srun: error: node2: task 1: Out Of Memory\n",
-        "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=7.0. Some of your processes may have been killed by "
-        f"the cgroup out-of-memory handler.\n{KILLED}",
-    ],
-)
-def test_out_of_memory_goes_back_once(decision, messages):
-    decision.finish(137, messages=messages, update=10)
-    _, output = decision.finish(137, messages=messages, update=20)
-    assert len(decision.asked) == 1 and "out of memory, for the second time" in output, output
+OUT_OF_MEMORY = f"""\
+slurmstepd-node2: error: Detected 1 oom-kill event(s) in StepId=7.0. Some of your processes may have been killed by \
+the cgroup out-of-memory handler.
+srun: error: node2: task 1: Out Of Memory
+{ENDING}srun: error: node1: task 0: Terminated
+srun: Force Terminated StepId=7.0
+"""
+
+
+def test_out_of_memory_goes_back_once(decision):
+    """srun's exit code is then 1, which a program's own fault has too."""
+    code, output = decision.finish(1, messages=OUT_OF_MEMORY, update=10)
+    assert (code, decision.asked) == (1, ["requeue 7"]) and "suspected" not in output, output
+    code, output = decision.finish(1, messages=OUT_OF_MEMORY, update=20)
+    assert (code, len(decision.asked)) == (1, 1), output
+    assert "(task 1 on node2 ran out of memory, for the second time)" in output
 
 
 def test_loss_before_the_first_update_goes_back_once_and_leaves_no_file(decision):
     decision.finish(137, messages=KILLED)
     job = facts(restarts=1)
     _, output = decision.finish(137, messages=KILLED, job=job, SLURM_RESTART_COUNT=1)
-    assert decision.asked == ["requeue 7"] and "no update was made in a second start either" in output, output
+    assert decision.asked == ["requeue 7"] and "no update was made in an earlier start either" in output, output
     assert not any(decision.run.iterdir())
 
 
@@ -245,23 +267,58 @@ def test_element_of_an_array_is_requeued_alone(decision):
     assert decision.asked == ["requeue 7_3"]
 
 
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"}
+
+
+@pytest.mark.parametrize("script", ["single_node.sbatch", "multi_node_deepspeed.sbatch"])
 @pytest.mark.parametrize(
-    ("environment", "words"),
+    ("environment", "programs", "words"),
     [
-        ({}, "is no job of Slurm: submit it with sbatch"),
-        ({"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"}, "scontrol or srun is not in PATH"),
+        ({}, (), "is no job of Slurm: submit it with sbatch"),
+        (JOB, (), "scontrol or srun is not in PATH"),
+        (JOB, ("scontrol", "srun"), "is SLURM_CONF (unset) Slurm's configuration?"),
+        (
+            JOB | {"TMPDIR": "/nowhere"},
+            ("scontrol", "srun", "mktemp"),
+            "set TMPDIR to a directory that the job can write",
+        ),
     ],
 )
-def test_job_that_cannot_begin_says_why_in_one_line(tmp_path, environment, words):
+def test_job_that_cannot_begin_says_why_in_one_line(tmp_path, script, environment, programs, words):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "requeue").write_text("left alone\n")
     bin = tmp_path / "bin"
     bin.mkdir()
     for name in ("bash", "hostname"):
         (bin / name).symlink_to(f"/bin/{name}")
-    command = [bin / "bash", SCRIPTS / "single_node.sbatch", "config.yaml", tmp_path / "run"]
+    for name in programs:  # a scontrol without Slurm's configuration says so, and nothing else
+        knows = name == "scontrol" and "mktemp" in programs
+        (bin / name).write_text("#!/bin/bash\n" + ("echo node1\n" if knows else "echo fatal >&2; exit 1\n"))
+        (bin / name).chmod(0o755)
     done = subprocess.run(
-        command, cwd=ROOT, env={"PATH": str(bin), **environment}, capture_output=True, text=True, check=False
+        [bin / "bash", SCRIPTS / script, "config.yaml", tmp_path / "run"],
+        cwd=ROOT,
+        env={"PATH": str(bin), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line != "fatal"]  # mktemp's own
+    assert done.returncode == 2 and len(lines) == 1 and words in lines[0], done.stderr
     assert (tmp_path / "run" / "requeue").exists()
+
+
+def test_container_gets_the_command_and_its_folders(tmp_path):
+    (tmp_path / "apptainer").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "apptainer").chmod(0o755)
+    script, environment = (
+        SCRIPTS / "python_in_apptainer.sh",
+        {"PATH": f"{tmp_path}:/usr/bin:/bin", "PWD": str(tmp_path)},
+    )
+    run = lambda **more: subprocess.run(  # noqa: E731
+        [script, "a b", "c"], cwd=tmp_path, env=environment | more, capture_output=True, text=True, check=False
+    )
+    words = run(IMAGE="image.sif", BIND="/data").stdout.splitlines()
+    assert words[:5] == ["exec", "--nv", "--bind", f"{tmp_path},/data", "--pwd"]
+    assert words[5:] == [str(tmp_path), "image.sif", "python", "a b", "c"]
+    assert run().returncode != 0 and "the container image" in run().stderr

@@ -6,13 +6,10 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-import slurm_cluster
-
-if reason := slurm_cluster.missing():
-    pytest.skip(reason, allow_module_level=True)
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("real_slurm")
 def test_run_through_twenty_random_events_equals_an_undisturbed_one(tmp_path):
     specification = importlib.util.spec_from_file_location("slurm_soak", Path(__file__).with_name("soak.py"))
     soak = importlib.util.module_from_spec(specification)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import re
@@ -12,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"
 STAND_IN = ROOT / "tests" / "slurm" / "trainer"
 NODES = ("127.0.0.1", "127.0.0.2")
 PATIENCE = 180.0  # seconds for what takes few on an idle machine
+LATEST = 0.4  # seconds for which an answer of Slurm about all jobs serves the cases that run at the same time
 
 FROM_OUTSIDE = ("SLURM_", "SRUN_", "SBATCH_", "TRAINER_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
 
 
-@functools.cache
 def missing() -> str | None:
     """Why there can be no Slurm here; None if there can. One is started to find out."""
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
@@ -64,6 +64,7 @@ class Cluster:
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}",
             "REQUEUE_PAUSE": "1",
         }
+        self._jobs, self._asked, self._asking = [], 0.0, threading.Lock()
         self.stand_in = self._interpreter("stand-in", f'exec "{sys.executable}" "{STAND_IN}" "$@"')
 
     def _interpreter(self, name: str, command: str) -> str:
@@ -98,6 +99,26 @@ class Cluster:
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
+    def facts(self, id: str) -> dict[str, str]:
+        """What `scontrol show job` says of a job, or of an element of an array (`12_3`), by name.
+
+        Not older than LATEST. Empty where Slurm does not know the job.
+        """
+        job, _, element = id.partition("_")
+        names = {"ArrayJobId": job, "ArrayTaskId": element} if element else {"JobId": job}
+        with self._asking:
+            for fresh in (False, True):
+                if fresh or time.monotonic() - self._asked > LATEST:
+                    lines = self.call("scontrol", "--oneliner", "show", "job", check=False).splitlines()
+                    self._jobs, self._asked = (
+                        [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines],
+                        time.monotonic(),
+                    )
+                for facts in self._jobs:
+                    if names.items() <= facts.items():
+                        return facts
+        return {}
+
     def submit(self, script: str, run: Path, *arguments: object, options: tuple = (), **environment: object) -> Job:
         """Submit one of examples/slurm: by default two tasks on two nodes, of the stand-in for the trainer."""
         run.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +131,7 @@ class Cluster:
         shape = ("--nodes=1", "--ntasks-per-node=2") if one_node else ("--nodes=2", "--ntasks-per-node=1")
         if script == "preprocess.sbatch":
             shape = ("--nodes=1", "--ntasks-per-node=1")
-        defaults = (*shape, "--cpus-per-task=1", "--gpus-per-node=1", "--time=20", "--mem-per-cpu=1M")
+        defaults = (*shape, "--cpus-per-task=1", "--gpus-per-node=1", "--time=20")
         command = ["sbatch", "--parsable", f"--output={output}", *defaults, *options, SCRIPTS / script, *arguments]
         variables = {"PYTHON": self.stand_in, **{name: str(value) for name, value in environment.items()}}
         done = subprocess.run(
@@ -149,6 +170,11 @@ class Cluster:
         subprocess.run([CLUSTER, "node", self.directory, node], env=self.environment, check=True)
 
 
+def can_limit_memory() -> bool:
+    """Whether `LIMIT_MEMORY=yes` works here: this user makes memory cgroups, of version 1."""
+    return os.access("/sys/fs/cgroup/memory", os.W_OK)
+
+
 def slurmstepd_of(process: int) -> int:
     """The nearest slurmstepd above a process."""
     while process > 1:
@@ -176,13 +202,8 @@ class Job:
     output_path: Path
 
     def facts(self, id: str | None = None) -> dict[str, str]:
-        """What `scontrol show job` says, by name."""
-        line = self.cluster.call("scontrol", "--oneliner", "show", "job", id or self.id, check=False)
-        return dict(re.findall(r"(\w+)=(\S*)", line.splitlines()[0] if line else ""))
-
-    def element(self, number: int) -> str:
-        """The job id that an element of an array has of its own."""
-        return self.facts(f"{self.id}_{number}")["JobId"]
+        """See `Cluster.facts`."""
+        return self.cluster.facts(id or self.id)
 
     def output(self, element: int | None = None) -> str:
         """What the job has printed."""
@@ -223,10 +244,10 @@ class Job:
         """Wait for the end of this start and return the facts."""
         return wait_until(lambda: self.ended(id), f"the end of job {id or self.id}: {self.output()}")
 
-    def wait_for_end(self, id: str | None = None) -> dict[str, str]:
+    def wait_for_end(self, id: str | None = None, seconds: float = PATIENCE) -> dict[str, str]:
         """Wait for the end of the last start and return the facts."""
         over = lambda: self.ended(id) if self.facts(id).get("JobState") != "PENDING" else None  # noqa: E731
-        return wait_until(over, f"the last end of job {id or self.id}: {self.output()}")
+        return wait_until(over, f"the last end of job {id or self.id}: {self.output()}", seconds)
 
     def tasks(self, rank: int | None = None, id: str | None = None) -> list[int]:
         """The processes of its tasks that are the stand-in, of one rank or all."""

@@ -4,7 +4,7 @@
 
 prints the table of that page, from what Slurm did, and writes it there; --keep leaves what the jobs have written.
 
-The cases of one Slurm run at the same time, since most of their time is waiting; the loss of a node comes after them.
+They run at the same time, since most of their time is waiting, on as few Slurms as they can share.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slurm_cluster import NODES, Cluster, Job, kill, slurmstepd_of, wait_until
+from slurm_cluster import NODES, Cluster, Job, can_limit_memory, kill, slurmstepd_of, wait_until
 
 STOPPED, FAILED = "stopped before its end (", "error: the run failed ("
 
@@ -171,6 +171,7 @@ PLAIN = {
 """On a Slurm without preemption, its default."""
 
 REPEATS = Case("death by SIGSEGV, twice at the same update", **fails(-signal.SIGSEGV, 20))
+MEMORY = Case("a task runs out of memory, twice", options=("--mem-per-cpu=150M",), **fails(0))
 PREEMPTION = {
     "scancel-preemptible": Case("`scancel`, preemption possible", scancel),
     "grace": Case("preempted, grace time 20 s", preempted, options=("--partition=low",)),
@@ -184,10 +185,16 @@ PREEMPTION = {
 """On one that preempts by partition; one job of a higher partition preempts those that wait for it."""
 
 
-def attempt(what: Callable[..., Outcome], cluster: Cluster, *arguments: object) -> Outcome | str:
+NODE_TITLES = {
+    "node": "a node lost for 40 s, `SlurmdTimeout=15`",
+    "node-first": "the same with `SLURM_WAIT=5`: the script is first",
+}
+
+
+def attempt(what: Callable[..., Outcome], cluster: Cluster, *arguments: object, **more: object) -> Outcome | str:
     """Do it; if it fails, return the traceback and what Slurm shows."""
     try:
-        return what(cluster, *arguments)
+        return what(cluster, *arguments, **more)
     except Exception:
         jobs = cluster.call("scontrol", "--oneliner", "show", "job")
         return f"{traceback.format_exc()}{jobs}{cluster.call('sinfo', '--Node', '--long')}"
@@ -213,17 +220,13 @@ def preempt(cluster: Cluster, names: list[str], directory: Path) -> None:
     (cluster.directory / "preempted").touch()
 
 
-def repeated_failure(cluster: Cluster, directory: Path) -> Outcome:
-    """A task dies at the same update in the first two starts."""
-    run = directory / "repeats"
-    job = cluster.submit(SRUN, run, "config.yaml", run, **dict(REPEATS.environment))
-    began = time.monotonic()
-    facts = job.wait()
-    outcome = Outcome(job, facts, time.monotonic() - began)
-    outcome.last = job.wait_for_end()
+def repeated_failure(cluster: Cluster, directory: Path, name: str = "repeats", case: Case = REPEATS) -> Outcome:
+    """A task dies in the same way in the first two starts."""
+    run = directory / name
+    job = cluster.submit(SRUN, run, "config.yaml", run, options=case.options, **dict(case.environment))
+    facts = job.wait_for_end()
     time.sleep(1)
-    outcome.starts, outcome.output = len(job.starts()), job.output()
-    return outcome
+    return Outcome(job, facts, 0, len(job.starts()), job.output(), facts)
 
 
 def taken_port(cluster: Cluster, directory: Path) -> Outcome:
@@ -262,22 +265,17 @@ def last_of_an_array(cluster: Cluster, directory: Path) -> Outcome:
     return outcome
 
 
-def lost_node(cluster: Cluster, directory: Path, away: float, title: str) -> Outcome:
-    """The second node is gone for `away` seconds."""
-    run = directory / title
-    job = cluster.submit(SRUN, run, "config.yaml", run)
+def lost_node(cluster: Cluster, directory: Path, name: str, **environment: object) -> Outcome:
+    """The second node is gone for 40 s; the job may start once in vain, see docs/clusters.md."""
+    run = directory / name
+    job = cluster.submit(SRUN, run, "config.yaml", run, **environment)
     job.wait_for_step(5)
     began = time.monotonic()
     cluster.lose_node(NODES[1])
-    facts = None
-    while time.monotonic() - began < away:
-        time.sleep(0.4)
-        if facts is None and job.facts()["Restarts"] == "1":
-            facts = job.facts(), time.monotonic() - began
+    wait_until(lambda: job.facts()["Restarts"] != "0", "the job's return")
+    outcome = Outcome(job, job.facts(), time.monotonic() - began)
+    time.sleep(max(0, began + 40 - time.monotonic()))
     cluster.bring_back(NODES[1])
-    wait_until(lambda: job.facts()["Restarts"] == "1", "the job's return")
-    facts = facts or (job.facts(), time.monotonic() - began)
-    outcome = Outcome(job, *facts)
     job.wait_for_starts(2, more=30)
     cluster.call("scancel", job.id)
     outcome.last = job.wait_for_end()
@@ -299,17 +297,31 @@ def preemption_events(directory: Path) -> dict[str, Outcome | str]:
         return run_cases(cluster, PREEMPTION, directory)
 
 
-def node_event(directory: Path) -> dict[str, Outcome | str]:
-    """The loss of a node, which disturbs whatever else its Slurm does."""
-    with Cluster(SLURMD_TIMEOUT=15) as cluster:
-        return {"node": attempt(lost_node, cluster, directory, 40, "node")}
+def node_events(directory: Path) -> dict[str, Outcome | str]:
+    """The loss of a node, which disturbs whatever else its Slurm does. Slurm notices first, or the job does."""
+
+    def lose(name: str, wait: int) -> Outcome | str:
+        with Cluster(SLURMD_TIMEOUT=15) as cluster:
+            return attempt(lost_node, cluster, directory, name, SLURM_WAIT=wait)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(NODE_TITLES, pool.map(lose, NODE_TITLES, (15, 5)), strict=True))
+
+
+def memory_event(directory: Path) -> dict[str, Outcome | str]:
+    """A kill for lack of memory, where this machine can make one."""
+    if not can_limit_memory():
+        return {}
+    with Cluster(LIMIT_MEMORY="yes") as cluster:
+        return {"memory": attempt(repeated_failure, cluster, directory, "memory", MEMORY)}
 
 
 def all_events(directory: Path) -> dict[str, Outcome | str]:
-    """What happens without and with preemption, at the same time."""
-    with ThreadPoolExecutor(2) as pool:
-        both = [pool.submit(events, directory) for events in (plain_events, preemption_events)]
-        return both[0].result() | both[1].result()
+    """What happens on all of these, at the same time."""
+    kinds = (plain_events, preemption_events, memory_event, node_events)
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        running = [pool.submit(events, directory) for events in kinds]
+        return {name: outcome for events in running for name, outcome in events.result().items()}
 
 
 LONG_WORDS = (
@@ -321,7 +333,7 @@ LONG_WORDS = (
 def table(outcomes: dict[str, Outcome | str]) -> str:
     """Markdown: what Slurm and the scripts did."""
     titles = {name: case.title for name, case in (PLAIN | PREEMPTION).items()}
-    titles |= {"repeats": REPEATS.title, "node": "a node lost, `SlurmdTimeout=15`, back after 40 s"}
+    titles |= {"repeats": REPEATS.title, "memory": MEMORY.title, **NODE_TITLES}
     titles |= {"taken-port": "`MASTER_PORT` is taken", "array-last": "`kill -9` of a task of an array's last element"}
     lines = ["| Event | The job then | Ends after | Exit code | The script says |", "|---|---|---:|---:|---|"]
     for name, outcome in outcomes.items():
@@ -331,7 +343,7 @@ def table(outcomes: dict[str, Outcome | str]) -> str:
             continue
         state, said = outcome.facts, outcome.said()
         then = "back in the queue" if outcome.requeued else state["JobState"]
-        if name == "repeats":
+        if name in ("repeats", "memory"):
             then, state = "back in the queue, then FAILED", outcome.last
             said = next((line for line in outcome.output.splitlines() if line.startswith(FAILED)), "")
         for words, short in ((str(outcome.job.run), "RUN"), (f"job {outcome.job.id} ", "job JOB "), *LONG_WORDS):
@@ -345,7 +357,7 @@ def table(outcomes: dict[str, Outcome | str]) -> str:
 def main() -> int:
     """The command line."""
     place = Path(tempfile.mkdtemp(prefix="events-"))
-    outcomes = all_events(place) | node_event(place)
+    outcomes = all_events(place)
     print(table(outcomes))
     for failed in (outcome for outcome in outcomes.values() if isinstance(outcome, str)):
         print(failed, file=sys.stderr)
