@@ -8,14 +8,16 @@ import time
 from pathlib import Path
 
 import _checkout
+import _single_thread
 from megatron_sas.core.cli import InputError, run_main
 from megatron_sas.core.files import sha256_file, write_json_atomic
+from megatron_sas.corpus.parsers.products import CHOICES, OPS_HELP, SPACY
 from megatron_sas.corpus.parsers.registry import check_predicts, describe_parser, make_parser, predictor_usage
 from megatron_sas.corpus.readers.base import Reading
 from megatron_sas.corpus.readers.registry import find_reader, read_units
 from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.evaluation.command_line import check_output
-from megatron_sas.evaluation.parser_quality import evaluate_parser, gold_units
+from megatron_sas.evaluation.parser_quality import differing_heads, evaluate_parser, gold_units
 
 DESCRIPTION = """\
 The parser reads the treebank's text, as tools/preprocess_data.py would give it, and its words are brought onto the gold
@@ -34,17 +36,20 @@ def main() -> None:
     arguments = parse_arguments()
     check_output(arguments.output, arguments.overwrite)
     check_predicts(arguments.parser)
-    description = describe_parser(arguments.parser)
+    description = describe_parser(arguments.parser, arguments.parser_ops)
     reader, reading = find_reader(str(arguments.treebank)), Reading()
     if reader is None or not reader.gold:
         raise InputError(f"{arguments.treebank}: is not CoNLL-U; the parser needs text, which other treebanks lack")
     sentences = [unit.content for unit in read_units([str(arguments.treebank)], reading)]
-    parser, results = make_parser(arguments.parser), {}
+    parser, results = make_parser(arguments.parser, ops := description.get("ops", SPACY)), {}
     for kind in ("sentence", "paragraph"):
         units = gold_units(sentences, paragraphs=kind == "paragraph")
         start = time.perf_counter()
         results[kind] = {"units": len(units), **evaluate_parser(units, parser)}
         results[kind]["words_per_second"] = results[kind]["words"] / (time.perf_counter() - start)
+        if ops != SPACY:
+            plain = make_parser(arguments.parser, SPACY)
+            results[kind]["heads_unlike_spacy"] = differing_heads([unit.text for unit in units], parser, plain)
     print("\n".join([*table(results), *filter(None, [blanked_note(reading.counts["sentences_blanked"])])]))
     record = {
         "parser": description,
@@ -79,18 +84,18 @@ def table(results: dict) -> list[str]:
     label = "words without a prediction"
     lines.append(f"{label:<34} {one['words_without_prediction']:>10,} {other['words_without_prediction']:>10,}")
     lines.append(f"{one['words']:,} words; {one['units']:,} sentences, {other['units']:,} paragraphs")
+    if "heads_unlike_spacy" in one:
+        counts = " and ".join("{differing:,} of {words:,}".format(**row["heads_unlike_spacy"]) for row in (one, other))
+        lines.append(f"words with another head than by spaCy's own products: {counts}")
     return lines
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--parser",
-        required=True,
-        metavar="KIND:NAME",
-        help=f"{predictor_usage()}, as for tools/preprocess_data.py",
-    )
+    usage = f"{predictor_usage()}, as for tools/preprocess_data.py"
+    parser.add_argument("--parser", required=True, metavar="KIND:NAME", help=usage)
+    parser.add_argument("--parser-ops", choices=CHOICES, default=CHOICES[0], help=OPS_HELP)
     parser.add_argument("--treebank", required=True, type=Path, metavar="FILE", help="CoNLL-U with gold heads")
     parser.add_argument(
         "--output", required=True, type=Path, metavar="FILE.json", help="the figures, with all relations"

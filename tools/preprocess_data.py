@@ -16,44 +16,30 @@ alone, so a command that was killed is simply given again; an array of jobs shar
 from __future__ import annotations
 
 import argparse
-import os
 
 import _checkout
-
-# Processes are the parallelism here. Set before numpy is imported, and inherited by the workers.
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "RAYON_NUM_THREADS"):
-    os.environ[_name] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-from megatron_sas.core.cli import InputError, run_main  # noqa: E402
-from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess, remarks  # noqa: E402
-from megatron_sas.corpus.build.shards import parse_shard, preprocess_shards  # noqa: E402
-from megatron_sas.corpus.parsers.registry import parser_usage  # noqa: E402
-from megatron_sas.corpus.readers.line_breaks import LINE_BREAKS  # noqa: E402
-from megatron_sas.corpus.readers.registry import input_usage  # noqa: E402
+import _single_thread
+from megatron_sas.core.cli import InputError, run_main
+from megatron_sas.corpus.build.preprocess import PreprocessSettings, preprocess, remarks
+from megatron_sas.corpus.build.shards import parse_shard, preprocess_shards
+from megatron_sas.corpus.parsers.products import CHOICES, OPS_HELP
+from megatron_sas.corpus.parsers.registry import parser_usage
+from megatron_sas.corpus.readers.line_breaks import LINE_BREAKS
+from megatron_sas.corpus.readers.registry import input_usage
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[PreprocessSettings, tuple[int, int] | None]:
     """The command line as settings, and with --output-dir (then their `output`) the part of the inputs to do."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help=input_usage(),
-    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=input_usage())
     parser.add_argument(
         "--tokenizer",
         required=True,
         metavar="VOCAB_OR_DIR",
         help="a WordPiece vocabulary file (read as BERT uncased) or a Hugging Face tokenizer directory",
     )
-    parser.add_argument(
-        "--parser",
-        required=True,
-        help=parser_usage(remarks=True),
-    )
+    parser.add_argument("--parser", required=True, help=parser_usage(remarks=True))
+    parser.add_argument("--parser-ops", choices=CHOICES, default=CHOICES[0], help=OPS_HELP)
     output = parser.add_mutually_exclusive_group(required=True)
     output.add_argument("--output", metavar="PREFIX", help="prefix of the files to write")
     output.add_argument(

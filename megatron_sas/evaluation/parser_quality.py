@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sas.core.cli import InputError
+from megatron_sas.core.cli import InputError, progress
 from megatron_sas.corpus.build.align import align
 from megatron_sas.corpus.parsers.base import Parse, Parser, RelationNames
 from megatron_sas.corpus.readers.conllu import ConlluSentence
@@ -154,5 +154,16 @@ def _rates(row: Counter[str]) -> dict[str, float]:
 def evaluate_parser(units: Sequence[GoldUnit], parser: Parser) -> dict[str, Any]:
     """`score_parses` of what `parser` makes of the units' texts."""
     names = RelationNames()
-    parses = list(parser.parse([unit.text for unit in units], [], names))  # encodings: only `none` looks at them
+    parses = parser.parse([unit.text for unit in units], [], names)  # encodings: only `none` looks at them
+    parses = list(progress(parses, total=len(units), unit=" texts", desc="parsing"))
     return score_parses(units, parses, names.names)
+
+
+def differing_heads(texts: list[str], parser: Parser, other: Parser) -> dict[str, int]:
+    """How many `words` the texts have, and of how many the heads of two parsers with one tokenizer are `differing`."""
+    words = differing = 0
+    pairs = zip(*(one.parse(texts, [], RelationNames()) for one in (parser, other)), strict=True)
+    for parse, reference in progress(pairs, total=len(texts), unit=" texts", desc="comparing"):
+        words += int(parse.is_word.sum())
+        differing += int((parse.is_word & (parse.heads != reference.heads)).sum())
+    return {"words": words, "differing": differing}

@@ -125,6 +125,8 @@ def test_spacy_from_the_command_line(data_dir, tmp_path):
     assert f"UAS {' ' * 30} {result['sentence']['uas']:>10.4f} {result['paragraph']['uas']:>10.4f}" in printed
     assert (result["sentences"], result["sentences_blanked"], result["sentence"]["units"]) == (200, 3, 200)
     assert "\n3 sentences left out, whose words are blanked (_)\n" in printed
+    heads = result["paragraph"].get("heads_unlike_spacy", {"words": 1, "differing": 0})  # spaCy's may be the fastest
+    assert heads["differing"] <= 1e-3 * heads["words"] and ("unlike" in str(result)) == ("by spaCy's own" in printed)
     rows = result["sentence"]["relations"]
     assert rows["det"]["uas"] > 0.9 and rows["case"]["uas"] < 0.2 and rows["case"]["uuas"] > 0.7
     assert 0.4 < result["sentence"]["las"] < result["sentence"]["uas"] < 0.7

@@ -19,6 +19,7 @@ from megatron_sas.corpus.build.packed_writer import MAX_RELATIONS, PackedWriter,
 from megatron_sas.corpus.build.skipped import Report, add_example
 from megatron_sas.corpus.build.workers import CHUNK_CHARACTERS, ChunkResult, WorkerSettings, chunks, process_chunks
 from megatron_sas.corpus.parsers.base import RelationNames
+from megatron_sas.corpus.parsers.products import FASTEST, SPACY
 from megatron_sas.corpus.parsers.registry import PARSERS, describe_parser, parser_class
 from megatron_sas.corpus.readers.base import ReadSettings, Unit, check_share
 from megatron_sas.corpus.readers.registry import READERS_BY_SUFFIX, input_files, read_units, reader_of, source_name
@@ -54,6 +55,7 @@ class PreprocessSettings(ReadSettings):
     split: Split | None = None
     validation_share: float = 0.005
     overwrite: bool = False
+    parser_ops: str = FASTEST
 
 
 def preprocess(
@@ -80,13 +82,13 @@ def preprocess(
     check_settings(settings)
     tokenizer = tokenizer_of(settings)
     info = tokenizer_info(tokenizer, settings.tokenizer)
-    serialised = tokenizer.backend_tokenizer.to_str()
-    worker = WorkerSettings(
-        serialised, settings.parser, settings.seq_length - 2, info.unk_id, drop_foreign=settings.drop_foreign
-    )
     start = time.perf_counter()
     with PackedWriter(settings.output, settings.seq_length, info, settings.overwrite) as writer:
         provenance = provenance or provenance_of(settings)
+        worker = WorkerSettings(
+            tokenizer.backend_tokenizer.to_str(), settings.parser, settings.seq_length - 2, info.unk_id,
+            settings.drop_foreign, provenance["parser"].get("ops", SPACY),
+        )  # fmt: skip
         packer = Packer(settings.seq_length, info.cls_id, info.sep_id, writer.add)
         exclusions = None
         if settings.exclude is not None:
@@ -136,7 +138,7 @@ def provenance_of(settings: PreprocessSettings) -> dict[str, Any]:
     Equal provenance, tokenizer and sequence length mean equal data.
     """
     return {
-        "parser": describe_parser(settings.parser),
+        "parser": describe_parser(settings.parser, settings.parser_ops),
         "inputs": [source_name(name) for name in settings.inputs],
         "input_files": input_files(settings.inputs),
         "settings": {

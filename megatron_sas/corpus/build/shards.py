@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,11 +22,14 @@ from megatron_sas.corpus.build.preprocess import (
     remarks,
     tokenizer_of,
 )
-from megatron_sas.corpus.parsers.registry import describe_parser
+from megatron_sas.corpus.parsers.products import FASTEST, SPACY
+from megatron_sas.corpus.parsers.registry import describe_parser, parser_class
 from megatron_sas.corpus.readers.registry import reader_of, repeated_name
 from megatron_sas.corpus.readers.trees import blanked_note
 from megatron_sas.data.packed import FORMAT_VERSION, PackedData, TokenizerIdentity, read_header
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_identity
+
+_CHOSEN_OPS = ".parser-ops"  # in the output's folder: the library of the parser's products, by the first job that asks
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -48,12 +54,15 @@ def preprocess_shards(
     """
     check_settings(settings)
     tokenizer_of(settings)  # a fault of it or the parser is reported once, not for every shard
-    describe_parser(settings.parser)
+    parser = describe_parser(settings.parser, settings.parser_ops)
     names = [reader_of(name).output_name(name) for name in settings.inputs]
     if (double := repeated_name(names)) is not None:
         raise InputError(f"--input: two inputs would both be written to {double}; rename one")
     mine = list(zip(settings.inputs, names, strict=True))[shard[0] :: shard[1]]
     headers, failures = [], []
+    if settings.parser_ops == FASTEST and parser_class(settings.parser)[0].takes_ops:
+        settings = replace(settings, parser_ops=_common_ops(settings, names, parser.get("ops", SPACY)))
+        describe_parser(settings.parser, settings.parser_ops)  # this machine may lack it
     for name, output in mine:
         one = replace(settings, inputs=[name], output=str(Path(settings.output, output)))
         try:
@@ -74,6 +83,22 @@ def preprocess_shards(
     if failures:
         raise InputError(f"{len(failures)} of {len(mine)} shards failed: {'; '.join(failures)}")
     return headers
+
+
+def _common_ops(settings: PreprocessSettings, names: list[str], fastest: str) -> str:
+    """The library that made the parses of outputs that are there, else the one that the first job of all chose."""
+    folder = Path(settings.output)
+    for path in (Path(folder, f"{name}.json") for name in names if not settings.overwrite):
+        with contextlib.suppress(InputError, KeyError, AttributeError, OSError):  # damage is reported with its shard
+            return read_header(path, "")["parser"].get("ops", SPACY)
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = folder / _CHOSEN_OPS
+    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=_CHOSEN_OPS) as file:
+        file.write(fastest)
+        file.flush()
+        with contextlib.suppress(FileExistsError):
+            os.link(file.name, chosen)  # one job succeeds, with the complete content
+    return chosen.read_text()
 
 
 def _one_shard(settings: PreprocessSettings, log: Callable[[str], None]) -> tuple[dict[str, Any], str]:

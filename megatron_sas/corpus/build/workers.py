@@ -18,6 +18,7 @@ from megatron_sas.core.cli import kind_and_reason
 from megatron_sas.core.processes import worker_pool
 from megatron_sas.corpus.build.align import align
 from megatron_sas.corpus.parsers.base import Parse, RelationNames
+from megatron_sas.corpus.parsers.products import SPACY
 from megatron_sas.corpus.parsers.registry import make_parser
 from megatron_sas.corpus.readers.base import Unit, text_of
 from megatron_sas.data.tokenizer import plain_text_tokenizer
@@ -25,8 +26,7 @@ from megatron_sas.data.tokenizer import plain_text_tokenizer
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
-# A quarter second of parsing: worth a message between processes. Larger chunks are slower, since the memory of each of
-# the parser's matrices is then mapped afresh.
+# A quarter second of parsing: worth a message between processes. Larger chunks are no faster and take more memory.
 CHUNK_CHARACTERS = 20_000
 _AHEAD = 6  # chunks in flight per worker
 
@@ -40,6 +40,7 @@ class WorkerSettings:
     max_word_tokens: int
     unk_id: int
     drop_foreign: bool = False  # leave out text that `is_foreign`
+    parser_ops: str = SPACY  # the library of the parser's products, resolved
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Worker:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._tokenizer = plain_text_tokenizer(settings.tokenizer)
-        self._parser = make_parser(settings.parser)
+        self._parser = make_parser(settings.parser, settings.parser_ops)
         self._settings = settings
         self._longest_word: int | None = getattr(self._tokenizer.model, "max_input_chars_per_word", None)  # WordPiece
 

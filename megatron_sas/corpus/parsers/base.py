@@ -80,11 +80,13 @@ class Parser(ABC):
     `remark`: its note in --help.
     `heads`: whether it predicts heads from text, takes the gold ones of inputs that have them, or gives none and has
         its words from the tokenizer.
+    `takes_ops`: whether `describe` and the class take the library of its products (`--parser-ops`) as well.
     """
 
     argument: ClassVar[str] = ""
     remark: ClassVar[str] = ""
     heads: ClassVar[Literal["predicted", "gold", "none"]] = "predicted"
+    takes_ops: ClassVar[bool] = False
 
     @staticmethod
     def describe(argument: str) -> dict[str, str]:

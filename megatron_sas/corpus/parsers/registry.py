@@ -7,6 +7,7 @@ from typing import Any
 from megatron_sas.core.cli import InputError, kind_and_reason
 from megatron_sas.corpus.parsers.base import Parser
 from megatron_sas.corpus.parsers.given import ConlluParser, NoParser
+from megatron_sas.corpus.parsers.products import SPACY
 from megatron_sas.corpus.parsers.spacy import SpacyParser
 from megatron_sas.corpus.parsers.stanza import StanzaParser
 
@@ -52,18 +53,19 @@ def check_predicts(specification: str) -> None:
         raise InputError(f"--parser {specification}: makes no parses of its own; give {predictor_usage()}")
 
 
-def make_parser(specification: str) -> Parser:
-    """Load the parser; `InputError` when it cannot be loaded."""
+def make_parser(specification: str, ops: str = SPACY) -> Parser:
+    """Load the parser, with the library of its products (`Parser.takes_ops`); `InputError` when it cannot be loaded."""
     parser, argument = parser_class(specification)
     try:
-        return parser(argument) if argument else parser()
+        return parser(*(argument,) * bool(argument), *(ops,) * parser.takes_ops)
     except InputError:
         raise
     except Exception as error:  # of the library's own kinds: files cut off, another version, no memory on the device
         raise InputError(f"--parser {specification}: cannot be loaded ({kind_and_reason(error)})") from error
 
 
-def describe_parser(specification: str) -> dict[str, Any]:
-    """Name, versions and SHA-256 of a parser for the header; `InputError` when it does not exist or cannot parse."""
+def describe_parser(specification: str, ops: str = SPACY) -> dict[str, Any]:
+    """Name, versions and SHA-256 of a parser for the header, and as `ops` the library of its products if it is not
+    spaCy's own; `InputError` when it does not exist or cannot parse so."""
     parser, argument = parser_class(specification)
-    return {"name": specification, **parser.describe(argument)}
+    return {"name": specification, **parser.describe(argument, *(ops,) * parser.takes_ops)}

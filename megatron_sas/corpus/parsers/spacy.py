@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -16,6 +17,7 @@ import numpy as np
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import sha256_files
 from megatron_sas.corpus.parsers.base import Parse, Parser, RelationNames
+from megatron_sas.corpus.parsers.products import SPACY, resolve, thinc_ops
 
 if TYPE_CHECKING:
     from spacy.language import Language
@@ -31,10 +33,15 @@ _ZONE_CALLS = 100
 class SpacyParser(Parser):
     """spaCy's dependency parser over paragraphs; white-space tokens are kept as places but are not words."""
 
-    argument, remark = "MODEL", "an installed model or its folder"
+    argument, remark, takes_ops = "MODEL", "an installed model or its folder", True
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, ops: str) -> None:
         self._nlp = load_spacy(model)
+        if ops != SPACY:
+            faster = thinc_ops(ops)
+            for layer in (layer for _, part in self._nlp.pipeline for layer in part.model.walk()):
+                layer.ops = faster
+        _keep_memory()
         _drop_unused_lexeme_attributes(self._nlp)
         from spacy.attrs import DEP, HEAD, IDX, IS_SPACE, LENGTH, SENT_START  # after load_spacy, which hides torch
 
@@ -42,8 +49,8 @@ class SpacyParser(Parser):
         self._attributes = [HEAD, DEP, SENT_START, IDX, LENGTH, IS_SPACE]
 
     @staticmethod
-    def describe(model: str) -> dict[str, str]:
-        """Name, versions and SHA-256 (see `Parser`).
+    def describe(model: str, ops: str) -> dict[str, str]:
+        """Name, versions, SHA-256 and the library of the products (see `Parser` and `products.resolve`).
 
         The SHA-256 is of the files that are loaded: versions do not tell a model from itself trained again.
         """
@@ -52,11 +59,13 @@ class SpacyParser(Parser):
             raise InputError(f"--parser spacy:{model}: this model has no dependency parser; choose another")
         name = f"{meta.get('lang', '')}_{meta.get('name', '')}"
         package = folder / f"{name}-{meta.get('version', '')}"  # where an installed one has its files
+        library = SPACY if _is_transformer(meta) else resolve(ops)
         return {
             "name": f"spacy:{name}",
             "version": str(meta.get("version", "")),
             "spacy_version": importlib.metadata.version("spacy"),
             "sha256": sha256_files(package if package.is_dir() else folder, SPACY_FILES),
+            **({} if library == SPACY else {"ops": library}),
         }
 
     def parse(self, contents: list[str], encodings: list[Encoding], names: RelationNames) -> Iterator[Parse]:
@@ -96,8 +105,8 @@ def load_spacy(model: str) -> Language:
     need it, so for others torch is hidden while spaCy is imported, unless this process has it already. Transformer
     models run on a GPU if spaCy can use one.
     """
-    pipeline = spacy_meta(model)["pipeline"]
-    transformer = any("transformer" in name for name in pipeline)
+    meta = spacy_meta(model)
+    transformer = _is_transformer(meta)
     hide = "torch" not in sys.modules and not transformer
     if hide:
         sys.modules["torch"] = None  # type: ignore[assignment]
@@ -108,7 +117,19 @@ def load_spacy(model: str) -> Language:
             del sys.modules["torch"]
     if transformer:
         spacy.prefer_gpu()
-    return spacy.load(model, exclude=[name for name in pipeline if name not in SPACY_PARTS])
+    return spacy.load(model, exclude=[name for name in meta["pipeline"] if name not in SPACY_PARTS])
+
+
+def _is_transformer(meta: dict[str, Any]) -> bool:
+    return any("transformer" in name for name in meta.get("pipeline", []))
+
+
+def _keep_memory() -> None:
+    """Have the C library (glibc) reuse freed memory: fresh pages for every matrix take 7 % of a parse."""
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the largest that all versions take
 
 
 def _drop_unused_lexeme_attributes(nlp: Language) -> None:

@@ -20,6 +20,7 @@ from tool_calls import run_tool
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.corpus.inspect.survey import SurveySettings, survey
+from megatron_sas.corpus.parsers.products import resolve
 from megatron_sas.data.packed import FILES, PackedData
 from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_hash
 
@@ -163,10 +164,13 @@ def test_spacy_same_bytes_and_same_edges_as_spacy_itself(data_dir, tmp_path):
     source = tmp_path / "a.txt"
     source.write_text(text + "".join(f"Number {i} of the small dogs barks at {i + 1} cats.\n\n" for i in range(300)))
     vocab = data_dir / "bert_vocab" / "vocab.txt"
-    for number in (1, 2):
-        run(source, vocab, MODEL, tmp_path / f"out{number}", workers=number, seq_length=64, chunk_characters=4_000)
+    for number, ops in ((1, "torch"), (2, "torch"), (3, "spacy")):  # texts parsed together are others each time
+        options = {"workers": min(number, 2), "parser_ops": ops, "chunk_characters": 1_500 * number}
+        run(source, vocab, MODEL, tmp_path / f"out{number}", seq_length=64, **options)
     assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
-    packed = PackedData(tmp_path / "out1")
+    packed, plain = PackedData(tmp_path / "out1"), PackedData(tmp_path / "out3")
+    assert packed.header["parser"] == plain.header["parser"] | {"ops": resolve("torch")}
+    assert (packed.heads != plain.heads).mean() < 1e-3
     assert packed.header["parser"]["name"] == MODEL and packed.header["parser"]["version"]
     nlp = spacy.load(MODEL.removeprefix("spacy:"))
     # The first document is at the beginning of the first sequence: compare it with spaCy, position by position.

@@ -137,6 +137,43 @@ def test_a_model_that_was_trained_again_is_another_parser(sources, vocab_file, t
         again(tmp_path / "model")
 
 
+def test_outputs_of_a_folder_keep_to_one_library(sources, vocab_file, tmp_path, monkeypatch):
+    fastest, made = "slow", []
+
+    class Multiplying(NoParser):
+        takes_ops, heads = True, "predicted"
+
+        def __init__(self, ops):
+            made.append(ops)
+
+        @staticmethod
+        def describe(argument, ops):
+            ops = fastest if ops == "fastest" else ops
+            if ops == "exotic":
+                raise InputError("this machine lacks it")
+            return {} if ops == "spacy" else {"ops": ops}
+
+    monkeypatch.setitem(PARSERS, "multiplying", Multiplying)
+    output, options = tmp_path / "out", {"parser": "multiplying"}
+    run(sources, vocab_file, output, (0, 2), **options)
+    fastest = "fast"  # another machine
+    (header, _), _ = run(sources, vocab_file, output, (1, 2), **options)
+    assert header["parser"] == {"name": "multiplying", "ops": "slow"} and set(made) == {"slow"}
+    assert all("done before" in line for line in run(sources, vocab_file, output, **options)[1])
+    (output / ".parser-ops").write_text("exotic")
+    with pytest.raises(InputError, match=r"^this machine lacks it$"):
+        run(sources, vocab_file, output, overwrite=True, **options)
+
+    old, made[:] = tmp_path / "old", []  # as before there was a choice
+    run(sources[:2], vocab_file, old, parser_ops="spacy", **options)
+    assert not (old / ".parser-ops").exists()
+    headers, said = run(sources, vocab_file, old, **options)
+    assert set(made) == {"spacy"} and all("ops" not in header["parser"] for header in headers)
+    assert ["done before" in line for line in said] == [True, True, False, False]
+    with pytest.raises(InputError, match=r"part-0.json: was made with other values of parser"):
+        run(sources, vocab_file, old, parser_ops="fast", **options)
+
+
 def test_a_bad_shard_does_not_stop_the_others(sources, vocab_file, tmp_path):
     sources[0].write_bytes(b"the cat\n\xff\n" * 20)
     with pytest.raises(InputError, match=r"1 of 4 shards failed: .*part-0.txt.* 20 of 40 records left out"):
