@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from test_language import CLASS_OF, UPOS_OF
 
-from megatron_sas.toy.language import CONSONANTS, VOWELS, text_of
+from megatron_sas.toy.language import CONSONANTS, STEMS, VOWELS, text_of
 from megatron_sas.toy.minimal_pairs import SETS, minimal_pairs
+
+CLASS_OF = {stem: kind for kind, parts in STEMS.items() for stems in parts.values() for stem in stems}
+UPOS_OF = {stem: upos for parts in STEMS.values() for upos, stems in parts.items() for stem in stems}
 
 
 def split(word: str) -> tuple[str, str]:
