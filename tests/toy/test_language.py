@@ -103,9 +103,7 @@ def test_documents_are_pure_functions():
 
 def test_every_word_is_cut_into_stem_and_ending(tmp_path):
     assert vocabulary()[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    assert len(set(vocabulary())) == len(vocabulary()) and len(CLASS_OF) == len(vocabulary()) - 6 - len(
-        CONSONANTS
-    ) * len(VOWELS)
+    assert len(set(vocabulary())) == len(vocabulary()) == 5 + len(CLASS_OF) + len(CONSONANTS) * len(VOWELS)
     (tmp_path / "vocab.txt").write_text("\n".join(vocabulary()) + "\n")
     tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
     for stem, upos in UPOS_OF.items():
