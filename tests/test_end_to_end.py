@@ -53,7 +53,7 @@ def test_toy_language_from_corpus_to_report(fork_server, forked, tmp_path):
     for part in ("train", "validation"):
         forked(
             "preprocess_data",
-            *("--input", corpus / f"{part}.conllu", "--parser", "conllu", "--seq-length", 32),
+            *("--input", corpus / f"{part}.conllu", "--parser", "conllu", "--seq-length", 34),
             *("--tokenizer", corpus / "vocab.txt", "--output", data / part),
         )
     forked("make_control", "--data", data / "train", "--control", "permuted")
@@ -107,30 +107,30 @@ def test_toy_language_from_corpus_to_report(fork_server, forked, tmp_path):
 
 @pytest.mark.full
 def test_snapshots_of_a_watched_run_bracket_the_jump(tmp_path):
-    """The toy language's transition: models every 20 steps from before the steepest rise of UAS until after it."""
+    """The toy language's transition: models every 10 steps from before the steepest rise of UAS until after it."""
     corpus, data, directory = tmp_path / "corpus", tmp_path / "data", tmp_path / "run"
-    tool("make_toy_corpus", "--output", corpus, "--train-sentences", 180_000)
+    tool("make_toy_corpus", "--output", corpus, "--train-sentences", 60_000)
     for part in ("train", "validation"):
         tool(
             "preprocess_data",
-            *("--input", corpus / f"{part}.conllu", "--parser", "conllu", "--seq-length", 32),
+            *("--input", corpus / f"{part}.conllu", "--parser", "conllu", "--seq-length", 34),
             *("--tokenizer", corpus / "vocab.txt", "--output", data / part),
         )
     run(
         *(sys.executable, "pretrain_mlm.py", "--config", "examples/toy.yaml", "--run.output_dir", directory),
-        *("--data.train", data / "train", "--data.validation", data / "validation", "--train.steps", 950),
+        *("--data.train", data / "train", "--data.validation", data / "validation", "--train.steps", 500),
         *("--evaluation.treebank", corpus / "treebank.conllu", "--evaluation.treebank_sentences", 100),
-        *("--evaluation.blimp=", "--evaluation.every", 20),
-        *("--checkpoint.every", 950, "--watch.metrics", "[uas, loss]", "--watch.delta", 100, "--watch.start", 100),
-        *("--watch.every", 20, "--watch.keep", 15),
+        *("--evaluation.blimp=", "--evaluation.every", 10),
+        *("--checkpoint.every", 500, "--watch.metrics", "[uas, loss]", "--watch.delta", 50, "--watch.start", 20),
+        *("--watch.every", 10, "--watch.keep", 15),
     )
     uas = {record["step"]: record["uas"] for record in evaluations(directory)}
-    steepest = max((step for step in uas if step + 100 in uas), key=lambda step: uas[step + 100] - uas[step])
+    steepest = max((step for step in uas if step + 50 in uas), key=lambda step: uas[step + 50] - uas[step])
     kept = {int(path.name[5:]) for path in (directory / "snapshots").iterdir()}
     events = [r for r in read_records(directory / "metrics.jsonl") if r.get("event") == "onset_detected"]
     assert events, "nothing was detected"
-    assert kept >= set(range(steepest - 100, steepest + 201, 20)), (steepest, sorted(kept), events)
-    assert uas[steepest + 100] - uas[steepest] > 0.08
+    assert kept >= set(range(steepest - 50, steepest + 101, 10)), (steepest, sorted(kept), events)
+    assert uas[steepest + 50] - uas[steepest] > 0.08
 
 
 @pytest.mark.slow

@@ -15,8 +15,7 @@ from pathlib import Path
 import _checkout
 from megatron_sas.core.cli import InputError, progress, run_main
 from megatron_sas.core.files import atomic_directory, write_json_atomic, write_text_atomic
-from megatron_sas.toy.language import SENTENCES_PER_DOCUMENT, document, to_conllu
-from megatron_sas.toy.lexicon import lexicon
+from megatron_sas.toy.language import SENTENCES_PER_DOCUMENT, document, to_conllu, vocabulary
 from megatron_sas.toy.minimal_pairs import SETS, minimal_pairs
 
 
@@ -43,7 +42,7 @@ def write_train(path: Path, seed: int, sentences: int, workers: int) -> tuple[se
         for blocks in pool.imap(make, range(documents), chunksize=64) if pool else map(make, range(documents)):
             blocks = blocks[:left]
             seen.update(text for text, _ in blocks)
-            words += sum(block.count("\n") - 3 for _, block in blocks) - 1
+            words += sum(block.count("\n") - 3 for _, block in blocks) - 1  # one block has a line more
             file.writelines(block for _, block in blocks)
             left -= len(blocks)
             bar.update(len(blocks))
@@ -97,7 +96,7 @@ def main() -> None:
         seen, words = write_train(directory / "train.conllu", args.seed, args.train_sentences, args.workers)
         write_held_out(directory / "validation.conllu", args.seed, "validation", args.validation_sentences, seen)
         write_held_out(directory / "treebank.conllu", args.seed, "treebank", args.treebank_sentences, seen)
-        write_text_atomic(directory / "vocab.txt", "\n".join(lexicon().vocabulary) + "\n")
+        write_text_atomic(directory / "vocab.txt", "\n".join(vocabulary()) + "\n")
         for uid in progress(SETS, unit="set", desc="blimp"):
             records = minimal_pairs(uid, args.pairs, args.seed, seen)
             write_text_atomic(directory / "blimp" / f"{uid}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
@@ -107,7 +106,7 @@ def main() -> None:
             "train_words": words,
             "validation_sentences": args.validation_sentences,
             "treebank_sentences": args.treebank_sentences,
-            "vocabulary": len(lexicon().vocabulary),
+            "vocabulary": len(vocabulary()),
             "minimal_pair_sets": len(SETS),
             "pairs_per_set": args.pairs,
         }

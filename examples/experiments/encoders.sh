@@ -10,12 +10,12 @@ here=$(cd "$(dirname "$0")/../.." && pwd)
 tools=$here/tools
 
 if [ ! -e "$out/corpus" ]; then
-    python "$tools/make_toy_corpus.py" --output "$out/corpus" --train-sentences 180000 --workers "$jobs"
+    python "$tools/make_toy_corpus.py" --output "$out/corpus" --train-sentences 60000 --workers "$jobs"
 fi
 for part in train validation; do
     if [ ! -e "$out/data/$part.json" ]; then
         python "$tools/preprocess_data.py" --input "$out/corpus/$part.conllu" --parser conllu \
-            --tokenizer "$out/corpus/vocab.txt" --seq-length 32 --output "$out/data/$part" --workers "$jobs" --overwrite
+            --tokenizer "$out/corpus/vocab.txt" --seq-length 34 --output "$out/data/$part" --workers "$jobs" --overwrite
     fi
 done
 python "$tools/run_sweep.py" "$here/examples/experiments/encoders.yaml" --output "$out/runs" --jobs "$jobs" \

@@ -12,13 +12,13 @@ say() { printf '\n== %s\n' "$*"; }
 
 if [ ! -e "$out/corpus" ]; then
     say "the embedded corpus"
-    python "$tools/make_toy_corpus.py" --output "$out/corpus" --train-sentences 180000 --workers "$jobs"
+    python "$tools/make_toy_corpus.py" --output "$out/corpus" --train-sentences 60000 --workers "$jobs"
 fi
 for part in train validation; do
     if [ ! -e "$out/data/$part.json" ]; then
         say "text and trees of $part to packed sequences"
         python "$tools/preprocess_data.py" --input "$out/corpus/$part.conllu" --parser conllu \
-            --tokenizer "$out/corpus/vocab.txt" --seq-length 32 --output "$out/data/$part" --workers "$jobs" --overwrite
+            --tokenizer "$out/corpus/vocab.txt" --seq-length 34 --output "$out/data/$part" --workers "$jobs" --overwrite
     fi
 done
 bash "$here/examples/experiments/controls.sh" "$out/data/train"

@@ -1,163 +1,74 @@
-"""Minimal pairs of the toy language in BLiMP's file format: the bad sentence has one word in the wrong number.
+"""Minimal pairs of the toy language in BLiMP's file format: the bad sentence has one word with a wrong ending or stem.
 
-Both sentences of a pair have the same number of WordPieces (words whose two forms are cut differently are not used as
-the critical word), singular and plural alternate, and where there is an attractor, a noun between the subject and its
-verb, it always has the other number, so that the nearest noun never helps.
+The wrong consonant, or the class of the wrong stem, is that of another noun of the sentence. So both words of a pair
+suit the sentence, and only the word that they belong to tells which is right.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Container
-from typing import Any
+from collections.abc import Container
+from typing import Any, NamedTuple
 
-from megatron_sas.toy.language import (
-    BARE_FRAMES,
-    COPULAR,
-    INTRANSITIVE,
-    MAX_DEPTH,
-    TRANSITIVE,
-    Grammar,
-    Sentence,
-    text_of,
-)
-from megatron_sas.toy.lexicon import Word
-
-# Builds a sentence of the given number and returns the position of its critical word.
-Builder = Callable[[Grammar, Sentence, int], int]
+from megatron_sas.toy.language import STEMS, Grammar, Word, pick, text_of
 
 
-def _subject(grammar: Grammar, out: Sentence, noun_class: int, number: int) -> int:
-    return grammar.simple_noun_phrase(out, noun_class, number)
+class PairSet(NamedTuple):
+    """What differs: the ending or the stem of a verb or of its subject, of an adjective or of its noun."""
+
+    term: str
+    relation: str  # of the dependent in the edge that is broken
+    of_head: bool  # the head of the edge differs, else its dependent
+    ending: bool  # the ending differs, else the stem
 
 
-def _finish(grammar: Grammar, out: Sentence, subject: int, noun_class: int, number: int, frame: int) -> int:
-    """Append the predicate and the full stop; returns the position of the word that agrees with the subject."""
-    verb = grammar.predicate(out, frame, noun_class, number, MAX_DEPTH)
-    out.attach(subject, verb, "nsubj")
-    out.add_under(grammar.lexicon.period, verb, "punct")
-    return verb if out.words[verb].number is not None else verb - 1  # `is`, `are` stand right before the adjective
-
-
-def _simple(grammar: Grammar, out: Sentence, number: int) -> int:
-    noun_class = grammar.any_class()
-    subject = _subject(grammar, out, noun_class, number)
-    return _finish(grammar, out, subject, noun_class, number, grammar.pick(BARE_FRAMES))
-
-
-def _prepositional(frame: int) -> Builder:
-    def build(grammar: Grammar, out: Sentence, number: int) -> int:
-        noun_class = grammar.any_class()
-        subject = _subject(grammar, out, noun_class, number)
-        word, classes = grammar.pick(grammar.tables.prepositions)
-        case = out.add(word)
-        attractor = grammar.simple_noun_phrase(out, classes[grammar.rand() < 0.5], 1 - number)
-        out.attach(case, attractor, "case")
-        out.attach(attractor, subject, "nmod")
-        return _finish(grammar, out, subject, noun_class, number, frame)
-
-    return build
-
-
-def _subject_relative(grammar: Grammar, out: Sentence, number: int) -> int:
-    noun_class = grammar.any_class()
-    subject = _subject(grammar, out, noun_class, number)
-    _transitive_relative(grammar, out, subject, noun_class, number)
-    return _finish(grammar, out, subject, noun_class, number, grammar.pick(BARE_FRAMES))
-
-
-def _object_relative(grammar: Grammar, out: Sentence, number: int) -> int:
-    noun_class = grammar.any_class()
-    subject = _subject(grammar, out, noun_class, number)
-    grammar.object_relative(out, subject, noun_class, MAX_DEPTH, number=1 - number)
-    return _finish(grammar, out, subject, noun_class, number, grammar.pick(BARE_FRAMES))
-
-
-def _inside_subject_relative(grammar: Grammar, out: Sentence, number: int) -> int:
-    noun_class = grammar.any_class()
-    subject = _subject(grammar, out, noun_class, number)
-    critical = _transitive_relative(grammar, out, subject, noun_class, number)
-    _finish(grammar, out, subject, noun_class, number, INTRANSITIVE)
-    return critical
-
-
-def _inside_object_relative(grammar: Grammar, out: Sentence, number: int) -> int:
-    """The verb of the relative clause agrees with its own subject, not with the noun that it modifies."""
-    noun_class = grammar.any_class()
-    subject = _subject(grammar, out, noun_class, 1 - number)
-    critical = grammar.object_relative(out, subject, noun_class, MAX_DEPTH, number=number)
-    _finish(grammar, out, subject, noun_class, 1 - number, INTRANSITIVE)
-    return critical
-
-
-def _transitive_relative(grammar: Grammar, out: Sentence, noun: int, noun_class: int, number: int) -> int:
-    """Append `that` + verb + an object of the other number; returns the position of the verb."""
-    relative = out.add(grammar.lexicon.that_relative)
-    forms, object_class = grammar.pick(grammar.tables.transitive[noun_class])
-    verb = out.add(forms[number])
-    out.attach(relative, verb, "nsubj")
-    out.attach(verb, noun, "acl:relcl")
-    out.attach(grammar.simple_noun_phrase(out, object_class, 1 - number), verb, "obj")
-    return verb
-
-
-def _determiner(critical: str, adjectives: int) -> Builder:
-    """A determiner that shows number, `adjectives` adjectives and a noun, as object; `critical` is `noun` or `det`."""
-
-    def build(grammar: Grammar, out: Sentence, number: int) -> int:
-        noun_class = grammar.any_class()
-        subject = _subject(grammar, out, noun_class, subject_number := grammar.number())
-        forms, object_class = grammar.pick(grammar.tables.transitive[noun_class])
-        verb = out.add(forms[subject_number])
-        out.attach(subject, verb, "nsubj")
-        # `a` is left out: before another noun it might have to be `an`.
-        pairs = [pair for pair in grammar.tables.determiners.items if pair[0].other and pair[0].form != "a"]
-        determiner: Word = pairs[int(grammar.rand() * len(pairs))][number]
-        noun = grammar.simple_noun_phrase(out, object_class, number, determiner, adjectives)
-        out.attach(noun, verb, "obj")
-        out.add_under(grammar.lexicon.period, verb, "punct")
-        return noun if critical == "noun" else noun - 1 - adjectives
-
-    return build
-
-
-AGREEMENT, DETERMINER = "subject_verb_agreement", "determiner_noun_agreement"
-# UID → linguistics_term, builder. The order of rows is the order of the files.
-SETS: dict[str, tuple[str, Builder]] = {
-    "toy_subject_verb_agreement": (AGREEMENT, _simple),
-    "toy_subject_verb_agreement_prepositional_attractor": (AGREEMENT, _prepositional(TRANSITIVE)),
-    "toy_copula_agreement_prepositional_attractor": (AGREEMENT, _prepositional(COPULAR)),
-    "toy_subject_verb_agreement_subject_relative": (AGREEMENT, _subject_relative),
-    "toy_subject_verb_agreement_object_relative": (AGREEMENT, _object_relative),
-    "toy_agreement_inside_subject_relative": (AGREEMENT, _inside_subject_relative),
-    "toy_agreement_inside_object_relative": (AGREEMENT, _inside_object_relative),
-    "toy_determiner_noun_agreement_1": (DETERMINER, _determiner("noun", 0)),
-    "toy_determiner_noun_agreement_2": (DETERMINER, _determiner("det", 0)),
-    "toy_determiner_noun_agreement_with_adjective_1": (DETERMINER, _determiner("noun", 1)),
-    "toy_determiner_noun_agreement_with_adjective_2": (DETERMINER, _determiner("det", 1)),
+AGREEMENT, SELECTION = "agreement", "selection"
+# UID → set. The order of rows is the order of the files.
+SETS: dict[str, PairSet] = {
+    "toy_subject_verb_agreement_1": PairSet(AGREEMENT, "nsubj", of_head=True, ending=True),
+    "toy_subject_verb_agreement_2": PairSet(AGREEMENT, "nsubj", of_head=False, ending=True),
+    "toy_adjective_noun_agreement_1": PairSet(AGREEMENT, "amod", of_head=False, ending=True),
+    "toy_adjective_noun_agreement_2": PairSet(AGREEMENT, "amod", of_head=True, ending=True),
+    "toy_subject_verb_selection_1": PairSet(SELECTION, "nsubj", of_head=True, ending=False),
+    "toy_subject_verb_selection_2": PairSet(SELECTION, "nsubj", of_head=False, ending=False),
+    "toy_adjective_noun_selection_1": PairSet(SELECTION, "amod", of_head=False, ending=False),
+    "toy_adjective_noun_selection_2": PairSet(SELECTION, "amod", of_head=True, ending=False),
 }
 
 
+def _broken(grammar: Grammar, kind: PairSet) -> tuple[list[Word], int, Word] | None:
+    """A sentence, the position of a word in it, and what is wrong there; None if the sentence drawn does not serve."""
+    sentence = grammar.sentence()
+    edges = [(i, word.head) for i, word in enumerate(sentence) if word.relation == kind.relation]
+    dependent, head = pick(grammar.rand, edges)
+    here = head if kind.of_head else dependent
+    noun = sentence[head if kind.relation == "amod" else dependent]
+    other = pick(grammar.rand, [w for w in sentence if w.upos == "NOUN" and w is not noun])
+    word = sentence[here]
+    if kind.ending:
+        return sentence, here, word._replace(consonant=other.consonant)
+    if sentence[dependent].kind != sentence[head].kind or other.kind == noun.kind:
+        return None
+    return sentence, here, word._replace(stem=pick(grammar.rand, STEMS[other.kind][word.upos]))
+
+
 def minimal_pairs(uid: str, count: int, seed: int, seen: Container[str] = ()) -> list[dict[str, Any]]:
-    """`count` different pairs of the set `uid` as the records of a BLiMP file; the grammatical ones alternate in
-    number.
+    """`count` different pairs of the set `uid` as the records of a BLiMP file.
 
     Args:
         seen: texts of the training sentences; a pair of which either sentence is there is not used.
     """
-    term, build = SETS[uid]
+    kind = SETS[uid]
     grammar = Grammar(random.Random(f"{seed} pairs {uid}").random)
     records: list[dict[str, Any]] = []
     used: set[str] = set()
     while len(records) < count:
-        sentence = Sentence()
-        critical = build(grammar, sentence, len(records) % 2)
-        word = sentence.words[critical]
-        if word.other is None or not word.even:
+        found = _broken(grammar, kind)
+        if found is None:
             continue
-        good = [word.form for word in sentence.words]
-        bad = [*good[:critical], word.other.form, *good[critical + 1 :]]
-        texts = text_of(good), text_of(bad)
+        sentence, here, wrong = found
+        good = [word.form for word in sentence]
+        texts = text_of(good), text_of([*good[:here], wrong.form, *good[here + 1 :]])
         if texts[0] in used or texts[0] in seen or texts[1] in seen:
             continue
         used.add(texts[0])
@@ -165,11 +76,11 @@ def minimal_pairs(uid: str, count: int, seed: int, seen: Container[str] = ()) ->
             {
                 "sentence_good": texts[0],
                 "sentence_bad": texts[1],
-                "one_prefix_prefix": text_of(good[:critical]),
-                "one_prefix_word_good": word.form,
-                "one_prefix_word_bad": word.other.form,
-                "field": "morphology",
-                "linguistics_term": term,
+                "one_prefix_prefix": text_of(good[:here]),
+                "one_prefix_word_good": good[here],
+                "one_prefix_word_bad": wrong.form,
+                "field": "syntax" if kind.term == SELECTION else "morphology",
+                "linguistics_term": kind.term,
                 "UID": uid,
                 "simple_LM_method": True,
                 "one_prefix_method": True,

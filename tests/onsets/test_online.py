@@ -1,6 +1,6 @@
 """The online detector: what it takes for an onset and what not, and real curves.
 
-`toy_curves.npz` holds two runs of examples/toy.yaml, seed 1: λ = 0 for 900 updates, evaluated every 10 on 100
+`toy_curves.npz` holds two runs of an earlier toy language, seed 1: λ = 0 for 900 updates, evaluated every 10 on 100
 sentences, and λ = 0.02 for 1,200 updates, evaluated every 50 on 150 sentences.
 """
 
