@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_sas.kernels import dependency_attention, unsupported_reason, window_bounds
@@ -22,6 +23,11 @@ class QueriesKeys(NamedTuple):
     k: Tensor  # (B, H, S, D)
     window: Window  # None, or how many keys before and after its position a query sees
     backend: str = "auto"  # of the layer's attention
+
+
+def take_copies(x: Tensor, copies: Tensor | None) -> Tensor:
+    """The rows of `(R, S, C)` at `copies` `(B, S)`, flat indices into R·S: `(B, S, C)`; None: all as they are."""
+    return x if copies is None else F.embedding(copies, x.reshape(-1, x.shape[-1]))
 
 
 class SelfAttention(nn.Module):
@@ -47,6 +53,7 @@ class SelfAttention(nn.Module):
         observer: QueryKeyObserver | None = None,
         *positions: Tensor,
         queries_keys: bool = False,
+        copies: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, QueriesKeys | None]:
         """Output `(B, S, C)`, `to_head` and `to_dependent` `(B, H, S)` (None without `heads`), and if `queries_keys`
         is true queries and keys with their gradient.
@@ -54,10 +61,13 @@ class SelfAttention(nn.Module):
         Heads `(B, sets, S)` give probabilities `(B, sets, H, S)`.
 
         `observer` is called with queries and keys `(B, H, S, D)`: for evaluation, never while training. `positions` is
-        what `project` needs besides.
+        what `project` needs besides. `copies` is as for `MaskedLM.forward`: projected are only the rows of `x`.
         """
-        batch, seq, hidden = x.shape
         q, k, v = self.project(x, *positions)
+        if copies is not None:
+            rows = (part.transpose(1, 2).flatten(2) for part in (q, k, v))  # (R, S, C)
+            q, k, v = (take_copies(part, copies).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in rows)
+        batch, seq, hidden = len(q), q.shape[2], x.shape[2]
         if observer is not None:
             observer(q, k)
         dropout_p, backend = self.dropout_p if self.training else 0.0, self.backend

@@ -62,7 +62,7 @@ class LMHead(nn.Module):
 class MaskedLM(nn.Module):
     """An encoder with its masked-LM head. A subclass makes the parts, by these names."""
 
-    shows_queries, no_maps = True, None  # see `evaluation.batching.Encoder`
+    shows_queries, no_maps, takes_copies = True, None, True  # see `evaluation.batching.Encoder`
     embeddings: nn.Module  # with `word`, the word embedding
     layers: nn.ModuleList
     head: LMHead
@@ -90,6 +90,7 @@ class MaskedLM(nn.Module):
         attention_observer: AttentionObserver | None = None,
         query_key_observer: QueryKeyObserver | None = None,
         queries_keys: bool = False,
+        copies: Tensor | None = None,
     ) -> ModelOutput:
         """Run the encoder, and the head at `masked_positions`.
 
@@ -107,6 +108,9 @@ class MaskedLM(nn.Module):
             query_key_observer: called once per layer with (layer, queries, keys, window), queries and keys
                 `(B, H, S, D)` as their products are taken, the window None or (keys before, keys after).
             queries_keys: whether to return queries and keys of every layer, with their gradient.
+            copies: int64 `(B, S)`, flat indices into R·S of `input_ids`, here `(R, S)`: the B sequences are made of the
+                tokens there, each at its own place of a sequence. Embeddings and the first layer's queries, keys and
+                values, which depend on token and place alone, are computed once for all that have them in common.
         """
         x = self.embeddings(input_ids)
         to_head, to_dependent, of_layers = [], [], []
@@ -114,7 +118,7 @@ class MaskedLM(nn.Module):
         for index, (layer, window, arguments) in enumerate(per_layer):
             observer = _observer_of(index, seqlens, window, attention_observer, query_key_observer)
             x, layer_to_head, layer_to_dependent, qk = layer(
-                x, heads, seqlens, observer, *arguments, queries_keys=queries_keys
+                x, heads, seqlens, observer, *arguments, queries_keys=queries_keys, copies=None if index else copies
             )
             if layer_to_head is not None:
                 to_head.append(layer_to_head)

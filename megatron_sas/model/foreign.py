@@ -44,7 +44,7 @@ class ForeignModel(nn.Module):
     `no_maps` says why the model gives no attention maps, or is None.
     """
 
-    shows_queries = False
+    shows_queries = takes_copies = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Wrap a model in evaluation mode, and find out by a short forward pass what it gives."""

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from megatron_sas.core.cli import InputError
 from megatron_sas.kernels.cpu_linear import Linear
 from megatron_sas.kernels.reference import Window
-from megatron_sas.model.attention import QueriesKeys, SelfAttention
+from megatron_sas.model.attention import QueriesKeys, SelfAttention, take_copies
 from megatron_sas.model.base import LMHead, MaskedLM
 from megatron_sas.model.config import Activations, ModelConfig
 from megatron_sas.model.exchange import (
@@ -228,12 +228,13 @@ class Layer(nn.Module):
         sin: Tensor,
         *,
         queries_keys: bool,
+        copies: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, QueriesKeys | None]:
         """`(B, S, C)` to `(B, S, C)`, and what else `SelfAttention` returns."""
         attended, *handed_out = self.attention(
-            self.attention_norm(x), heads, seqlens, observer, cos, sin, queries_keys=queries_keys
+            self.attention_norm(x), heads, seqlens, observer, cos, sin, queries_keys=queries_keys, copies=copies
         )
-        x = x + self.dropout(attended)
+        x = take_copies(x, copies) + self.dropout(attended)
         value, gate = self.up(self.mlp_norm(x)).chunk(2, dim=-1)  # (B, S, I)
         return x + self.down(self.mlp_dropout(F.gelu(value) * gate)), *handed_out
 
