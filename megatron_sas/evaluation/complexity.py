@@ -98,11 +98,12 @@ def cls_vectors(
     with evaluating(model) as device:
         for batch in batches:
             batch = batch.to(device)
-            hidden = share_pass(model, batch, observers).hidden
+            first = torch.arange(0, batch.input_ids.numel(), batch.input_ids.shape[1], device=device)
+            hidden = share_pass(model, batch, observers, only_at=first).hidden  # (B, C)
             if result is None:
-                result = torch.zeros(num_texts, hidden.shape[2], dtype=torch.float32, device=device)
+                result = torch.zeros(num_texts, hidden.shape[1], dtype=torch.float32, device=device)
             if batch.counts:
-                result[batch.numbers] = hidden[:, 0].float()
+                result[batch.numbers] = hidden.float()
     return distributed.all_reduce_sum_(result)
 
 

@@ -7,16 +7,14 @@ import functools
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 from pathlib import Path
 
 import torch
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.device import choose_device
-from megatron_sas.core.processes import end_with_parent
+from megatron_sas.core.processes import worker_pool
 from megatron_sas.corpus.readers.text_lines import OnError
 from megatron_sas.evaluation.provenance import weights_sha256
 from megatron_sas.run.reading import load_model
@@ -157,27 +155,13 @@ def _at_once(
     """(step, fault) of every model as it is done, measured by several processes."""
     threads = max(1, torch.get_num_threads() // workers)
     gpus = torch.cuda.device_count() if device in (None, "cuda") and torch.cuda.is_available() else 0
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (threads,))
-    try:
+    with worker_pool(workers, signal.SIG_DFL, torch.set_num_threads, threads) as pool:
         futures = {}
         for number, (step, path) in enumerate(models):
             where = f"cuda:{number % gpus}" if gpus else device
             futures[pool.submit(_measure_in_worker, inputs, reference, step, path, output, where)] = step
         for future in as_completed(futures):
             yield futures[future], future.result()
-    except BrokenProcessPool:
-        raise InputError(
-            f"a worker process ended unexpectedly, probably for want of memory; try fewer than --workers {workers}"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)  # models under way are finished: their points count
-
-
-def _start_worker(threads: int) -> None:
-    """Runs once in every worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once, without a traceback
-    end_with_parent()
-    torch.set_num_threads(threads)
 
 
 @functools.cache
