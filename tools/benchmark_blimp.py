@@ -48,6 +48,11 @@ try:
 except ImportError:  # commit eb96e8e
     from megatron_sas.model.pretrained import load_model
 from megatron_sas.evaluation.pll import PllTask
+try:
+    from megatron_sas.core.processes import keep_freed_memory  # as the tools that evaluate do
+    keep_freed_memory()
+except ImportError:
+    pass
 model, tokenizer = load_model(given["model"])
 task = PllTask(sentences, tokenizer, given["metric"])
 def score():

@@ -14,7 +14,7 @@ import torch
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.device import choose_device
-from megatron_sas.core.processes import worker_pool
+from megatron_sas.core.processes import keep_freed_memory, worker_pool
 from megatron_sas.corpus.readers.text_lines import OnError
 from megatron_sas.evaluation.provenance import weights_sha256
 from megatron_sas.run.reading import load_model
@@ -104,6 +104,7 @@ def _first_task(
 
 def _measure(task: TrajectoryTask, step: int, path: Path, output: Path, device: str | None) -> str | None:
     """Measure one model and write its point; returns what is wrong with the model, if anything."""
+    keep_freed_memory()
     try:
         try:
             model = task.load(path, choose_device(device))
