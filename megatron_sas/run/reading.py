@@ -64,8 +64,7 @@ def load_model(
         model, tokenizer_path = load_foreign(path), path
     else:
         config, state, tokenizer_path = read_model(path)
-        with torch.device("meta"):  # initial weights would be drawn for nothing
-            model = build_model(config)
+        model = build_model(config)
         load_state(model, state, where=str(path))
     tokenizer = read_tokenizer(tokenizer_path)
     if len(tokenizer) > model.config.vocab_size:
@@ -198,17 +197,14 @@ def read_model_config(path: str | Path) -> ModelConfig:
 
 
 def load_state(model: MaskedLM, state: dict[str, Tensor], where: str) -> None:
-    """`model.load_state_dict`, with a one-line error; a model without memory gets copies of its own."""
+    """`model.load_state_dict`, with a one-line error."""
     own = model.state_dict()
     wrong = sorted(
         n for n in own.keys() | state.keys() if n not in own or n not in state or own[n].shape != state[n].shape
     )
     if wrong:
         raise InputError(f"{where}: weights do not fit the configured model (e.g. {wrong[0]})")
-    if any(tensor.is_meta for tensor in own.values()):  # a file's own tensors lie at any address in it
-        model.load_state_dict({name: tensor.float().clone() for name, tensor in state.items()}, assign=True)
-    else:
-        model.load_state_dict(state)
+    model.load_state_dict(state)
 
 
 def architecture_differences(found: ModelConfig, wanted: ModelConfig) -> list[str]:
