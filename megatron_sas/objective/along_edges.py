@@ -23,6 +23,9 @@ from megatron_sas.objective.base import EDGES, Batch, Counts, TermSection
 
 DIRECTIONS = ("both", "to_head", "to_dependent")
 
+PER_EDGE = "{}_per_edge"
+"""The key, with a term's name, of the mean of R over edges and directions."""
+
 
 class EdgeSection(TermSection):
     """The settings of a term along edges."""
@@ -62,7 +65,7 @@ class EdgeTerm:
         values = {self.name: total / divisor}
         if self.section.mode == "max" and counts.edges:
             directions = 2 if self.section.directions == "both" else 1
-            values[f"{self.name}_per_edge"] = total / (directions * counts.edges)
+            values[PER_EDGE.format(self.name)] = total / (directions * counts.edges)
         return values
 
 

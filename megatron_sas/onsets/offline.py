@@ -88,9 +88,25 @@ def break_point(
     if best in (0, len(grid) - 1):
         reason = f"the search ends at step {step:g}, so it may lie {'after' if best else 'before'} that"
         return Onset(step, strength, noise, spacing, at_edge=True, reason=reason)
-    # Pure noise bends by σ√6; the largest of n such values grows with √(2 ln n). Of simulated noise 1 to 5 % passes.
-    largest_by_chance = noise * np.sqrt(6) * (np.sqrt(2 * np.log(len(s))) + 1)
-    return Onset(step, strength, noise, spacing, detected=bool(strength > largest_by_chance))
+    return Onset(step, strength, noise, spacing, detected=bool(strength > largest_by_chance(noise, len(s))))
+
+
+def largest_by_chance(noise: float, points: int) -> float:
+    """The strength that the largest bend of `points` values of noise alone seldom exceeds.
+
+    Pure noise bends by σ√6; the largest of n such values grows with √(2 ln n). Of simulated noise 1 to 5 % exceeds it.
+    """
+    return float(noise * np.sqrt(6) * (np.sqrt(2 * np.log(points)) + 1))
+
+
+def is_recovery(steps: Sequence[float], values: Sequence[float], delta: float, sign: int, onset: Onset) -> bool:
+    """Whether a curve rises after an onset only to a level that it had before, such as that of the untrained model.
+
+    It has 2Δ to go beyond all earlier values, by more than two standard deviations of a difference.
+    """
+    s, f = _clean(steps, values, sign)
+    after = f[(s > onset.step) & (s <= onset.step + 2 * delta)].max()
+    return bool(after - f[s <= onset.step].max() <= 2 * np.sqrt(2) * onset.noise)
 
 
 def onset_steps(steps: Sequence[float], curves: np.ndarray, delta: float, sign: int = 1) -> np.ndarray:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from megatron_sas.core.settings import Section
 from megatron_sas.evaluation.registry import live_metrics
-from megatron_sas.onsets.offline import noise_level
+from megatron_sas.onsets.offline import largest_by_chance, noise_level
 
 BLOCKS_PER_WINDOW = 4  # the curve is averaged over blocks of Δ/4
 MIN_BLOCKS = 12  # three windows: with less, neither noise nor usual bends can be told
@@ -137,6 +137,8 @@ class OnsetDetector:
             return None
         before, middle, after = (np.interp(middles + shift, s, f) for shift in (-self.delta, 0, self.delta))
         strengths = after - 2 * middle + before
-        by_chance = noise_level(s, f) * math.sqrt(6) * (math.sqrt(2 * math.log(len(s))) + 1)
-        threshold = max(by_chance, TYPICAL_FACTOR * 1.4826 * float(np.median(np.abs(strengths[:-1]))))
+        threshold = max(
+            largest_by_chance(noise_level(s, f), len(s)),
+            TYPICAL_FACTOR * 1.4826 * float(np.median(np.abs(strengths[:-1]))),
+        )
         return Detection(float(strengths[-1]), threshold) if strengths[-1] > threshold else None

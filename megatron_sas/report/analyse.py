@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron_sas.report.claims import answer_claims
 from megatron_sas.report.comparisons import compare_to_controls, runs_of, summarize
-from megatron_sas.report.findings import caveats, narrate
+from megatron_sas.report.findings import caveats, headline, narrate
 from megatron_sas.report.responses import stage_responses, weight_response
 from megatron_sas.report.run_onsets import find_onsets, order_of
 from megatron_sas.report.trajectories import Run
@@ -41,6 +41,7 @@ class Analysis:
         stages = stage_responses(self.conditions)
         self.stages = {f"stage_length_{s.weight:g}" if len(stages) > 1 else "stage_length": s for s in stages}
         self.claims = answer_claims(self.conditions, self.onsets, delta)
+        self.headline = headline(self.conditions, self.onsets)
         self.findings = narrate(self.conditions, self.onsets, self.to_controls)
         self.notes = [*notes, *caveats(self.conditions)]
 

@@ -15,7 +15,7 @@ from megatron_sas.evaluation.uas import UAS
 from megatron_sas.report.comparisons import WHOLE, Comparison, Condition, runs_of
 from megatron_sas.report.run_onsets import Onsets, Order, RunOnset, mean_step, order_of
 from megatron_sas.report.statistics import show, show_interval
-from megatron_sas.report.trajectories import METRICS
+from megatron_sas.report.trajectories import METRICS, TABLE_METRICS
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,32 @@ def narrate(conditions: Sequence[Condition], onsets: Onsets, to_controls: Sequen
         differences = [c for c in to_controls if (c.left, c.right) == (left, right)]
         findings.append(Finding(left, _difference_sentence(f"{right} (the same λ)", differences)))
     return findings
+
+
+def headline(conditions: Sequence[Condition], onsets: Onsets) -> list[str]:
+    """What happened in at most three sentences: when the base's curves break, in which order, and what λ changed."""
+    base = next((condition for condition in conditions if condition.is_base), conditions[0])
+    about_base = [_onset_sentence(base, onsets), _order_sentence(base, onsets) or _uas_sentence(base)]
+    return list(filter(None, [*about_base, _changes_sentence(conditions)]))
+
+
+def _changes_sentence(conditions: Sequence[Condition]) -> str:
+    """In which conditions a metric ends lower or higher than in the base: significantly, where that can be tested."""
+    comparisons = [c for condition in conditions for c in condition.difference.values()]
+    if not comparisons:
+        return ""
+    tested = any(c.holm is not None for c in comparisons)
+    parts = []
+    for metric in TABLE_METRICS:
+        for sign, way in ((-1, "lower"), (1, "higher")):
+            labels = [
+                c.left
+                for c in comparisons
+                if c.metric == metric and sign == (c.sign_shown() if tested else np.sign(round(c.value.mean, 3)))
+            ]
+            parts += [f"{metric.title} is {way} in {_join(labels)}"] if labels else []
+    doubt = "" if tested else " (not tested)"
+    return f"Compared with the base{doubt}, {'; '.join(parts) or 'no metric differs'}."
 
 
 def caveats(conditions: Sequence[Condition]) -> list[str]:
@@ -124,8 +150,7 @@ def _describe_one(onset: RunOnset, metric: Metric) -> str:
     if strongest.detected:
         over = [f"95 % over items {show_interval(onset.interval, 'g')}"] if onset.interval else []
     else:
-        doubt = f": {strongest.reason}" if strongest.reason else ", could be noise"
-        over = [f"its largest bend, {strongest.strength:.3f} at step {strongest.step:.0f}{doubt}"]
+        over = [f"its largest bend, {strongest.strength:.3f} at step {strongest.step:.0f}: {strongest.reason}"]
     over += [f"a fit of straight pieces breaks between steps {fit[0]:g} and {fit[1]:g}"] if fit else []
     what = f"{_breaks(metric)} at step {strongest.step:.0f}" if strongest.detected else "shows no clear break"
     return what + (f" ({'; '.join(over)})" if over else "")

@@ -47,7 +47,9 @@ def write_analysis(analysis: Analysis, directory: Path, x_scale: str = "linear")
     write_text_atomic(directory / "table.md", tables.table_markdown(analysis.conditions))
     write_text_atomic(directory / "differences.csv", tables.differences_csv(analysis))
     write_text_atomic(directory / "report.html", report_html(analysis, pictures))
-    answers = [f"Claim {c.number}: {c.verdict}. {c.statement}" for c in analysis.claims]
+    answers = [f"Claim {c.number}: {c.verdict}. {c.statement}" for c in analysis.claims if c.verdict != NOT_TESTABLE]
+    untested = [f"{c.number} ({c.name})" for c in analysis.claims if c.verdict == NOT_TESTABLE]
+    answers += [f"Not testable with these runs: claims {', '.join(untested)}."] if untested else []
     return [finding.text for finding in analysis.findings] + answers + analysis.notes
 
 
@@ -91,6 +93,7 @@ def report_html(analysis: Analysis, pictures: dict[str, Picture]) -> str:
         measured=[metric for metric in METRICS if metric.name in final],
         table_metrics=[metric for metric in TABLE_METRICS if metric.name in final],
         colours={condition.label: colour for condition, colour, _ in styled(conditions)},
+        untestable=NOT_TESTABLE,
         verdicts={SHOWN: "yes", OPPOSITE: "opposite", NOT_TESTABLE: "open"},
         last_step=max(run.final_step for run in runs),
         pictures=pictures,

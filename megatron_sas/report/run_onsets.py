@@ -16,12 +16,20 @@ import numpy as np
 from scipy import stats
 
 from megatron_sas.core.cli import InputError, progress
-from megatron_sas.evaluation.base import Metric
+from megatron_sas.evaluation.base import Evaluation, Metric
 from megatron_sas.evaluation.items import Items
 from megatron_sas.evaluation.minimal_pairs import BLIMP
 from megatron_sas.evaluation.registry import EVALUATIONS
 from megatron_sas.evaluation.uas import UAS
-from megatron_sas.onsets.offline import ChangePoint, Onset, break_point, change_point, onset_steps
+from megatron_sas.onsets.offline import (
+    ChangePoint,
+    Onset,
+    break_point,
+    change_point,
+    is_recovery,
+    largest_by_chance,
+    onset_steps,
+)
 from megatron_sas.report.statistics import Difference, Estimate, Interval, estimate, two_sided_p
 from megatron_sas.report.trajectories import METRICS, Curve, Run
 from megatron_sas.trajectory.points import point_directory, read_items
@@ -37,11 +45,16 @@ class ItemOnset:
 
 @dataclass(frozen=True)
 class RunOnset:
-    """When one curve of one run breaks: strongest bend, change-point fit, and the bend's replicates over items."""
+    """When one curve of one run breaks: strongest bend, change-point fit, and the bend's replicates over items.
+
+    `above_offsets`: how far UAS, at its best after the bend, is above that of the best fixed offsets, with a 95 %
+    interval for its number of edges; None for other curves, and where one of these is not recorded.
+    """
 
     strongest: Onset
     change: ChangePoint
     items: ItemOnset | None = None
+    above_offsets: tuple[float, Interval] | None = None
 
     @property
     def interval(self) -> Interval | None:
@@ -127,8 +140,53 @@ def find_onsets(runs: Sequence[Run], delta: float, replicates: int = 0, seed: in
 
 
 def _curve_onset(run: Run, metric: Metric, curve: Curve, delta: float) -> RunOnset:
+    """The strongest bend, clear only if it is an onset: no recovery, and of UAS no rise below fixed offsets."""
     bend = break_point(curve.steps, curve.values, delta, metric.direction, item_error(run, metric))
-    return RunOnset(bend, change_point(curve.steps, curve.values, metric.direction))
+    above = _above_offsets(run, curve, bend) if metric == UAS and bend.step is not None else None
+    reason = bend.reason
+    if bend.step is not None and not bend.at_edge:
+        if not bend.detected:
+            reason = _within_noise(run, metric, curve, bend)
+        elif is_recovery(curve.steps, curve.values, delta, metric.direction, bend):
+            reason = "a recovery: it returns to a level that it had before"
+        elif above and above[1][0] <= 0:
+            reason = "afterwards it is not above fixed offsets"
+    bend = replace(bend, detected=bend.detected and not reason, reason=reason)
+    return RunOnset(bend, change_point(curve.steps, curve.values, metric.direction), above_offsets=above)
+
+
+def _within_noise(run: Run, metric: Metric, curve: Curve, bend: Onset) -> str:
+    """Why a bend is not clear; where it rests on few items, how many would make one of its size clear."""
+    if bend.noise != item_error(run, metric):
+        return "within noise"
+    number = sum(_item_counts(run, metric)[1])
+    enough = number * (largest_by_chance(bend.noise, len(curve)) / bend.strength) ** 2
+    return f"within the noise of {number} items; {enough:.0f} would carry it"
+
+
+def _above_offsets(run: Run, curve: Curve, bend: Onset) -> tuple[float, Interval] | None:
+    best, baseline = float(curve.values[curve.steps >= bend.step].max()), run.uas_baseline
+    number = _independent_items(run, UAS)
+    if baseline is None or not number:
+        return None
+    difference, error = best - baseline, float(np.sqrt(best * (1 - best) / number))
+    return difference, (difference - 1.96 * error, difference + 1.96 * error)
+
+
+def _item_counts(run: Run, metric: Metric) -> tuple[type[Evaluation], list[int], int]:
+    """Who owns a metric, and of its last table the positive counts and the number of rows; no rows where not known."""
+    owner = next(e for e in EVALUATIONS.values() if metric in e.metrics)
+    if owner.item_counts is None or metric != owner.metrics[0]:
+        return owner, [], 0
+    table, key = owner.item_counts
+    rows = run.nested(table)
+    counts = [row.get(key) for row in rows.values() if isinstance(row, dict)]
+    return owner, [n for n in counts if isinstance(n, int) and n > 0], len(rows)
+
+
+def _independent_items(run: Run, metric: Metric) -> float:
+    owner, counts, rows = _item_counts(run, metric)
+    return owner.independent_items(counts, rows) if counts else 0.0
 
 
 def item_error(run: Run, metric: Metric) -> float | None:
@@ -136,14 +194,7 @@ def item_error(run: Run, metric: Metric) -> float | None:
 
     √(p(1-p)/n) with p the curve's mean and n what the metric's owner makes of the recorded counts.
     """
-    owner = next(e for e in EVALUATIONS.values() if metric in e.metrics)
-    if owner.item_counts is None or metric != owner.metrics[0]:
-        return None
-    table, key = owner.item_counts
-    rows = run.nested(table)
-    counts = [row.get(key) for row in rows.values() if isinstance(row, dict)]
-    number = owner.independent_items([n for n in counts if isinstance(n, int) and n > 0], len(rows))
-    values = run.metric(metric).values
+    number, values = _independent_items(run, metric), run.metric(metric).values
     if not number or not len(values):
         return None
     p = float(np.clip(values.mean(), 0, 1))

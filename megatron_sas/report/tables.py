@@ -31,6 +31,9 @@ def onsets_json(analysis: Analysis) -> dict[str, Any]:
         entry["seed"] = run.seed
         for name, onset in analysis.onsets[run.path].items():
             entry[name] = {"break": _break_json(onset.strongest), "change_point": vars(onset.change)}
+            if onset.above_offsets:
+                difference, interval = onset.above_offsets
+                entry[name]["above_fixed_offsets"] = {"difference": difference, "interval": interval}
             if onset.items:
                 low, high = onset.interval or (None, None)
                 entry[name]["bootstrap_over_items"] = {"low": low, "high": high}
@@ -222,8 +225,11 @@ def onset_cell(onset: RunOnset | None) -> dict[str, Any]:
     if onset is None:
         return {"step": NOT_MEASURED, "notes": ["not evaluated"], "is_detected": False}
     strongest, fit = onset.strongest, onset.change.interval
-    doubt = "" if strongest.detected else f", {strongest.reason or 'within noise'}"
+    doubt = "" if strongest.detected else f", {strongest.reason}"
     notes = [strongest.reason if strongest.step is None else f"bend {strongest.strength:.3f}{doubt}"]
+    if onset.above_offsets:
+        difference, (low, high) = onset.above_offsets
+        notes.append(true_minus(f"above fixed offsets by {difference:.3f} ({low:.3f} to {high:.3f})"))
     if onset.interval:
         notes.append(f"items: {onset.interval[0]:.0f} to {onset.interval[1]:.0f}")
     notes.append(f"change point: {fit[0]:g} to {fit[1]:g}" if fit else f"no change point: {onset.change.reason}")

@@ -11,6 +11,7 @@ import torch
 
 from megatron_sas.core import distributed
 from megatron_sas.core.cli import InputError
+from megatron_sas.objective.along_edges import PER_EDGE
 from megatron_sas.objective.base import EDGES, Counts, Term
 from megatron_sas.optim.section import TrainSection
 from megatron_sas.run.nvml import GpuMonitor
@@ -151,8 +152,8 @@ def describe(values: Mapping[str, Any], terms: Mapping[str, Term]) -> str:
     """An update's record as a line, with the attention per edge, or R, and λ of every term."""
     text = f"loss {values['loss']:.4f}  mlm {values['mlm_loss']:.4f}"
     for name in terms:
-        if f"{name}_per_edge" in values:
-            text += f"  {name}/edge {values[f'{name}_per_edge']:.3g}"
+        if (key := PER_EDGE.format(name)) in values:
+            text += f"  {name}/edge {values[key]:.3g}"
         elif name in values and EDGES not in terms[name].needs:
             text += f"  {name} {values[name]:.3g}"
         text += f"  λ {values[f'{name}_weight']:g}"

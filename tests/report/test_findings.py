@@ -6,7 +6,7 @@ import pytest
 from synthetic_runs import write_run
 
 from megatron_sas.report.comparisons import compare_to_controls, summarize
-from megatron_sas.report.findings import caveats, narrate
+from megatron_sas.report.findings import caveats, headline, narrate
 from megatron_sas.report.load import load_runs
 from megatron_sas.report.run_onsets import default_delta, find_onsets
 
@@ -42,6 +42,19 @@ def test_single_runs(paths):
     gap = found[0].final["uas"].mean - found[1].final["uas"].mean
     assert f"UAS {gap:.3f} lower" in difference and "±" not in difference
     assert any("single run of each condition" in note for note in caveats(found))
+
+
+def test_headline_has_onsets_order_and_differences(paths):
+    names = ["base", "minus"]
+    runs = load_runs([paths / f"{n}-{s}" for n in names for s in range(3)], [n for n in names for _ in range(3)])
+    onsets, found, _ = Analysis(runs)
+    when, order, changes = headline(found, onsets)
+    assert when.startswith("In base (3 runs), MLM loss breaks downward") and order.startswith("Structure (UAS) breaks")
+    assert changes.startswith("Compared with the base, MLM loss is higher in minus; ")
+    assert "BLiMP is lower in minus" in changes and "UAS is lower in minus" in changes
+    single = load_runs([paths / "base-1", paths / "minus-1"])
+    onsets, found, _ = Analysis(single)
+    assert headline(found, onsets)[-1].startswith("Compared with the base (not tested), MLM loss is higher in")
 
 
 def test_several_seeds(paths):

@@ -19,8 +19,9 @@ SHAPE = (2, 3, 5)
 STEPS = np.arange(0, 1001, 50)
 
 
-def run_with(blimp, *, sets=33, pairs_per_set=None, counts=None):
+def run_with(blimp, *, sets=33, pairs_per_set=None, counts=None, uas=None, baseline=None):
     """A run with a BLiMP curve over `STEPS`; `counts` are pairs of each set, `pairs_per_set` those of all."""
+    uas = np.full(len(STEPS), 0.2) if uas is None else uas
     if pairs_per_set is not None:
         counts = [pairs_per_set] * sets
     rows = {f"set_{n}": 0.5 if counts is None else {"accuracy": 0.5, "num_pairs": counts[n]} for n in range(sets)}
@@ -29,26 +30,60 @@ def run_with(blimp, *, sets=33, pairs_per_set=None, counts=None):
             "kind": "evaluation",
             "step": int(step),
             "validation_mlm_loss": 5.0,
-            "uas": 0.2,
+            "uas": float(accuracy),
+            **({} if baseline is None else {"uas_baseline": baseline}),
             "uas_relations": {"det": {"count": 300, "accuracy": 0.2}, "obj": {"count": 100, "accuracy": 0.2}},
             "blimp": float(value),
             "blimp_sets": rows,
         }
-        for step, value in zip(STEPS, blimp, strict=True)
+        for step, value, accuracy in zip(STEPS, blimp, uas, strict=True)
     ]
     return Run(Path("/run"), "base", {}, [], evaluations, [])
 
 
+def onset_of(run, name):
+    return find_onsets([run], 100)[run.path][name]
+
+
 def detected(run):
-    return find_onsets([run], 100)[run.path]["blimp"].strongest.detected
+    return onset_of(run, "blimp").strongest.detected
 
 
 def test_blimp_at_chance_on_few_pairs_does_not_break_and_a_rise_on_many_does():
-    chance = np.interp(STEPS, [0, 500, 1000], [0.558, 0.448, 0.5])
+    chance = np.interp(STEPS, [0, 500, 1000], [0.46, 0.448, 0.558])
     assert detected(run_with(chance))  # nothing is known of the pairs
     assert not detected(run_with(chance, pairs_per_set=5))
     rise = 0.5 + 0.3 * np.clip((STEPS - 500) / 150, 0, 1)
     assert detected(run_with(rise, sets=67, pairs_per_set=100))
+
+
+def test_noise_of_few_items_names_the_number_that_would_carry_the_bend():
+    chance = np.interp(STEPS, [0, 500, 1000], [0.46, 0.448, 0.558])
+    strongest = onset_of(run_with(chance, pairs_per_set=5), "blimp").strongest
+    assert strongest.reason.startswith("within the noise of 165 items; ")
+    enough = int(strongest.reason.split("; ")[1].split()[0])
+    assert not detected(run_with(chance, sets=1, counts=[int(enough * 0.98)]))
+    assert detected(run_with(chance, sets=1, counts=[int(enough * 1.02)]))
+
+
+def test_return_to_the_untrained_level_is_a_recovery():
+    """UAS falls from 0.3 to 0.01, stays there, and is back at 0.3 at step 500."""
+    uas = np.interp(STEPS, [0, 200, 400, 500, 1000], [0.3, 0.01, 0.01, 0.3, 0.3])
+    strongest = onset_of(run_with(np.full(len(STEPS), 0.5), uas=uas), "uas").strongest
+    assert strongest.step is not None and not strongest.detected and strongest.reason.startswith("a recovery")
+    beyond = np.interp(STEPS, [0, 200, 400, 500, 1000], [0.3, 0.01, 0.01, 0.5, 0.5])
+    assert onset_of(run_with(np.full(len(STEPS), 0.5), uas=beyond), "uas").strongest.detected
+
+
+@pytest.mark.parametrize(("level", "above"), [(0.45, True), (0.40, False)])  # 0.357 + 1.96 * sqrt(0.24 / 400) = 0.405
+def test_structure_onset_needs_uas_above_fixed_offsets(level, above):
+    uas = np.interp(STEPS, [0, 400, 550, 1000], [0.05, 0.05, level, level])
+    onset = onset_of(run_with(np.full(len(STEPS), 0.5), uas=uas, baseline=0.357), "uas")
+    difference, (low, high) = onset.above_offsets
+    error = np.sqrt(level * (1 - level) / 400)
+    assert difference == pytest.approx(level - 0.357) and high - low == pytest.approx(2 * 1.96 * error)
+    assert onset.strongest.step is not None and onset.strongest.detected is above
+    assert above or onset.strongest.reason == "afterwards it is not above fixed offsets"
 
 
 def test_the_standard_error_of_a_value():

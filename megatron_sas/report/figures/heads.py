@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from megatron_sas.evaluation.uas import RELATIONS
 from megatron_sas.report.comparisons import Condition, runs_of
-from megatron_sas.report.figures.style import STYLE, finish_grid, grid_shape, mean_curve, new_figure, plain
+from megatron_sas.report.figures.style import STYLE, draw_legend, finish_grid, grid_shape, mean_curve, new_figure, plain
 from megatron_sas.report.trajectories import Curve, Run
 
 without_grid = mpl.rc_context({**STYLE, "axes.grid": False})
@@ -32,8 +32,9 @@ def draw_relations(conditions: Sequence[Condition]) -> Figure | None:
     rows, columns = grid_shape(len(panels))
     figure = new_figure(3.6 * columns + 1.4, rows * (0.24 * len(names) + 0.8) + 0.3)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    highest = max(curve.values.max() for _, curves in panels for curve in curves if len(curve))
     for axis, (label, curves) in zip(axes.flat, panels, strict=False):
-        mesh = _heat(axis, curves)
+        mesh = _heat(axis, curves, highest)
         axis.set_title(plain(label), fontsize=10)
     finish_grid(axes, len(panels))
     axes[0, 0].set_yticks(np.arange(len(names)), names)
@@ -62,15 +63,19 @@ def draw_heads(runs: Sequence[Run]) -> Figure | None:
         curves.append(Curve(np.array(steps, np.float64), accuracy))
     figure = new_figure(9.5, 0.27 * len(curves) + 1.1)
     axis = figure.subplots()
-    mesh = _heat(axis, curves)
+    mesh = _heat(axis, curves, max(curve.values.max() for curve in curves))
+    handles = []
     for rank, curve in enumerate(curves):
         half = half_way(curve)
         if half is not None:
-            axis.plot(half, rank, "o", color="white", markeredgecolor="black", markersize=5)
+            dot = {"color": "white", "markeredgecolor": "black", "markersize": 5, "label": "half of the rise is done"}
+            handles += axis.plot(half, rank, "o", **dot)
     axis.set_yticks(np.arange(len(labels)), labels)
     axis.set_xlabel("training step")
-    axis.set_title(plain(f"{run.label}, {run.name}"), fontsize=10)
+    axis.set_title(plain(f"Heads that end best, in {run.title}"), fontsize=10)
     figure.colorbar(mesh, ax=axis, label="accuracy of this head")
+    if handles:
+        draw_legend(figure, handles[:1])
     return figure
 
 
@@ -99,13 +104,14 @@ def _mean_relation(runs: Sequence[Run], name: str) -> Curve:
     return mean_curve(curves) if curves else Curve.of([])
 
 
-def _heat(axis: Axes, curves: Sequence[Curve]) -> QuadMesh:
+def _heat(axis: Axes, curves: Sequence[Curve], highest: float) -> QuadMesh:
     """One row per curve; a cell reaches half-way to the neighbouring evaluations. Rows may lack steps."""
     steps = np.unique(np.concatenate([curve.steps for curve in curves]))
     values = np.full((len(curves), len(steps)), np.nan)
     for row, curve in zip(values, curves, strict=True):
         row[np.searchsorted(steps, curve.steps)] = curve.values
     edges = np.concatenate([steps[:1], (steps[1:] + steps[:-1]) / 2, steps[-1:]])
-    mesh = axis.pcolormesh(edges, np.arange(len(curves) + 1) - 0.5, values, cmap=MAP, vmin=0, vmax=1, rasterized=True)
+    rows = np.arange(len(curves) + 1) - 0.5
+    mesh = axis.pcolormesh(edges, rows, values, cmap=MAP, vmin=0, vmax=highest or 1, rasterized=True)
     axis.set_ylim(len(curves) - 0.5, -0.5)
     return mesh

@@ -96,8 +96,9 @@ def draw_conditions(
     axis: Axes, conditions: Sequence[Condition], curve_of: Callable[[Run], Curve], least: int = 1
 ) -> None:
     """The curves of every condition that have at least `least` points: a line with dots for a single run, thin lines
-    and their mean for several."""
-    for condition, colour, dash in styled(conditions):
+    and their mean for several. Each condition is narrower than those below it, so curves that agree are all seen."""
+    for rank, (condition, colour, dash) in enumerate(styled(conditions)):
+        width = 2.8 - 1.4 * rank / max(1, len(conditions) - 1)
         curves = [curve for run in condition.runs if len(curve := curve_of(run)) >= least]
         several = len(curves) > 1
         for curve in curves:
@@ -106,7 +107,7 @@ def draw_conditions(
                 curve.values,
                 color=colour,
                 linestyle=dash,
-                linewidth=0.8 if several else 1.8,
+                linewidth=0.8 if several else width,
                 alpha=0.45 if several else 1,
                 marker=None if several or len(curve) > 60 else "o",
                 markersize=2.6,
@@ -114,7 +115,7 @@ def draw_conditions(
             )
         if several:
             mean = mean_curve(curves)
-            axis.plot(mean.steps, mean.values, color=colour, linestyle=dash, linewidth=2.2, zorder=4)
+            axis.plot(mean.steps, mean.values, color=colour, linestyle=dash, linewidth=width, zorder=4)
 
 
 def grid_shape(panels: int) -> tuple[int, int]:

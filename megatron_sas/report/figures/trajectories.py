@@ -15,18 +15,23 @@ from megatron_sas.evaluation.minimal_pairs import TERMS as BLIMP_TERMS
 from megatron_sas.evaluation.registry import snapshot_metrics
 from megatron_sas.evaluation.uas import UAS
 from megatron_sas.evaluation.validation import LOSS
-from megatron_sas.objective.terms import TERMS
+from megatron_sas.objective import along_edges
+from megatron_sas.objective.terms import TERMS, syntactic_first
 from megatron_sas.report.comparisons import Condition, runs_of
 from megatron_sas.report.figures import style
 from megatron_sas.report.run_onsets import Onsets, detected_onsets
 from megatron_sas.report.trajectories import METRICS, Curve, Run
 
 MAX_FIELDS = 12
+PER_EDGE = Metric(along_edges.PER_EDGE.format(syntactic_first({name: name for name in TERMS})[0]), title="R per edge")
+PANEL_HEIGHTS = {LOSS: 1.6, PER_EDGE: 0.8}
 
 
 @style.applied
 def draw(conditions: Sequence[Condition], onsets: Onsets, x_scale: str = "linear") -> Figure:
     """A figure with one panel per metric that any run has, and one for the λ of every term that is not always 0.
+
+    Below UAS stands the probability that it is about: R per edge, of training batches, in mode max.
 
     Vertical lines mark the mean of a condition's clear onsets; dots at the foot of a panel are each run's onset, with
     its interval over items where there is one, one row per condition. Where colours repeat, lines and dots tell apart.
@@ -34,7 +39,9 @@ def draw(conditions: Sequence[Condition], onsets: Onsets, x_scale: str = "linear
     runs = runs_of(conditions)
     panels = [metric for metric in METRICS if any(len(run.metric(metric)) for run in runs)]
     steered = [name for name in TERMS if any(np.any(run.weight(name).values) for run in runs)]
-    heights = [0.45] * len(steered) + [1.6 if metric == LOSS else 1.2 for metric in panels]
+    if UAS in panels and any(len(run.curve(PER_EDGE.key, "train")) for run in runs):
+        panels.insert(panels.index(UAS) + 1, PER_EDGE)
+    heights = [0.45] * len(steered) + [PANEL_HEIGHTS.get(metric, 1.2) for metric in panels]
     figure = style.new_figure(9.5, 1.9 * sum(heights) + 0.9)
     axes = np.atleast_1d(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights))
     for axis, name in zip(axes, steered, strict=False):
@@ -125,6 +132,10 @@ def _finish(figure: Figure, axes: np.ndarray, conditions: Sequence[Condition], x
 
 
 def _draw_metric(axis: Axes, metric: Metric, conditions: Sequence[Condition], onsets: Onsets) -> None:
+    if metric == PER_EDGE:
+        style.draw_conditions(axis, conditions, lambda run: run.curve(metric.key, "train"))
+        axis.set_ylabel(metric.title)
+        return
     style.draw_conditions(axis, conditions, lambda run: run.metric(metric))
     for rank, (condition, colour, dash) in enumerate(style.styled(conditions)):
         for run in condition.runs if metric == LOSS else ():
