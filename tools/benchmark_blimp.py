@@ -43,6 +43,8 @@ torch.set_num_threads(given["threads"])
 sentences = given["sentences"]
 """
 OURS = """
+import megatron_sas
+assert os.path.dirname(os.path.dirname(megatron_sas.__file__)) == given["checkout"], megatron_sas.__file__
 try:
     from megatron_sas.run.reading import load_model
 except ImportError:  # commit eb96e8e
@@ -93,11 +95,13 @@ class Scorer:
     def __init__(self, code: str, checkout: Path, given: dict[str, Any], log: Path) -> None:
         self._log = log
         environment = os.environ | {"PYTHONPATH": str(checkout), "CUDA_VISIBLE_DEVICES": ""}
+        given = given | {"checkout": str(checkout)}
         command = [sys.executable, "-c", COMMON + code + TURNS]
         with log.open("w", encoding="utf-8") as file:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, env=environment
-            )
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True,
+                env=environment, cwd=checkout,  # which `python -c` imports from before all else
+            )  # fmt: skip
         self.lengths: list[int] = self._ask(json.dumps(given))  # tokens of each sentence
 
     def turn(self) -> dict[str, Any]:
@@ -187,7 +191,9 @@ def write_model(arguments: argparse.Namespace, path: Path) -> str:
     """An untrained BERT of a named size as transformers writes it, with its tokenizer."""
     import torch
     from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = BertTokenizerFast(vocab=str(arguments.vocab))
     size = SIZES[arguments.size]
     torch.manual_seed(0)
