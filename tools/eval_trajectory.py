@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,35 +47,49 @@ def main() -> None:
     check_numbers(arguments)
     from megatron_sas.trajectory.models import list_models
     from megatron_sas.trajectory.points import TRAJECTORY, read_points
-    from megatron_sas.trajectory.workers import measure_models
+    from megatron_sas.trajectory.workers import measure_models, measuring_pool
 
-    inputs = inputs_of(arguments)
-    models = list_models(arguments.models, arguments.step_pattern, lambda line: print(line, file=sys.stderr))
-    if arguments.steps:
-        models = [(step, path) for step, path in models if any(low <= step <= high for low, high in arguments.steps)]
-        if not models:
-            raise InputError(f"--steps: none of the models in {arguments.models} has such a step")
-    output = arguments.output or arguments.models / TRAJECTORY
-    with progress(total=len(models), unit="model", desc="trajectory") as bar:
+    if len(arguments.models) > 1 and arguments.output is not None:
+        raise InputError("--output: is for one run or folder; leave it out, and each gets its own")
+    inputs, tasks = inputs_of(arguments), {}
+    models = {path: models_of(path, arguments, list_models) for path in arguments.models}
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(progress(total=sum(map(len, models.values())), unit="model", desc="trajectory"))
+        workers = min(arguments.workers, max(map(len, models.values())))
+        pool = stack.enter_context(measuring_pool(workers)) if workers > 1 else None
 
         def report(line: str) -> None:
             bar.clear()
             print(line, file=sys.stderr)
 
-        left_out = measure_models(
-            arguments.models,
-            models,
-            inputs,
-            output,
-            workers=arguments.workers,
-            device=arguments.device,
-            on_error=arguments.on_error,
-            report=report,
-            after_model=bar.update,
-        )
-    for line in unknown_lines(next(reversed(read_points(output)), {})):
-        print(line)
-    print(f"{output}: {len(models) - left_out} models measured, {left_out} skipped")
+        for path, of_path in models.items():
+            output = arguments.output or path / TRAJECTORY
+            left_out = measure_models(
+                path,
+                of_path,
+                inputs,
+                output,
+                tasks=tasks,
+                pool=pool,
+                device=arguments.device,
+                on_error=arguments.on_error,
+                report=report,
+                after_model=bar.update,
+            )
+            bar.clear()
+            for line in unknown_lines(next(reversed(read_points(output)), {})):
+                print(line)
+            print(f"{output}: {len(of_path) - left_out} models measured, {left_out} skipped")
+
+
+def models_of(path: Path, arguments: argparse.Namespace, list_models: Callable) -> list[tuple[int, Path]]:
+    """The models of a run or folder that are wanted."""
+    models = list_models(path, arguments.step_pattern, lambda line: print(line, file=sys.stderr))
+    if arguments.steps:
+        models = [(step, model) for step, model in models if any(low <= step <= high for low, high in arguments.steps)]
+        if not models:
+            raise InputError(f"--steps: none of the models in {path} has such a step")
+    return models
 
 
 def unknown_lines(point: dict) -> list[str]:
@@ -145,7 +161,8 @@ def make_parser(further: dict[str, FieldInfo]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("models", type=Path, metavar="RUN_OR_FOLDER", help="a run, or a folder of model directories")
+    text = "a run, or a folder of model directories; several in one call share what is prepared"
+    parser.add_argument("models", type=Path, nargs="+", metavar="RUN_OR_FOLDER", help=text)
     parser.add_argument("--treebank", metavar="FILE", help="as for tools/eval_syntax.py")
     parser.add_argument("--treebank-sentences", type=int, metavar="N", help="only the first N sentences (all)")
     parser.add_argument("--blimp", metavar="DIR", help="as for tools/eval_blimp.py")

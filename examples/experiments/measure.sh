@@ -17,17 +17,23 @@ if [ -n "$glue" ] && [ ! -d "$glue" ]; then
 fi
 here=$(cd "$(dirname "$0")/../.." && pwd)
 has_models() { compgen -G "$1/snapshots/step_*" || compgen -G "$1/checkpoints/step_*" || [ -e "$1/lineage.json" ]; }
+measured=()
 for run in "$runs"/*/seed-*; do
-    if ! has_models "$run" >/dev/null; then
+    if has_models "$run" >/dev/null; then
+        measured+=("$run")
+    else
         printf '\n== %s has no models yet and is passed over\n' "$run"
-        continue
-    fi
-    printf '\n== measurements of %s\n' "$run"
-    python "$here/tools/eval_trajectory.py" "$run" --treebank "$treebank" --blimp "$blimp" --text "$text" "$@"
-    if [ -n "$glue" ]; then
-        python "$here/tools/finetune_glue.py" --model "$run" --task all --data "$glue" --output "$run/glue"
     fi
 done
+if [ ${#measured[@]} -gt 0 ]; then
+    printf '\n== measurements of %s runs\n' ${#measured[@]}
+    python "$here/tools/eval_trajectory.py" "${measured[@]}" --treebank "$treebank" --blimp "$blimp" --text "$text" "$@"
+fi
+if [ -n "$glue" ]; then
+    for run in "${measured[@]}"; do
+        python "$here/tools/finetune_glue.py" --model "$run" --task all --data "$glue" --output "$run/glue"
+    done
+fi
 printf '\n== report\n'
 python "$here/tools/analyze_trajectory.py" "$runs" --output "$report" --overwrite
 echo "open $report/report.html"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import threading
@@ -13,6 +14,19 @@ from multiprocessing import get_context, parent_process
 from typing import Any
 
 from megatron_sas.core.cli import InputError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep up to 1 GiB of freed memory for what comes next; does nothing where the C library is another.
+
+    It gives large blocks back to the system, and each of their pages costs a fault when the next tensor needs it: 5 to
+    10 % of a forward pass on a CPU.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            ctypes.CDLL(None).mallopt(threshold, 2**30)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,9 @@ class Encoder(Protocol):
     no_maps: str | None
     """Why neither observer can be called, in words that fit behind the model's class; None: they can."""
 
+    takes_copies: bool
+    """Whether it can be called with `copies`."""
+
     def __call__(
         self,
         input_ids: Tensor,
@@ -35,8 +38,10 @@ class Encoder(Protocol):
         heads: Tensor | None = None,
         seqlens: Tensor | None = None,
         masked_positions: Tensor | None = None,
+        only_at: Tensor | None = None,
         attention_observer: AttentionObserver | None = None,
         query_key_observer: QueryKeyObserver | None = None,
+        copies: Tensor | None = None,
     ) -> ModelOutput:
         """See `MaskedLM.forward`."""
 

@@ -82,8 +82,10 @@ def evaluation_pass(arguments: argparse.Namespace, model: torch.nn.Module, forwa
     """Evaluate in the block: in the precision asked for, with a progress bar over `forwards` forward passes."""
     import torch
 
+    from megatron_sas.core.processes import keep_freed_memory
     from megatron_sas.evaluation.batching import after_each_forward
 
+    keep_freed_memory()
     device, is_bf16 = next(model.parameters()).device, arguments.precision == "bf16"
     with (
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16),

@@ -69,15 +69,16 @@ def intrinsic_dimension(vectors: Tensor, texts: np.ndarray | None = None) -> dic
 def two_nearest(points: Tensor) -> Tensor:
     """Distances of each of N distinct points (N, C) to the two nearest others, ascending: float64 (N, 2).
 
-    scikit-learn finds neighbours from |a|² + |b|² - 2ab; their distances are computed from the differences, which do
-    not cancel.
+    Neighbours are found from |b|² - 2ab; their distances are computed from the differences, which do not cancel.
     """
-    from sklearn.neighbors import NearestNeighbors  # takes a second to import
-
     points = points.double()
     points = points - points.mean(dim=0)
-    search = NearestNeighbors(algorithm="brute").fit(points.cpu().numpy())
-    neighbours = torch.from_numpy(search.kneighbors(n_neighbors=2, return_distance=False)).to(points.device)
+    squares, nearest = points.square().sum(dim=1), []
+    for rows in torch.arange(len(points), device=points.device).split(max(1, 2**22 // len(points))):
+        distances = torch.addmm(squares, points[rows], points.T, alpha=-2.0)  # (rows, N), less |a|²
+        distances[torch.arange(len(rows), device=points.device), rows] = torch.inf
+        nearest.append(distances.topk(2, largest=False).indices)
+    neighbours = torch.cat(nearest)  # (N, 2)
     distances = torch.stack([(points - points[number]).norm(dim=1) for number in neighbours.T], dim=1)
     return distances.sort(dim=1).values
 
@@ -98,11 +99,12 @@ def cls_vectors(
     with evaluating(model) as device:
         for batch in batches:
             batch = batch.to(device)
-            hidden = share_pass(model, batch, observers).hidden
+            first = torch.arange(0, batch.input_ids.numel(), batch.input_ids.shape[1], device=device)
+            hidden = share_pass(model, batch, observers, only_at=first).hidden  # (B, C)
             if result is None:
-                result = torch.zeros(num_texts, hidden.shape[2], dtype=torch.float32, device=device)
+                result = torch.zeros(num_texts, hidden.shape[1], dtype=torch.float32, device=device)
             if batch.counts:
-                result[batch.numbers] = hidden[:, 0].float()
+                result[batch.numbers] = hidden.float()
     return distributed.all_reduce_sum_(result)
 
 

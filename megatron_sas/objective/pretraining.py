@@ -73,8 +73,8 @@ class MaskedLMWithTerms(nn.Module):
         batch = Batch(input_ids, masked_positions, labels, heads)
         needs = Needs({name: self.terms[name] for name in term_scales}, batch)
         with self.precision():
-            output = self.bert(input_ids, **needs.arguments)
-            mlm_sum = self.mlm_loss(output.hidden, masked_positions, labels)
+            output = self.bert(input_ids, only_at=masked_positions, **needs.arguments)
+            mlm_sum = self.mlm_loss(output.hidden, labels)
         loss, sums = mlm_sum * mlm_scale, {}
         for name, scale in term_scales.items():
             with torch.set_grad_enabled(torch.is_grad_enabled() and scale != 0.0):
@@ -84,12 +84,12 @@ class MaskedLMWithTerms(nn.Module):
             sums[name] = term_sum.detach()
         return LossParts(loss, mlm_sum.detach(), sums, {name: (e >= 0).sum() for name, e in needs.edges.items()})
 
-    def mlm_loss(self, hidden: Tensor, masked_positions: Tensor, labels: Tensor) -> Tensor:
-        """The head at M positions of hidden states `(B, S, C)`, and the sum of its losses.
+    def mlm_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """The head on hidden states `(M, C)`, and the sum of its losses.
 
         One function, because a compiler that sees both needs no float32 copy of the logits.
         """
-        return mlm_loss_sum(self.bert.logits(hidden, masked_positions), labels)
+        return mlm_loss_sum(self.bert.logits(hidden), labels)
 
     def compile_parts(self, mode: str | None = None) -> None:
         """Compile embeddings, layers and loss with `torch.compile`: fused element-wise work, one kind of layer once.
@@ -108,7 +108,7 @@ def mlm_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
 
     Positions whose label is -100 do not count.
     Columns of the padded vocabulary are -inf: they take no probability and get no gradient.
-    A backward overwrites the logits with their gradient, and can be run once.
+    Logits of which a gradient is wanted are overwritten, and a backward can be run once.
     """
     if torch.compiler.is_compiling():  # which needs no copies of the logits for this
         return F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORED)
@@ -118,34 +118,42 @@ def mlm_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
 class _SummedCrossEntropy(torch.autograd.Function):
     """A few rows at a time in float32, and the gradient in the logits' own memory.
 
-    `F.cross_entropy` makes three more arrays of the logits' size.
+    `F.cross_entropy` makes three more arrays of the logits' size. Float32 logits of which a gradient is wanted become
+    exp(logit - largest) in the forward, so that no exponential is taken twice.
     """
 
     @staticmethod
     def forward(ctx, logits, labels):  # noqa: ANN001
         counted = labels != IGNORED
-        lse = torch.cat([torch.logsumexp(part.float(), dim=1) for part in logits.split(_rows_at_a_time(logits))])
-        label_logits = logits.gather(1, torch.where(counted, labels, 0)[:, None]).squeeze(1)
-        ctx.save_for_backward(logits, labels, lse)
-        return torch.where(counted, lse - label_logits.float(), 0.0).sum()
+        label_logits = logits.gather(1, torch.where(counted, labels, 0)[:, None]).squeeze(1).float()
+        ctx.exponentials = logits.dtype == torch.float32 and ctx.needs_input_grad[0]
+        largest, total = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+        for part in _parts(logits):
+            rows = logits[part] if ctx.exponentials else logits[part].to(torch.float32, copy=True)
+            largest[part] = rows.amax(dim=1)
+            total[part] = rows.sub_(largest[part, None]).exp_().sum(dim=1)
+        lse = total.log() + largest
+        ctx.save_for_backward(logits, labels, total if ctx.exponentials else lse)
+        return torch.where(counted, lse - label_logits, 0.0).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # noqa: ANN001
-        logits, labels, lse = ctx.saved_tensors
+        logits, labels, of_rows = ctx.saved_tensors
         counted = labels != IGNORED
         factors, columns = torch.where(counted, grad, 0.0)[:, None], torch.where(counted, labels, 0)[:, None]
-        rows = _rows_at_a_time(logits)
-        for start in range(0, len(logits), rows):
-            part = slice(start, start + rows)
-            logits_part = logits[part]
-            gradient = logits_part.float().sub_(lse[part, None]).exp_()  # the softmax, in place if float32
-            gradient.scatter_add_(1, columns[part], gradient.new_full((1, 1), -1.0).expand(len(gradient), 1))
-            logits_part.copy_(gradient.mul_(factors[part]))
+        for part in _parts(logits):
+            rows, of_row = logits[part], of_rows[part, None]
+            if ctx.exponentials:
+                rows.mul_(factors[part] / of_row).scatter_add_(1, columns[part], -factors[part])
+            else:
+                softmax = rows.float().sub_(of_row).exp_()
+                rows.copy_(softmax.mul_(factors[part]).scatter_add_(1, columns[part], -factors[part]))
         return logits, None
 
 
-def _rows_at_a_time(logits: Tensor) -> int:
-    """As many as fit into a cache of every CPU thread; on other devices few calls matter more."""
+def _parts(logits: Tensor) -> list[slice]:
+    """All rows, as many at a time as fit into a cache of every CPU thread; on other devices few calls matter more."""
     values = 2**18 * torch.get_num_threads() if logits.device.type == "cpu" else 2**26
-    return max(1, values // logits.shape[1])
+    rows = max(1, values // logits.shape[1])
+    return [slice(start, start + rows) for start in range(0, len(logits), rows)]

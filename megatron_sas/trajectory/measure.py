@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,11 @@ class TrajectoryTask:
                 if single is not None:
                     items[name] = single
         return values | {"seconds": time.perf_counter() - started}, items
+
+
+def kind_of(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The same for all models that one task can measure, as text."""
+    return json.dumps([_shape(config, tokenizer), tokenizer_digest(tokenizer)])
 
 
 def _shape(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -7,25 +7,25 @@ import functools
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from concurrent.futures import Executor, as_completed
 from pathlib import Path
 
 import torch
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.device import choose_device
-from megatron_sas.core.processes import end_with_parent
+from megatron_sas.core.processes import keep_freed_memory, worker_pool
 from megatron_sas.corpus.readers.text_lines import OnError
 from megatron_sas.evaluation.provenance import weights_sha256
 from megatron_sas.run.reading import load_model
-from megatron_sas.trajectory.measure import Inputs, TrajectoryTask
+from megatron_sas.trajectory.measure import Inputs, TrajectoryTask, kind_of
 from megatron_sas.trajectory.points import is_whole, point_steps, read_point, write_point, writing
 from megatron_sas.trajectory.summary import write_summary
 
 Model = tuple[int, Path]
 Report = Callable[[str], None]
+Tasks = dict[str, tuple[Path, TrajectoryTask]]
+"""By kind of models: one of them, and the task for them."""
 
 
 def measure_models(
@@ -34,6 +34,8 @@ def measure_models(
     inputs: Inputs,
     output: Path,
     *,
+    tasks: Tasks | None = None,
+    pool: Executor | None = None,
     workers: int = 1,
     device: str | None = None,
     on_error: OnError = "refuse",
@@ -47,7 +49,9 @@ def measure_models(
     Args:
         source: the run or folder that the models come from.
         inputs, output: what to measure on, and the directory to write.
-        workers: processes; on a machine with several GPUs they take them in turn.
+        tasks: shared by calls with the same inputs: what one has prepared of them serves the next.
+        pool: of `measuring_pool`, whose processes then measure; on a machine with several GPUs they take them in turn.
+        workers: without a pool, the number of processes of one for this call.
         device: as `choose_device` takes it.
         on_error: end at a model that cannot be read, or pass it over; `report` gets a line about each.
         after_model: called for every model that is done, found done, or passed over.
@@ -65,7 +69,7 @@ def measure_models(
         report(f"skipped step {step}: {fault}")
         bad.add(step)
 
-    reference, task = _first_task(inputs, models, leave_out)
+    reference, task = _first_task(inputs, models, leave_out, {} if tasks is None else tasks)
     for note in task.notes():
         report(note)
     settings = {"source": os.path.relpath(source.resolve(), output.resolve()), **task.settings()}
@@ -77,11 +81,13 @@ def measure_models(
                 after_model()
             else:
                 waiting.append((step, path))
-        if min(workers, len(waiting)) > 1:
-            outcomes = _at_once(inputs, reference, waiting, output, device, min(workers, len(waiting)))
-        else:
-            outcomes = ((step, _measure(task, step, path, output, device)) for step, path in waiting)
-        with contextlib.closing(outcomes):
+        with contextlib.ExitStack() as stack:
+            if pool is None and min(workers, len(waiting)) > 1:
+                pool = stack.enter_context(measuring_pool(min(workers, len(waiting))))
+            if pool is not None:
+                outcomes = _at_once(pool, inputs, reference, waiting, output, device)
+            else:
+                outcomes = ((step, _measure(task, step, path, output, device)) for step, path in waiting)
             for step, fault in outcomes:
                 if fault is not None:
                     leave_out(step, fault)
@@ -90,22 +96,35 @@ def measure_models(
     return len(bad)
 
 
+def measuring_pool(workers: int) -> contextlib.AbstractContextManager[Executor]:
+    """Processes that measure models, for any number of calls of `measure_models`; see `worker_pool`."""
+    threads = max(1, torch.get_num_threads() // workers)
+    return worker_pool(workers, signal.SIG_DFL, torch.set_num_threads, threads)
+
+
 def _first_task(
-    inputs: Inputs, models: Sequence[Model], leave_out: Callable[[int, str], None]
+    inputs: Inputs, models: Sequence[Model], leave_out: Callable[[int, str], None], tasks: Tasks
 ) -> tuple[Path, TrajectoryTask]:
-    """The first model that can be read, which decides about tokenizer and shape, and the task for such models."""
+    """The first model that can be read, which decides about tokenizer and shape, and the task for such models.
+
+    If `tasks` has one for such models, it and the model behind it.
+    """
     for step, path in models:
         try:
             model, tokenizer = load_model(path)
         except (InputError, OSError) as error:
             leave_out(step, _line(error))
         else:
-            return path, TrajectoryTask(inputs, model.config, tokenizer)
+            kind = kind_of(model.config, tokenizer)
+            if kind not in tasks:
+                tasks[kind] = path, TrajectoryTask(inputs, model.config, tokenizer)
+            return tasks[kind]
     raise InputError(f"none of the {len(models)} models from {models[0][1]} on can be read; give others")
 
 
 def _measure(task: TrajectoryTask, step: int, path: Path, output: Path, device: str | None) -> str | None:
     """Measure one model and write its point; returns what is wrong with the model, if anything."""
+    keep_freed_memory()
     try:
         try:
             model = task.load(path, choose_device(device))
@@ -152,32 +171,16 @@ def _line(error: InputError | OSError) -> str:
 
 
 def _at_once(
-    inputs: Inputs, reference: Path, models: Sequence[Model], output: Path, device: str | None, workers: int
+    pool: Executor, inputs: Inputs, reference: Path, models: Sequence[Model], output: Path, device: str | None
 ) -> Iterator[tuple[int, str | None]]:
     """(step, fault) of every model as it is done, measured by several processes."""
-    threads = max(1, torch.get_num_threads() // workers)
     gpus = torch.cuda.device_count() if device in (None, "cuda") and torch.cuda.is_available() else 0
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (threads,))
-    try:
-        futures = {}
-        for number, (step, path) in enumerate(models):
-            where = f"cuda:{number % gpus}" if gpus else device
-            futures[pool.submit(_measure_in_worker, inputs, reference, step, path, output, where)] = step
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool:
-        raise InputError(
-            f"a worker process ended unexpectedly, probably for want of memory; try fewer than --workers {workers}"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)  # models under way are finished: their points count
-
-
-def _start_worker(threads: int) -> None:
-    """Runs once in every worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once, without a traceback
-    end_with_parent()
-    torch.set_num_threads(threads)
+    futures = {}
+    for number, (step, path) in enumerate(models):
+        where = f"cuda:{number % gpus}" if gpus else device
+        futures[pool.submit(_measure_in_worker, inputs, reference, step, path, output, where)] = step
+    for future in as_completed(futures):
+        yield futures[future], future.result()
 
 
 @functools.cache

@@ -14,6 +14,8 @@ from transformers import BertForMaskedLM, BertTokenizerFast
 class HuggingFaceAdapter(nn.Module):
     """`transformers.BertForMaskedLM` with the call of `megatron_sas.model.Bert`: an independent model to evaluate."""
 
+    takes_copies = False
+
     def __init__(self, model: BertForMaskedLM):
         super().__init__()
         self.model = model

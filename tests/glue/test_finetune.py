@@ -318,7 +318,8 @@ def test_measuring_a_sweep_fine_tunes_its_final_models(tmp_path):
         calls = [line.split() for line in log.read_text().splitlines()]
         tuned = [["--model", f"{run}", "--task", "all", "--data", f"{glue}", "--output", f"{run}/glue"] for run in runs]
         assert [call[1:] for call in calls if "finetune_glue" in call[0]] == (tuned if glue else [])
-        assert sum("eval_trajectory" in call[0] for call in calls) == 2 and "analyze_trajectory" in calls[-1][0]
+        (measured,) = (call for call in calls if "eval_trajectory" in call[0])
+        assert measured[1:4] == [*map(str, runs), "--treebank"] and "analyze_trajectory" in calls[-1][0]
 
 
 def test_all_tasks_into_a_folder(cola_like, tmp_path, capsys):

@@ -353,3 +353,40 @@ def test_device():
         assert choose_device(None).type == "cpu"
         with pytest.raises(InputError, match="--device: 'cuda' is not available here"):
             choose_device("cuda")
+
+
+def test_blimp_benchmark(tmp_path):
+    words = ["the", "dog", "dogs", "bark", "##s", "."]
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
+    pair = {"sentence_good": "The dog barks.", "sentence_bad": "The dogs barks."}
+    line = json.dumps(pair | {"field": "f", "linguistics_term": "t", "UID": "u"})
+    (tmp_path / "u.jsonl").write_text(f"{line}\n{line}\n{line}\n")
+    output = tmp_path / "out.json"
+    arguments = ["--blimp", str(tmp_path), "--vocab", str(tmp_path / "vocab.txt"), "--size", "tiny", "--pairs", "2"]
+    arguments += ["--against", str(ROOT), "--no-peer", "--rounds", "2", "--output", str(output)]
+    done = run_tool("benchmark_blimp", *arguments)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    assert (result["sentences"], result["masked_copies"]) == (4, 20)
+    assert set(result["seconds"]) == {"this", "against"} and set(result["ratios"]) == {"against"}
+    assert all(len(rounds) == 2 for rounds in result["rounds"].values())
+    assert result["largest_difference_a_token"] == {"this": 0.0, "against": 0.0}
+    assert run_tool("benchmark_blimp", *arguments).returncode == 2  # the output exists
+
+
+def test_checkouts_benchmark_names_what_is_missing(tmp_path):
+    done = run_tool("benchmark_checkouts", "--against", str(tmp_path), "--config", str(ROOT / "examples" / "toy.yaml"))
+    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path}/pretrain_mlm.py: there is no such file\n")
+
+
+@pytest.mark.slow
+def test_checkouts_benchmark(tmp_path):
+    output = tmp_path / "out.json"
+    arguments = ["--against", str(ROOT), "--config", str(write_inputs(tmp_path)), "--output", str(output)]
+    done = run_tool("benchmark_checkouts", *arguments, "--rounds", "2", "--updates", "2")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    assert set(result["ratios"]) == {"cpu", "wall", "peak", "more", "start"}
+    assert all(len(rounds) == 2 for rounds in result["rounds"].values()) and "| against / this |" in done.stdout
+    done = run_tool("benchmark_checkouts", *arguments[:4], "--model.size", "huge")
+    assert done.returncode == 2 and "model.size" in done.stderr
