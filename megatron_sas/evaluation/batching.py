@@ -35,6 +35,7 @@ class Encoder(Protocol):
         heads: Tensor | None = None,
         seqlens: Tensor | None = None,
         masked_positions: Tensor | None = None,
+        only_at: Tensor | None = None,
         attention_observer: AttentionObserver | None = None,
         query_key_observer: QueryKeyObserver | None = None,
     ) -> ModelOutput:

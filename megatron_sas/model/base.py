@@ -29,7 +29,7 @@ class ModelOutput:
     With several sets of edges these are `(B, sets, H, S)`.
     """
 
-    hidden: Tensor  # (B, S, C)
+    hidden: Tensor  # (B, S, C), or (M, C) where it was asked for at M positions only
     logits: Tensor | None  # (M, padded V), -inf beyond V
     to_head: tuple[Tensor, ...]
     to_dependent: tuple[Tensor, ...]
@@ -76,7 +76,7 @@ class MaskedLM(nn.Module):
         return [()] * len(self.layers)
 
     def finish(self, x: Tensor) -> Tensor:
-        """What follows the last layer, `(B, S, C)`."""
+        """What follows the last layer, `(…, C)`."""
         return x
 
     def forward(
@@ -86,17 +86,23 @@ class MaskedLM(nn.Module):
         heads: Tensor | None = None,
         seqlens: Tensor | None = None,
         masked_positions: Tensor | None = None,
+        only_at: Tensor | None = None,
         attention_observer: AttentionObserver | None = None,
         query_key_observer: QueryKeyObserver | None = None,
         queries_keys: bool = False,
     ) -> ModelOutput:
         """Run the encoder, and the head at `masked_positions`.
 
+        The output's `hidden` is `(B, S, C)`, but with `masked_positions` or `only_at` `(M, C)`, at these positions in
+        their order.
+
         Args:
             input_ids: int64 `(B, S)`.
             heads: int64 `(B, S)` dependency heads, -1 = none, or `(B, sets, S)`; None: no edge probabilities.
             seqlens: int64 `(B,)` valid lengths; None: all of S.
             masked_positions: int64 `(M,)`, flat indices into B·S; None: no logits.
+            only_at: int64 `(M,)`, flat indices into B·S, for hidden states there without logits; not together with
+                `masked_positions`.
             attention_observer: called once per layer with (layer, map `(B, H, S, S)` in float32, before dropout).
             query_key_observer: called once per layer with (layer, queries, keys, window), queries and keys
                 `(B, H, S, D)` as their products are taken, the window None or (keys before, keys after).
@@ -115,15 +121,14 @@ class MaskedLM(nn.Module):
                 to_dependent.append(layer_to_dependent)
             if qk is not None:
                 of_layers.append(qk)
-        x = self.finish(x)
-        logits = None
-        if masked_positions is not None:
-            logits = self.logits(x, masked_positions)
+        rows = only_at if masked_positions is None else masked_positions
+        x = self.finish(x if rows is None else x.reshape(-1, x.shape[-1])[rows])
+        logits = None if masked_positions is None else self.logits(x)
         return ModelOutput(x, logits, tuple(to_head), tuple(to_dependent), tuple(of_layers))
 
-    def logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """`(M, padded V)`, -inf beyond V, at `positions` `(M,)`, flat indices into the B·S rows of `(B, S, C)`."""
-        return self.head(hidden.reshape(-1, hidden.shape[-1])[positions], self.embeddings.word.weight)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head's `(M, padded V)`, -inf beyond V, from hidden states `(M, C)`."""
+        return self.head(hidden, self.embeddings.word.weight)
 
 
 def _observer_of(

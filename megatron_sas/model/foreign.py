@@ -67,6 +67,7 @@ class ForeignModel(nn.Module):
         heads: Tensor | None = None,
         seqlens: Tensor | None = None,
         masked_positions: Tensor | None = None,
+        only_at: Tensor | None = None,
         attention_observer: AttentionObserver | None = None,
     ) -> ModelOutput:
         """As `Bert.forward`. `heads` is `(B, S)`.
@@ -90,6 +91,9 @@ class ForeignModel(nn.Module):
                 to_head.append(along[0])
                 to_dependent.append(along[1])
         hidden = output[0]  # (B, S, C)
+        rows = only_at if masked_positions is None else masked_positions
+        if rows is not None:
+            hidden = hidden.reshape(-1, hidden.shape[-1])[rows]  # (M, C)
         logits = None if masked_positions is None else self._logits(hidden, masked_positions, input_ids, seqlens)
         return ModelOutput(hidden, logits, tuple(to_head), tuple(to_dependent))
 
@@ -97,10 +101,10 @@ class ForeignModel(nn.Module):
         self._restore_attention()
         return self.model.base_model(input_ids, attention_mask=_mask(input_ids, seqlens), output_attentions=maps)
 
-    def _logits(self, hidden: Tensor, positions: Tensor, input_ids: Tensor, seqlens: Tensor | None) -> Tensor:
-        """`(M, V)`: the head at these positions alone, where it can be had, else everywhere."""
+    def _logits(self, rows: Tensor, positions: Tensor, input_ids: Tensor, seqlens: Tensor | None) -> Tensor:
+        """`(M, V)`: the head on these rows `(M, C)` alone, where it can be had, else everywhere."""
         if self._head_takes_rows:
-            return self._head(hidden.reshape(-1, hidden.shape[-1])[positions])
+            return self._head(rows)
         self._restore_attention()
         logits = self.model(input_ids, attention_mask=_mask(input_ids, seqlens)).logits
         return logits.reshape(-1, logits.shape[-1])[positions]

@@ -272,7 +272,7 @@ class ModernBert(MaskedLM):
         return [by_theta[theta] for theta in thetas]
 
     def finish(self, x: Tensor) -> Tensor:
-        """The last norm, `(B, S, C)`."""
+        """The last norm, `(…, C)`."""
         return self.final_norm(x)
 
 

@@ -73,8 +73,8 @@ class MaskedLMWithTerms(nn.Module):
         batch = Batch(input_ids, masked_positions, labels, heads)
         needs = Needs({name: self.terms[name] for name in term_scales}, batch)
         with self.precision():
-            output = self.bert(input_ids, **needs.arguments)
-            mlm_sum = self.mlm_loss(output.hidden, masked_positions, labels)
+            output = self.bert(input_ids, only_at=masked_positions, **needs.arguments)
+            mlm_sum = self.mlm_loss(output.hidden, labels)
         loss, sums = mlm_sum * mlm_scale, {}
         for name, scale in term_scales.items():
             with torch.set_grad_enabled(torch.is_grad_enabled() and scale != 0.0):
@@ -84,12 +84,12 @@ class MaskedLMWithTerms(nn.Module):
             sums[name] = term_sum.detach()
         return LossParts(loss, mlm_sum.detach(), sums, {name: (e >= 0).sum() for name, e in needs.edges.items()})
 
-    def mlm_loss(self, hidden: Tensor, masked_positions: Tensor, labels: Tensor) -> Tensor:
-        """The head at M positions of hidden states `(B, S, C)`, and the sum of its losses.
+    def mlm_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """The head on hidden states `(M, C)`, and the sum of its losses.
 
         One function, because a compiler that sees both needs no float32 copy of the logits.
         """
-        return mlm_loss_sum(self.bert.logits(hidden, masked_positions), labels)
+        return mlm_loss_sum(self.bert.logits(hidden), labels)
 
     def compile_parts(self) -> None:
         """Compile embeddings, layers and loss with `torch.compile`: fused element-wise work, one kind of layer once.

@@ -69,8 +69,10 @@ def test_equal_to_its_own_class(kind, tmp_path):
             ids, heads=heads, seqlens=seqlens, masked_positions=positions, attention_observer=maps.__setitem__
         )
         plain = ours(ids, seqlens=seqlens)
+        only = ours(ids, seqlens=seqlens, only_at=positions).hidden
     torch.testing.assert_close(output.logits, expected.logits.flatten(0, 1)[positions], rtol=1e-5, atol=1e-5)
-    assert output.hidden.equal(hidden) and plain.logits is None and plain.to_head == ()
+    assert plain.hidden.equal(hidden) and plain.logits is None and plain.to_head == ()
+    assert output.hidden.equal(hidden.flatten(0, 1)[positions]) and only.equal(output.hidden)
     assert sorted(maps) == list(range(ours.config.num_layers)) and ours.no_maps is None
     for layer, attention in maps.items():
         assert attention.equal(expected.attentions[layer])

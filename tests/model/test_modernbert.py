@@ -37,7 +37,8 @@ def test_logits_and_hidden_states_equal_transformers_layer_by_layer(config, atte
         output = model(ids, masked_positions=every, seqlens=seqlens if padded else None)
         mask = valid.long() if padded else None
         expected = hf_twin(model, attention).eval()(ids, attention_mask=mask, output_hidden_states=True)
-    ours = [*layers[:-1], output.hidden]  # transformers has the last norm in place of the last layer's output
+    # transformers has the last norm in place of the last layer's output.
+    ours = [*layers[:-1], output.hidden.view(3, 50, -1)]
     assert len(ours) == len(expected.hidden_states) - 1 == config.num_layers
     for mine, theirs in zip(ours, expected.hidden_states[1:], strict=True):
         torch.testing.assert_close(mine[valid], theirs[valid], rtol=1e-4, atol=1e-4)
