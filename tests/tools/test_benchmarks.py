@@ -332,3 +332,21 @@ def test_device():
         assert choose_device(None).type == "cpu"
         with pytest.raises(InputError, match="--device: 'cuda' is not available here"):
             choose_device("cuda")
+
+
+def test_checkouts_benchmark_names_what_is_missing(tmp_path):
+    done = run_tool("benchmark_checkouts", "--against", str(tmp_path), "--config", str(ROOT / "examples" / "toy.yaml"))
+    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path}/pretrain_mlm.py: there is no such file\n")
+
+
+@pytest.mark.slow
+def test_checkouts_benchmark(tmp_path):
+    output = tmp_path / "out.json"
+    arguments = ["--against", str(ROOT), "--config", str(write_inputs(tmp_path)), "--output", str(output)]
+    done = run_tool("benchmark_checkouts", *arguments, "--rounds", "2", "--updates", "2")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    assert set(result["ratios"]) == {"cpu", "wall", "peak", "more", "start"}
+    assert all(len(rounds) == 2 for rounds in result["rounds"].values()) and "| against / this |" in done.stdout
+    done = run_tool("benchmark_checkouts", *arguments[:4], "--model.size", "huge")
+    assert done.returncode == 2 and "model.size" in done.stderr
