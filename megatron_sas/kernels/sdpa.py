@@ -8,6 +8,8 @@ therefore yields the dense part of the exact gradient (see `edges.py`); the entr
 Rows of dO that are (almost) zero are the normal case, not a rare one: the LM head reads only masked positions, so
 about 85 % of the last layer's rows are exactly zero. Such a row is first replaced by `FILLER` in one component, which
 changes no gradient visibly (it enters dV and dP linearly, at 1e-15) but gives O' something to be multiplied with.
+
+On a CPU the backward leaves out the rows with neither dO nor t, which give no gradient, where these are many.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from megatron_sas.kernels.reference import Window, accumulation_dtype, key_mask,
 
 FILLER = {torch.float32: 2.0**-50, torch.bfloat16: 2.0**-50, torch.float64: 2.0**-200}
 """By dtype: far below any gradient's rounding, while 1 / FILLER, to which O' may grow, is far from overflow."""
+
+DENSE = 0.6
+"""Share of the rows from which on a backward takes all of them: the others' are copied."""
 
 Rest = tuple[Any, ...]  # what a kernel's backward wants back from its forward besides out and lse
 
@@ -186,6 +191,11 @@ def output_and_lse(
     return out, lse
 
 
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """`out` `(B, H, R, D)` of R queries, by the CPU's kernel; `mask` is additive, `(B, 1, R, S)`."""
+    return _FlashDependencyAttention.apply(q, k, v, None, mask, 0.0, scale, None, CpuFlash)[0]
+
+
 def _mask(kernel: Kernel, seqlens: Tensor | None, q: Tensor) -> Tensor | None:
     """The mask as the kernel takes it: of keys `(B, 1, S, S)` with strides of 0, so that its memory is `(B, S)`."""
     if isinstance(kernel, CpuFlashInWindow):
@@ -220,11 +230,19 @@ class _FlashDependencyAttention(torch.autograd.Function):
         g_head = None if grad_to_head is None else to_head * grad_to_head
         g_dependent = None if grad_to_dependent is None else to_dependent * grad_to_dependent
         row_sum = row_sums(g_head, g_dependent, heads)
-        if row_sum is not None:
-            grad_out, out = substitute(grad_out, out, row_sum)
+        rows = _rows_with_gradient(grad_out, row_sum) if ctx.kernel is CpuFlash else None
+        queries, t = q, row_sum
+        if rows is not None:
+            queries, grad_out, out, lse = (x[rows] for x in (q, grad_out, out, lse))  # (B, H, R, D); lse (B, H, R)
+            t = None if row_sum is None else row_sum[rows]
+            mask = None if mask is None else mask[:, :, : lse.shape[2]]  # equal for all rows
+        if t is not None:
+            grad_out, out = substitute(grad_out, out, t)
         grad_q, grad_k, grad_v = ctx.kernel.backward(
-            grad_out, q, k, v, mask, out, lse, rest, ctx.dropout_p, scale
+            grad_out, queries, k, v, mask, out, lse, rest, ctx.dropout_p, scale
         )  # fmt: skip
+        if rows is not None:
+            grad_q = torch.zeros_like(q).index_put_(rows, grad_q)
         if row_sum is not None:
             # The entries are added in float32 before rounding to q's dtype.
             dtype = accumulation_dtype(q.dtype)
@@ -232,6 +250,33 @@ class _FlashDependencyAttention(torch.autograd.Function):
             add_entry_gradients_(grad_q, grad_k, q, k, heads, scale, g_head, g_dependent)
             grad_q, grad_k = grad_q.to(q.dtype), grad_k.to(q.dtype)
         return grad_q, grad_k, grad_v, *(None,) * 6
+
+
+def _rows_with_gradient(grad_out: Tensor, row_sum: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The index of R rows of every map, `(B, H, R)`: those where dO or t is not 0, and others. None for all rows.
+
+    `grad_out` is `(B, H, S, D)`, `row_sum` t `(B, H, S)` or None. A row of dO is 0 when its norm is: what underflows
+    there is far below any gradient's rounding. Compiled code takes all rows, because R is a number.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    batch, num_heads, seq, _ = grad_out.shape
+    limit = int(DENSE * seq)
+    if torch.linalg.vector_norm(grad_out[:, 0], dim=-1).count_nonzero() > batch * limit:  # one head tells
+        return None
+    wanted = torch.linalg.vector_norm(grad_out, dim=-1) != 0  # (B, H, S)
+    if row_sum is not None:
+        wanted |= row_sum != 0
+    most = max(int(wanted.sum(dim=-1).max()), 1)
+    if most > limit:
+        return None
+    maps = torch.arange(batch)[:, None, None], torch.arange(num_heads)[:, None]
+    return *maps, first_true(wanted, most)
+
+
+def first_true(wanted: Tensor, most: int) -> Tensor:
+    """int64 `(…, most)`: the indices of the true elements of bool `(…, S)` in order, then others; all distinct."""
+    return wanted.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :most]
 
 
 def substitute(grad_out: Tensor, out: Tensor, row_sum: Tensor) -> tuple[Tensor, Tensor]:

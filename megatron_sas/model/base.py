@@ -108,21 +108,22 @@ class MaskedLM(nn.Module):
                 `(B, H, S, D)` as their products are taken, the window None or (keys before, keys after).
             queries_keys: whether to return queries and keys of every layer, with their gradient.
         """
+        rows = only_at if masked_positions is None else masked_positions
         x = self.embeddings(input_ids)
         to_head, to_dependent, of_layers = [], [], []
         per_layer = zip(self.layers, self.config.windows, self.layer_arguments(input_ids), strict=True)
         for index, (layer, window, arguments) in enumerate(per_layer):
             observer = _observer_of(index, seqlens, window, attention_observer, query_key_observer)
             x, layer_to_head, layer_to_dependent, qk = layer(
-                x, heads, seqlens, observer, *arguments, queries_keys=queries_keys
-            )
+                x, heads, seqlens, observer, *arguments, queries_keys=queries_keys,
+                only_at=rows if index == len(self.layers) - 1 else None,
+            )  # fmt: skip
             if layer_to_head is not None:
                 to_head.append(layer_to_head)
                 to_dependent.append(layer_to_dependent)
             if qk is not None:
                 of_layers.append(qk)
-        rows = only_at if masked_positions is None else masked_positions
-        x = self.finish(x if rows is None else x.reshape(-1, x.shape[-1])[rows])
+        x = self.finish(x)
         logits = None if masked_positions is None else self.logits(x)
         return ModelOutput(x, logits, tuple(to_head), tuple(to_dependent), tuple(of_layers))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.kernels.cpu_linear import Linear
-from megatron_sas.model.attention import QueriesKeys, SelfAttention
+from megatron_sas.model.attention import QueriesKeys, SelfAttention, at_positions
 from megatron_sas.model.base import LMHead, MaskedLM
 from megatron_sas.model.config import SIZES, BertConfig
 from megatron_sas.model.exchange import (
@@ -95,10 +95,11 @@ class Layer(nn.Module):
         observer: Callable[[Tensor, Tensor], None] | None,
         *,
         queries_keys: bool,
+        only_at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, QueriesKeys | None]:
-        """`(B, S, C)` to `(B, S, C)`, and what else `SelfAttention` returns."""
-        attended, *handed_out = self.attention(x, heads, seqlens, observer, queries_keys=queries_keys)
-        x = self.attention_norm(x + self.dropout(attended))
+        """`(B, S, C)` to `(B, S, C)`, or `(M, C)` at the positions `only_at`, and what else `SelfAttention` returns."""
+        attended, *handed_out = self.attention(x, heads, seqlens, observer, queries_keys=queries_keys, only_at=only_at)
+        x = self.attention_norm(at_positions(x, only_at) + self.dropout(attended))
         x = self.mlp_norm(x + self.dropout(self.down(self.activation(self.up(x)))))
         return x, *handed_out
 

@@ -34,6 +34,7 @@ class Activations(NamedTuple):
     products: int  # inputs of matrix products and what is computed between them, in the products' precision
     norms: int  # inputs of norms: the residual stream, float32 under autocast
     masks: int  # of dropout
+    attention: int  # of `products` what attention needs; the last layer keeps only that of tokens that nobody reads
 
 
 class ModelConfig(ABC):
@@ -112,7 +113,7 @@ class BertConfig(ModelConfig):
         """Queries, keys, values 3C; attention output C; outputs of both LayerNorms 2C; the inner layer before and after
         GELU 2I. Inputs of both LayerNorms 2C. Two dropout masks."""
         c, masks = self.hidden_size, 2 * self.hidden_size if self.hidden_dropout > 0 else 0
-        return Activations(3 * c + c + 2 * c + 2 * self.intermediate_size, 2 * c, masks)
+        return Activations(3 * c + c + 2 * c + 2 * self.intermediate_size, 2 * c, masks, attention=4 * c)
 
     @property
     def embedding_dropout_masks(self) -> int:

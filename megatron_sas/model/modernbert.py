@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from megatron_sas.core.cli import InputError
 from megatron_sas.kernels.cpu_linear import Linear
 from megatron_sas.kernels.reference import Window
-from megatron_sas.model.attention import QueriesKeys, SelfAttention
+from megatron_sas.model.attention import QueriesKeys, SelfAttention, at_positions
 from megatron_sas.model.base import LMHead, MaskedLM
 from megatron_sas.model.config import Activations, ModelConfig
 from megatron_sas.model.exchange import (
@@ -91,7 +91,7 @@ class ModernBertConfig(ModelConfig):
         two halves of the inner layer 2I, GELU of one I, their product I. Inputs of both norms 2C."""
         c, inner = self.hidden_size, self.intermediate_size
         masks = (c if self.attention_dropout > 0 else 0) + (inner if self.mlp_dropout > 0 else 0)
-        return Activations(5 * c + c + 2 * c + 4 * inner, 2 * c, masks)
+        return Activations(5 * c + c + 2 * c + 4 * inner, 2 * c, masks, attention=6 * c)
 
     @property
     def embedding_dropout_masks(self) -> int:
@@ -160,12 +160,17 @@ class Embeddings(nn.Module):
 class RotaryAttention(SelfAttention):
     """Attention between rotated queries and keys."""
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values `(B, H, S, D)` of `(B, S, C)`; cos and sin `(S, D / 2)` of the positions."""
-        batch, seq, _ = x.shape
-        qkv = self.qkv(x).view(batch, seq, 3, self.num_heads, -1)  # (B, S, 3, H, D)
-        q, k = rotate(qkv[:, :, :2], cos[:, None, None], sin[:, None, None]).unbind(2)
-        return q.transpose(1, 2), k.transpose(1, 2), qkv[:, :, 2].transpose(1, 2)
+    def project(
+        self, x: Tensor, cos: Tensor, sin: Tensor, *, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `(B, H, S, D)` of `(B, S, C)`; cos and sin `(S, D / 2)` of the positions.
+
+        With `rows`, int64 `(B, R)`, only the queries there.
+        """
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in self.qkv(x, rows))  # (B, S, H, D)
+        cos, sin = cos[:, None], sin[:, None]
+        of_queries = (cos, sin) if rows is None else (cos[rows], sin[rows])  # (B, R, 1, D / 2)
+        return rotate(q, *of_queries).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
 
 
 def rotations(seq: int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -228,13 +233,14 @@ class Layer(nn.Module):
         sin: Tensor,
         *,
         queries_keys: bool,
+        only_at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, QueriesKeys | None]:
-        """`(B, S, C)` to `(B, S, C)`, and what else `SelfAttention` returns."""
+        """`(B, S, C)` to `(B, S, C)`, or `(M, C)` at the positions `only_at`, and what else `SelfAttention` returns."""
         attended, *handed_out = self.attention(
-            self.attention_norm(x), heads, seqlens, observer, cos, sin, queries_keys=queries_keys
+            self.attention_norm(x), heads, seqlens, observer, cos, sin, queries_keys=queries_keys, only_at=only_at
         )
-        x = x + self.dropout(attended)
-        value, gate = self.up(self.mlp_norm(x)).chunk(2, dim=-1)  # (B, S, I)
+        x = at_positions(x, only_at) + self.dropout(attended)
+        value, gate = self.up(self.mlp_norm(x)).chunk(2, dim=-1)  # (…, I)
         return x + self.down(self.mlp_dropout(F.gelu(value) * gate)), *handed_out
 
 

@@ -107,7 +107,7 @@ def mlm_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
 
     Positions whose label is -100 do not count.
     Columns of the padded vocabulary are -inf: they take no probability and get no gradient.
-    A backward overwrites the logits with their gradient, and can be run once.
+    Logits of which a gradient is wanted are overwritten, and a backward can be run once.
     """
     if torch.compiler.is_compiling():  # which needs no copies of the logits for this
         return F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORED)
@@ -117,34 +117,42 @@ def mlm_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
 class _SummedCrossEntropy(torch.autograd.Function):
     """A few rows at a time in float32, and the gradient in the logits' own memory.
 
-    `F.cross_entropy` makes three more arrays of the logits' size.
+    `F.cross_entropy` makes three more arrays of the logits' size. Float32 logits of which a gradient is wanted become
+    exp(logit - largest) in the forward, so that no exponential is taken twice.
     """
 
     @staticmethod
     def forward(ctx, logits, labels):  # noqa: ANN001
         counted = labels != IGNORED
-        lse = torch.cat([torch.logsumexp(part.float(), dim=1) for part in logits.split(_rows_at_a_time(logits))])
-        label_logits = logits.gather(1, torch.where(counted, labels, 0)[:, None]).squeeze(1)
-        ctx.save_for_backward(logits, labels, lse)
-        return torch.where(counted, lse - label_logits.float(), 0.0).sum()
+        label_logits = logits.gather(1, torch.where(counted, labels, 0)[:, None]).squeeze(1).float()
+        ctx.exponentials = logits.dtype == torch.float32 and ctx.needs_input_grad[0]
+        largest, total = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+        for part in _parts(logits):
+            rows = logits[part] if ctx.exponentials else logits[part].to(torch.float32, copy=True)
+            largest[part] = rows.amax(dim=1)
+            total[part] = rows.sub_(largest[part, None]).exp_().sum(dim=1)
+        lse = total.log() + largest
+        ctx.save_for_backward(logits, labels, total if ctx.exponentials else lse)
+        return torch.where(counted, lse - label_logits, 0.0).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # noqa: ANN001
-        logits, labels, lse = ctx.saved_tensors
+        logits, labels, of_rows = ctx.saved_tensors
         counted = labels != IGNORED
         factors, columns = torch.where(counted, grad, 0.0)[:, None], torch.where(counted, labels, 0)[:, None]
-        rows = _rows_at_a_time(logits)
-        for start in range(0, len(logits), rows):
-            part = slice(start, start + rows)
-            logits_part = logits[part]
-            gradient = logits_part.float().sub_(lse[part, None]).exp_()  # the softmax, in place if float32
-            gradient.scatter_add_(1, columns[part], gradient.new_full((1, 1), -1.0).expand(len(gradient), 1))
-            logits_part.copy_(gradient.mul_(factors[part]))
+        for part in _parts(logits):
+            rows, of_row = logits[part], of_rows[part, None]
+            if ctx.exponentials:
+                rows.mul_(factors[part] / of_row).scatter_add_(1, columns[part], -factors[part])
+            else:
+                softmax = rows.float().sub_(of_row).exp_()
+                rows.copy_(softmax.mul_(factors[part]).scatter_add_(1, columns[part], -factors[part]))
         return logits, None
 
 
-def _rows_at_a_time(logits: Tensor) -> int:
-    """As many as fit into a cache of every CPU thread; on other devices few calls matter more."""
+def _parts(logits: Tensor) -> list[slice]:
+    """All rows, as many at a time as fit into a cache of every CPU thread; on other devices few calls matter more."""
     values = 2**18 * torch.get_num_threads() if logits.device.type == "cpu" else 2**26
-    return max(1, values // logits.shape[1])
+    rows = max(1, values // logits.shape[1])
+    return [slice(start, start + rows) for start in range(0, len(logits), rows)]

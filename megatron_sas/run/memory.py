@@ -153,7 +153,8 @@ def activation_bytes(
 ) -> float:
     """Bytes that one forward keeps for its backward, without the weights (and autocast's copies of them).
 
-    Per token and layer: what the architecture says (`ModelConfig.activations`), and a few float32 numbers per head.
+    Per token and layer: what the architecture says (`ModelConfig.activations`), and a few float32 numbers per head. The
+    last layer keeps most of it at the masked positions only, and these rows of attention's output once more.
     Under autocast the residual stream and so the LayerNorms' inputs stay float32, and their outputs are kept as bf16.
     `compute`: bytes of a weight.
     """
@@ -162,14 +163,16 @@ def activation_bytes(
     norm_input = FP32 if autocast else compute
     mask = 1 if cuda else inner
     kept = config.activations
-    layer = inner * kept.products + norm_input * kept.norms + mask * kept.masks
-    layer += 4 * FP32 + FP32 * heads  # mean and deviation of the LayerNorms, logsumexp
-    layer += edge_sets * (2 * FP32 * heads + 8)  # the two probabilities, int64 heads
+    # The rest of a layer, with mean and deviation of the LayerNorms.
+    outside = inner * (kept.products - kept.attention) + norm_input * kept.norms + mask * kept.masks + 4 * FP32
+    attention = inner * kept.attention + FP32 * heads  # logsumexp
+    attention += edge_sets * (2 * FP32 * heads + 8)  # the two probabilities, int64 heads
     # Of a second pass: its output, queries in float32, logsumexp and entropy.
-    layer += second_passes * (inner * c + (FP32 * c if inner == BF16 else 0) + 2 * FP32 * heads)
+    attention += second_passes * (inner * c + (FP32 * c if inner == BF16 else 0) + 2 * FP32 * heads)
     embeddings = 2 * norm_input * c + mask * config.embedding_dropout_masks + 16
-    head = masked * inner * (4 * c + vocab)
-    return micro_batch_size * seq_length * (config.num_layers * layer + embeddings) + head
+    at_all = config.num_layers * attention + (config.num_layers - 1) * outside + embeddings
+    at_masked = outside + inner * c + inner * (3 * c + vocab)  # of the last layer; of the head
+    return micro_batch_size * seq_length * at_all + masked * at_masked
 
 
 def _on_host(section: Any) -> bool:

@@ -20,7 +20,7 @@ def make(**changes) -> tuple[SelfAttention, torch.Tensor, torch.Tensor]:
 
 def by_hand(module: SelfAttention, x: torch.Tensor) -> torch.Tensor:
     """Textbook multi-head attention, one head at a time."""
-    query, key, value = module.qkv(x).chunk(3, dim=-1)
+    query, key, value = module.qkv(x)
     parts = []
     for h in range(4):
         columns = slice(12 * h, 12 * (h + 1))

@@ -13,6 +13,8 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from engine_runs import ROOT, largest_difference, moments, records, train, weights, write_inputs
 
+from megatron_sas.evaluation.batching import evaluating
+
 BETA = 0.9  # AdamW's first, by default
 CASES = [(0, None), (1, "zero1"), (1, "zero1_fp32_reduce"), (2, "zero2"), (3, "zero3"), (3, "zero3_offload")]
 # Steep enough for DeepSpeed's own clipping, at 1.0, to show.
@@ -92,19 +94,24 @@ def test_clipping_is_the_yamls(config, tmp_path, stage, precision):
 
 @pytest.mark.slow
 def test_a_modernbert_trains_alike_at_every_stage(tmp_path):
-    """And in bf16, and with Muon for its matrices."""
-    config, runs = write_inputs(tmp_path, "modernbert"), {}
+    """And in bf16, and with Muon for its matrices; and what is then evaluated, whose queries take part of a weight."""
+    config, runs, logits = write_inputs(tmp_path, "modernbert"), {}, {}
+    ids = torch.arange(5, 45).view(2, 20)
     cases = [(stage, precision, "adamw") for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
     for stage, precision, optimizer in (*cases, (0, "fp32", "muon")):
         name = f"{stage}-{precision}-{optimizer}"
         more = {"train.steps": 2, "train.optimizer": optimizer, "model.mlp_dropout": 0.0, "evaluation.every": None}
-        train(config, tmp_path / name, {"train.zero_stage": stage, "train.precision": precision, **more})
+        trainer = train(config, tmp_path / name, {"train.zero_stage": stage, "train.precision": precision, **more})
         runs[name] = records(tmp_path / name)[2]
+        bert = trainer.engine.bert
+        with trainer.engine.evaluation(), evaluating(bert):
+            logits[name] = bert(ids, masked_positions=torch.tensor([3, 30])).logits[:, :60].float()
     expected = runs["0-fp32-adamw"]
     for name, found in runs.items():
         close = 1e-5 if "fp32-adamw" in name else 0.02
         assert found["loss"] == pytest.approx(expected["loss"], rel=close), name
         assert found["sas"] == pytest.approx(expected["sas"], rel=2 * close), name
+        torch.testing.assert_close(logits[name], logits["0-fp32-adamw"], rtol=0, atol=1e-4 if close < 0.01 else 0.1)
     decayed = [p.dim() for p in moments(tmp_path / "0-fp32-muon", 2).values()]
     assert {1, 2} == set(decayed)
     names = {name for name in moments(tmp_path / "0-fp32-muon", 2) if name.startswith("momentum_buffer.")}
