@@ -47,6 +47,7 @@ class MaskedLMWithTerms(nn.Module):
         super().__init__()
         self.bert = bert
         self.terms = dict(terms)
+        self._compiled = False
         self.precision: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def forward(
@@ -72,6 +73,10 @@ class MaskedLMWithTerms(nn.Module):
         """
         batch = Batch(input_ids, masked_positions, labels, heads)
         needs = Needs({name: self.terms[name] for name in term_scales}, batch)
+        # The head's gradient has all rows of the word embedding. On a CPU autograd adds the few of the tokens to it in
+        # place, if they come as a sparse tensor, instead of adding up two gradients of that size.
+        word = self.bert.embeddings.word
+        word.sparse = not self._compiled and word.weight.device.type == "cpu" and word.weight.dtype == torch.float32
         with self.precision():
             output = self.bert(input_ids, only_at=masked_positions, **needs.arguments)
             mlm_sum = self.mlm_loss(output.hidden, labels)
@@ -96,6 +101,7 @@ class MaskedLMWithTerms(nn.Module):
 
         Parts, because all layers share one compiled function and λ, which changes, stays outside. The terms too.
         """
+        self._compiled = True
         self.bert.embeddings.compile(dynamic=False)
         for layer in self.bert.layers:
             layer.compile(dynamic=False)

@@ -241,6 +241,21 @@ CONFIGS = [
 ]
 
 
+def test_the_word_embedding_has_one_dense_gradient():
+    """Of tokens and head together, equal to that of a lookup with a dense one; over two backwards."""
+    gradients_, batch = [], make_batch(3, 20)
+    for dense in (True, False):
+        module = make_model()
+        word = module.bert.embeddings.word
+        if dense:
+            word.forward = lambda ids, word=word: F.embedding(ids, word.weight, word.padding_idx)
+        for _ in range(2):
+            module(**batch, mlm_scale=1.0, term_scales={}).loss.backward()
+        gradients_.append(word.weight.grad)
+    assert all(gradient.layout == torch.strided for gradient in gradients_)
+    torch.testing.assert_close(*gradients_)
+
+
 @pytest.mark.parametrize("sas_scale", [0.0, 0.3])
 @pytest.mark.parametrize("config", CONFIGS, ids=["bert", "modernbert"])
 def test_compiled_parts_compute_the_same(sas_scale, config, monkeypatch):
