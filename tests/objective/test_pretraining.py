@@ -220,6 +220,25 @@ def test_mlm_loss_and_its_gradient(dtype, shape, size):
     torch.testing.assert_close(tested.grad.double().cpu(), logits.grad, rtol=rtol, atol=3e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mlm_loss_adds_a_bias(dtype):
+    """One that takes columns of the padded vocabulary away, too; its own gradient is right."""
+    torch.manual_seed(0)
+    logits = torch.randn(70, 9000).to(dtype).double().requires_grad_()
+    bias = torch.randn(9000).index_fill(0, torch.arange(8990, 9000), float("-inf")).double().requires_grad_()
+    labels = torch.randint(0, 8990, (70,))
+    labels[::4] = -100
+    expected = F.cross_entropy(logits + bias, labels, reduction="sum")
+    expected.backward()
+    tested = [x.detach().to(kind, copy=True).requires_grad_() for x, kind in ((logits, dtype), (bias, torch.float32))]
+    loss = mlm_loss_sum(tested[0] * 1.0, labels, tested[1])
+    loss.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-5)
+    rtol = {torch.float32: 3e-5, torch.bfloat16: 2**-7}[dtype]
+    torch.testing.assert_close(tested[0].grad.double(), logits.grad, rtol=rtol, atol=1e-6)
+    torch.testing.assert_close(tested[1].grad.double(), bias.grad, rtol=3e-5, atol=1e-6)
+
+
 def test_mlm_loss_is_differentiated_once():
     logits = torch.randn(4, 9, requires_grad=True) * 2.0
     loss = mlm_loss_sum(logits, torch.tensor([3, -100, 5, 8]))
