@@ -16,8 +16,10 @@ from megatron_sas.model.architectures import build_model
 from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
 from megatron_sas.model.modernbert import ModernBertConfig
+from megatron_sas.objective.base import Batch
 from megatron_sas.objective.pretraining import MaskedLMWithTerms, mlm_loss_sum
 from megatron_sas.objective.sas import SasSection, SasTerm
+from megatron_sas.objective.terms import TERMS, Needs, make_terms
 
 CONFIG = BertConfig(
     num_layers=2,
@@ -273,6 +275,31 @@ def test_the_word_embedding_has_one_dense_gradient():
         gradients_.append(word.weight.grad)
     assert all(gradient.layout == torch.strided for gradient in gradients_)
     torch.testing.assert_close(*gradients_)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["bert", "modernbert"])
+@pytest.mark.parametrize("masked", [5, 0, 40], ids=["some", "none", "all"])
+def test_loss_and_terms_are_those_of_the_full_last_layer(config, masked):
+    """With several sets of edges, one of which ends at the last token, and a term that reads queries and keys."""
+    torch.manual_seed(0)
+    sections = {name: term.section_class(schedule=0.1) for name, term in TERMS.items()}
+    module = MaskedLMWithTerms(build_model(config), make_terms(sections, (0, 2, 3)))
+    ids, positions = torch.randint(4, 70, (2, 20)), torch.randperm(40)[:masked].sort().values
+    batch = Batch(ids, positions, torch.randint(5, 70, (masked,)), torch.randint(-1, 20, (2, 20)))
+    batch.heads[0, 1], bert = 19, module.bert
+    scales = {"sas": 0.3, "offset": -0.2, "entropy": 0.1}
+    loss = module(*vars(batch).values(), mlm_scale=0.5, term_scales=scales).loss
+    loss.backward()
+    found = [parameter.grad for parameter in bert.parameters()]
+    bert.zero_grad()
+    needs = Needs(module.terms, batch)
+    output = bert(ids, **needs.arguments)
+    expected = 0.5 * mlm_loss_sum(bert.logits(output.hidden.flatten(0, 1)[positions]), batch.labels)
+    for name, scale in scales.items():
+        expected = expected + scale * module.terms[name](needs.output_for(name, output), batch).sum()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, [parameter.grad.to_dense() for parameter in bert.parameters()])
 
 
 @pytest.mark.parametrize("sas_scale", [0.0, 0.3])
