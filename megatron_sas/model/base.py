@@ -51,12 +51,15 @@ class LMHead(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=eps, bias=bias)
         self.bias = nn.Parameter(torch.zeros(config.padded_vocab_size))
 
-    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
-        """`(M, C)` to logits `(M, padded V)`, -inf beyond V (cutting the padding off would copy all of them)."""
+    def forward(self, hidden: Tensor, embedding: Tensor, *, apart: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """`(M, C)` to logits `(M, padded V)`, -inf beyond V (cutting the padding off would copy all of them).
+
+        `apart`: the logits without the bias `(padded V,)`, which is -inf there, and the bias.
+        """
         hidden = self.norm(F.gelu(self.dense(hidden)))
         padding = len(self.bias) - self.vocab_size
         bias = F.pad(self.bias[: self.vocab_size], (0, padding), value=float("-inf"))
-        return linear(hidden, embedding, bias)
+        return (linear(hidden, embedding), bias) if apart else linear(hidden, embedding, bias)
 
 
 class MaskedLM(nn.Module):
@@ -132,9 +135,9 @@ class MaskedLM(nn.Module):
         logits = None if masked_positions is None else self.logits(x)
         return ModelOutput(x, logits, tuple(to_head), tuple(to_dependent), tuple(of_layers))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The head's `(M, padded V)`, -inf beyond V, from hidden states `(M, C)`."""
-        return self.head(hidden, self.embeddings.word.weight)
+    def logits(self, hidden: Tensor, *, apart: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The head's `(M, padded V)`, -inf beyond V, from hidden states `(M, C)`; or `apart` from their bias."""
+        return self.head(hidden, self.embeddings.word.weight, apart=apart)
 
 
 def _observer_of(

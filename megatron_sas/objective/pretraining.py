@@ -47,6 +47,7 @@ class MaskedLMWithTerms(nn.Module):
         super().__init__()
         self.bert = bert
         self.terms = dict(terms)
+        self._compiled = False
         self.precision: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def forward(
@@ -72,6 +73,10 @@ class MaskedLMWithTerms(nn.Module):
         """
         batch = Batch(input_ids, masked_positions, labels, heads)
         needs = Needs({name: self.terms[name] for name in term_scales}, batch)
+        # The head's gradient has all rows of the word embedding. On a CPU autograd adds the few of the tokens to it in
+        # place, if they come as a sparse tensor, instead of adding up two gradients of that size.
+        word = self.bert.embeddings.word
+        word.sparse = not self._compiled and word.weight.device.type == "cpu" and word.weight.dtype == torch.float32
         with self.precision():
             output = self.bert(input_ids, only_at=masked_positions, **needs.arguments)
             mlm_sum = self.mlm_loss(output.hidden, labels)
@@ -89,7 +94,10 @@ class MaskedLMWithTerms(nn.Module):
 
         One function, because a compiler that sees both needs no float32 copy of the logits.
         """
-        return mlm_loss_sum(self.bert.logits(hidden), labels)
+        if torch.compiler.is_compiling():
+            return mlm_loss_sum(self.bert.logits(hidden), labels)
+        logits, bias = self.bert.logits(hidden, apart=True)
+        return mlm_loss_sum(logits, labels, bias)
 
     def compile_parts(self, mode: str | None = None) -> None:
         """Compile embeddings, layers and loss with `torch.compile`: fused element-wise work, one kind of layer once.
@@ -97,22 +105,24 @@ class MaskedLMWithTerms(nn.Module):
         Parts, because all layers share one compiled function and λ, which changes, stays outside. The terms too.
         `mode` is that of `torch.compile`.
         """
+        self._compiled = True
         self.bert.embeddings.compile(dynamic=False, mode=mode)
         for layer in self.bert.layers:
             layer.compile(dynamic=False, mode=mode)
         self.mlm_loss = torch.compile(self.mlm_loss, dynamic=False, mode=mode)
 
 
-def mlm_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+def mlm_loss_sum(logits: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
     """Σ over M positions of -log softmax(logits)[label], in float32, from logits `(M, V)` and int64 labels `(M,)`.
 
-    Positions whose label is -100 do not count.
+    Positions whose label is -100 do not count. A bias `(V,)` that the logits lack is added on the way, while a part of
+    them is in a cache.
     Columns of the padded vocabulary are -inf: they take no probability and get no gradient.
     Logits of which a gradient is wanted are overwritten, and a backward can be run once.
     """
     if torch.compiler.is_compiling():  # which needs no copies of the logits for this
         return F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORED)
-    return _SummedCrossEntropy.apply(logits, labels)
+    return _SummedCrossEntropy.apply(logits, labels, logits.new_zeros(logits.shape[1]) if bias is None else bias)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -123,33 +133,37 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, labels):  # noqa: ANN001
-        counted = labels != IGNORED
-        label_logits = logits.gather(1, torch.where(counted, labels, 0)[:, None]).squeeze(1).float()
+    def forward(ctx, logits, labels, bias):  # noqa: ANN001
+        bias = bias.float()
+        counted, columns = labels != IGNORED, torch.where(labels != IGNORED, labels, 0)
+        label_logits = logits.gather(1, columns[:, None]).squeeze(1).float() + bias[columns]
         ctx.exponentials = logits.dtype == torch.float32 and ctx.needs_input_grad[0]
         largest, total = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
         for part in _parts(logits):
             rows = logits[part] if ctx.exponentials else logits[part].to(torch.float32, copy=True)
-            largest[part] = rows.amax(dim=1)
+            largest[part] = rows.add_(bias).amax(dim=1)
             total[part] = rows.sub_(largest[part, None]).exp_().sum(dim=1)
         lse = total.log() + largest
-        ctx.save_for_backward(logits, labels, total if ctx.exponentials else lse)
+        ctx.save_for_backward(logits, labels, bias, total if ctx.exponentials else lse)
         return torch.where(counted, lse - label_logits, 0.0).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # noqa: ANN001
-        logits, labels, of_rows = ctx.saved_tensors
+        logits, labels, bias, of_rows = ctx.saved_tensors
         counted = labels != IGNORED
         factors, columns = torch.where(counted, grad, 0.0)[:, None], torch.where(counted, labels, 0)[:, None]
+        grad_bias = torch.zeros_like(bias)
         for part in _parts(logits):
             rows, of_row = logits[part], of_rows[part, None]
             if ctx.exponentials:
-                rows.mul_(factors[part] / of_row).scatter_add_(1, columns[part], -factors[part])
+                gradient = rows.mul_(factors[part] / of_row).scatter_add_(1, columns[part], -factors[part])
             else:
-                softmax = rows.float().sub_(of_row).exp_()
-                rows.copy_(softmax.mul_(factors[part]).scatter_add_(1, columns[part], -factors[part]))
-        return logits, None
+                softmax = (rows.float() + bias).sub_(of_row).exp_()
+                gradient = softmax.mul_(factors[part]).scatter_add_(1, columns[part], -factors[part])
+                rows.copy_(gradient)
+            grad_bias += gradient.sum(dim=0)
+        return logits, None, grad_bias
 
 
 def _parts(logits: Tensor) -> list[slice]:

@@ -16,8 +16,10 @@ from megatron_sas.model.architectures import build_model
 from megatron_sas.model.bert import Bert
 from megatron_sas.model.config import BertConfig
 from megatron_sas.model.modernbert import ModernBertConfig
+from megatron_sas.objective.base import Batch
 from megatron_sas.objective.pretraining import MaskedLMWithTerms, mlm_loss_sum
 from megatron_sas.objective.sas import SasSection, SasTerm
+from megatron_sas.objective.terms import TERMS, Needs, make_terms
 
 CONFIG = BertConfig(
     num_layers=2,
@@ -220,6 +222,25 @@ def test_mlm_loss_and_its_gradient(dtype, shape, size):
     torch.testing.assert_close(tested.grad.double().cpu(), logits.grad, rtol=rtol, atol=3e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mlm_loss_adds_a_bias(dtype):
+    """One that takes columns of the padded vocabulary away, too; its own gradient is right."""
+    torch.manual_seed(0)
+    logits = torch.randn(70, 9000).to(dtype).double().requires_grad_()
+    bias = torch.randn(9000).index_fill(0, torch.arange(8990, 9000), float("-inf")).double().requires_grad_()
+    labels = torch.randint(0, 8990, (70,))
+    labels[::4] = -100
+    expected = F.cross_entropy(logits + bias, labels, reduction="sum")
+    expected.backward()
+    tested = [x.detach().to(kind, copy=True).requires_grad_() for x, kind in ((logits, dtype), (bias, torch.float32))]
+    loss = mlm_loss_sum(tested[0] * 1.0, labels, tested[1])
+    loss.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-5)
+    rtol = {torch.float32: 3e-5, torch.bfloat16: 2**-7}[dtype]
+    torch.testing.assert_close(tested[0].grad.double(), logits.grad, rtol=rtol, atol=1e-6)
+    torch.testing.assert_close(tested[1].grad.double(), bias.grad, rtol=3e-5, atol=1e-6)
+
+
 def test_mlm_loss_is_differentiated_once():
     logits = torch.randn(4, 9, requires_grad=True) * 2.0
     loss = mlm_loss_sum(logits, torch.tensor([3, -100, 5, 8]))
@@ -239,6 +260,46 @@ CONFIGS = [
     BertConfig(**SMALL, hidden_dropout=0.0, attention_dropout=0.0),
     ModernBertConfig(**SMALL | {"num_layers": 3}, pad_token_id=0, global_attn_every_n_layers=2, local_attention=8),
 ]
+
+
+def test_the_word_embedding_has_one_dense_gradient():
+    """Of tokens and head together, equal to that of a lookup with a dense one; over two backwards."""
+    gradients_, batch = [], make_batch(3, 20)
+    for dense in (True, False):
+        module = make_model()
+        word = module.bert.embeddings.word
+        if dense:
+            word.forward = lambda ids, word=word: F.embedding(ids, word.weight, word.padding_idx)
+        for _ in range(2):
+            module(**batch, mlm_scale=1.0, term_scales={}).loss.backward()
+        gradients_.append(word.weight.grad)
+    assert all(gradient.layout == torch.strided for gradient in gradients_)
+    torch.testing.assert_close(*gradients_)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["bert", "modernbert"])
+@pytest.mark.parametrize("masked", [5, 0, 40], ids=["some", "none", "all"])
+def test_loss_and_terms_are_those_of_the_full_last_layer(config, masked):
+    """With several sets of edges, one of which ends at the last token, and a term that reads queries and keys."""
+    torch.manual_seed(0)
+    sections = {name: term.section_class(schedule=0.1) for name, term in TERMS.items()}
+    module = MaskedLMWithTerms(build_model(config), make_terms(sections, (0, 2, 3)))
+    ids, positions = torch.randint(4, 70, (2, 20)), torch.randperm(40)[:masked].sort().values
+    batch = Batch(ids, positions, torch.randint(5, 70, (masked,)), torch.randint(-1, 20, (2, 20)))
+    batch.heads[0, 1], bert = 19, module.bert
+    scales = {"sas": 0.3, "offset": -0.2, "entropy": 0.1}
+    loss = module(*vars(batch).values(), mlm_scale=0.5, term_scales=scales).loss
+    loss.backward()
+    found = [parameter.grad for parameter in bert.parameters()]
+    bert.zero_grad()
+    needs = Needs(module.terms, batch)
+    output = bert(ids, **needs.arguments)
+    expected = 0.5 * mlm_loss_sum(bert.logits(output.hidden.flatten(0, 1)[positions]), batch.labels)
+    for name, scale in scales.items():
+        expected = expected + scale * module.terms[name](needs.output_for(name, output), batch).sum()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, [parameter.grad.to_dense() for parameter in bert.parameters()])
 
 
 @pytest.mark.parametrize("sas_scale", [0.0, 0.3])
