@@ -114,7 +114,10 @@ def test_the_trainer_loads_neither_the_compiler_nor_scipy():
         "weight = torch.nn.Parameter(torch.ones(2, 2))\n"
         "optimizers.without_compiler()\n"
         "optimizers.moment_names(adamw, 'weight', weight)\n"
-        "adamw.build([('weight', weight)], TrainSection(steps=1), None)\n"
+        "section = TrainSection(steps=1, global_batch_size=1, micro_batch_size=1)\n"
+        "optimizer = adamw.build([('weight', weight)], section, None)\n"
+        "weight.grad = torch.ones(2, 2)\n"
+        "optimizer.step()\n"
         "print(*{'torch._dynamo', 'scipy', 'sympy', 'ruptures', 'torch.utils.tensorboard'} & set(sys.modules))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == ""
