@@ -6,7 +6,7 @@ B (or m) sequences in a micro-batch, S tokens a sequence, M masked tokens in a m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,6 +48,7 @@ class Window:
         return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
 
 
+SAMPLES_AT_ONCE = 4096
 IGNORED = -100  # a label that torch's cross-entropy leaves out
 
 
@@ -60,19 +61,20 @@ def masked_capacity(tokens: int, mask_prob: float) -> int:
     return min(tokens, 64 * math.ceil(most / 64))
 
 
-def _batch(
+def _batches(
     packed: PackedData | MixedData,
-    index: int,
+    indices: Sequence[int],
     samples: np.ndarray,
     epochs: int | np.ndarray,
     seed: int,
     mask_prob: float,
     split: Split = BERT_SPLIT,
     capacity: int = 0,
-) -> MicroBatch:
-    """Read and mask `samples` (m,); rows with sample -1 repeat sample 0 without labels and without edges.
+) -> Iterator[MicroBatch]:
+    """Read and mask `samples` (A·m,), and cut them into A micro-batches with these `indices`.
 
-    With fewer than `capacity` masked tokens the rest of M is filled up.
+    Rows with sample -1 repeat sample 0 without labels and without edges. With fewer than `capacity` masked tokens the
+    rest of M is filled up. All micro-batches at once, because on few tokens every call of NumPy costs the same.
     """
     filler = samples < 0
     rows = np.where(filler, 0, samples)
@@ -95,18 +97,15 @@ def _batch(
     if filler.any():
         selected[filler] = False
         heads[filler] = -1
-    chosen = np.flatnonzero(selected)
-    positions = np.zeros(max(len(chosen), capacity), dtype=np.int64)
-    labels = np.full(len(positions), IGNORED, dtype=np.int64)
-    positions[: len(chosen)], labels[: len(chosen)] = chosen, tokens.ravel()[chosen]
-    return MicroBatch(
-        index=index,
-        sample_ids=torch.from_numpy(samples.astype(np.int64)),
-        input_ids=torch.from_numpy(input_ids),
-        masked_positions=torch.from_numpy(positions),
-        labels=torch.from_numpy(labels),
-        heads=torch.from_numpy(heads),
-    )
+    size = len(samples) // len(indices)
+    for number, index in enumerate(indices):
+        part = slice(number * size, (number + 1) * size)
+        chosen = np.flatnonzero(selected[part])
+        positions = np.zeros(max(len(chosen), capacity), dtype=np.int64)
+        labels = np.full(len(positions), IGNORED, dtype=np.int64)
+        positions[: len(chosen)], labels[: len(chosen)] = chosen, tokens[part].ravel()[chosen]
+        arrays = samples[part].astype(np.int64), input_ids[part], positions, labels, heads[part]
+        yield MicroBatch(index, *map(torch.from_numpy, arrays))
 
 
 def _check_range(
@@ -164,16 +163,27 @@ class MLMDataset:
         self.accumulation = global_batch_size // (micro_batch_size * world_size)
         largest = mask_prob if largest_mask_prob is None else largest_mask_prob
         self.capacity = masked_capacity(micro_batch_size * packed.seq_length, largest) if fixed_shapes else 0
+        # Sample numbers are computed for many steps at once: on few of them every call of NumPy costs the same.
+        self._steps_at_once = max(1, SAMPLES_AT_ONCE // global_batch_size)
+        self._at_once: tuple[int, np.ndarray, np.ndarray] = -1, *np.empty((2, 0), np.int64)
 
     def window(self, step: int) -> Window:
         """This rank's micro-batches of global batch `step`, in the order in which they are accumulated."""
-        samples, epochs = stream_samples(self.packed, step, self.global_batch_size, self.seed)
-        batches, masking = [], (self.seed, self.mask_prob(step), self.split, self.capacity)
-        for number in range(self.accumulation):
-            index = number * self.world_size + self.rank
-            rows = slice(index * self.micro_batch_size, (index + 1) * self.micro_batch_size)
-            batches.append(_batch(self.packed, index, samples[rows], epochs[rows], *masking))
-        return Window(step, batches, sum(int((batch.labels != IGNORED).sum()) for batch in batches))
+        samples, epochs = (values.reshape(-1, self.world_size, self.micro_batch_size) for values in self._samples(step))
+        indices = range(self.rank, len(samples) * self.world_size, self.world_size)
+        own = (values[:, self.rank].ravel() for values in (samples, epochs))
+        masking = self.seed, self.mask_prob(step), self.split, self.capacity
+        batches = list(_batches(self.packed, indices, *own, *masking))
+        return Window(step, batches, sum(int((batch.labels.numpy() != IGNORED).sum()) for batch in batches))
+
+    def _samples(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples and their epochs of global batch `step`, int64 (G,)."""
+        block, number = divmod(step, self._steps_at_once)
+        if self._at_once[0] != block:
+            size = self._steps_at_once * self.global_batch_size
+            self._at_once = block, *stream_samples(self.packed, block, size, self.seed)
+        rows = slice(number * self.global_batch_size, (number + 1) * self.global_batch_size)
+        return self._at_once[1][rows], self._at_once[2][rows]
 
 
 def validation_batches(
@@ -196,4 +206,4 @@ def validation_batches(
     for number in range(-(-total // per_round)):
         index = number * world_size + rank
         samples = np.arange(index * micro_batch_size, (index + 1) * micro_batch_size, dtype=np.int64)
-        yield _batch(packed, index, np.where(samples < total, samples, -1), 0, seed, mask_prob)
+        yield from _batches(packed, [index], np.where(samples < total, samples, -1), 0, seed, mask_prob)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.kernels.cpu_linear import Linear
+from megatron_sas.kernels.dropout import Dropout
 from megatron_sas.model.attention import QueriesKeys, SelfAttention, at_positions, take_copies
 from megatron_sas.model.base import LMHead, MaskedLM
 from megatron_sas.model.config import SIZES, BertConfig
@@ -65,7 +66,7 @@ class Embeddings(nn.Module):
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """`(B, S)` ids to `(B, S, C)`; every token has type 0 (masked LM without sentence pairs)."""
@@ -85,7 +86,7 @@ class Layer(nn.Module):
         self.activation = F.gelu
         self.down = Linear(config.intermediate_size, config.hidden_size)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
 
     def forward(
         self,

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.kernels.cpu_linear import Linear
+from megatron_sas.kernels.dropout import Dropout
 from megatron_sas.kernels.reference import Window
 from megatron_sas.model.attention import QueriesKeys, SelfAttention, at_positions, take_copies
 from megatron_sas.model.base import LMHead, MaskedLM
@@ -150,7 +151,7 @@ class Embeddings(nn.Module):
         super().__init__()
         self.word = nn.Embedding(config.padded_vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.norm = _norm(config)
-        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.dropout = Dropout(config.embedding_dropout)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """`(B, S)` ids to `(B, S, C)`."""
@@ -217,11 +218,11 @@ class Layer(nn.Module):
         super().__init__()
         self.attention_norm = _norm(config) if index else nn.Identity()
         self.attention = RotaryAttention(config, bias=False, window=config.windows[index])
-        self.dropout = nn.Dropout(config.attention_dropout)
+        self.dropout = Dropout(config.attention_dropout)
         self.mlp_norm = _norm(config)
         self.up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.mlp_dropout = nn.Dropout(config.mlp_dropout)
+        self.mlp_dropout = Dropout(config.mlp_dropout)
 
     def forward(
         self,

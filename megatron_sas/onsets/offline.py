@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from ruptures import Dynp
-from ruptures.costs import CostLinear
 
 MIN_POINTS = 16  # with fewer evaluations the pieces are too short for an interval that means something
 MIN_SEGMENT = 2  # points in a straight piece: a rise may be as fast as that
@@ -138,6 +136,9 @@ def change_point(steps: Sequence[float], values: Sequence[float], sign: int = 1)
     points are first averaged in groups of neighbours; points that are not finite are left out. Raises `ValueError` as
     `break_point` does.
     """
+    from ruptures import Dynp  # with most of SciPy, which the trainer does without
+    from ruptures.costs import CostLinear
+
     s, f = _clean(steps, values, sign)
     if len(s) < MIN_POINTS:
         return ChangePoint(None, reason=f"only {len(s)} evaluation(s); at least {MIN_POINTS} are needed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,18 @@ if TYPE_CHECKING:
 
 TITLE = "AdamW"
 OPTIONS = None
+
+
+class AdamW(torch.optim.AdamW):
+    """Without what torch wraps around the step, which loads its compiler: seconds at the first one."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update, or none where `found_inf` is not 0."""
+        _plain_step(self)
+
+
+_plain_step = inspect.unwrap(torch.optim.AdamW.step)
 
 
 def unsupported_reason(zero_stage: int) -> str | None:
@@ -36,7 +49,7 @@ def build(
     parameters: Sequence[tuple[str, nn.Parameter]], train: TrainSection, options: Section | None
 ) -> torch.optim.Optimizer:
     """The optimizer of these parameters. The fused implementation is the one that obeys `found_inf`."""
-    return torch.optim.AdamW(
+    return AdamW(
         decay_groups((parameter for _, parameter in parameters), train.weight_decay),
         lr=train.learning_rate,
         betas=train.adam_betas,

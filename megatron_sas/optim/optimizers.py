@@ -44,6 +44,21 @@ OPTIMIZERS: dict[str, OptimizerModule] = {
 }
 
 
+def without_compiler() -> None:
+    """Have optimizers built without torch's compiler, which they load to switch it off for themselves.
+
+    That takes 1.5 s of CPU. Nothing that is compiled builds an optimizer.
+    """
+    function = getattr(torch.optim.Optimizer.add_param_group, "__wrapped__", None)
+    if function is not None:
+        vars(function).setdefault("__dynamo_disable", function)
+
+
+def moment_names(optimizer: OptimizerModule, name: str, parameter: Tensor) -> list[str]:
+    """The names of what `moments_of` returns. Its tensors have torch load code for half a second, these do not."""
+    return [key for key in optimizer.initial_state(name, torch.zeros((1,) * parameter.dim())) if key != "step"]
+
+
 def moments_of(optimizer: OptimizerModule, name: str, parameter: Tensor) -> dict[str, Tensor]:
     """The moments that an optimizer keeps of a parameter, as tensors without memory."""
     state = optimizer.initial_state(name, torch.empty_like(parameter, device="meta", dtype=torch.float32))

@@ -96,7 +96,7 @@ def estimate_memory(
         second_passes: terms that compute attention a second time, as its entropy does.
         optimizer: by name in `OPTIMIZERS`.
         zero_optimization: that section of DeepSpeed's JSON (bucket sizes, offloading).
-        cuda: dropout keeps masks of 1 byte there, of the activations' size on a CPU.
+        cuda: there a compiled step keeps the gradient of the logits beside them, and offloading moves memory.
     """
     zero, n, bf16 = zero_optimization or {}, count_parameters(config), precision == "bf16"
     compute = BF16 if bf16 and zero_stage > 0 else FP32
@@ -132,7 +132,6 @@ def estimate_memory(
         compute=compute,
         edge_sets=edge_sets,
         second_passes=second_passes,
-        cuda=cuda,
     )
     # The gradient of the logits: in compiled code next to them, else in their place.
     head = (BF16 if bf16 else FP32) * masked * config.padded_vocab_size if cuda else 0
@@ -149,27 +148,26 @@ def activation_bytes(
     compute: int,
     edge_sets: int,
     second_passes: int,
-    cuda: bool,
 ) -> float:
     """Bytes that one forward keeps for its backward, without the weights (and autocast's copies of them).
 
-    Per token and layer: what the architecture says (`ModelConfig.activations`), and a few float32 numbers per head. The
-    last layer keeps most of it at the masked positions only, and these rows of attention's output once more.
+    Per token and layer: what the architecture says (`ModelConfig.activations`), masks of 1 byte, and a few float32
+    numbers per head. The last layer keeps most of it at the masked positions only, and these rows of attention's output
+    once more.
     Under autocast the residual stream and so the LayerNorms' inputs stay float32, and their outputs are kept as bf16.
     `compute`: bytes of a weight.
     """
     c, heads, vocab = config.hidden_size, config.num_heads, config.padded_vocab_size
     inner = BF16 if autocast else compute  # of matrix products
     norm_input = FP32 if autocast else compute
-    mask = 1 if cuda else inner
     kept = config.activations
     # The rest of a layer, with mean and deviation of the LayerNorms.
-    outside = inner * (kept.products - kept.attention) + norm_input * kept.norms + mask * kept.masks + 4 * FP32
+    outside = inner * (kept.products - kept.attention) + norm_input * kept.norms + kept.masks + 4 * FP32
     attention = inner * kept.attention + FP32 * heads  # logsumexp
     attention += edge_sets * (2 * FP32 * heads + 8)  # the two probabilities, int64 heads
     # Of a second pass: its output, queries in float32, logsumexp and entropy.
     attention += second_passes * (inner * c + (FP32 * c if inner == BF16 else 0) + 2 * FP32 * heads)
-    embeddings = 2 * norm_input * c + mask * config.embedding_dropout_masks + 16
+    embeddings = 2 * norm_input * c + config.embedding_dropout_masks + 16
     at_all = config.num_layers * attention + (config.num_layers - 1) * outside + embeddings
     at_masked = outside + inner * c + inner * (3 * c + vocab)  # of the last layer; of the head
     return micro_batch_size * seq_length * at_all + masked * at_masked

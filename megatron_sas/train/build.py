@@ -28,6 +28,7 @@ from megatron_sas.data.tokenizer import load_tokenizer, tokenizer_digest, tokeni
 from megatron_sas.evaluation.base import Resources
 from megatron_sas.evaluation.live import LiveEvaluation, shortages
 from megatron_sas.export.hf import write_hf
+from megatron_sas.kernels.cpu_linear import library_in_use, measure_library, use_library
 from megatron_sas.launch.environment import other_threads, threads_of_processes
 from megatron_sas.launch.kernel_cache import build_attention_kernels, check_attention_backend
 from megatron_sas.model.architectures import build_model
@@ -127,6 +128,7 @@ class BuiltRun:
         return {
             "versions": VERSIONS,
             "threads": self.threads,
+            "linear_library": library_in_use() if self.engine.device.type == "cpu" else None,
             "tokenizer": asdict(self.state.identity),
             "data": data_facts(self.state.dataset.packed, self.state.evaluation.validation),
             "lineage": self.state.counters.get("lineage", []),
@@ -214,10 +216,23 @@ def build_state(config: Config, log: Callable[[str], None], lock: DirectoryLock 
     if device.type == "cuda":
         # It communicates, but every rank meets its one barrier whatever fails.
         on_all_ranks(lambda: build_attention_kernels(state.bert.config, config.train.micro_batch_size, *asked))
+    else:
+        choose_library(state)
     if lock is not None:  # last, so that a run which is refused leaves no directory behind
         step = state.start_step
         on_all_ranks(lambda: begin_run(config, checkpoint, branch, lock, step) if distributed.is_main() else None)
     return state
+
+
+def choose_library(state: RunState) -> None:
+    """Have linear layers multiply with what the run began with, by its checkpoint, or with what rank 0 finds faster.
+
+    Results differ in rounding. Checkpoints of earlier versions and of GPUs say nothing; these follow the processor.
+    """
+    library = state.counters.get("linear_library")
+    if state.checkpoint is None:
+        library = distributed.broadcast_object(measure_library() if distributed.is_main() else None)
+    use_library(library)
 
 
 def _build(config: Config, checkpoint: Path | None) -> RunState:
@@ -289,6 +304,8 @@ def run_summary(config: Config, state: RunState, engine: Engine) -> tuple[dict[s
     attention, compiled = engine.attention_backend(packed.seq_length), train.compiles(device.type)
     facts = {"world_size": world_size, "device": name, "parameters": parameters}
     facts |= {"attention": attention, "compiled": compiled}
+    if device.type == "cpu":
+        facts["linear_library"] = library_in_use()
     if unknown := state.evaluation.unknown():
         facts["unknown"] = {field: counted.record() for field, counted in unknown.items()}
     return facts | state.evaluation.facts(), (
@@ -318,7 +335,7 @@ def _model(
     bert_config: ModelConfig, config: Config, checkpoint: Path | None, tokenizer: PreTrainedTokenizerBase
 ) -> MaskedLM:
     """The model with the run's weights, else those of `model.init_from`, else random ones; equal on every rank."""
-    torch.manual_seed(config.seeds().init)
+    torch.default_generator.manual_seed(config.seeds().init)
     bert = build_model(bert_config)
     if checkpoint is not None:
         _load_matching(bert, checkpoint, f"{checkpoint}: has", tokenizer)

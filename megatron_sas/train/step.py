@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from megatron_sas.kernels.layer_norm import use_apex_layer_norm_
 from megatron_sas.launch.kernel_cache import distinct_windows
 from megatron_sas.model.base import MaskedLM
 from megatron_sas.objective.pretraining import MaskedLMWithTerms
-from megatron_sas.optim.optimizers import OPTIMIZERS, moments_of
+from megatron_sas.optim.optimizers import OPTIMIZERS, moment_names, without_compiler
 from megatron_sas.optim.section import TrainSection
 from megatron_sas.train.deepspeed_config import deepspeed_config
 
@@ -69,11 +70,15 @@ class Engine:
         self._initial = {name: tensor.detach().clone() for name, tensor in module.bert.state_dict().items()}
         named = list(module.bert.named_parameters())
         self._kind = OPTIMIZERS[train.optimizer]
-        self._moments_of = {name: list(moments_of(self._kind, name, parameter)) for name, parameter in named}
+        self._moments_of = {name: moment_names(self._kind, name, parameter) for name, parameter in named}
         self.moments = tuple(dict.fromkeys(key for keys in self._moments_of.values() for key in keys))
+        without_compiler()
         optimizer = self._kind.build(named, train, options)
         optimizer.register_step_pre_hook(self._skip_unless_finite)
         self._norm: Tensor | None = None
+        # One process that trains whole tensors has nothing to reduce, so DeepSpeed's wrappers and hooks around forward,
+        # backward and step would only take time: half a millisecond a micro-batch. A JSON may ask them for something.
+        self._alone = world_size == 1 and train.zero_stage == 0 and train.deepspeed_config is None
         if train.zero_stage == 3:
             # The word embedding is used again by the LM head, outside the module that owns it.
             for user in (module, module.bert):
@@ -88,6 +93,7 @@ class Engine:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self._autocast = train.precision == "bf16" and train.zero_stage == 0
         module.precision = self.precision
+        self._parameters = list(module.parameters())
         if world_size == 1 and train.zero_stage == 0:  # it would flatten all gradients and copy them back
             self._engine.enable_backward_allreduce = False
         self._create_moments()
@@ -98,7 +104,11 @@ class Engine:
     @property
     def bert(self) -> MaskedLM:
         """The model. Under ZeRO-3 its parameters are gathered while a forward runs."""
-        return self._engine.module.bert
+        return self._module.bert
+
+    @property
+    def _module(self) -> MaskedLMWithTerms:
+        return self._engine.module
 
     def precision(self) -> contextlib.AbstractContextManager:
         """The context in which forwards run."""
@@ -120,7 +130,8 @@ class Engine:
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
         """The context in which evaluations run: not compiled, because their batches have many shapes."""
-        with self.precision(), torch.compiler.set_stance("force_eager"):
+        compiled = self.train_section.compiles(self.device.type)  # to ask the compiler for nothing takes seconds once
+        with self.precision(), torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
             yield
 
     def set_learning_rate(self, value: float) -> None:
@@ -139,7 +150,8 @@ class Engine:
             flags: small numbers to be summed over all ranks; they travel with the count of masked tokens, for nothing.
         """
         train = self.train_section
-        self._engine.train()
+        if not self.bert.training:
+            self._engine.train()
         counts = self._to_device(_pinned([window.num_masked, *flags], self.device))
         num_masked, *_ = distributed.all_reduce_sum_(counts)
         read_flags = _reader(counts[1:])
@@ -147,7 +159,7 @@ class Engine:
         mlm_scale = rounds / num_masked.clamp(min=1)
         # Those with a weight first: a kernel treats the first set of edges on its own, and whether others are measured
         # must not show in what it rounds.
-        terms = sorted(self._engine.module.terms.items(), key=lambda term: weights[term[0]] == 0.0)
+        terms = sorted(self._module.terms.items(), key=lambda term: weights[term[0]] == 0.0)
         scales = {
             name: weights[name] * (rounds / train.global_batch_size if term.reduction == "sequence" else 1.0)
             for name, term in terms
@@ -156,10 +168,13 @@ class Engine:
         mlm_sum = torch.zeros((), device=self.device)
         term_sums = {name: torch.zeros((), device=self.device) for name in scales}
         edge_counts = {name: torch.zeros((), dtype=torch.int64, device=self.device) for name in scales}
-        for batch in window.micro_batches:
-            # Dropout belongs to the micro-batch, so it is the same in a resumed run and on any number of processes.
-            torch.manual_seed(int(hash_u64(DROPOUT, self.seed, window.step, batch.index)[0]) >> 1)
-            parts = self._engine(
+        # Dropout belongs to the micro-batch, so it is the same in a resumed run and on any number of processes.
+        indices = np.array([batch.index for batch in window.micro_batches])
+        seeds = hash_u64(DROPOUT, self.seed, window.step, indices) >> np.uint64(1)
+        forward = self._module.forward if self._alone else self._engine
+        for batch, seed in zip(window.micro_batches, seeds.tolist(), strict=True):
+            seed_generators(seed, self.device)
+            parts = forward(
                 self._to_device(batch.input_ids),
                 self._to_device(batch.masked_positions),
                 self._to_device(batch.labels),
@@ -173,14 +188,25 @@ class Engine:
             for name, count in parts.edge_counts.items():
                 edge_counts[name] += count
             # Times 1, or NaN where the loss is not finite: then so is the gradient, and with it the norm, on all ranks.
-            self._engine.backward(parts.loss * (1.0 + 0.0 * parts.loss.detach()))
-            if train.zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
-                limit = train.grad_clip or float("inf")
-                self._norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit)
-            self._engine.step()
+            self._accumulate(parts.loss * (1.0 + 0.0 * parts.loss.detach()), batch is window.micro_batches[-1])
         if train.zero_stage > 0:
             self._norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
         return UpdateResult(mlm_sum, num_masked, term_sums, edge_counts, self._norm, read_flags())
+
+    def _accumulate(self, loss: Tensor, last: bool) -> None:
+        """Backward of one micro-batch, and after the `last` one clipping and the optimizer's step."""
+        if self._alone:
+            (loss / self.accumulation).backward()
+        else:
+            self._engine.backward(loss)
+        if last and self.train_section.zero_stage == 0:
+            self._norm = clip_gradients(self._parameters, self.train_section.grad_clip or float("inf"))
+        if not self._alone:
+            self._engine.step()  # which knows itself which micro-batch is the last
+        elif last:
+            self._engine.basic_optimizer.step()
+            for parameter in self._parameters:
+                parameter.grad = None
 
     def _skip_unless_finite(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Before the step: have it change nothing, its step count included, when the gradient's norm is not finite.
@@ -281,6 +307,27 @@ class Engine:
                 safe_set_full_fp32_param(parameter, value)
             else:
                 safe_set_full_optimizer_state(parameter, value, key)
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed what a step on `device` draws from as `torch.manual_seed` does.
+
+    That one also seeds every other kind of device, and keeps a traceback for each that is not in use: 1 to 2 ms.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+    """`nn.utils.clip_grad_norm_`: scale gradients down to the norm `limit`, and return the norm before.
+
+    On CPUs, where nobody waits for a number, gradients that are short enough are not multiplied by 1.
+    """
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if norm.device.type != "cpu" or not norm + 1e-6 <= limit:  # the divisor of torch's factor
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
 
 
 def own_elements(parameter: nn.Parameter, rank: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.data.masking import mask_tokens
-from megatron_sas.data.mlm_dataset import MLMDataset, masked_capacity, validation_batches
+from megatron_sas.data.mlm_dataset import SAMPLES_AT_ONCE, MLMDataset, masked_capacity, validation_batches
 from megatron_sas.data.packed import PackedData
 from megatron_sas.data.sampler import global_samples
 
@@ -130,3 +130,12 @@ def test_validation_covers_each_sequence_once_on_any_world_size(make_packed, tot
         again = list(validation_batches(packed, rank=0, world_size=world_size, **options))
         assert all(same(a, b) for a, b in zip(again, ranks[0], strict=True))
     assert len(labels) == 1
+
+
+def test_samples_computed_for_many_steps_at_once_are_those_of_each(make_packed):
+    packed = PackedData(make_packed())
+    data = dataset(packed, global_batch_size=6, seed=5)
+    at_once = SAMPLES_AT_ONCE // 6
+    for step in (0, at_once - 1, at_once, 3 * at_once - 1, 1, 10**6):
+        samples = torch.cat([batch.sample_ids for batch in data.window(step).micro_batches])
+        assert samples.tolist() == global_samples(step, 6, packed.num_sequences, 5)[0].tolist()

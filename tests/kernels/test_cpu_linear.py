@@ -8,10 +8,42 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_sas.kernels import cpu_linear as linear_module
-from megatron_sas.kernels.cpu_linear import Linear, linear
+from megatron_sas.kernels.cpu_linear import Linear, library_in_use, linear, measure_library, use_library
 
-needs_onednn = pytest.mark.skipif(not linear_module._has_onednn(), reason="needs a CPU with AVX-512 and oneDNN")
+needs_onednn = pytest.mark.skipif(not linear_module._has_onednn(), reason="needs a torch with oneDNN")
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def onednn():
+    """It multiplies in these tests, whatever the processor."""
+    use_library("onednn")
+    yield
+    use_library(None)
+
+
+@needs_onednn
+def test_the_library_is_the_chosen_one_and_follows_the_processor_where_none_was(monkeypatch):
+    for library in ("torch", "onednn"):
+        use_library(library)
+        assert library_in_use() == library
+    use_library(None)
+    for capability, library in (("AVX2", "torch"), ("AVX512", "onednn")):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert library_in_use() == library
+
+
+@needs_onednn
+def test_measurement_chooses_what_is_much_faster(monkeypatch):
+    slow = torch.randn(700, 700)
+
+    def slowed(product):
+        return lambda *arguments: (slow @ slow, product(*arguments))[1]
+
+    for name, place, library in (("linear", F, "onednn"), ("_product", linear_module, "torch")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, slowed(getattr(place, name)))
+            assert measure_library() == library
 
 
 def inputs(shape: tuple[int, ...], out: int, bias: bool = True) -> Inputs:

@@ -9,6 +9,7 @@ from attention_cases import backward, device_of, make_case
 from torch import Tensor
 
 from megatron_sas.kernels import dependency_attention, dropout
+from megatron_sas.kernels.dropout import Dropout, draw_kept
 from megatron_sas.kernels.reference import attention_probs
 
 WITH_DROPOUT = ["chunked", "reference", "triton"]
@@ -154,3 +155,42 @@ def test_the_generator_decides():
     assert torch.equal(first, seeded(case.qkv, None, 1, "auto", 0.2)[0])
     assert not torch.equal(first, seeded(case.qkv, None, 2, "auto", 0.2)[0])
     assert not torch.equal(first, dependency_attention(*case.qkv, None, dropout_p=0.2)[0])
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.0005, 0.9996, 25.75 / 256])
+def test_numbers_are_kept_independently_with_the_right_probability(dropout_p):
+    """In all, where a byte decides, and among neighbours; 0.0005 and 0.9996 are decided by ties alone or nearly."""
+    count = 2**22
+    kept = draw_kept(count, dropout_p, 3).double()
+    deviation = (dropout_p * (1 - dropout_p) / count) ** 0.5
+    assert abs(1 - kept.mean() - dropout_p) < 5 * deviation
+    centred = kept - (1 - dropout_p)
+    for distance in (1, 8, 256):
+        product = (centred[distance:] * centred[:-distance]).mean()
+        assert abs(product) < 5 * dropout_p * (1 - dropout_p) / count**0.5
+    assert torch.equal(kept[:1001], draw_kept(1001, dropout_p, 3).double()) or dropout_p * 256 % 1  # ties come after
+    assert not torch.equal(kept, draw_kept(count, dropout_p, 4).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_dropout_scales_what_it_keeps_and_its_gradient(dtype):
+    layer, x = Dropout(0.25), torch.ones(128, 300, dtype=dtype, requires_grad=True)
+    torch.manual_seed(1)
+    output = layer(x)
+    output.backward(torch.full_like(output, 3.0))
+    kept = output != 0
+    assert output.dtype == dtype and abs(kept.double().mean() - 0.75) < 0.01
+    assert torch.equal(output[kept], torch.full_like(output[kept], 1 / 0.75))
+    assert torch.equal(x.grad, torch.where(kept, output.detach().new_tensor(1 / 0.75) * 3, 0).to(dtype))
+    torch.manual_seed(1)
+    assert torch.equal(layer(x), output)
+    assert not torch.equal(layer(x), output)
+    assert torch.equal(layer.eval()(x), x)
+
+
+def test_hidden_dropout_of_few_numbers_is_torchs():
+    x = torch.ones(8, 16)
+    torch.manual_seed(2)
+    ours = Dropout(0.5)(x)
+    torch.manual_seed(2)
+    assert torch.equal(ours, torch.nn.Dropout(0.5)(x))

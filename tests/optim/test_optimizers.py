@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -100,3 +103,21 @@ def test_an_optimizer_owns_its_section(name):
 
 def test_bytes_of_adamw_are_two_moments():
     assert optimizer_bytes(CONFIG, "adamw") == 8 * count_parameters(CONFIG)
+
+
+def test_the_trainer_loads_neither_the_compiler_nor_scipy():
+    """Seconds of every start, for nothing that an uncompiled run needs."""
+    code = (
+        "import sys, torch, megatron_sas.train.trainer\n"
+        "from megatron_sas.optim import adamw, optimizers\n"
+        "from megatron_sas.optim.section import TrainSection\n"
+        "weight = torch.nn.Parameter(torch.ones(2, 2))\n"
+        "optimizers.without_compiler()\n"
+        "optimizers.moment_names(adamw, 'weight', weight)\n"
+        "section = TrainSection(steps=1, global_batch_size=1, micro_batch_size=1)\n"
+        "optimizer = adamw.build([('weight', weight)], section, None)\n"
+        "weight.grad = torch.ones(2, 2)\n"
+        "optimizer.step()\n"
+        "print(*{'torch._dynamo', 'scipy', 'sympy', 'ruptures', 'torch.utils.tensorboard'} & set(sys.modules))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == ""

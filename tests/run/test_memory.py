@@ -126,7 +126,6 @@ def test_activations_are_what_autograd_keeps(mode, size, dropout, kind, beside):
         compute=2 if mode == "bf16" else 4,
         edge_sets=1,
         second_passes=len(beside),
-        cuda=False,
     )
     assert expected == pytest.approx(sum(kept.values()), rel=0.05)
 

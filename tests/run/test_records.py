@@ -145,13 +145,14 @@ def test_a_full_disk_under_tensorboard_is_named(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     records = Records(tmp_path, -1, tensorboard=True)
-    for method, action in (
-        ("add_scalar", lambda: records.write("train", 1, {"loss": 1.0})),
-        ("flush", records.flush),
-        ("close", records.close),
+    board = records._board
+    for owner, method, action in (
+        (board.file_writer, "add_summary", lambda: records.write("train", 1, {"loss": 1.0})),
+        (board, "flush", records.flush),
+        (board, "close", records.close),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(records._board, method, fail)
+            patch.setattr(owner, method, fail)
             with pytest.raises(OSError, match=f"{tmp_path}/tensorboard"):
                 action()
     records.close()

@@ -15,7 +15,7 @@ from megatron_sas.data.mlm_dataset import MLMDataset
 from megatron_sas.data.packed import PackedData
 from megatron_sas.model.huggingface import from_hf_state
 from megatron_sas.run.reading import read_model_config
-from megatron_sas.train.step import own_elements
+from megatron_sas.train.step import clip_gradients, own_elements, seed_generators
 
 NO_DROPOUT = {"model.hidden_dropout": 0.0}
 
@@ -254,3 +254,37 @@ def test_bf16_holds_where_deepspeed_switches_off_the_autocast_around_it(config, 
     overrides = {"train.precision": "bf16", "train.steps": 1, "evaluation.every": 1000}
     train(config, tmp_path / "run", overrides, prepare=note)
     assert seen == {torch.bfloat16}
+
+
+def test_deepspeeds_own_forward_backward_and_step_give_the_same_bits(config, tmp_path):
+    """With a JSON of the user's a single process goes through them, without one it goes past them."""
+    (tmp_path / "deepspeed.json").write_text('{"steps_per_print": null}')
+    for name, more in (("ours", {}), ("deepspeeds", {"train.deepspeed_config": str(tmp_path / "deepspeed.json")})):
+        train(config, tmp_path / name, {"train.steps": 4, "train.grad_clip": 0.5, **more})
+    ours, theirs = (weights(tmp_path / name, 4) for name in ("ours", "deepspeeds"))
+    assert all(theirs[name].equal(tensor) for name, tensor in ours.items())
+    assert records(tmp_path / "ours") == records(tmp_path / "deepspeeds")
+
+
+def test_generators_are_seeded_as_torch_does():
+    seed_generators(7, torch.device("cpu"))
+    drawn = torch.rand(3)
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e3, float("inf")])
+@pytest.mark.parametrize("bad", [None, float("nan")])
+def test_gradients_are_clipped_as_torch_does(limit, bad):
+    parameters = [torch.nn.Parameter(torch.randn(4, size)) for size in (3, 5, 2)]
+    for parameter in parameters[:2]:
+        parameter.grad = torch.randn_like(parameter)
+    if bad is not None:
+        parameters[0].grad[0, 0] = bad
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+    for copy, parameter in zip(copies, parameters, strict=True):
+        copy.grad = None if parameter.grad is None else parameter.grad.clone()
+    norm, expected = clip_gradients(parameters, limit), torch.nn.utils.clip_grad_norm_(copies, limit)
+    torch.testing.assert_close(norm, expected, rtol=0, atol=0, equal_nan=True)
+    for copy, parameter in zip(copies[:2], parameters[:2], strict=True):
+        torch.testing.assert_close(parameter.grad, copy.grad, rtol=0, atol=0, equal_nan=True)

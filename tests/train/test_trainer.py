@@ -20,9 +20,11 @@ from megatron_sas.evaluation.complexity import cls_vectors, intrinsic_dimension,
 from megatron_sas.evaluation.live import EvaluationSection
 from megatron_sas.evaluation.text import packed_text
 from megatron_sas.export.hf import to_hf
+from megatron_sas.kernels.cpu_linear import library_in_use, use_library
 from megatron_sas.run.reading import FORMAT, VERSION, load_model
 from megatron_sas.run.records import read_records
 from megatron_sas.run.signals import StopRequest
+from megatron_sas.train import build
 from megatron_sas.train.build import build_state
 from megatron_sas.train.resume import begin_run, check_same_data, data_facts, find_start
 
@@ -88,6 +90,29 @@ def test_other_threads_than_the_checkpoints_are_named(config, tmp_path, capsys):
         assert capsys.readouterr().out.count(line) == (steps == 3)
     starts = [line for line in read_records(run / "metrics.jsonl") if line.get("event") == "start"]
     assert [line["threads"] for line in starts] == [[1], [1], [3], [3]]
+
+
+def test_a_resumed_run_and_a_branch_multiply_with_what_the_run_began_with(config, tmp_path, monkeypatch):
+    """Not with what is faster where they run: results differ in rounding. Where a checkpoint does not say, the
+    processor decides, as it did when such were made."""
+    run, branch = tmp_path / "run", tmp_path / "branch"
+    for measured, start in (
+        ("onednn", (run, {"train.steps": 1})),
+        ("torch", (run, {"train.steps": 3})),
+        ("torch", (branch, {"train.steps": 4, "run.branch_from": str(run)})),
+    ):
+        monkeypatch.setattr(build, "measure_library", lambda measured=measured: measured)
+        train(config, *start)
+        assert library_in_use() == "onednn"
+    for directory in (run, branch):
+        starts = [line for line in read_records(directory / "metrics.jsonl") if line.get("event") == "start"]
+        assert {line["linear_library"] for line in starts} == {"onednn"}
+    use_library(None)
+    by_processor, state = library_in_use(), checkpoint(run, 3) / "state.json"
+    state.write_text(json.dumps({k: v for k, v in json.loads(state.read_text()).items() if k != "linear_library"}))
+    write_manifest(checkpoint(run, 3), format=FORMAT, version=VERSION, step=3)
+    train(config, run, {"train.steps": 4})
+    assert library_in_use() == by_processor
 
 
 def test_a_finished_run_stays_as_it_is(config, whole, tmp_path):
