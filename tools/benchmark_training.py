@@ -186,15 +186,19 @@ def _ours(name: str, setting: Setting, batch: Batch, weight: float) -> tuple[nn.
 
 def _packed_attention(
     attention: nn.Module, run_packed: Callable[..., tuple], x: Tensor, heads: Tensor | None, *_: object,
-    queries_keys: bool,
+    queries_keys: bool, only_at: Tensor | None = None, copies: None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, None]:  # fmt: skip
     """`SelfAttention.forward` by `run_packed` of our Triton kernels."""
     import torch
 
-    qkv = attention.qkv(x).view(*x.shape[:2], 3, attention.num_heads, -1)  # (B, S, 3, H, D)
+    from megatron_sas.kernels.cpu_linear import linear
+    from megatron_sas.model.attention import at_positions
+
+    qkv = linear(x, attention.qkv.weight, attention.qkv.bias)
+    qkv = qkv.view(*x.shape[:2], 3, attention.num_heads, -1)  # (B, S, 3, H, D)
     with torch.autocast(x.device.type, enabled=False):
         out, *probabilities = run_packed(qkv, heads, None, attention.dropout_p, qkv.shape[-1] ** -0.5, None)
-    return attention.output(out.transpose(1, 2).reshape(x.shape)), *probabilities, None
+    return attention.output(at_positions(out.transpose(1, 2).flatten(2), only_at)), *probabilities, None
 
 
 def _transformers_bert(
