@@ -63,12 +63,15 @@ MEASURED: dict[str, dict[str, list[str]]] = json.loads(Path(__file__).with_name(
 `tools/check_gpu.py --write-preference` writes the file."""
 
 
-@torch.compiler.assume_constant_result
 def _architecture(index: int | None) -> str:
     """The architecture of a GPU, by default of the current one; "" where there is none."""
     if not torch.cuda.is_available():
         return ""
     return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+
+
+if torch.cuda.is_available():  # elsewhere this loads torch's compiler for nothing
+    _architecture = torch.compiler.assume_constant_result(_architecture)
 
 
 def _preference(device: torch.device, dropout_p: float) -> Sequence[str]:

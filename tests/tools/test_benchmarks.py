@@ -355,7 +355,7 @@ def test_device():
             choose_device("cuda")
 
 
-def test_blimp_benchmark(tmp_path):
+def test_blimp_benchmark(run_tool, tmp_path):
     words = ["the", "dog", "dogs", "bark", "##s", "."]
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
     pair = {"sentence_good": "The dog barks.", "sentence_bad": "The dogs barks."}
@@ -364,29 +364,27 @@ def test_blimp_benchmark(tmp_path):
     output = tmp_path / "out.json"
     arguments = ["--blimp", str(tmp_path), "--vocab", str(tmp_path / "vocab.txt"), "--size", "tiny", "--pairs", "2"]
     arguments += ["--against", str(ROOT), "--no-peer", "--rounds", "2", "--output", str(output)]
-    done = run_tool("benchmark_blimp", *arguments)
-    assert done.returncode == 0, done.stderr
+    run_tool("benchmark_blimp", *arguments)
     result = json.loads(output.read_text())
     assert (result["sentences"], result["masked_copies"]) == (4, 20)
     assert set(result["seconds"]) == {"this", "against"} and set(result["ratios"]) == {"against"}
     assert all(len(rounds) == 2 for rounds in result["rounds"].values())
     assert result["largest_difference_a_token"] == {"this": 0.0, "against": 0.0}
-    assert run_tool("benchmark_blimp", *arguments).returncode == 2  # the output exists
+    run_tool("benchmark_blimp", *arguments, expect=2)  # the output exists
 
 
-def test_checkouts_benchmark_names_what_is_missing(tmp_path):
-    done = run_tool("benchmark_checkouts", "--against", str(tmp_path), "--config", str(ROOT / "examples" / "toy.yaml"))
-    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path}/pretrain_mlm.py: there is no such file\n")
+def test_checkouts_benchmark_names_what_is_missing(run_tool, tmp_path):
+    arguments = ["--against", str(tmp_path), "--config", str(ROOT / "examples" / "toy.yaml")]
+    printed = run_tool("benchmark_checkouts", *arguments, expect=2)
+    assert printed == f"error: {tmp_path}/pretrain_mlm.py: there is no such file\n"
 
 
 @pytest.mark.slow
-def test_checkouts_benchmark(tmp_path):
+def test_checkouts_benchmark(run_tool, tmp_path):
     output = tmp_path / "out.json"
     arguments = ["--against", str(ROOT), "--config", str(write_inputs(tmp_path)), "--output", str(output)]
-    done = run_tool("benchmark_checkouts", *arguments, "--rounds", "2", "--updates", "2")
-    assert done.returncode == 0, done.stderr
+    printed = run_tool("benchmark_checkouts", *arguments, "--rounds", "2", "--updates", "2")
     result = json.loads(output.read_text())
     assert set(result["ratios"]) == {"cpu", "wall", "peak", "more", "start"}
-    assert all(len(rounds) == 2 for rounds in result["rounds"].values()) and "| against / this |" in done.stdout
-    done = run_tool("benchmark_checkouts", *arguments[:4], "--model.size", "huge")
-    assert done.returncode == 2 and "model.size" in done.stderr
+    assert all(len(rounds) == 2 for rounds in result["rounds"].values()) and "| against / this |" in printed
+    assert "model.size" in run_tool("benchmark_checkouts", *arguments[:4], "--model.size", "huge", expect=2)
