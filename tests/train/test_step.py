@@ -249,7 +249,7 @@ def test_bf16_holds_where_deepspeed_switches_off_the_autocast_around_it(config, 
     def note(trainer):
         bert = trainer.engine.bert
         for module in (*(m for m in bert.modules() if isinstance(m, torch.nn.Linear)), bert.head):
-            module.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+            module.register_forward_hook(lambda module, inputs, output: seen.add(output[0].dtype))
 
     overrides = {"train.precision": "bf16", "train.steps": 1, "evaluation.every": 1000}
     train(config, tmp_path / "run", overrides, prepare=note)
