@@ -36,7 +36,7 @@ train sas-minus 0.005 29542 >"$out/sas-minus.log" 2>&1 &
 minus=$!
 train sas-plus -0.005 29543 >"$out/sas-plus.log" 2>&1 &
 plus=$!
-train base 0 29541
+train base 0 29541 || { kill $minus $plus; exit 1; }
 wait $minus || { cat "$out/sas-minus.log"; exit 1; }
 wait $plus || { cat "$out/sas-plus.log"; exit 1; }
 tail -n 2 "$out/sas-minus.log" "$out/sas-plus.log"

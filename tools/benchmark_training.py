@@ -10,7 +10,7 @@ Variants take turns on the same random tokens, masks and dependency heads, from 
     ours_offset     this project with the term `offset`, of mode max, in place of the regularizer
     ours_entropy    this project with the term `entropy` in place of the regularizer
     ours_mlm        this project without a term (λ = 0, not measured)
-    ours_deepspeed  ours_max inside the trainer's DeepSpeed engine, ZeRO stage 0
+    ours_deepspeed  ours_max inside the trainer's engine, which on one process goes past DeepSpeed's wrappers
     ours_flex       ours_max on FlexAttention with its logsumexp (GPU, no attention dropout)
     ours_cudnn, ours_packed, ours_uncompiled, ours_autotuned, ours_graphs
                     ours_max with one thing changed, only where they are named: attention by cuDNN; queries, keys and
@@ -231,7 +231,8 @@ def _training_step(module: nn.Module, loss: Callable[[], Tensor], setting: Setti
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
-        torch.compiler.cudagraph_mark_step_begin()
+        if setting.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(setting.device.type, dtype=torch.bfloat16, enabled=setting.precision == "bf16"):
             value = loss()
         value.backward()

@@ -11,7 +11,7 @@ Stages run in this order, each in processes of its own, and each writes its resu
     attention-DROPOUT    TFLOP/s at (64, 12, 512, 64) in bf16, without and with edges, and torch's kernels
     training-BATCH       tokens/s, MFU and memory of BERT-base with λ = 0 and λ ≠ 0, the paper's way, and HF's sdpa
     evaluation           BLiMP and UAS with BERT-base
-    tests-FOLDER         the tests that need a GPU
+    tests-PART         the tests that need a GPU
     speedup-NAME         a training step with one change that was predicted to help
 
 A stage that needs more than is left of the budget is named and left for the next call, and so is one that the end of
@@ -48,6 +48,7 @@ AUTO = ("triton", "cudnn", "sdpa", "chunked")
 """What `auto` chooses from. FlexAttention is compiled for every shape, and FlashAttention-4 hands out no logsumexp for
 `attention_entropy`: these are taken only where they are named."""
 ON_CPU = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+CUT_OFF = "cut off"  # a stage's status: its time was over
 PATIENCE = 3.0  # times what a stage should take, after which it hangs
 MODEL = (
     "import json, sys, torch, transformers as t; torch.manual_seed(0); shape = json.loads(sys.argv[2]); "
@@ -217,7 +218,7 @@ def check(folder: Path, wanted: list[Stage], minutes: float, about: dict[str, An
         limit = PATIENCE * stage.seconds
         record = run(stage, min(limit, remaining), environment)
         if record["status"] == "failed" and time.monotonic() >= deadline:
-            record["status"] = "cut off"
+            record["status"] = CUT_OFF
             left.append(stage.name)
         head = {"stage": stage.name, "commands": stage.commands, **about}
         write_json_atomic(folder / f"{stage.name}.json", head | record)
@@ -335,7 +336,8 @@ def preference(folders: list[Path]) -> dict[str, dict[str, list[str]]]:
                 if record["status"] == "done" and "attention" in record["result"]}  # fmt: skip
         right = {name for name in AUTO if done.get(f"gradients-{name}", {}).get("records")}
         for dropout, name in (("no_dropout", "attention-0.0"), ("dropout", "attention-0.1")):
-            if name not in done or any(f"gradients-{backend}" not in records for backend in AUTO):
+            tried = [records.get(f"gradients-{backend}", {}).get("status", CUT_OFF) for backend in AUTO]
+            if name not in done or CUT_OFF in tried:  # nobody knows yet
                 continue
             rows = [r for r in done[name]["records"] if r["gradient"] == "max" and r["backend"] in right - {"chunked"}]
             rows.sort(key=lambda r: r["forward_seconds"] + r["backward_seconds"])
@@ -370,7 +372,8 @@ def main() -> int:
         found = preference(sorted(path for path in arguments.output.glob("*") if path.is_dir()))
         if not found:
             raise InputError(f"{arguments.output}: lacks results of the stages gradients and attention; run `make gpu`")
-        write_json_atomic(PREFERENCE, json.loads(PREFERENCE.read_text(encoding="utf-8")) | found)
+        known = json.loads(PREFERENCE.read_text(encoding="utf-8"))
+        write_json_atomic(PREFERENCE, known | {name: known.get(name, {}) | orders for name, orders in found.items()})
         print(f"{PREFERENCE}: {json.dumps(found)}")
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is running ends as well

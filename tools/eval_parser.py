@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import _checkout
-import _single_thread
 from megatron_sas.core.cli import InputError, run_main
 from megatron_sas.core.files import sha256_file, write_json_atomic
 from megatron_sas.corpus.parsers.products import CHOICES, OPS_HELP, SPACY

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the embedded corpus: text of a small English-like language with gold trees, a vocabulary, and minimal pairs."""
+"""Write the embedded corpus: text of a small artificial language with gold trees, a vocabulary, and minimal pairs."""
 
 from __future__ import annotations
 
@@ -78,10 +78,8 @@ def main() -> None:
         "text. The same arguments give the same bytes, whatever --workers.",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to create")
-    parser.add_argument("--seed", type=int, default=0, help="of the sentences; the lexicon is fixed (default 0)")
-    parser.add_argument(
-        "--train-sentences", type=int, default=250_000, metavar="N", help="default 250000, about 2.8M tokens"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sentences; the words are fixed (default 0)")
+    parser.add_argument("--train-sentences", type=int, default=250_000, metavar="N", help="default 250000, 2.0M words")
     parser.add_argument("--validation-sentences", type=int, default=2_000, metavar="N", help="default 2000")
     parser.add_argument("--treebank-sentences", type=int, default=1_000, metavar="N", help="default 1000")
     parser.add_argument("--pairs", type=int, default=400, metavar="N", help="minimal pairs per set (default 400)")

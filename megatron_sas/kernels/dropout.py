@@ -64,6 +64,7 @@ def draw_kept(count: int, dropout_p: float, seed: int) -> Tensor:
     bits = np.random.SFC64(seed)
     draws = bits.random_raw(-(-count // 8)).view(np.uint8)[:count]
     byte, rest = divmod(dropout_p * 256, 1.0)
+    byte = np.uint8(byte)  # with a float NumPy would convert all draws
     kept = draws > byte
     ties = np.flatnonzero(draws == byte)
     kept[ties] = bits.random_raw(len(ties)) >= np.uint64(rest * 2.0**64)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
 import os
 import warnings
@@ -13,9 +11,9 @@ import torch
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.distributed import gather_objects, local_rank, local_world_size
+from megatron_sas.core.processes import keep_freed_memory
 from megatron_sas.launch.kernel_cache import use_local_caches
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 SHORTEST_TIMEOUT_MINUTES = 30.0  # while a run starts, ranks may wait long for one that reads slowly
 
 
@@ -76,19 +74,6 @@ def join_processes(timeout_minutes: float, deterministic: bool) -> torch.device:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a help for finding bugs that costs time
     return device
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep up to 1 GiB of freed memory for what is allocated next, unless MALLOC_… variables decide.
-
-    A step frees and allocates the same blocks again. By default those of megabytes are given back to the system, which
-    clears every page of them at the next step: of a small model with a large vocabulary that was a fifth of the time.
-    """
-    if any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        for option, value in ((M_TRIM_THRESHOLD, 2**30), (M_MMAP_THRESHOLD, 2**25)):  # the largest that it takes
-            ctypes.CDLL(None).mallopt(option, value)
 
 
 def check_gpu(gpus: int | None = None) -> None:

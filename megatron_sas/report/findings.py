@@ -68,7 +68,8 @@ def _changes_sentence(conditions: Sequence[Condition]) -> str:
             ]
             parts += [f"{metric.title} is {way} in {_join(labels)}"] if labels else []
     doubt = "" if tested else " (not tested)"
-    return f"Compared with the base{doubt}, {'; '.join(parts) or 'no metric differs'}."
+    none = "no difference is significant" if tested else "no metric differs"
+    return f"Compared with the base{doubt}, {'; '.join(parts) or none}."
 
 
 def caveats(conditions: Sequence[Condition]) -> list[str]:

@@ -93,7 +93,7 @@ class Engine:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self._autocast = train.precision == "bf16" and train.zero_stage == 0
         module.precision = self.precision
-        self._parameters = list(module.parameters())
+        self._module, self._parameters = module, list(module.parameters())
         if world_size == 1 and train.zero_stage == 0:  # it would flatten all gradients and copy them back
             self._engine.enable_backward_allreduce = False
         self._create_moments()
@@ -105,10 +105,6 @@ class Engine:
     def bert(self) -> MaskedLM:
         """The model. Under ZeRO-3 its parameters are gathered while a forward runs."""
         return self._module.bert
-
-    @property
-    def _module(self) -> MaskedLMWithTerms:
-        return self._engine.module
 
     def precision(self) -> contextlib.AbstractContextManager:
         """The context in which forwards run."""

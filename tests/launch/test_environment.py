@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -14,7 +12,6 @@ from megatron_sas.core.cli import InputError
 from megatron_sas.core.distributed import local_world_size
 from megatron_sas.launch.environment import (
     environment_from_launcher,
-    keep_freed_memory,
     number_of_processes,
     other_threads,
     share_cores,
@@ -115,18 +112,3 @@ def test_other_threads_are_named_where_results_could_be_the_same_bits():
     line = "threads per process: {}, where the checkpoint was made with {}; "
     assert other_threads([1, 1], [2, 2]).startswith(line.format(2, 1))
     assert other_threads([4, 4], [4, 8]).startswith(line.format([4, 8], 4))
-
-
-def test_freed_memory_is_kept_unless_the_user_decides(monkeypatch):
-    asked = []
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *what: asked.append(what)))
-    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
-    keep_freed_memory()
-    assert asked == []
-    monkeypatch.delenv("MALLOC_ARENA_MAX")
-    keep_freed_memory()
-    assert asked == [(-1, 2**30), (-3, 2**25)]
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())  # another C library
-    keep_freed_memory()

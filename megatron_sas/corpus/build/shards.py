@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sas.core.cli import InputError, kind_and_reason
+from megatron_sas.core.files import obey_umask
 from megatron_sas.corpus.build.packed_writer import remove_leftovers
 from megatron_sas.corpus.build.preprocess import (
     PreprocessSettings,
@@ -96,6 +97,7 @@ def _common_ops(settings: PreprocessSettings, names: list[str], fastest: str) ->
     with tempfile.NamedTemporaryFile("w", dir=folder, prefix=_CHOSEN_OPS) as file:
         file.write(fastest)
         file.flush()
+        obey_umask(file.name)
         with contextlib.suppress(FileExistsError):
             os.link(file.name, chosen)  # one job succeeds, with the complete content
     return chosen.read_text()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -16,6 +15,7 @@ import numpy as np
 
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import sha256_files
+from megatron_sas.core.processes import keep_freed_memory
 from megatron_sas.corpus.parsers.base import Parse, Parser, RelationNames
 from megatron_sas.corpus.parsers.products import SPACY, resolve, thinc_ops
 
@@ -41,7 +41,7 @@ class SpacyParser(Parser):
             faster = thinc_ops(ops)
             for layer in (layer for _, part in self._nlp.pipeline for layer in part.model.walk()):
                 layer.ops = faster
-        _keep_memory()
+        keep_freed_memory()
         _drop_unused_lexeme_attributes(self._nlp)
         from spacy.attrs import DEP, HEAD, IDX, IS_SPACE, LENGTH, SENT_START  # after load_spacy, which hides torch
 
@@ -122,14 +122,6 @@ def load_spacy(model: str) -> Language:
 
 def _is_transformer(meta: dict[str, Any]) -> bool:
     return any("transformer" in name for name in meta.get("pipeline", []))
-
-
-def _keep_memory() -> None:
-    """Have the C library (glibc) reuse freed memory: fresh pages for every matrix take 7 % of a parse."""
-    with contextlib.suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the largest that all versions take
 
 
 def _drop_unused_lexeme_attributes(nlp: Language) -> None:
