@@ -83,7 +83,8 @@ class PllTask:
         lengths = self._lengths[sentences]
         for length in np.unique(lengths).tolist():
             start, end = np.searchsorted(lengths, [length, length + 1]).tolist()
-            ids, _ = self._masked_ids(sentences[start:end], masked[start:end])
+            own = self._tokens[self._first_tokens[sentences[start:end]][:, None] + np.arange(length)]
+            ids = np.where(self._is_masked(sentences[start:end], masked[start:end]), self._mask_token_id, own)
             keys = np.column_stack([ids, masked[start:end]]).astype(np.int32)
             keys = keys.view(np.dtype((np.void, keys.itemsize * keys.shape[1])))[:, 0]
             _, index, inverse = np.unique(keys, return_index=True, return_inverse=True)
@@ -92,17 +93,15 @@ class PllTask:
         starts = np.flatnonzero(np.diff(first[order], prepend=-1))
         return order, np.append(starts, len(order))
 
-    def _masked_ids(self, sentences: np.ndarray, masked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Copies of sentences of one length: ids int64 (copies, n), and bool (copies, n) what is masked in them.
+    def _is_masked(self, sentences: np.ndarray, masked: np.ndarray) -> np.ndarray:
+        """What is masked in copies of sentences of one length, bool (copies, n).
 
         The token itself is, and what follows it in its word, which is the token alone unless the metric knows words.
         Made when they are needed: stored, BLiMP's 1.3 million would take 140 MB on every rank.
         """
         columns, rows = np.arange(self._lengths[sentences[0]]), np.arange(len(sentences))
-        places = self._first_tokens[sentences][:, None] + columns
-        words = self._words[places]
-        is_masked = (words == words[rows, masked][:, None]) & (columns >= masked[:, None])
-        return np.where(is_masked, self._mask_token_id, self._tokens[places]), is_masked
+        words = self._words[self._first_tokens[sentences][:, None] + columns]
+        return (words == words[rows, masked][:, None]) & (columns >= masked[:, None])
 
     def batches(self, batch_tokens: int) -> list[tuple[int, int]]:
         """(first group, last group + 1), each of one length and of at most `batch_tokens` tokens or one copy.
@@ -124,7 +123,7 @@ class PllTask:
         """
         firsts = self._starts[start:stop]
         sentences, positions = self._sentences[firsts], self._masked[firsts]
-        _, is_masked = self._masked_ids(sentences, positions)
+        is_masked = self._is_masked(sentences, positions)
         own, row = np.unique(sentences, return_inverse=True)
         columns = np.arange(is_masked.shape[1])
         rows = self._tokens[self._first_tokens[own][:, None] + columns]
@@ -139,12 +138,12 @@ class PllTask:
         """Pseudo-log-likelihood of every sentence, float64 (num_sentences,), the same on every rank.
 
         Log-probabilities are float32, their sums float64 in a fixed order, so neither ranks nor the order of batches
-        change a sum. Equal sentences have the score of the first.
+        change a sum. Equal sentences share their copies, and so their scores.
         """
         if not self.num_copies:
             return np.zeros(0)
         log_probs = all_reduce_sum_(self.log_probs(model, shard_batches(self.batches(batch_tokens)))).cpu().numpy()
-        return np.bincount(self._sentences, log_probs.astype(np.float64), len(self.first_equal))[self.first_equal]
+        return np.bincount(self._sentences, log_probs.astype(np.float64), len(self.first_equal))
 
     def log_probs(self, model: Encoder, batches: Sequence[tuple[tuple[int, int], bool]]) -> torch.Tensor:
         """Log-probability of each copy's token, float32 (num_copies,); 0 for those not in `batches`."""

@@ -70,7 +70,7 @@ def _architecture(index: int | None) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
 
 
-if torch.cuda.is_available():  # elsewhere this loads torch's compiler for nothing
+if MEASURED and torch.cuda.is_available():  # else this would load torch's compiler, and CUDA, for nothing
     _architecture = torch.compiler.assume_constant_result(_architecture)
 
 

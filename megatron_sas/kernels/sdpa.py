@@ -230,12 +230,13 @@ class _FlashDependencyAttention(torch.autograd.Function):
         g_head = None if grad_to_head is None else to_head * grad_to_head
         g_dependent = None if grad_to_dependent is None else to_dependent * grad_to_dependent
         row_sum = row_sums(g_head, g_dependent, heads)
-        rows = _rows_with_gradient(grad_out, row_sum) if ctx.kernel is CpuFlash else None
+        one_mask = mask is None or mask.stride(2) == 0  # for all rows
+        rows = _rows_with_gradient(grad_out, row_sum) if ctx.kernel is CpuFlash and one_mask else None
         queries, t = q, row_sum
         if rows is not None:
             queries, grad_out, out, lse = (x[rows] for x in (q, grad_out, out, lse))  # (B, H, R, D); lse (B, H, R)
             t = None if row_sum is None else row_sum[rows]
-            mask = None if mask is None else mask[:, :, : lse.shape[2]]  # equal for all rows
+            mask = None if mask is None else mask[:, :, : lse.shape[2]]
         if t is not None:
             grad_out, out = substitute(grad_out, out, t)
         grad_q, grad_k, grad_v = ctx.kernel.backward(

@@ -79,6 +79,7 @@ class MaskedLMWithTerms(nn.Module):
         word.sparse = not self._compiled and word.weight.device.type == "cpu" and word.weight.dtype == torch.float32
         with self.precision():
             output = self.bert(input_ids, only_at=masked_positions, **needs.arguments)
+            word.sparse = False  # for whoever else calls the model
             mlm_sum = self.mlm_loss(output.hidden, labels)
         loss, sums = mlm_sum * mlm_scale, {}
         for name, scale in term_scales.items():
@@ -102,9 +103,11 @@ class MaskedLMWithTerms(nn.Module):
     def compile_parts(self, mode: str | None = None) -> None:
         """Compile embeddings, layers and loss with `torch.compile`: fused element-wise work, one kind of layer once.
 
-        Parts, because all layers share one compiled function and λ, which changes, stays outside. The terms too.
-        `mode` is that of `torch.compile`.
+        Parts, because layers of one kind share one compiled function (the last is a kind of its own: it returns few
+        rows) and λ, which changes, stays outside. The terms too. `mode` is that of `torch.compile`.
         """
+        # A function for every kind of layer, with and without edges; beyond the limit torch goes on uncompiled.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         self._compiled = True
         self.bert.embeddings.compile(dynamic=False, mode=mode)
         for layer in self.bert.layers:

@@ -61,7 +61,6 @@ class Records:
             from torch.utils.tensorboard import SummaryWriter
 
             self._points = Summary
-
             # A page that is open already hears of the cut by `purge_step`.
             self._board = SummaryWriter(str(run.tensorboard), purge_step=resume_step + 1)
 
@@ -124,7 +123,8 @@ class Records:
                 else:
                     points.value.add(tag=tag, simple_value=value)
             # One event: `add_scalar` makes one of each point, and takes as long for it as the rest of a record.
-            self._board.file_writer.add_summary(points, step, when)
+            if points.value:
+                self._board.file_writer.add_summary(points, step, when)
 
     def _flush_board(self) -> None:
         if self._board is not None:

@@ -7,7 +7,7 @@ import functools
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import Executor, as_completed, wait
 from pathlib import Path
 
 import torch
@@ -36,7 +36,6 @@ def measure_models(
     *,
     tasks: Tasks | None = None,
     pool: Executor | None = None,
-    workers: int = 1,
     device: str | None = None,
     on_error: OnError = "refuse",
     report: Report = print,
@@ -50,8 +49,8 @@ def measure_models(
         source: the run or folder that the models come from.
         inputs, output: what to measure on, and the directory to write.
         tasks: shared by calls with the same inputs: what one has prepared of them serves the next.
-        pool: of `measuring_pool`, whose processes then measure; on a machine with several GPUs they take them in turn.
-        workers: without a pool, the number of processes of one for this call.
+        pool: of `measuring_pool`, whose processes measure if there are several models to measure; on a machine with
+            several GPUs they take them in turn.
         device: as `choose_device` takes it.
         on_error: end at a model that cannot be read, or pass it over; `report` gets a line about each.
         after_model: called for every model that is done, found done, or passed over.
@@ -81,13 +80,11 @@ def measure_models(
                 after_model()
             else:
                 waiting.append((step, path))
-        with contextlib.ExitStack() as stack:
-            if pool is None and min(workers, len(waiting)) > 1:
-                pool = stack.enter_context(measuring_pool(min(workers, len(waiting))))
-            if pool is not None:
-                outcomes = _at_once(pool, inputs, reference, waiting, output, device)
-            else:
-                outcomes = ((step, _measure(task, step, path, output, device)) for step, path in waiting)
+        if pool is not None and len(waiting) > 1:
+            outcomes = _at_once(pool, inputs, reference, waiting, output, device)
+        else:
+            outcomes = ((step, _measure(task, step, path, output, device)) for step, path in waiting)
+        with contextlib.closing(outcomes):  # nothing writes into `output` when this block is over
             for step, fault in outcomes:
                 if fault is not None:
                     leave_out(step, fault)
@@ -179,8 +176,13 @@ def _at_once(
     for number, (step, path) in enumerate(models):
         where = f"cuda:{number % gpus}" if gpus else device
         futures[pool.submit(_measure_in_worker, inputs, reference, step, path, output, where)] = step
-    for future in as_completed(futures):
-        yield futures[future], future.result()
+    try:
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)  # models under way are finished: their points count
 
 
 @functools.cache

@@ -31,13 +31,16 @@ ASKED = {
 }
 
 
-def outputs_and_gradients(model, ids, positions, asked, few):
-    """Hidden states `(M, C)`, all else that a forward returns, and every parameter's gradient through both."""
+def outputs_and_gradients(model, ids, positions, asked, few, read=None):
+    """Hidden states `(M, C)`, all else that a forward returns, and every parameter's gradient through both.
+
+    `read`: how many of the M have a gradient; None: all.
+    """
     model.zero_grad()
     output = model(ids, only_at=positions, **asked) if few else model(ids, **asked)
     hidden = output.hidden if few else output.hidden.flatten(0, 1)[positions]
     queries_keys = [x for layer in output.queries_keys for x in (layer.q, layer.k)]
-    returned = [hidden, *output.to_head, *output.to_dependent, *queries_keys]
+    returned = [hidden[:read], *output.to_head, *output.to_dependent, *queries_keys]
     generator = torch.Generator().manual_seed(4)
     sum((x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in returned).backward()
     used = [p for name, p in model.named_parameters() if not name.startswith("head.")]
@@ -72,6 +75,14 @@ def test_on_our_own_kernels():
     if torch.cuda.is_available():
         pytest.skip("they compute on CPU tensors in an interpreter, where there is no GPU")
     check_equal(config, ASKED["edges"], torch.float32, kinds=["filled up"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [SMALL, FAR], ids=["bert", "local"])
+def test_gradient_of_few_of_the_rows(config):
+    """The backward leaves out rows without a gradient, each of which may see other keys than the rest."""
+    model, ids = perturbed_bert(config).double().eval(), random_ids(config, BATCH, SEQ)
+    both = [outputs_and_gradients(model, ids, POSITIONS["all"], {}, few, read=4) for few in (True, False)]
+    torch.testing.assert_close(*both)
 
 
 def test_an_observer_sees_every_query():

@@ -16,6 +16,7 @@ from measured_run import STEPS, inputs_of, measure, trajectory_options, without_
 from megatron_sas.core.cli import InputError
 from megatron_sas.core.files import sha256_file
 from megatron_sas.trajectory.points import is_whole, point_directory, read_point, read_points, read_settings
+from megatron_sas.trajectory.workers import measuring_pool
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}", "OMP_NUM_THREADS": "1"}
@@ -129,5 +130,6 @@ def test_killed_with_two_workers_it_leaves_whole_points_and_continues(small_run,
     assert all(is_whole(output, int(path.name[5:])) for path in output.glob("points/step_*"))
     assert not (output / "summary.csv").exists()
 
-    measure(small_run / "run", run_inputs, output, workers=2)
+    with measuring_pool(2) as pool:
+        measure(small_run / "run", run_inputs, output, pool=pool)
     assert without_clock(output) == without_clock(measured_run)
