@@ -27,14 +27,15 @@ train() {
     deepspeed --num_gpus 1 --master_port "$3" "$here/pretrain_mlm.py" --config "$here/examples/toy.yaml" \
         --run.output_dir "$out/$1" --data.train "$out/data/train" --data.validation "$out/data/validation" \
         --evaluation.treebank "$out/corpus/treebank.conllu" --evaluation.blimp "$out/corpus/blimp" \
+        --train.steps 1000 --checkpoint.every 1000 \
         "--sas.schedule=$2"
 }
 
-say "runs base (λ = 0), sas-minus (λ = 0.005) and sas-plus (λ = -0.005) side by side; the output of the last two is in $out/*.log"
+say "runs base (λ = 0), sas-minus (λ = 0.02) and sas-plus (λ = -0.02) side by side; the output of the last two is in $out/*.log"
 export OMP_NUM_THREADS=1
-train sas-minus 0.005 29542 >"$out/sas-minus.log" 2>&1 &
+train sas-minus 0.02 29542 >"$out/sas-minus.log" 2>&1 &
 minus=$!
-train sas-plus -0.005 29543 >"$out/sas-plus.log" 2>&1 &
+train sas-plus -0.02 29543 >"$out/sas-plus.log" 2>&1 &
 plus=$!
 train base 0 29541 || { kill $minus $plus; exit 1; }
 wait $minus || { cat "$out/sas-minus.log"; exit 1; }
