@@ -159,16 +159,18 @@ find_cause() {
 # last_update RUN: the newest update in its records; nothing where it has none.
 last_update() { tail -n 2 "$1/metrics.jsonl" 2>/dev/null | sed -n 's/.*"step": \([0-9]*\),.*/\1/p' | tail -n 1; }
 
-# may_try_again RUN: whether a job that lost something is started again; if not, set `why`. Earlier losses are lines of
-# RUN/losses: job, update, cause, suspected node or -, and in words.
+# may_try_again RUN: whether a job that lost something is started again: set `loss`, the line to be added to RUN/losses when
+# it is; if not, set `why`. Such a line is: job, update, cause, node=SUSPECT or -, and in words.
 may_try_again() {
-    local update lost last count
+    local update lost last count tries=0
     update=$(last_update "$1")
     # A directory that is not a run yet must stay empty; so without records only the job's first start has another try,
-    # and one that Slurm refused.
+    # and of starts that Slurm refused, which it may do once after a requeue, only the second.
     if [ -z "$update" ] || [ ! -e "$1/config.yaml" ]; then
         why="and no update was made in an earlier start either"
-        [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || [[ $cause = start && $SLURM_RESTART_COUNT = 1 ]]
+        [ "${SLURM_RESTART_COUNT:-0}" != 0 ] || why="in the job's first start"
+        [ "$cause" != start ] || tries=1
+        [ "${SLURM_RESTART_COUNT:-0}" = "$tries" ]
         return
     fi
     lost=$(grep -s "^$job " "$1/losses")
@@ -179,10 +181,11 @@ may_try_again() {
         why="at update $update, where it was lost before"
     elif [ "$count" -ge "${MAX_RESTARTS:-10}" ]; then
         why="after MAX_RESTARTS=${MAX_RESTARTS:-10} restarts"
-    elif echo "$job $update $cause ${suspect:--} $what" >>"$1/losses"; then
-        return 0
-    else
+    elif ! : >>"$1/losses"; then
         why="and $1/losses cannot be written"
+    else
+        loss="$job $update $cause ${suspect:+node=}${suspect:--} $what"
+        return 0
     fi
     return 1
 }
@@ -236,7 +239,7 @@ decide() {
         verdict=failed why="$what, $why"
     fi
     if [ "$verdict" = requeue ] && [ "$(fact Requeue)" = 0 ]; then
-        verdict=stays why+=", and Slurm may not requeue it (--no-requeue or JobRequeue=0)"
+        verdict=stays why+=", and Slurm may not requeue it (sbatch --no-requeue)"
     fi
 }
 
@@ -262,7 +265,7 @@ requeue() {
 # ASKED, this shell got a signal: a code other than 0 without the file is then that of a run which the signal ended before
 # it could save. What somebody has stopped for good, by scancel or by a file `stop` of his own, stays out of the queue.
 finish() {
-    local code=$1 verdict why cause='' what='' suspect='' facts=''
+    local code=$1 verdict why cause='' what='' suspect='' loss='' facts=''
     decide "$@"
     case $verdict in
     stays) echo "stopped before its end ($why): not requeued; submit the job again to continue" ;;
@@ -274,7 +277,11 @@ finish() {
     requeue)
         echo "stopped before its end ($why): job $job goes back into the queue"
         [ -z "$suspect" ] || echo "node $suspect is suspected (EXCLUDE_SUSPECT=1 has the job start without it)"
-        requeue || verdict=unknown
+        if ! requeue; then
+            verdict=unknown
+        elif [ -n "$loss" ]; then
+            echo "$loss" >>"$2/losses"
+        fi
         ;;
     esac
     if [ "$verdict" = unknown ]; then

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import time
 from collections import Counter
@@ -40,6 +41,7 @@ STATES = {
 IN_QUEUE = 24 * 3600.0  # seconds after which somebody should look whether a job is still queued
 TAILS = (1 << 16, 1 << 22)  # bytes from the end of the records; the second where an evaluation fills the first
 WEIGHT = "_weight"  # ends the names of λ in a record of an update
+LOSS = re.compile(r"(\S+) (\d+) \S+ (?:node=(\S+) |- )?(.+)")  # job, update, kind, suspect if any, words
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,9 @@ def read_status(run: RunDirectory, now: float | None = None, this_host: str | No
     losses = _losses(run)
     if losses and activity.state in ("running", "lost", "failed"):
         activity = _after_losses(run, losses, activity, now)
-    fault = _fault(records, newest, whole) or (_suspicion(losses) if activity.state in ("running", "waiting") else None)
+    fault = _fault(records, newest, whole)
+    if fault is None and losses and activity.state in ("running", "waiting"):
+        fault = _suspicion(losses, start.get("slurm_job", losses[-1].job))
     if fault and not activity.needs_somebody:
         activity = Activity(activity.state, fault, needs_somebody=True)
     updates = [record for record in reversed(records) if record["kind"] == "train"]
@@ -252,11 +256,9 @@ def _fault(records: Sequence[Mapping[str, Any]], newest: Path | None, whole: Pat
 
 def _losses(run: RunDirectory) -> list[Loss]:
     with contextlib.suppress(OSError):
-        lines = (line.split(" ", 4) for line in run.losses.read_text(encoding="utf-8", errors="replace").splitlines())
-        return [
-            Loss(job, int(step), None if node == "-" else node, words)
-            for job, step, _, node, words in (line for line in lines if len(line) == 5 and line[1].isdigit())
-        ]
+        lines = map(LOSS.fullmatch, run.losses.read_text(encoding="utf-8", errors="replace").splitlines())
+        found = (line.groups() for line in lines if line)
+        return [Loss(job, int(step), node, words) for job, step, node, words in found]
     return []
 
 
@@ -265,21 +267,23 @@ def _after_losses(run: RunDirectory, losses: Sequence[Loss], activity: Activity,
     job, step, _, words = losses[-1]
     since = run.losses.stat().st_mtime
     waits = max(0.0, now - since)
-    if since >= run.starts.stat().st_mtime and waits <= IN_QUEUE:
+    newer = not run.starts.exists() or since >= run.starts.stat().st_mtime
+    if newer and waits <= IN_QUEUE:
         return Activity("waiting", f"for job {job}, which starts again after: {words}")
-    if since >= run.starts.stat().st_mtime:
+    if newer:
         return Activity("waiting", f"for {age(waits)} since: {words}; is job {job} still in the queue?", True)
     if activity.state == "running":
         return activity
     return Activity(activity.state, f"{activity.reason}; the last loss before, at update {step}: {words}", True)
 
 
-def _suspicion(losses: Sequence[Loss]) -> str | None:
-    """Which node was suspected more than once, if any."""
-    for node, count in Counter(loss.node for loss in losses if loss.node).most_common(1):
+def _suspicion(losses: Sequence[Loss], job: str | None) -> str | None:
+    """Which node was suspected more than once in this job, if any."""
+    nodes = [loss.node for loss in losses if loss.job == job]
+    for node, count in Counter(filter(None, nodes)).most_common(1):
         if count > 1:
-            suspected = f"node {node} is suspected of {count} of {len(losses)} losses"
-            return f"{suspected}; look at it, or use sbatch --exclude={node}"
+            suspected = f"node {node} is suspected of {count} of {len(nodes)} losses of job {job}"
+            return f"{suspected}; look at it; the start of another job (sbatch --exclude={node}) clears this"
     return None
 
 

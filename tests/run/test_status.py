@@ -151,28 +151,40 @@ def test_a_mark_that_is_gone_is_a_start_that_did_not_get_far(tmp_path):
     assert activity(late) == Activity("waiting", "stopped by SIGUSR1; it was started again and did not get far", True)
 
 
-def with_losses(path: Path, text: str, before: float, seen: float = 60.0) -> RunDirectory:
+def with_losses(path: Path, text: str, before: float, seen: float = 60.0, job: str = "4") -> RunDirectory:
     """A run with a file `losses`, as examples/slurm/common.sh writes it, that was last changed `before` seconds ago."""
-    run = write_run_files(path, lock=ELSEWHERE, job="4", seen=seen)
+    run = write_run_files(path, lock=ELSEWHERE, job=job, seen=seen)
     run.losses.write_text(text)
     os.utime(run.losses, (NOW - before, NOW - before))
     return run
 
 
-LOSSES = "4 10 loss node7 task 1 on node7: Killed\n4 20 memory - task 0 on node7 ran out of memory\n"
+LOSSES = "4 10 loss node=node7 task 1 on node7: Killed\n4 20 memory - task 0 on node7 ran out of memory\n"
 
 
 def test_losses_are_counted_and_name_the_node_that_is_suspected_twice(tmp_path):
     run = with_losses(tmp_path / "run", LOSSES, 100)
     assert read_status(run, NOW).losses == 2 and activity(run) == Activity("running")
-    more = LOSSES + "4 30 loss node7 node node7 was lost\n4 4"  # the last is being written
-    suspicion = "node node7 is suspected of 2 of 3 losses; look at it, or use sbatch --exclude=node7"
+    more = LOSSES + "4 30 loss node=node7 node node7 was lost\n4 4"  # the last is being written
+    suspicion = "node node7 is suspected of 2 of 3 losses of job 4; look at it; "
+    suspicion += "the start of another job (sbatch --exclude=node7) clears this"
     assert activity(with_losses(tmp_path / "more", more, 100)) == Activity("running", suspicion, True)
+    other = with_losses(tmp_path / "other", more, 100, job="5")
+    assert read_status(other, NOW).losses == 3 and activity(other) == Activity("running")
+
+
+def test_losses_of_earlier_versions_name_no_node(tmp_path):
+    former = "4 7 loss task 1 on node7: Killed\n4 29 loss task 1 on node7: Killed\n4 30 loss node7 node lost\n"
+    run = with_losses(tmp_path / "run", former, 100)
+    assert read_status(run, NOW).losses == 3 and activity(run) == Activity("running")
 
 
 def test_a_run_waits_for_its_next_start_after_a_loss(tmp_path):
     waiting = Activity("waiting", "for job 4, which starts again after: task 0 on node7 ran out of memory")
-    assert activity(with_losses(tmp_path / "now", LOSSES, 1)) == waiting
+    run = with_losses(tmp_path / "now", LOSSES, 1)
+    assert activity(run) == waiting
+    run.starts.unlink()
+    assert activity(run) == waiting
     old = activity(with_losses(tmp_path / "old", LOSSES, IN_QUEUE * 3, seen=IN_QUEUE * 3 + 5))
     asks = "for 3d since: task 0 on node7 ran out of memory; is job 4 still in the queue?"
     assert old == Activity("waiting", asks, True)

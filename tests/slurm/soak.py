@@ -21,11 +21,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from engine_runs import largest_difference, moments, override_arguments, records, weights, write_inputs  # noqa: E402
 from slurm_cluster import NODES, Cluster, Job, kill, slurmstepd_of, wait_until  # noqa: E402
+
+from megatron_sas.core.benchmark import describe_device  # noqa: E402
 
 SCRIPT = "multi_node_srun.sbatch"
 EVENTS = ("scancel", "requeue", "preemption", "node", "task", "slurmstepd")
@@ -106,7 +110,9 @@ def soak(directory: Path, events: int, seed: int, say: Callable[[str], None]) ->
     differences = [largest_difference(tensors(run, steps), tensors(whole, steps)) for tensors in (weights, moments)]
     assert differences == [0, 0], f"weights and moments differ by {differences}"
     assert records(run) == records(whole)
-    return {"events": dict(happened), "updates": steps, "seconds": round(time.monotonic() - began)}
+    place = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "device": describe_device(torch.device("cpu"))}
+    seconds = round(time.monotonic() - began)
+    return {"seed": seed, **place, "events": dict(happened), "updates": steps, "seconds": seconds}
 
 
 def main() -> None:

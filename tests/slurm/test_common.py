@@ -159,7 +159,7 @@ def test_loss_goes_back_and_names_the_node(decision, code, messages, words, susp
     got, output = decision.finish(code, messages=messages, update=40)
     assert got == code and decision.asked == ["requeue 7"] and words in output, output
     assert (f"node {suspect} is suspected" in output) == (suspect is not None)
-    assert (decision.run / "losses").read_text().startswith(f"7 40 loss {suspect or '-'} ")
+    assert (decision.run / "losses").read_text().startswith(f"7 40 loss {f'node={suspect}' if suspect else '-'} ")
 
 
 def test_suspected_node_is_left_out_on_request(decision):
@@ -199,16 +199,33 @@ def test_loss_at_the_same_update_stays_out(decision):
     assert len(decision.asked) == 3
 
 
+REFUSED = "srun: error: Unable to create step for job 7: Invalid generic resource (gres) specification\n"
+
+
+@pytest.mark.parametrize(
+    ("restarts", "back", "words"),
+    [
+        (None, 0, ", in the job's first start): see"),
+        (1, 1, "job 7 goes back"),
+        (2, 0, "in an earlier start either): see"),
+    ],
+)
+def test_start_without_an_update_that_slurm_refuses_is_tried_again_after_a_requeue(decision, restarts, back, words):
+    environment = {"SLURM_RESTART_COUNT": restarts} if restarts else {}  # of a first start it is not set
+    code, output = decision.finish(1, messages=REFUSED, job=facts(restarts=restarts or 0), **environment)
+    assert code == 1 and len(decision.asked) == back and words in output, output
+    assert not any(decision.run.iterdir())
+
+
 def test_start_that_slurm_refuses_is_tried_once_more(decision):
     """As after the loss of a node (docs/clusters.md); the update is that of the loss."""
-    refused = "srun: error: Unable to create step for job 7: Invalid generic resource (gres) specification\n"
     decision.finish(137, messages=KILLED, update=40)
-    _, output = decision.finish(1, messages=refused, update=40)
+    _, output = decision.finish(1, messages=REFUSED, update=40)
     assert "(Slurm did not start its processes: Invalid generic resource (gres) specification): job 7 goes" in output
-    decision.finish(1, messages=refused, update=40)
+    decision.finish(1, messages=REFUSED, update=40)
     assert len(decision.asked) == 2
     decision.finish(137, messages=KILLED, update=41)
-    decision.finish(1, messages=refused, update=41)
+    decision.finish(1, messages=REFUSED, update=41)
     assert len(decision.asked) == 4
 
 
@@ -216,6 +233,12 @@ def test_loss_that_cannot_be_noted_stays_out(decision):
     (decision.run / "losses").mkdir()  # or it would be started again and again
     _, output = decision.finish(137, messages=KILLED, update=40)
     assert not decision.asked and "losses cannot be written): see" in output, output
+
+
+@pytest.mark.parametrize(("job", "refuse"), [(facts(requeue=0), 0), (facts(), 9)])
+def test_loss_is_noted_only_when_the_job_starts_again(decision, job, refuse):
+    decision.finish(137, messages=KILLED, update=40, job=job, refuse=refuse)
+    assert (decision.run / "losses").read_text() == ""
 
 
 def test_losses_are_counted(decision):

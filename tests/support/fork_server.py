@@ -46,6 +46,8 @@ def main() -> None:
         if "start" in request:
             pids = [_fork(request["start"], rank, fault_injection) for rank in range(request["start"]["ranks"])]
             running.update(pids)
+            for pid in pids:  # the system gives out the numbers of ended processes again
+                exits.pop(pid, None)
             print(json.dumps({"pids": pids}), flush=True)
         else:
             for pid in list(running):

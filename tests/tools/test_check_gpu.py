@@ -22,7 +22,7 @@ ABOUT = {"gpu": "none", "git": None}
 WRITE = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"
 
 
-def writes(name: str, value: str, seconds: float = 0.1) -> Stage:
+def writes(name: str, value: str, seconds: float = 10.0) -> Stage:
     return Stage(name, seconds, (("-S", "-c", WRITE, "{out}/found.json", value),))
 
 
@@ -54,12 +54,13 @@ def test_results_are_written_one_by_one_and_the_rest_is_left_to_the_next_call(tm
 def test_a_stage_that_hangs_ends_with_all_its_processes(tmp_path, monkeypatch):
     """By its own limit it failed; by the end of the budget it was cut off, and comes last in the next call."""
     child = "import subprocess, sys; subprocess.Popen(['sleep', '1234.5']); print('started', flush=True); import time; "
-    hangs = Stage("hangs", 0.2, (("-S", "-c", child + "time.sleep(60)"),))
+    hangs = Stage("hangs", 1.0, (("-S", "-c", child + "time.sleep(60)"),))
     tool.check(tmp_path, [hangs], 1.0, ABOUT, small=True)
     assert read(tmp_path, "hangs")["status"] == "failed" and "stopped after" in read(tmp_path, "hangs")["error"]
+    assert read(tmp_path, "hangs")["output"] == ["started"]  # and so its child
     (tmp_path / "hangs.json").unlink()
-    assert tool.check(tmp_path, [hangs], 0.3 / 60, ABOUT, small=True) == ["hangs"]
-    assert read(tmp_path, "hangs")["status"] == "cut off"
+    assert tool.check(tmp_path, [hangs], 2 / 60, ABOUT, small=True) == ["hangs"]
+    assert read(tmp_path, "hangs")["status"] == "cut off" and read(tmp_path, "hangs")["output"] == ["started"]
     running = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
     assert ["sleep", "1234.5"] not in running
 
