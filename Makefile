@@ -31,7 +31,7 @@ test test-all: export CUDA_VISIBLE_DEVICES :=
 # One thread each: threads that wait for a core that the other process has cost CPU time too.
 test test-all: export OMP_NUM_THREADS := 1
 
-test: env lint  ## the test suite (about 20 minutes on two cores)
+test: env lint  ## the test suite (about 14 minutes on two cores)
 	$(BIN)/python -m pytest -m "not full" $(TEST_PROCESSES)
 
 test-all: env lint  ## everything, also what takes hours or a whole corpus
