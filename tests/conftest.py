@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,14 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"real data not found at {path}; set MEGATRON_SAS_DATA")
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_library_chosen() -> Iterator[None]:
+    """What a run in this process has chosen to multiply with is not the next test's."""
+    yield
+    if module := sys.modules.get("megatron_sas.kernels.cpu_linear"):
+        module.use_library(None)
 
 
 @pytest.fixture(scope="session")

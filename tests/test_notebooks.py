@@ -36,9 +36,9 @@ def test_the_example_runs(folder, monkeypatch, capsys):
     exec(compile(code, PAGE, "exec"), values)
     assert "3 updates, evaluated after [0, 3]" in capsys.readouterr().out
     maps, rows, sentence = values["maps"], values["rows"], values["sentence"]
-    assert maps.shape == (2, 2, 7, 7) and maps.dtype == torch.float32
-    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 2, 7))
-    assert len(rows) == 2 * 2 * 4
+    assert maps.shape == (2, 2, 6, 6) and maps.dtype == torch.float32
+    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 2, 6))
+    assert len(rows) == 2 * 2 * 3
     for row in rows:  # a piece a word, behind [CLS]
         dependent, head = row["word"] + 1, sentence.heads[row["word"]] + 1
         place = maps[row["layer"], row["attention_head"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -101,6 +102,7 @@ print(resource.getrlimit(resource.RLIMIT_NOFILE))
 def test_more_parts_than_files_may_be_open(make_packed):
     prefix = str(make_packed(n=5, s=8))
     one = open_training_data([(prefix, None)])
+    gc.collect()  # what earlier tests left open
     before = len(os.listdir("/proc/self/fd"))
     again = open_training_data([(prefix, None)])
     assert len(os.listdir("/proc/self/fd")) - before == OPEN_FILES

@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from synthetic_data import write_packed
 
 from megatron_sas.config import load_config
-from megatron_sas.kernels.cpu_linear import use_library
 from megatron_sas.run.records import read_records
 
 if TYPE_CHECKING:
@@ -120,7 +119,6 @@ def train(
             trainer.run()
         finally:
             torch.set_num_threads(before)
-            use_library(None)  # what this run has measured is not the next test's
             torch.nn.functional.linear = linear  # ZeRO-3 puts another one there, indefinitely
     return trainer
 
