@@ -31,15 +31,24 @@ train() {
         "--sas.schedule=$2"
 }
 
+# When base fails or is interrupted, the others, which run in the background, save and end as well.
+stop() {
+    touch "$out/sas-minus/stop" "$out/sas-plus/stop" 2>/dev/null || true
+    wait
+    exit 1
+}
+
 say "runs base (λ = 0), sas-minus (λ = 0.02) and sas-plus (λ = -0.02) side by side; the output of the last two is in $out/*.log"
 export OMP_NUM_THREADS=1
 train sas-minus 0.02 29542 >"$out/sas-minus.log" 2>&1 &
 minus=$!
 train sas-plus -0.02 29543 >"$out/sas-plus.log" 2>&1 &
 plus=$!
-train base 0 29541 || { kill $minus $plus; exit 1; }
+trap stop INT TERM
+train base 0 29541 || stop
 wait $minus || { cat "$out/sas-minus.log"; exit 1; }
 wait $plus || { cat "$out/sas-plus.log"; exit 1; }
+trap - INT TERM
 tail -n 2 "$out/sas-minus.log" "$out/sas-plus.log"
 unset OMP_NUM_THREADS
 

@@ -103,7 +103,8 @@ def is_recovery(steps: Sequence[float], values: Sequence[float], delta: float, s
     It has 2Δ to go beyond all earlier values, by more than two standard deviations of a difference.
     """
     s, f = _clean(steps, values, sign)
-    after = f[(s > onset.step) & (s <= onset.step + 2 * delta)].max()
+    end = onset.step + 2 * delta
+    after = f[(s > onset.step) & (s <= end)].max(initial=np.interp(end, s, f))  # Δ may be less than an interval
     return bool(after - f[s <= onset.step].max() <= 2 * np.sqrt(2) * onset.noise)
 
 

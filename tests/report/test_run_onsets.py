@@ -66,6 +66,14 @@ def test_noise_of_few_items_names_the_number_that_would_carry_the_bend():
     assert detected(run_with(chance, sets=1, counts=[int(enough * 1.02)]))
 
 
+def test_delta_may_be_less_than_an_evaluation_interval():
+    rise = np.interp(STEPS, [0, 500, 650, 1000], [0.5, 0.5, 0.9, 0.9])
+    onset = find_onsets([run_with(rise)], 10)[Path("/run")]["blimp"].strongest
+    assert onset.step == 500 and onset.detected
+    dip = np.interp(STEPS, [0, 450, 500, 1000], [0.9, 0.9, 0.1, 0.9])
+    assert find_onsets([run_with(dip)], 10)[Path("/run")]["blimp"].strongest.reason.startswith("a recovery")
+
+
 def test_return_to_the_untrained_level_is_a_recovery():
     """UAS falls from 0.3 to 0.01, stays there, and is back at 0.3 at step 500."""
     uas = np.interp(STEPS, [0, 200, 400, 500, 1000], [0.3, 0.01, 0.01, 0.3, 0.3])

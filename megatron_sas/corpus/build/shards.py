@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sas.core.cli import InputError, kind_and_reason
-from megatron_sas.core.files import obey_umask
+from megatron_sas.core.files import obey_umask, write_text_atomic
 from megatron_sas.corpus.build.packed_writer import remove_leftovers
 from megatron_sas.corpus.build.preprocess import (
     PreprocessSettings,
@@ -98,8 +98,11 @@ def _common_ops(settings: PreprocessSettings, names: list[str], fastest: str) ->
         file.write(fastest)
         file.flush()
         obey_umask(file.name)
-        with contextlib.suppress(FileExistsError):
+        try:
             os.link(file.name, chosen)  # one job succeeds, with the complete content
+        except OSError:  # another job was first, or the file system has no hard links
+            if not chosen.exists():
+                write_text_atomic(chosen, fastest)
     return chosen.read_text()
 
 

@@ -106,7 +106,8 @@ def run_packed(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`run` on q, k and v `(B, S, 3, H, D)` as one projection makes them: their gradient is one tensor, too.
 
-    Separate gradients are copied side by side for the projection's backward. The numbers are those of `run`.
+    Separate gradients are copied side by side for the projection's backward. The numbers are those of `run`. Models do
+    not call this: only `tools/benchmark_training.py` does, to find out on a GPU what it is worth.
     """
     seed = dropout.draw_seed(qkv.device) if dropout_p > 0.0 else None
     bounds = NO_WINDOW if window is None else window
